@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.10+ and make, nothing else: they set up .venv themselves.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED) ## the main job: checkpoint, engine, update, check
+	@$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## every test that a machine without a GPU can run
+	@$(BIN)/python -m pytest -m "not gpu" $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED) ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## ruff, format check, mypy over the package
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+format: $(INSTALLED) ## let ruff format and mend what it can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+install: $(INSTALLED) ## only the set-up
+
+$(INSTALLED): pyproject.toml Makefile scripts/install_torch.py
+	@echo "Setting up $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.10+" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python scripts/install_torch.py $(TORCH_VERSION)
+	@echo "Installing checkpoint-engine and its tools"
+	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@touch $@
+
+clean: ## remove the set-up and all caches
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

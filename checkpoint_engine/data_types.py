@@ -1,0 +1,162 @@
+"""The vocabulary that crosses processes: what a rank owns, where it lies, and how it is cut into buckets.
+
+The names, fields and JSON forms are those of the original library's releases 0.2 and 0.4, so that
+metas written by one program are read by another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+ALIGNMENT = 256
+"""Every tensor starts at a multiple of this many bytes, in host buffers and in buckets."""
+
+
+def align_up(size: int, alignment: int = ALIGNMENT) -> int:
+    """The smallest multiple of ``alignment`` that is at least ``size``."""
+    return -(-size // alignment) * alignment
+
+
+def tensor_nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes that a contiguous tensor of this dtype and shape takes."""
+    return dtype.itemsize * math.prod(shape)
+
+
+def parse_dtype(value: Any) -> torch.dtype:
+    """A ``torch.dtype`` from itself or from its name, as ``"torch.bfloat16"`` or ``"bfloat16"``.
+
+    Raises:
+        ValueError: this torch has no dtype of that name.
+    """
+    if isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch {torch.__version__} has no dtype {value!r}")
+    return dtype
+
+
+def _parse_shape(value: Any) -> torch.Size:
+    if isinstance(value, torch.Size):
+        return value
+    if not isinstance(value, (list, tuple)) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(f"a shape is a list of non-negative integers, not {value!r}")
+    return torch.Size(value)
+
+
+def _parse_tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    raise ValueError(f"expected a torch.Tensor, got {type(value).__name__}")
+
+
+TorchDtype = Annotated[
+    torch.dtype,
+    PlainValidator(parse_dtype),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string"}, mode="serialization"),
+]
+TorchSize = Annotated[
+    torch.Size,
+    PlainValidator(_parse_shape),
+    PlainSerializer(tuple, return_type=tuple),
+    WithJsonSchema({"type": "array", "items": {"type": "integer"}}, mode="serialization"),
+]
+TorchTensor = Annotated[torch.Tensor, PlainValidator(_parse_tensor)]
+
+
+_ALL_FIELDS = {"name", "dtype", "shape", "aligned_size"}
+
+
+class ParameterMeta(BaseModel):
+    """One tensor of a checkpoint. ``aligned_size`` is its size in bytes with padding (0.2 metas lack it)."""
+
+    name: str
+    dtype: TorchDtype
+    shape: TorchSize
+    aligned_size: int = -1
+
+    @model_validator(mode="after")
+    def _fill_aligned_size(self) -> ParameterMeta:
+        if self.aligned_size < 0:
+            self.aligned_size = align_up(tensor_nbytes(self.dtype, self.shape))
+        return self
+
+    @classmethod
+    def trusted(
+        cls, name: str, dtype: torch.dtype, shape: torch.Size, aligned_size: int
+    ) -> ParameterMeta:
+        """Without validation, for the hundreds of thousands that the library makes itself."""
+        meta = cls.__new__(cls)
+        fields = {"name": name, "dtype": dtype, "shape": shape, "aligned_size": aligned_size}
+        object.__setattr__(meta, "__dict__", fields)
+        object.__setattr__(meta, "__pydantic_fields_set__", _ALL_FIELDS)
+        object.__setattr__(meta, "__pydantic_extra__", None)
+        object.__setattr__(meta, "__pydantic_private__", None)
+        return meta
+
+
+class BucketRange(NamedTuple):
+    """``size`` bytes at ``offset`` of the owner's host buffer number ``idx``."""
+
+    idx: int
+    offset: int
+    size: int
+
+
+class H2DBucket(BaseModel):
+    """Consecutive tensors of one owner that travel together.
+
+    ``items`` lie one behind the other, each padded to its ``aligned_size``; ``ranges`` say where the
+    owner's host memory holds those ``size`` bytes, in the same order.
+    """
+
+    size: int
+    ranges: list[BucketRange]
+    items: list[ParameterMeta]
+
+
+class MemoryBufferMetas(BaseModel):
+    """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's process."""
+
+    metas: list[ParameterMeta]
+    ptr: int
+    size: int
+
+
+class MemoryBuffer(BaseModel):
+    """One host buffer and the tensors in it, consecutive and padded, from offset 0."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    buffer: TorchTensor
+    size: int
+    metas: list[ParameterMeta]
+    manually_pinned: bool = False
+
+
+class MemoryBufferMetaList(BaseModel):
+    """Everything one rank owns of a checkpoint, and how to read it by P2P."""
+
+    p2p_store_addr: str | None
+    memory_buffer_metas_list: list[MemoryBufferMetas]
+    rdma_device: Annotated[str, BeforeValidator(lambda v: "" if v is None else v)]
+
+
+class DataToGather(MemoryBufferMetaList):
+    """What one rank tells all others in ``gather_metas``."""
+
+    host_ip: str
+    device_uuid: str

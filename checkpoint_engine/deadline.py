@@ -1,0 +1,40 @@
+"""One deadline per operation, derived once from its timeout and passed down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+
+class Deadline:
+    """The point in time at which an operation gives up."""
+
+    def __init__(self, timeout: timedelta | float) -> None:
+        """``timeout``: from now, in seconds or as a ``timedelta``; must be positive."""
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        if not seconds > 0:
+            raise ValueError(f"timeout must be positive, got {timeout!r}")
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self._end - time.monotonic())
+
+    def check(self, waiting_for: str) -> None:
+        """Raise ``TimeoutError`` naming what was waited for, once the time is up."""
+        if self.remaining() == 0.0:
+            raise TimeoutError(f"gave up after {self.seconds:g} s waiting for {waiting_for}")
+
+
+def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
+    """Wait until ``done()``; ``check()`` runs between looks and ends the wait by raising.
+
+    Looks often at first, for events that are microseconds away, then every 0.2 ms.
+    """
+    looks = 0
+    while not done():
+        check()
+        looks += 1
+        time.sleep(0 if looks < 20 else 0.0002)

@@ -1,0 +1,30 @@
+"""The exceptions that callers may want to tell apart. All are ``RuntimeError``s."""
+
+from __future__ import annotations
+
+
+class BusyError(RuntimeError):
+    """A call was refused because it conflicts with one that is still running on this rank."""
+
+
+class UpdateError(RuntimeError):
+    """A collective call failed on some rank and was ended on all of them.
+
+    The same text is raised on every rank. ``rank`` failed first, in ``phase``; ``cause`` is what it
+    said, a worker's remote traceback included.
+    """
+
+    def __init__(self, operation: str, rank: int, phase: str, cause: str) -> None:
+        super().__init__(f"{operation} failed on rank {rank} during {phase}: {cause}")
+        self.operation = operation
+        self.rank = rank
+        self.phase = phase
+        self.cause = cause
+
+
+class WireError(RuntimeError):
+    """A message broke the protocol of ``wire.py``, or its sender is gone."""
+
+
+class WorkerError(RuntimeError):
+    """The inference worker reported a failure; the text holds its traceback."""

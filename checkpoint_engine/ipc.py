@@ -1,0 +1,161 @@
+"""One buffer shared between a server rank and its inference worker: exported here, opened there.
+
+On an accelerator it is device memory behind an IPC handle; on the cpu device, shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+
+_PREFIX = "checkpoint-engine-"
+_CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index
+
+
+class SharedBuffer:
+    """A uint8 tensor of one update that the worker maps too. The server rank owns and closes it."""
+
+    def __init__(self, device_manager: DeviceManager, index: int, nbytes: int) -> None:
+        """Raises ``RuntimeError`` naming the sizes if the memory cannot be had."""
+        self._device_manager = device_manager
+        self._segment: _Segment | None = None
+        if device_manager.is_accelerator:
+            device = device_manager.device(index)
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        else:
+            self._segment = _Segment(nbytes)
+            self.tensor = self._segment.tensor
+
+    def handle(self) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+        """What the worker calls, and with what, to get the same memory as a tensor."""
+        if self._segment is not None:
+            return map_shared_memory, (self._segment.path, self.tensor.nbytes)
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        return reduce_tensor(self.tensor)
+
+    def close(self) -> None:
+        """Give the memory back; what the worker still maps lives on until it drops it."""
+        if not self.tensor.nbytes:
+            return
+        if self._segment is not None:
+            self._segment.unlink()
+            self._segment = None
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self._device_manager.release_cached_memory()
+
+    def __enter__(self) -> SharedBuffer:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Segment:
+    """A file in shared memory, readable by this user alone.
+
+    Its creator holds a lock on it: an unlocked segment is one that a killed server left behind,
+    and the next one to make a segment removes it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        _remove_abandoned()
+        self.path, self._fd = _create_locked()
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)  # now, not as a SIGBUS when it is written
+            self.tensor = _map(self._fd, nbytes)
+        except BaseException as error:
+            self.unlink()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise RuntimeError(
+                    f"{SHARED_MEMORY_FOLDER} has no room for a buffer of {nbytes} bytes: enlarge it "
+                    "or lower PS_MAX_BUCKET_SIZE_GB"
+                ) from error
+            raise
+
+    def unlink(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        os.close(self._fd)
+
+
+def _create_locked() -> tuple[str, int]:
+    """A new file and its descriptor. Tries again if another server took it for abandoned just
+    before it was locked."""
+    while True:
+        path = f"{SHARED_MEMORY_FOLDER}/{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}"
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)
+
+
+def _map(fd: int, nbytes: int) -> torch.Tensor:
+    """A tensor over the file; the mapping lives as long as the tensor and its views do."""
+    mapping = mmap.mmap(fd, nbytes)
+    with contextlib.suppress(OSError, AttributeError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _remove_abandoned() -> None:
+    for path in Path(SHARED_MEMORY_FOLDER).glob(f"{_PREFIX}{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+
+
+def map_shared_memory(path: str, nbytes: int) -> torch.Tensor:
+    """The worker's view of a cpu server's buffer. Part of the wire: servers send it by name.
+
+    Raises:
+        ValueError: ``path`` is no segment of this library, or is shorter than ``nbytes``.
+    """
+    folder, name = os.path.split(path)
+    if folder != SHARED_MEMORY_FOLDER or not name.startswith(_PREFIX):
+        raise ValueError(f"{path!r} is not a shared buffer of checkpoint-engine")
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_size < nbytes:
+            raise ValueError(f"{path!r} is shorter than the {nbytes} bytes its server announced")
+        return _map(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+def open_buffer(
+    rebuild: Callable[..., torch.Tensor], args: tuple[Any, ...], device_id: int | None
+) -> torch.Tensor:
+    """Open the server's buffer in this worker, on its own device number ``device_id``.
+
+    The exporter counts devices as its own process sees them, so its index is replaced.
+    """
+    arguments = list(args)
+    if rebuild is not map_shared_memory and device_id is not None:
+        arguments[_CUDA_DEVICE_ARGUMENT] = device_id
+    buffer = rebuild(*arguments)
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        raise ValueError(f"expected a flat uint8 buffer, got {buffer.dtype} {tuple(buffer.shape)}")
+    return buffer

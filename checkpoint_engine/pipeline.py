@@ -1,0 +1,251 @@
+"""Executes a plan on one rank: host to device, broadcast and reload, each bucket behind the other.
+
+While the worker reloads one bucket, the next is being broadcast into the other half of the double
+buffer, and the owners copy the ones after that into staging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from checkpoint_engine.control import Operation
+from checkpoint_engine.deadline import poll
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.distributed.weights_group import WeightsGroup
+from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import WorkerLink
+from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
+from checkpoint_engine.wire import NOTHING_MORE, encode_bucket, encode_handle
+
+SocketPaths = list[tuple[str, str]]
+RequestFunction = Callable[[SocketPaths], Any]
+Load = Callable[[Step, torch.Tensor], None]
+"""Fetches a step's bytes into a device tensor, ordered on the current stream."""
+
+
+class Request:
+    """The caller's ``req_func``, running in a thread of its own while the update goes on."""
+
+    def __init__(self, req_func: RequestFunction, socket_paths: SocketPaths) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(req_func, socket_paths),
+            name="checkpoint-engine-request",
+            daemon=True,  # a request that never returns must not keep the process
+        )
+        self._thread.start()
+
+    def _run(self, req_func: RequestFunction, socket_paths: SocketPaths) -> None:
+        try:
+            req_func(socket_paths)
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what ``req_func`` raised."""
+        if self._error is not None:
+            error = self._error
+            raise RuntimeError(f"req_func raised {type(error).__name__}: {error}") from error
+
+    def join(self, check: Callable[[], None]) -> None:
+        """Wait for ``req_func`` to return."""
+        poll(lambda: not self._thread.is_alive(), check)
+        self.check()
+
+
+class WorkerSession:
+    """One update as seen by this rank's worker: handle, buckets, release, finish."""
+
+    def __init__(self, link: WorkerLink, check: Callable[[], None]) -> None:
+        self._link = link
+        self._check = check
+
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
+        """Share the double buffer; returns when the worker has mapped it."""
+        self._exchange(encode_handle(*buffer.handle(), {"timeout": seconds_left}), "the handshake")
+
+    def begin_reload(self, message: bytes) -> None:
+        self._link.send(message, self._check)
+
+    def await_reload(self, what: str) -> None:
+        """Raises ``WorkerError`` with the worker's traceback if it could not load the bucket."""
+        failure = self._link.receive(self._check)
+        if failure is not None:
+            raise WorkerError(f"the inference worker failed in {what}:\n{failure}")
+
+    def release(self) -> None:
+        """Have the worker drop the double buffer."""
+        self._exchange(NOTHING_MORE, "the release of the buffer")
+
+    def finish(self) -> None:
+        """Have the worker run its post hook."""
+        self._exchange(NOTHING_MORE, "its post hook")
+
+    def _exchange(self, message: bytes, what: str) -> None:
+        self._link.send(message, self._check)
+        self.await_reload(what)
+
+
+class _Streams(Protocol):
+    """How copies and broadcasts are ordered on a device."""
+
+    def copying(self) -> contextlib.AbstractContextManager[Any]: ...
+    def broadcasting(self) -> contextlib.AbstractContextManager[Any]: ...
+    def event(self) -> Any: ...
+    def wait(self, event: Any) -> None: ...
+
+
+class _AcceleratorStreams:
+    """One stream for host-to-device copies, one for what enters the double buffer."""
+
+    def __init__(self, device_module: Any) -> None:
+        self._module = device_module
+        self._copy = device_module.Stream()
+        self._broadcast = device_module.Stream()
+
+    def copying(self) -> contextlib.AbstractContextManager[Any]:
+        return self._module.stream(self._copy)
+
+    def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
+        return self._module.stream(self._broadcast)
+
+    def event(self) -> Any:
+        """Marks the point that the current stream has reached."""
+        event = self._module.Event()
+        event.record()
+        return event
+
+    def wait(self, event: Any) -> None:
+        """The current stream goes on once ``event`` has happened; the host does not wait."""
+        self._module.current_stream().wait_event(event)
+
+
+class _Done:
+    """The event of a device where every call has finished when it returns."""
+
+    def query(self) -> bool:
+        return True
+
+
+class _HostStreams:
+    def copying(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def event(self) -> Any:
+        return _Done()
+
+    def wait(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+
+class Staging:
+    """An owner's next bucket, copied to the device while other ranks' buckets are broadcast."""
+
+    def __init__(self, buffer: torch.Tensor, steps: list[Step], load: Load, streams: _Streams) -> None:
+        self._buffer = buffer
+        self._steps = deque(steps)
+        self._load = load
+        self._streams = streams
+        self._free = streams.event()
+        self._filled: Any = None
+        self._prefetch()
+
+    def deliver(self, step: Step, target: torch.Tensor) -> None:
+        """Put the bytes of ``step`` into ``target``, on the broadcast stream; fetch the next."""
+        self._streams.wait(self._filled)
+        target.copy_(self._buffer[: step.bucket.size])
+        self._free = self._streams.event()
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        if self._steps:
+            step = self._steps.popleft()
+            with self._streams.copying():
+                self._streams.wait(self._free)
+                self._load(step, self._buffer[: step.bucket.size])
+                self._filled = self._streams.event()
+
+
+class Pipeline:
+    """One rank's execution of a plan. Made for one update."""
+
+    def __init__(
+        self,
+        plan: TransferPlan,
+        rank: int,
+        device_manager: DeviceManager,
+        buffer: SharedBuffer,
+        group: WeightsGroup | None,
+        load: Load,
+    ) -> None:
+        """``group``: ``None`` where this rank is the only one."""
+        self._plan = plan
+        self._rank = rank
+        self._buffer = buffer.tensor
+        self._group = group
+        self._load = load
+        self._streams: _Streams = _HostStreams()
+        if device_manager.is_accelerator:
+            self._streams = _AcceleratorStreams(device_manager.device_module)
+        self._staging = self._make_staging() if self._wants_staging(device_manager) else None
+        self._arrival: Any = None
+        self._work: Any = None
+        self._message = b""
+
+    def run(self, operation: Operation, session: WorkerSession) -> None:
+        """Move every bucket. Returns when the worker has loaded the last one."""
+        steps = self._plan.steps
+        for index, step in enumerate(steps):
+            operation.begin("transfer")
+            if index == 0:
+                self._begin(step)
+            self._await_arrival(operation.check)
+            operation.begin("reload")
+            session.begin_reload(self._message)
+            if index + 1 < len(steps):
+                self._begin(steps[index + 1])
+            session.await_reload(f"bucket {index + 1} of {len(steps)}")
+
+    def _wants_staging(self, device_manager: DeviceManager) -> bool:
+        """Staging pays where copies run beside broadcasts: on accelerators with several ranks."""
+        return self._plan.staging and device_manager.is_accelerator and self._group is not None
+
+    def _make_staging(self) -> Staging | None:
+        steps = self._plan.loads_of(self._rank)
+        if not steps:
+            return None
+        nbytes = max(step.bucket.size for step in steps)
+        staging = torch.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
+        return Staging(staging, steps, self._load, self._streams)
+
+    def _begin(self, step: Step) -> None:
+        """Start one bucket on its way into its half of the double buffer."""
+        start = step.slot * self._plan.bucket_bytes
+        target = self._buffer[start : start + step.bucket.size]
+        with self._streams.broadcasting():
+            if step.receiver == self._rank and self._staging is not None:
+                self._staging.deliver(step, target)
+            elif step.receiver == self._rank:
+                self._load(step, target)
+            if self._group is not None and step.bucket.size:
+                self._work = self._group.broadcast(target, step.receiver)
+            self._arrival = self._streams.event()
+        self._message = encode_bucket(to_named_tensor(step.bucket.items, start))
+
+    def _await_arrival(self, check: Callable[[], None]) -> None:
+        if self._work is not None:
+            poll(self._work.is_completed, check)
+            self._work.wait()  # raises what went wrong
+            self._work = None
+        poll(self._arrival.query, check)

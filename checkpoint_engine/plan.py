@@ -1,0 +1,266 @@
+"""Pure planning: how large a bucket is, what travels in it, who receives it and in which order.
+
+A plan is frozen data, the same on every rank; ``pipeline.py`` executes it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from checkpoint_engine.data_types import (
+    ALIGNMENT,
+    BucketRange,
+    H2DBucket,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+    align_up,
+)
+
+T = TypeVar("T")
+Metas = Mapping[int, MemoryBufferMetaList]
+Topology = Mapping[str, set[int]]
+
+
+@dataclass(frozen=True)
+class BucketSize:
+    """How device memory is shared out: ``bytes`` per bucket, and whether owners stage the next one."""
+
+    bytes: int
+    staging: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into ``slot``."""
+
+    receiver: int
+    owner: int
+    bucket: H2DBucket
+    slot: int
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """What one update moves, in order. ``bucket_bytes`` is the size of each half of the double buffer."""
+
+    steps: tuple[Step, ...]
+    bucket_bytes: int
+    staging: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(step.bucket.size for step in self.steps)
+
+    @property
+    def tensor_count(self) -> int:
+        return sum(len(step.bucket.items) for step in self.steps)
+
+    def loads_of(self, receiver: int) -> list[Step]:
+        """The steps whose bytes ``receiver`` fetches, in order."""
+        return [step for step in self.steps if step.receiver == receiver]
+
+
+def largest_tensor(metas: Metas) -> int:
+    """The padded size in bytes of the largest tensor of any owner; 0 if there is none."""
+    return max(
+        (meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas), default=0
+    )
+
+
+def bucket_size(free_bytes: int, largest: int, cap: int) -> BucketSize:
+    """Divide ``free_bytes`` of device memory into a double buffer and, where it fits, staging.
+
+    Args:
+        free_bytes: what every rank can spare: the minimum over the ranks.
+        largest: padded size of the largest tensor, which must fit one bucket.
+        cap: upper bound that the user set for a bucket.
+
+    Raises:
+        ValueError: the largest tensor does not fit even without staging.
+    """
+    thirds = free_bytes // (3 * ALIGNMENT) * ALIGNMENT
+    staging = largest <= thirds
+    limit = thirds if staging else free_bytes // (2 * ALIGNMENT) * ALIGNMENT
+    if largest > limit:
+        raise ValueError(
+            f"the largest tensor takes {largest} bytes, but the rank with the least memory can "
+            f"spare {free_bytes} bytes, which allows buckets of {limit}: free device memory or "
+            "raise mem_fraction (PS_MEM_FRACTION)"
+        )
+    capped = max(cap // ALIGNMENT * ALIGNMENT, largest, ALIGNMENT)
+    return BucketSize(min(capped, limit), staging)
+
+
+def plan_transfer(
+    metas: Metas,
+    size: BucketSize,
+    local_topo: Topology,
+    remote_topo: Topology,
+    ranks: Sequence[int] | None = None,
+) -> TransferPlan:
+    """The whole update as data: buckets cut, receivers assigned, dealt out in rounds.
+
+    In every round each receiver has at most one bucket, so that all of them fetch their next one
+    while the others' are being broadcast.
+    """
+    buckets = gen_h2d_buckets(metas, size.bytes, local_topo, remote_topo, ranks)
+    rounds = _in_rounds(buckets)
+    steps = tuple(
+        Step(receiver, owner, bucket, slot=index % 2)
+        for index, (receiver, owner, bucket) in enumerate(rounds)
+    )
+    largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
+    return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
+
+
+def gen_h2d_buckets(
+    global_metas: Metas,
+    bucket_size: int,
+    local_topo: Topology,
+    remote_topo: Topology,
+    ranks: Sequence[int] | None = None,
+) -> list[tuple[int, int, H2DBucket]]:
+    """Cut every owner's tensors into buckets: ``(receiver_rank, owner_rank, bucket)``, by owner.
+
+    Without ``ranks`` the owner is its own receiver (broadcast). With ``ranks``, the receivers are
+    chosen among them by ``assign_receiver_ranks`` (P2P).
+
+    Raises:
+        ValueError: a tensor is larger than ``bucket_size``, or no rank can receive.
+    """
+    buckets = [
+        (owner, bucket)
+        for owner, owned in global_metas.items()
+        for bucket in _cut(owner, owned.memory_buffer_metas_list, bucket_size)
+    ]
+    if not ranks:
+        return [(owner, owner, bucket) for owner, bucket in buckets]
+    members = set(ranks)
+    receivers = {nic: on & members for nic, on in local_topo.items() if on & members}
+    return assign_receiver_ranks(buckets, receivers, remote_topo)
+
+
+def assign_receiver_ranks(
+    buckets: Sequence[tuple[int, T]], local_topo: Topology, remote_topo: Topology
+) -> list[tuple[int, int, T]]:
+    """Spread the reading of ``(owner_rank, bucket)`` over receivers so that no owner NIC is read twice at once.
+
+    The receivers are the lowest rank of each local NIC, at most as many as there are owner NICs.
+    Buckets, interleaved over the owners' NICs, are dealt to them in rounds; a round ends early when
+    the next bucket's NIC already serves one of that round.
+
+    Raises:
+        ValueError: there are buckets but no receiver, or an owner is on no NIC.
+    """
+    if not buckets:
+        return []
+    receivers = [min(ranks) for ranks in local_topo.values() if ranks][: len(remote_topo)]
+    if not receivers:
+        raise ValueError(
+            f"{len(buckets)} buckets but no rank to receive them: local topology "
+            f"{dict(local_topo)}, owners' topology {dict(remote_topo)}"
+        )
+    assigned: list[tuple[int, int, T]] = []
+    busy: set[str] = set()
+    for nic, owner, bucket in _interleaved(buckets, remote_topo):
+        if nic in busy or len(busy) == len(receivers):
+            busy.clear()
+        assigned.append((receivers[len(busy)], owner, bucket))
+        busy.add(nic)
+    return assigned
+
+
+def to_named_tensor(metas: Iterable[ParameterMeta], offset: int = 0) -> list[dict]:
+    """What a worker is told of a bucket that starts at ``offset`` of the double buffer."""
+    metas = list(metas)
+    starts = itertools.accumulate((meta.aligned_size for meta in metas), initial=offset)
+    return [
+        {"name": meta.name, "dtype": meta.dtype, "shape": meta.shape, "offset": start}
+        for meta, start in zip(metas, starts, strict=False)
+    ]
+
+
+def _buffers(metas: Metas) -> Iterator[MemoryBufferMetas]:
+    for owned in metas.values():
+        yield from owned.memory_buffer_metas_list
+
+
+def _cut(
+    owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int
+) -> Iterator[H2DBucket]:
+    """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers."""
+    items = [meta for buffer in buffers for meta in buffer.metas]
+    ends = list(itertools.accumulate(meta.aligned_size for meta in items))
+    spans = _spans(buffers)
+    first, start, span = 0, 0, 0
+    while first < len(items):
+        last = bisect.bisect_right(ends, start + bucket_size, lo=first)
+        if last == first:
+            raise ValueError(
+                f"tensor {items[first].name!r} of rank {owner} takes {items[first].aligned_size} "
+                f"bytes, more than a bucket of {bucket_size}"
+            )
+        ranges, span = _ranges(buffers, spans, span, start, ends[last - 1])
+        yield H2DBucket.model_construct(
+            size=ends[last - 1] - start, ranges=ranges, items=items[first:last]
+        )
+        first, start = last, ends[last - 1]
+
+
+def _spans(buffers: Sequence[MemoryBufferMetas]) -> list[int]:
+    """Where each buffer begins when all tensors of an owner are laid end to end, and where the last ends."""
+    sizes = (sum(meta.aligned_size for meta in buffer.metas) for buffer in buffers)
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def _ranges(
+    buffers: Sequence[MemoryBufferMetas], spans: Sequence[int], span: int, start: int, end: int
+) -> tuple[list[BucketRange], int]:
+    """The host ranges of the bytes ``start..end`` of an owner, looking from buffer ``span`` on.
+
+    A buffer may end short of its last tensor's padding (a file mapped in place): its range is
+    then as much shorter.
+    """
+    ranges = []
+    while start < end:
+        while spans[span + 1] <= start:
+            span += 1
+        stop = min(end, spans[span + 1])
+        offset = start - spans[span]
+        ranges.append(BucketRange(span, offset, min(stop - start, buffers[span].size - offset)))
+        start = stop
+    return ranges, span
+
+
+def _in_rounds(
+    buckets: Sequence[tuple[int, int, H2DBucket]],
+) -> Iterator[tuple[int, int, H2DBucket]]:
+    queues: defaultdict[int, deque[tuple[int, int, H2DBucket]]] = defaultdict(deque)
+    for entry in buckets:
+        queues[entry[0]].append(entry)
+    while any(queues.values()):
+        for queue in queues.values():
+            if queue:
+                yield queue.popleft()
+
+
+def _interleaved(
+    buckets: Sequence[tuple[int, T]], topology: Topology
+) -> Iterator[tuple[str, int, T]]:
+    """The buckets as ``(nic, owner, bucket)``, one of each owner NIC in turn."""
+    nic_of = {rank: nic for nic, ranks in topology.items() for rank in ranks}
+    queues: dict[str, deque[tuple[str, int, T]]] = {nic: deque() for nic in topology}
+    for owner, bucket in buckets:
+        if owner not in nic_of:
+            raise ValueError(f"rank {owner} owns a bucket but is on no NIC of {dict(topology)}")
+        queues[nic_of[owner]].append((nic_of[owner], owner, bucket))
+    while any(queues.values()):
+        for queue in queues.values():
+            if queue:
+                yield queue.popleft()

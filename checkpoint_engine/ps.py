@@ -1,0 +1,732 @@
+"""``ParameterServer``: one per GPU, beside an inference worker. Register, gather, update.
+
+Also the home of the private helpers that programs written for the original import or patch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import zmq
+from loguru import logger
+
+from checkpoint_engine import control, distributed, plan, rdma
+from checkpoint_engine.checkpoint_files import open_files, tensor_sources
+from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.control import ControlPlane, Operation, connect_store
+from checkpoint_engine.data_types import (
+    BucketRange,
+    DataToGather,
+    H2DBucket,
+    MemoryBuffer,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+    align_up,
+    tensor_nbytes,
+)
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.distributed.weights_group import WeightsGroup, create_weights_group
+from checkpoint_engine.errors import BusyError, UpdateError
+from checkpoint_engine.gather import decode_gathered, encode_gathered
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import WorkerLink, new_address, open_context
+from checkpoint_engine.p2p_store import P2PStore
+from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.pipeline import Pipeline, Request, RequestFunction, SocketPaths, WorkerSession
+from checkpoint_engine.plan import BucketSize, Step, TransferPlan
+from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.settings import Settings, from_launcher
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = [
+    "BucketRange",
+    "BusyError",
+    "DataToGather",
+    "H2DBucket",
+    "MemoryBuffer",
+    "MemoryBufferMetaList",
+    "MemoryBufferMetas",
+    "P2PStore",
+    "ParameterMeta",
+    "ParameterServer",
+    "UpdateError",
+    "UpdateReport",
+    "request_inference_to_update",
+    "run_from_cli",
+]
+
+T = TypeVar("T")
+Metas = dict[int, MemoryBufferMetaList]
+_TEN_MINUTES = timedelta(minutes=10)
+
+
+class ParameterServer:
+    """Holds one rank's part of checkpoints in host memory and sends them to inference workers.
+
+    Every rank of the world makes one. Methods marked "all ranks" are collective: call them on every
+    rank, in the same order.
+    """
+
+    shared_memory_pool_name = "__shared_memory_pool__"
+
+    def __init__(
+        self,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        auto_pg: bool | None = None,
+        gpu_count: int | None = None,
+        mem_fraction: float | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+    ) -> None:
+        """Nothing is connected yet; ranks meet in their first collective call.
+
+        Args:
+            rank, world_size: default: ``RANK``, ``WORLD_SIZE``.
+            auto_pg: who owns process groups. True: this server, which closes them after every
+                update. False: the caller. None: whoever made them.
+            gpu_count: ranks per node. Default: the visible devices; on the cpu device
+                ``LOCAL_WORLD_SIZE``, else 1.
+            mem_fraction: share of free device memory that an update's buffers may take.
+                Default: ``PS_MEM_FRACTION``, else 0.9.
+            master_addr, master_port: where the ranks meet, on rank 0's host. Default:
+                ``MASTER_ADDR`` and ``MASTER_PORT`` + 1.
+
+        Raises:
+            ValueError: a value is missing or out of range.
+        """
+        self._rank = from_launcher(rank, "RANK")
+        self._world_size = from_launcher(world_size, "WORLD_SIZE")
+        if not 0 <= self._rank < self._world_size:
+            raise ValueError(f"rank {self._rank} is not in a world of {self._world_size}")
+        self.device_manager = DeviceManager()
+        self._gpu_count = self.device_manager.device_count() if gpu_count is None else gpu_count
+        if self._gpu_count < 1:
+            raise ValueError(f"gpu_count must be at least 1, got {self._gpu_count}")
+        self._local_rank = self._rank % self._gpu_count
+        self._mem_fraction = Settings.from_env(mem_fraction).mem_fraction
+        self._auto_pg = auto_pg
+        self._device_uuid = _get_physical_gpu_id(self.device_manager, self._local_rank)
+        if self.device_manager.is_accelerator:
+            self.device_manager.device_module.set_device(self._local_rank)
+
+        self._log = logger.bind(rank=self._rank)
+        self._control = ControlPlane(self._rank, self._world_size, master_addr, master_port)
+        self._host_memory = HostMemory(self.device_manager.device_type)
+        self._memory_pool: dict[str, list[MemoryBuffer]] = {}
+        self._pool_user: str | None = None
+        self._gathered_name: str | None = None
+        self._gathered_digest = ""
+        self._current_global_parameter_metas: Metas = {}
+        self._local_rdma_devices: dict[str, set[int]] = defaultdict(set)
+        self._remote_rdma_devices: dict[str, set[int]] = defaultdict(set)
+        self._weights_group: WeightsGroup | None = None
+        self._groups_made = 0
+        self._made_default_group = False
+        self._memory_lock = threading.Lock()
+        self._collective_lock = threading.Lock()
+        self._running = ""
+        self._rdma_device: str | None = None
+        self._p2p_store: P2PStore | None = None
+        self._p2p_missing = ""
+        self._start_p2p()
+
+    # ------------------------------------------------------------------ checkpoints on this rank
+
+    def register_checkpoint(
+        self,
+        checkpoint_name: str,
+        *,
+        files: Sequence[str] | None = None,
+        named_tensors: Mapping[str, torch.Tensor] | None = None,
+        use_shared_memory_pool: bool = False,
+        use_inplace_pin_memory: bool = False,
+    ) -> None:
+        """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
+
+        Without input the rank owns nothing of it. Once this returns, the caller may change or drop
+        the tensors and files.
+
+        Args:
+            files: ``.safetensors`` files, or ``.npy`` files with their ``.meta``.
+            named_tensors: on any device; they override same-named tensors of the files.
+            use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
+            use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
+                instead of copying them, and then DELETE them.
+
+        Raises:
+            ValueError: the name is taken, or a file or tensor cannot be used; nothing is kept.
+            RuntimeError: there is not enough memory; nothing is kept.
+        """
+        with self._memory_lock:
+            self._check_can_register(checkpoint_name, use_shared_memory_pool)
+            in_place, copied = _split_in_place(files, use_inplace_pin_memory)
+            sources = {**open_files(copied), **tensor_sources(named_tensors or {})}
+            pool = self._memory_pool.get(self.shared_memory_pool_name)
+            buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
+            if in_place:
+                buffers += self._pin_in_place(in_place, sources.keys(), buffers)
+            if use_shared_memory_pool:
+                self._memory_pool.setdefault(self.shared_memory_pool_name, buffers)
+                self._pool_user = checkpoint_name
+            self._memory_pool[checkpoint_name] = buffers
+            self._log.info(
+                "registered {}: {} tensors, {:.3f} GB in {} buffers",
+                checkpoint_name,
+                sum(len(buffer.metas) for buffer in buffers),
+                sum(buffer.size for buffer in buffers) / 1e9,
+                len(buffers),
+            )
+
+    def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
+        """Free this rank's part of a checkpoint. This rank alone.
+
+        Args:
+            force: for a checkpoint in the shared memory pool: free the pool's memory too.
+
+        Raises:
+            BusyError: an update is sending it.
+        """
+        with self._memory_lock:
+            if checkpoint_name not in self._memory_pool or checkpoint_name == self.shared_memory_pool_name:
+                self._log.warning("checkpoint {} is not registered", checkpoint_name)
+                return
+            if self._running == checkpoint_name:
+                raise BusyError(f"checkpoint {checkpoint_name!r} is being updated from: try again after it")
+            buffers = self._memory_pool.pop(checkpoint_name)
+            if checkpoint_name != self._pool_user:
+                self._host_memory.release(buffers)
+                return
+            self._pool_user = None
+            if force:
+                self._host_memory.release(self._memory_pool.pop(self.shared_memory_pool_name))
+
+    # ------------------------------------------------------------------ who owns what
+
+    def gather_metas(self, checkpoint_name: str) -> None:
+        """Learn what every rank owns of a checkpoint, replacing what was gathered before. All ranks.
+
+        Raises:
+            UpdateError: no rank has registered it, or a rank did not come.
+        """
+        with self._collective("gather_metas", checkpoint_name, _TEN_MINUTES) as operation:
+            mine = self._what_i_own(checkpoint_name)
+            blobs = operation.all_gather("metas", encode_gathered(mine))
+            gathered = [decode_gathered(blob) for blob in blobs]
+            gathered[self._rank] = mine
+            if not any(one.memory_buffer_metas_list for one in gathered):
+                self._check_registered_somewhere(operation, checkpoint_name)
+        self._set_global_metas(dict(enumerate(gathered)))
+        self._local_rdma_devices = _topology(gathered)
+        self._gathered_name = checkpoint_name
+        self._gathered_digest = hashlib.sha256(b"".join(blobs)).hexdigest()
+
+    def get_metas(self) -> Metas:
+        """What was gathered or loaded last, by owner rank. This rank alone."""
+        return dict(self._current_global_parameter_metas)
+
+    def load_metas(self, metas: Metas) -> None:
+        """Take over the metas of another world, to read its ranks' memory by P2P. This rank alone.
+
+        Raises:
+            ValueError: an owner has no P2P address.
+        """
+        owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
+        without = [rank for rank, owned in owners.items() if not owned.p2p_store_addr]
+        if without:
+            raise ValueError(f"owner ranks {without} have no P2P address: their world runs without P2P")
+        self._set_global_metas(owners)
+        self._gathered_name = None
+        self._gathered_digest = hashlib.sha256(
+            json.dumps({rank: owned.model_dump(mode="json") for rank, owned in owners.items()}).encode()
+        ).hexdigest()
+
+    # ------------------------------------------------------------------ process groups
+
+    def init_process_group(
+        self,
+        *,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        timeout: timedelta = _TEN_MINUTES,
+    ) -> None:
+        """Create the default process group of the world, for the caller's use. All ranks.
+
+        Updates do not need it. Does nothing if there is one.
+        """
+        self._init_default_group(list(range(self._world_size)), master_addr, master_port, timeout)
+
+    def init_process_group_for_ranks(
+        self,
+        ranks: Sequence[int],
+        *,
+        master_port: int | None = None,
+        timeout: timedelta = _TEN_MINUTES,
+    ) -> None:
+        """Create a default process group of exactly ``ranks``; other ranks return at once."""
+        if self._rank in ranks:
+            self._init_default_group(list(ranks), None, master_port, timeout)
+
+    def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
+        """Return once every rank has called it, without any process group. All ranks."""
+        with self._collective("store_based_barrier", "", timeout) as operation:
+            operation.all_gather("barrier", b"")
+
+    # ------------------------------------------------------------------ update
+
+    def update(
+        self,
+        checkpoint_name: str,
+        req_func: RequestFunction,
+        *,
+        ranks: Sequence[int] | None = None,
+        timeout: timedelta = _TEN_MINUTES,
+    ) -> UpdateReport:
+        """Send a checkpoint to the inference workers of all ranks. All ranks.
+
+        Args:
+            req_func: asks the inference engine to start receiving. Gets the (device identity, zmq
+                address) of every rank, in rank order; runs in a thread of its own on every rank.
+            ranks: P2P: send to the workers of these ranks only.
+            timeout: of the whole call.
+
+        Raises:
+            UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
+                Everything is released, and the next update works.
+            BusyError: this server is in another collective call.
+        """
+        if ranks:
+            raise RuntimeError(
+                f"update(ranks={list(ranks)}) needs P2P, which is not available: {self._p2p_missing}"
+            )
+        with self._collective("update", checkpoint_name, timeout) as operation, ExitStack() as stack:
+            operation.watch()
+            link = self._listen(stack)
+            socket_paths, transfer = self._agree(operation, checkpoint_name, link.address)
+            buffer = stack.enter_context(self._share_buffer(transfer))
+            group = self._join_weights_group(operation, stack)
+            operation.begin("handshake")
+            request = Request(req_func, socket_paths)
+            stack.push(_give_up(operation, link))
+            session = WorkerSession(link, _both(operation.check, request.check))
+            session.hand_over(buffer, operation.deadline.remaining())
+            self._stream(checkpoint_name, transfer, buffer, group, operation, session)
+            operation.begin("release")
+            session.release()
+            buffer.close()
+            operation.begin("post hook")
+            session.finish()
+            request.join(operation.check)
+        return self._report(checkpoint_name, transfer, operation)
+
+    def _listen(self, stack: ExitStack) -> WorkerLink:
+        context = stack.enter_context(open_context())
+        return stack.enter_context(contextlib.closing(WorkerLink(context, new_address())))
+
+    def _agree(
+        self, operation: Operation, checkpoint_name: str, address: str
+    ) -> tuple[SocketPaths, TransferPlan]:
+        """Exchange what planning needs, and plan. The plan is the same on every rank."""
+        operation.begin("plan")
+        self._check_gathered(checkpoint_name)
+        mine = {
+            "uuid": self._device_uuid,
+            "address": address,
+            "free": self._spare_memory(),
+            "cap": Settings.from_env().max_bucket_bytes,
+            "digest": self._gathered_digest,
+        }
+        all_ranks = [
+            json.loads(blob) for blob in operation.all_gather("hello", json.dumps(mine).encode())
+        ]
+        different = [rank for rank, one in enumerate(all_ranks) if one["digest"] != mine["digest"]]
+        if different:
+            raise RuntimeError(
+                f"ranks {different} gathered other metas than rank {self._rank}: call "
+                f"gather_metas({checkpoint_name!r}) on all ranks"
+            )
+        size = self._bucket_size(all_ranks)
+        transfer = plan.plan_transfer(
+            self._current_global_parameter_metas,
+            size,
+            self._local_rdma_devices,
+            self._remote_rdma_devices,
+        )
+        return [(one["uuid"], one["address"]) for one in all_ranks], transfer
+
+    def _bucket_size(self, all_ranks: list[dict[str, Any]]) -> BucketSize:
+        return plan.bucket_size(
+            min(one["free"] for one in all_ranks),
+            plan.largest_tensor(self._current_global_parameter_metas),
+            min(one["cap"] for one in all_ranks),
+        )
+
+    def _spare_memory(self) -> int:
+        """Bytes that this rank's buffers may take; the cpu device's ranks share their host's."""
+        sharers = 1 if self.device_manager.is_accelerator else self._gpu_count
+        return int(self.device_manager.free_memory() // sharers * self._mem_fraction)
+
+    def _share_buffer(self, transfer: TransferPlan) -> SharedBuffer:
+        halves = min(2, max(1, len(transfer.steps)))
+        return SharedBuffer(self.device_manager, self._local_rank, halves * transfer.bucket_bytes)
+
+    def _stream(
+        self,
+        checkpoint_name: str,
+        transfer: TransferPlan,
+        buffer: SharedBuffer,
+        group: WeightsGroup | None,
+        operation: Operation,
+        session: WorkerSession,
+    ) -> None:
+        def load(step: Step, target: torch.Tensor) -> None:
+            self._copy_to_buffer(checkpoint_name, step.bucket, target)
+
+        operation.begin("transfer")
+        pipeline = Pipeline(transfer, self._rank, self.device_manager, buffer, group, load)
+        pipeline.run(operation, session)
+
+    def _report(
+        self, checkpoint_name: str, transfer: TransferPlan, operation: Operation
+    ) -> UpdateReport:
+        report = UpdateReport(
+            checkpoint_name=checkpoint_name,
+            rank=self._rank,
+            world_size=self._world_size,
+            tensors=transfer.tensor_count,
+            buckets=len(transfer.steps),
+            bucket_bytes=transfer.bucket_bytes,
+            bytes=transfer.total_bytes,
+            seconds=sum(operation.seconds.values()),
+            phases=operation.seconds,
+        )
+        self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
+        return report
+
+    # ------------------------------------------------------------------ parts of the above
+
+    @contextlib.contextmanager
+    def _collective(
+        self, call: str, checkpoint_name: str, timeout: timedelta
+    ) -> Iterator[Operation]:
+        """One collective call at a time; ends with the same outcome on every rank."""
+        if not self._collective_lock.acquire(blocking=False):
+            raise BusyError(f"{call} refused: this rank is in a collective call already")
+        try:
+            self._running = checkpoint_name
+            with self._control.operation(call, timeout) as operation:
+                yield operation
+        finally:
+            self._running = ""
+            self._collective_lock.release()
+
+    def _check_can_register(self, checkpoint_name: str, use_shared_memory_pool: bool) -> None:
+        if checkpoint_name == self.shared_memory_pool_name:
+            raise ValueError(f"{checkpoint_name!r} is the name of the shared memory pool itself")
+        if checkpoint_name in self._memory_pool:
+            raise ValueError(
+                f"checkpoint {checkpoint_name!r} is registered already: unregister_checkpoint() it first"
+            )
+        if use_shared_memory_pool and self._pool_user is not None:
+            raise ValueError(
+                f"checkpoint {self._pool_user!r} occupies the shared memory pool: unregister it first"
+            )
+
+    def _pin_in_place(
+        self, files: list[str], taken: Any, copied: list[MemoryBuffer]
+    ) -> list[MemoryBuffer]:
+        """Pin files where they are; on failure release what was copied beside them."""
+        try:
+            clashes = sorted(set(open_files(files)) & set(taken))
+            if clashes:
+                raise ValueError(f"tensors {clashes[:3]} of in-place files are also given otherwise")
+            return self._host_memory.pin_in_place(files)
+        except BaseException:
+            self._host_memory.release(copied)
+            raise
+
+    def _what_i_own(self, checkpoint_name: str) -> DataToGather:
+        return DataToGather(
+            memory_buffer_metas_list=[
+                MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size)
+                for b in self._memory_pool.get(checkpoint_name, [])
+                if b.metas
+            ],
+            p2p_store_addr=None if self._p2p_store is None else self._p2p_store.addr,
+            rdma_device="" if self._rdma_device is None else self._rdma_device,
+            host_ip=self._control.local_ip(),
+            device_uuid=self._device_uuid,
+        )
+
+    def _check_registered_somewhere(self, operation: Operation, checkpoint_name: str) -> None:
+        known = b"1" if checkpoint_name in self._memory_pool else b""
+        if not any(operation.all_gather("registered", known)):
+            raise ValueError(
+                f"no rank has registered checkpoint {checkpoint_name!r}: call "
+                "register_checkpoint() before gather_metas()"
+            )
+
+    def _set_global_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
+        owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
+        self._current_global_parameter_metas = {
+            rank: MemoryBufferMetaList.model_construct(
+                p2p_store_addr=owned.p2p_store_addr,
+                memory_buffer_metas_list=owned.memory_buffer_metas_list,
+                rdma_device=owned.rdma_device,
+            )
+            for rank, owned in owners.items()
+        }
+        self._remote_rdma_devices = _topology(owners)
+
+    def _check_gathered(self, checkpoint_name: str) -> None:
+        """The local part of what was gathered must still be what is registered."""
+        if self._gathered_name != checkpoint_name:
+            raise RuntimeError(
+                f"the metas of {checkpoint_name!r} have not been gathered (last: "
+                f"{self._gathered_name!r}): call gather_metas({checkpoint_name!r}) on all ranks"
+            )
+        gathered = self._current_global_parameter_metas.get(self._rank)
+        expected = [] if gathered is None else [b.metas for b in gathered.memory_buffer_metas_list]
+        now = [b.metas for b in self._memory_pool.get(checkpoint_name, []) if b.metas]
+        if now != expected:
+            raise RuntimeError(
+                f"checkpoint {checkpoint_name!r} changed on this rank since its metas were gathered: "
+                "call gather_metas() again on all ranks"
+            )
+
+    def _init_default_group(
+        self, ranks: list[int], addr: str | None, port: int | None, timeout: timedelta
+    ) -> None:
+        if distributed.is_initialized():
+            self._log.debug("the default process group exists already")
+            return
+        self._groups_made += 1
+        distributed.init_process_group(
+            rank=ranks.index(self._rank),
+            world_size=len(ranks),
+            store=dist.PrefixStore(f"default-group/{self._groups_made}", self._group_store(addr, port)),
+            backend=self.device_manager.backend,
+            timeout=timeout,
+        )
+        self._made_default_group = True
+
+    def _group_store(self, addr: str | None, port: int | None) -> Any:
+        if self._world_size == 1 or (addr is None and port is None):
+            return self._control.store()
+        addr, port = control.master_addr(addr), control.master_port(port)
+        return connect_store(self._rank, self._world_size, addr, port)
+
+    def _join_weights_group(self, operation: Operation, stack: ExitStack) -> WeightsGroup | None:
+        """The group to broadcast in: the one kept from the last update, or a new one."""
+        if self._world_size == 1:
+            return None
+        if self._weights_group is None:
+            operation.begin("process group")
+            self._weights_group = create_weights_group(
+                self.device_manager.backend,
+                dist.PrefixStore("weights", operation.store),
+                list(range(self._world_size)),
+                self._rank,
+                self._control.local_ip(),
+                operation.deadline,
+            )
+        stack.push(self._leave_weights_group)
+        return self._weights_group
+
+    def _leave_weights_group(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        """After a failure nothing in flight survives; otherwise ``auto_pg`` decides."""
+        if self._weights_group is not None and exc_type is not None:
+            self._weights_group.abort()
+            self._weights_group = None
+        elif self._weights_group is not None and not self._keeps_groups():
+            self._weights_group.close()
+            self._weights_group = None
+        if self._auto_pg and self._made_default_group:
+            distributed.destroy_process_group()
+            self._made_default_group = False
+
+    def _keeps_groups(self) -> bool:
+        if self._auto_pg is None:
+            return distributed.is_initialized()
+        return not self._auto_pg
+
+    def _start_p2p(self) -> None:
+        try:
+            self._p2p_store = P2PStore(self.device_manager)
+        except Exception as error:
+            self._p2p_missing = str(error)
+
+    # ------------------------------------------------------------------ what clients reach into
+
+    def _copy_to_buffer(
+        self,
+        checkpoint_name: str,
+        bucket: H2DBucket,
+        buffer: torch.Tensor,
+        owner_rank: int | None = None,
+    ) -> None:
+        """Copy a bucket from this rank's host memory into ``buffer``, on the current stream.
+
+        Args:
+            buffer: uint8, of at least ``bucket.size`` bytes.
+            owner_rank: whose memory to read; ``None``: this rank's own.
+        """
+        if owner_rank is not None and owner_rank != self._rank:
+            raise RuntimeError(f"reading rank {owner_rank}'s memory needs P2P: {self._p2p_missing}")
+        sources = [b.buffer for b in self._memory_pool[checkpoint_name] if b.metas]
+        position = 0
+        for index, offset, size in bucket.ranges:
+            source = sources[index][offset : offset + size]
+            buffer[position : position + size].copy_(source, non_blocking=True)
+            position += align_up(size)
+
+    def _bind_zmq_socket(self) -> tuple[zmq.Socket, SocketPaths]:
+        """A bound REQ socket for this rank's worker, and all ranks' addresses. All ranks.
+
+        For programs that drive the worker's protocol themselves; the caller closes the socket.
+        """
+        address = new_address()
+        socket = zmq.Context.instance().socket(zmq.REQ)
+        socket.bind(address)
+        with self._collective("_bind_zmq_socket", "", _TEN_MINUTES) as operation:
+            mine = json.dumps([self._device_uuid, address]).encode()
+            paths = [json.loads(blob) for blob in operation.all_gather("address", mine)]
+        return socket, [(uuid, path) for uuid, path in paths]
+
+    def _detect_bucket_size(
+        self, ranks_group: Any = None, *, disable_h2d_buffer: bool = False
+    ) -> tuple[int, bool]:
+        """Bytes of a bucket and whether staging is off, for what was gathered. All ranks."""
+        mine = {"free": self._spare_memory(), "cap": Settings.from_env().max_bucket_bytes}
+        with self._collective("_detect_bucket_size", "", _TEN_MINUTES) as operation:
+            blobs = operation.all_gather("memory", json.dumps(mine).encode())
+            size = self._bucket_size([json.loads(blob) for blob in blobs])
+        return size.bytes, disable_h2d_buffer or not size.staging
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def check() -> None:
+        first()
+        second()
+
+    return check
+
+
+def _give_up(operation: Operation, link: WorkerLink) -> Callable[[Any, Any, Any], None]:
+    """An exit callback: on failure, tell the other ranks and this rank's worker before cleaning up."""
+
+    def on_exit(exc_type: Any, exc: Any, traceback: Any) -> None:
+        if exc is not None:
+            operation.publish(exc)
+            link.abort(str(exc) or type(exc).__name__)
+
+    return on_exit
+
+
+def _split_in_place(
+    files: Sequence[str] | None, in_place: bool
+) -> tuple[list[str], list[str]]:
+    """Files to pin where they are, and files to copy."""
+    paths = [os.fspath(path) for path in files or ()]
+    chosen = [
+        path
+        for path in paths
+        if in_place and path.endswith(".safetensors") and os.path.realpath(path).startswith("/dev/shm/")
+    ]
+    return chosen, [path for path in paths if path not in chosen]
+
+
+def _topology(owned: Any) -> dict[str, set[int]]:
+    """The ranks on each NIC, from what they said of themselves."""
+    items = owned.items() if isinstance(owned, Mapping) else enumerate(owned)
+    nics: dict[str, set[int]] = defaultdict(set)
+    for rank, one in items:
+        host = getattr(one, "host_ip", None) or str(one.p2p_store_addr).rpartition(":")[0]
+        nics[f"{one.rdma_device}@{host}"].add(rank)
+    return nics
+
+
+# ---------------------------------------------------------------------- names that callers know
+
+
+def _get_physical_gpu_id(device_manager: Any = None, device_index: int | None = None) -> str:
+    """A device's identity; called as ``(index)`` by 0.2's callers, ``(device_manager, index)`` by 0.4's."""
+    if not isinstance(device_manager, DeviceManager):
+        device_manager, device_index = DeviceManager(), device_manager
+    if device_index is None:
+        module = device_manager.device_module
+        device_index = module.current_device() if device_manager.is_accelerator else 0
+    return device_manager.identity(device_index)
+
+
+def _ibv_get_device_list() -> list[str]:
+    """The RDMA devices of this machine."""
+    devices, findings = rdma.list_devices()
+    for finding in findings:
+        logger.debug(finding)
+    return devices
+
+
+def _get_rdma_devices() -> list[str]:
+    """The RDMA devices that P2P may use."""
+    devices, findings = rdma.select_devices(os.environ, _ibv_get_device_list())
+    for finding in findings:
+        logger.warning(finding)
+    return devices
+
+
+def _parse_NCCL_IB_HCA(value: str, available_devices: list[str]) -> list[str]:  # noqa: N802
+    devices, findings = rdma.parse_hca(value, available_devices)
+    for finding in findings:
+        logger.warning(finding)
+    return devices
+
+
+def _get_my_rdma_device(local_rank: int, gpu_count: int, devices: list[str]) -> str:
+    return rdma.device_for_rank(local_rank, gpu_count, devices)
+
+
+def _get_master_port(master_port: int | None = None) -> int:
+    return control.master_port(master_port)
+
+
+def _get_bcast_rank_map(world_size: int, ranks: list[int] | None) -> dict[int, int]:
+    """Global rank to rank within the group that broadcasts."""
+    return {rank: place for place, rank in enumerate(ranks or range(world_size))}
+
+
+def _align_size(dtype: torch.dtype, shape: torch.Size) -> int:
+    return align_up(tensor_nbytes(dtype, shape))
+
+
+_to_named_tensor = plan.to_named_tensor
+_gen_h2d_buckets = plan.gen_h2d_buckets
+_assign_receiver_ranks = plan.assign_receiver_ranks
+
+
+def _init_api(ps: ParameterServer) -> FastAPI:
+    from checkpoint_engine.api import _init_api as init_api
+
+    return init_api(ps)
+
+
+def run_from_cli() -> None:
+    """Serve this rank's ``ParameterServer`` over HTTP."""
+    from checkpoint_engine.__main__ import main
+
+    main()

@@ -1,0 +1,144 @@
+"""Which RDMA NICs this machine has, which of them may be used, and which one a rank uses.
+
+Nothing here logs: every function returns its findings, one text each, for its caller to report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping, Sequence
+
+MAX_DEVICES = 32
+"""NCCL looks at no more than this many devices, and neither do we."""
+
+DEVICES_VARIABLE = "PS_P2P_STORE_RDMA_DEVICES"
+HCA_VARIABLE = "NCCL_IB_HCA"
+
+_ADVICE = (
+    f"set {DEVICES_VARIABLE} (a comma-separated list) or {HCA_VARIABLE} so that the number of RDMA "
+    "devices divides the number of GPUs per node or is a multiple of it"
+)
+
+
+def list_devices() -> tuple[list[str], list[str]]:
+    """The names of the RDMA devices that libibverbs sees, and findings.
+
+    A machine without the library has no usable device; the finding says what to install.
+    """
+    try:
+        verbs = _load_verbs()
+    except OSError as error:
+        return [], [f"no RDMA devices: {error}; on Debian and Ubuntu install libibverbs1"]
+    count = ctypes.c_int(0)
+    # NULL where the kernel has no RDMA support: the same as no device.
+    devices = verbs.ibv_get_device_list(ctypes.byref(count))
+    if not devices:
+        return [], []
+    try:
+        return [verbs.ibv_get_device_name(devices[i]).decode() for i in range(count.value)], []
+    finally:
+        verbs.ibv_free_device_list(devices)
+
+
+def _load_verbs() -> ctypes.CDLL:
+    verbs = ctypes.CDLL("libibverbs.so.1", use_errno=True)
+    verbs.ibv_get_device_list.argtypes = [ctypes.POINTER(ctypes.c_int)]
+    verbs.ibv_get_device_list.restype = ctypes.POINTER(ctypes.c_void_p)
+    verbs.ibv_get_device_name.argtypes = [ctypes.c_void_p]
+    verbs.ibv_get_device_name.restype = ctypes.c_char_p
+    verbs.ibv_free_device_list.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
+    verbs.ibv_free_device_list.restype = None
+    return verbs
+
+
+def select_devices(
+    environ: Mapping[str, str], available: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The devices that the environment asks for, and findings.
+
+    ``PS_P2P_STORE_RDMA_DEVICES`` is taken literally, in its order. Else ``NCCL_IB_HCA`` filters
+    ``available``; where it matches nothing, or nothing is asked for, all of them are used.
+    """
+    named = _split(environ.get(DEVICES_VARIABLE, ""))
+    if named:
+        return named, []
+    devices, findings = parse_hca(environ.get(HCA_VARIABLE, ""), available)
+    return devices if devices else list(available), findings
+
+
+def parse_hca(value: str, available: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The devices of ``available`` that a value of ``NCCL_IB_HCA`` selects, and findings.
+
+    The syntax is NCCL's: a comma-separated list of name prefixes; a leading ``=`` asks for exact
+    names, ``^`` for all but those named, ``^=`` for both; a port after ``:`` is ignored. Selected
+    devices come in natural order (mlx5_2 before mlx5_10), the rest of an exclusion in the order of
+    ``available``; at most ``MAX_DEVICES``. Each name that matches nothing is a finding.
+
+    https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-ib-hca
+    """
+    value = value.strip()
+    if not value:
+        return list(available[:MAX_DEVICES]), []
+    exclude, value = value.startswith("^"), value.removeprefix("^")
+    exact, value = value.startswith("="), value.removeprefix("=")
+    matched, findings = _match(_split(value), available, exact)
+    if exclude:
+        devices = [device for device in available if device not in matched]
+    else:
+        devices = sorted(matched, key=_natural_key)
+    return devices[:MAX_DEVICES], findings
+
+
+def device_for_rank(local_rank: int, gpu_count: int, devices: Sequence[str]) -> str:
+    """The device of one rank: ranks and devices are paired in contiguous blocks.
+
+    With more devices than ranks per node a rank gets several, comma-joined.
+
+    Raises:
+        RuntimeError: there is no device.
+        ValueError: ``local_rank`` is not one of the node's ``gpu_count`` ranks.
+        AssertionError: the blocks do not come out even (callers of the original catch this type).
+    """
+    count = len(devices)
+    if count == 0:
+        raise RuntimeError("no rdma devices found")
+    if not 0 <= local_rank < gpu_count:
+        raise ValueError(f"local rank {local_rank} is not one of the node's {gpu_count} ranks")
+    if count > gpu_count and count % gpu_count != 0:
+        raise AssertionError(
+            f"rdma devices count {count} should be divisible by gpu count {gpu_count}: {_ADVICE}"
+        )
+    if count <= gpu_count and gpu_count % count != 0:
+        raise AssertionError(
+            f"gpu count {gpu_count} should be divisible by rdma devices count {count}: {_ADVICE}"
+        )
+    if count <= gpu_count:
+        return devices[local_rank // (gpu_count // count)]
+    share = count // gpu_count
+    return ",".join(devices[local_rank * share : (local_rank + 1) * share])
+
+
+def _split(value: str) -> list[str]:
+    return [name for part in value.split(",") if (name := part.strip())]
+
+
+def _match(
+    names: Sequence[str], available: Sequence[str], exact: bool
+) -> tuple[set[str], list[str]]:
+    matched: set[str] = set()
+    findings = []
+    for name in (name.split(":")[0].strip() for name in names):
+        hits = {d for d in available if (d == name if exact else d.startswith(name))}
+        matched |= hits
+        if not hits:
+            findings.append(
+                f"No RDMA device match device_name={name!r} where is_exact_match={exact}."
+            )
+    return matched, findings
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

@@ -1,0 +1,59 @@
+"""The environment variables of an update, read once per use into a frozen object."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``max_bucket_bytes``: cap of a bucket. ``mem_fraction``: share of free device memory."""
+
+    max_bucket_bytes: int
+    mem_fraction: float
+
+    @staticmethod
+    def from_env(mem_fraction: float | None = None) -> Settings:
+        """``mem_fraction``: what the caller gave instead of ``PS_MEM_FRACTION``.
+
+        Raises:
+            ValueError: a value is no number or out of range; names the variable.
+        """
+        fraction = _number("PS_MEM_FRACTION", 0.9) if mem_fraction is None else mem_fraction
+        if not 0 < fraction <= 1:
+            raise ValueError(f"mem_fraction (PS_MEM_FRACTION) must be in (0, 1], got {fraction}")
+        cap = _number("PS_MAX_BUCKET_SIZE_GB", 8.0)
+        if not 0 < cap < math.inf:
+            raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
+        return Settings(int(cap * GIB), fraction)
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{variable} must be a number, got {text!r}") from None
+
+
+def from_launcher(value: int | None, variable: str) -> int:
+    """``value``, or else the launcher's environment variable.
+
+    Raises:
+        ValueError: neither is given, or the variable is no integer.
+    """
+    if value is not None:
+        return value
+    text = os.environ.get(variable)
+    if text is None:
+        raise ValueError(f"give {variable.lower()}=, or set {variable} as torchrun does")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{variable} must be an integer, got {text!r}") from None

@@ -1,0 +1,224 @@
+"""The inference side. Imported inside every inference worker, so it stays cheap to import."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import zmq
+
+from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.device_utils import DeviceManager, worker_index
+from checkpoint_engine.errors import WireError
+from checkpoint_engine.ipc import open_buffer
+from checkpoint_engine.link import ServerLink
+from checkpoint_engine.wire import (
+    Abort,
+    Bucket,
+    FlattenedTensorMetadata,
+    Handle,
+    NothingMore,
+    decode_handle,
+    decode_message,
+    encode_failure,
+)
+
+__all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+SERVER_TIMEOUT = 600.0
+"""Seconds that a worker waits for the next message of a server that sets no deadline."""
+
+
+def update_weights_from_ipc(
+    zmq_ctx: zmq.Context,
+    zmq_handle: str,
+    device_id: int | None,
+    *,
+    run: Callable[[NamedTensors], Any],
+    post_hook: Callable[[], Any] | None = None,
+) -> None:
+    """Receive one update. Called by each inference worker, with its own address.
+
+    Args:
+        zmq_ctx: a context of the caller's.
+        zmq_handle: where this worker's server rank listens.
+        device_id: this worker's device, as this process counts them.
+        run: gets each bucket as ``[(name, tensor)]``. The tensors are views of memory that is
+            overwritten as soon as it returns: copy what is kept.
+        post_hook: called when all weights are loaded and the buffer is gone.
+
+    Raises:
+        WireError: the server is gone, or broke the protocol.
+        TimeoutError: the server stopped sending.
+        Exception: what ``run`` or ``post_hook`` raised, or the server's reason to abort. The
+            weights are then partly written; another update repairs them.
+    """
+    with contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link:
+        handle, buffer = _receive_buffer(link, device_id)
+        device_type = buffer.device.type
+        try:
+            failure = _load_buckets(link, buffer, run)
+        finally:
+            del buffer
+            _release_device_memory(device_type)
+        _acknowledge(link, failure)
+        server_waits = _server_waits_for_post_hook(link, handle)
+        failure = failure or _attempt(lambda: _run_post_hook(post_hook, device_type))
+        if server_waits:
+            _acknowledge(link, failure)
+        if failure is not None:
+            raise failure
+
+
+def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, torch.Tensor]:
+    message = link.receive()
+    try:
+        handle = decode_handle(message)
+        buffer = open_buffer(handle.rebuild, handle.args, device_id)
+    except Exception:
+        link.reply(encode_failure(traceback.format_exc()))
+        with contextlib.suppress(WireError, TimeoutError):
+            link.receive()  # the server's reason to abort, whatever it says
+        raise
+    if "timeout" in handle.extensions:
+        link.set_deadline(float(handle.extensions["timeout"]))
+    link.reply()
+    return handle, buffer
+
+
+def _load_buckets(
+    link: ServerLink, buffer: torch.Tensor, run: Callable[[NamedTensors], Any]
+) -> Exception | None:
+    """Load buckets until there are no more; the first failure is kept, and nothing loaded after it."""
+    failure: Exception | None = None
+    while True:
+        message = decode_message(link.receive())
+        if isinstance(message, NothingMore):
+            return failure
+        if isinstance(message, Abort):
+            raise message.error from failure
+        failure = failure or _attempt(lambda tensors=message.tensors: _load(tensors, buffer, run))
+        _acknowledge(link, failure)
+
+
+def _load(
+    tensors: list[FlattenedTensorMetadata],
+    buffer: torch.Tensor,
+    run: Callable[[NamedTensors], Any],
+) -> None:
+    run(extract_weights(tensors, buffer))
+    _synchronize(buffer.device.type)
+
+
+def extract_weights(tensors: list[FlattenedTensorMetadata], buffer: torch.Tensor) -> NamedTensors:
+    """The tensors of a bucket as views of the double buffer.
+
+    Raises:
+        ValueError: one reaches beyond the buffer.
+    """
+    weights = []
+    for entry in tensors:
+        dtype, shape, start = entry["dtype"], entry["shape"], entry["offset"]
+        end = start + tensor_nbytes(dtype, shape)
+        if end > buffer.nbytes:
+            raise ValueError(f"tensor {entry['name']!r} ends at {end} of {buffer.nbytes} bytes")
+        weights.append((entry["name"], buffer[start:end].view(dtype).view(shape)))
+    return weights
+
+
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold views of the buffer
+        return error
+    return None
+
+
+def _acknowledge(link: ServerLink, failure: Exception | None) -> None:
+    if failure is None:
+        link.reply()
+    else:
+        link.reply(encode_failure("".join(traceback.format_exception(failure))))
+
+
+def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:
+    """Whether the second ``None`` came. Senders of release 0.2 leave after the first."""
+    try:
+        received = link.receive()
+    except WireError:
+        if handle.extensions:  # a server of ours never leaves early unless it died
+            raise
+        return False
+    message = decode_message(received)
+    if isinstance(message, Abort):
+        raise message.error
+    if isinstance(message, Bucket):
+        raise WireError("the server sent a bucket after it had said there are no more")
+    return True
+
+
+def _run_post_hook(post_hook: Callable[[], Any] | None, device_type: str) -> None:
+    if post_hook is not None:
+        post_hook()
+    _synchronize(device_type)
+
+
+def _synchronize(device_type: str) -> None:
+    DeviceManager(device_type).synchronize()
+
+
+def _release_device_memory(device_type: str) -> None:
+    DeviceManager(device_type).release_cached_memory()
+
+
+class VllmColocateWorkerExtension:
+    """Mixed into vLLM's workers by ``--worker-extension-cls``; called over ``/collective_rpc``.
+
+    Any engine can use it whose workers have ``device``, ``local_rank`` and
+    ``model_runner.model.load_weights``.
+    """
+
+    device: torch.device
+    local_rank: int
+    model_runner: Any
+
+    def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> None:
+        """Load the weights that the parameter server sends to this worker's device.
+
+        Args:
+            zmq_handles: device identity to address, of at least this engine's devices.
+
+        Raises:
+            KeyError: this worker's device is not among them.
+        """
+        device_manager = DeviceManager(self.device.type)
+        index = self.device.index if self.device.index is not None else self.local_rank
+        identity = device_manager.identity(worker_index(self.device.type, index))
+        if identity not in zmq_handles:
+            raise KeyError(
+                f"this worker is {identity}, but the parameter server serves {sorted(zmq_handles)}"
+            )
+        with zmq.Context() as context:
+            update_weights_from_ipc(
+                context,
+                zmq_handles[identity],
+                device_id=self.device.index,
+                run=lambda weights: self.model_runner.model.load_weights(weights=weights),
+                post_hook=self._process_loaded_weights,
+            )
+
+    def _process_loaded_weights(self) -> None:
+        """What vLLM does to weights once they are loaded; other engines have nothing of the kind."""
+        try:
+            from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        except ImportError:
+            return
+        process_weights_after_loading(
+            self.model_runner.model, self.model_runner.model_config, self.device
+        )

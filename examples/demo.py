@@ -1,0 +1,297 @@
+"""The main job, from end to end: new weights into a running tensor-parallel engine, twice.
+
+    python examples/demo.py [--size small] [--keep]
+
+It starts the engine with dummy weights, writes a checkpoint, has two parameter-server ranks send it
+into the engine's workers, and does the same with a second checkpoint, as the next training step
+would. After each it compares every shard of every worker with its slice of the files, and the
+tokens that the engine generates with those of an engine started from the files. Exit code 0: all
+equal, and nothing left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+
+from random_checkpoint import (
+    SIZES,
+    expected_digests,
+    model_config,
+    tensor_shapes,
+    write_checkpoint,
+)
+
+EXAMPLES = Path(__file__).parent
+SHARED_MEMORY = Path("/dev/shm")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TP = 2
+PROMPT = [11, 22, 33, 44]
+MAX_TOKENS = 8
+UPDATE_DEFAULTS = {
+    "PS_MAX_BUCKET_SIZE_GB": "0.125",
+    "OMP_NUM_THREADS": "1",
+    "LOGURU_FORMAT": "{message}",
+    "LOGURU_LEVEL": "INFO",
+}
+TIMEOUT = 120.0
+STOP_TIMEOUT = 40.0  # torchrun gives its ranks 30 s to go
+
+
+class Engine:
+    """A mini_engine.py of our own, for as long as the ``with`` block lasts."""
+
+    def __init__(self, model: Path, load_format: str) -> None:
+        command = [sys.executable, str(EXAMPLES / "mini_engine.py"), f"--model={model}"]
+        command += [f"--tp={TP}", "--port=0", f"--load-format={load_format}"]
+        self.process = _start(command)
+        self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
+        self.url = ""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.close()
+        _stop(self.process, signal.SIGTERM)
+
+    def wait_until_healthy(self) -> None:
+        """Raises RuntimeError if the engine does not come up."""
+        deadline = time.monotonic() + TIMEOUT
+        if (stdout := self.process.stdout) and select.select([stdout], [], [], TIMEOUT)[0]:
+            self.url = stdout.readline().strip()
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if self._http.get(f"{self.url}/health").is_success:
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"the engine did not start, its exit code is {self.process.poll()}")
+
+    def generate(self) -> list[int]:
+        """The tokens that the engine's weights give after the prompt."""
+        body = {"prompt_token_ids": PROMPT, "max_tokens": MAX_TOKENS}
+        tokens: list[int] = self._post("generate", body)["token_ids"]
+        return tokens
+
+    def call_workers(self, method: str) -> list[Any]:
+        """Call a method of every worker; returns their results in rank order."""
+        results: list[Any] = self._post("collective_rpc", {"method": method})["results"]
+        return results
+
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
+        response = self._http.post(f"{self.url}/{route}", json=body)
+        if not response.is_success:
+            raise RuntimeError(f"the engine answered {response.status_code}: {response.text}")
+        return response.json()
+
+
+def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    """A child in a session of its own: Ctrl-C reaches this process alone, which ends the others."""
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+
+
+def _stop(process: subprocess.Popen[str], how: signal.Signals) -> None:
+    if process.poll() is None:
+        process.send_signal(how)
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+class Account:
+    """What is printed: a line per step, with seconds, bytes and rate where they say something."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def line(self, label: str, text: str, seconds: float | None = None, size: int = 0) -> None:
+        """``size`` is in bytes."""
+        figures = "" if seconds is None else f"{seconds:6.2f} s"
+        if seconds and size:
+            figures += f" {size / 1e9:6.2f} GB {size / 1e9 / seconds:6.2f} GB/s"
+        print(f"  {label:<10} {text:<64}{figures}".rstrip(), flush=True)
+
+    def relay(self, text: str) -> None:
+        """What another program printed."""
+        for part in textwrap.wrap(text, 88) or [""]:
+            self.line("", f"| {part}")
+
+    def verdict(self, equal: bool, text: str, seconds: float | None = None) -> None:
+        """Something that has to be so."""
+        self.failures += not equal
+        self.line("PASS" if equal else "FAIL", text, seconds)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._start
+
+
+def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> None:
+    """Run ``examples/update.py`` under torchrun: one parameter-server rank for each worker.
+
+    Raises:
+        RuntimeError: it failed, or took longer than ``TIMEOUT`` seconds.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={TP}", str(EXAMPLES / "update.py")]
+    command += [f"--checkpoint-path={checkpoint}", f"--checkpoint-name={checkpoint.name}"]
+    command += [f"--endpoint={engine.url}", f"--inference-parallel-size={TP}"]
+    command += ["--update-method=broadcast"]
+    environment = {**UPDATE_DEFAULTS, **os.environ, "PS_DEVICE": device}
+    process = _start(command, stderr=subprocess.STDOUT, env=environment)
+    overdue = threading.Timer(TIMEOUT, process.send_signal, [signal.SIGINT])
+    overdue.start()
+    try:
+        for text in process.stdout or ():
+            account.relay(text)
+        process.wait()
+    finally:
+        overdue.cancel()
+        _stop(process, signal.SIGINT)
+    if process.returncode != 0:
+        raise RuntimeError(f"update.py ended with exit code {process.returncode}")
+
+
+def check(account: Account, checkpoint: Path, engine: Engine) -> list[int]:
+    """The engine holds exactly this checkpoint and generates what a fresh one does; the tokens."""
+    clock = Stopwatch()
+    found, expected = engine.call_workers("weights_digest"), expected_digests(checkpoint, TP)
+    count = len(expected[0])
+    account.verdict(
+        found == expected, f"{TP} x {count} shards equal their slices of the files", clock()
+    )
+    clock = Stopwatch()
+    tokens = engine.generate()
+    account.line("tokens", " ".join(map(str, tokens)), clock())
+    clock = Stopwatch()
+    with Engine(checkpoint, "safetensors") as direct:
+        direct.wait_until_healthy()
+        same = direct.generate() == tokens
+    account.verdict(same, "the tokens are those of an engine started from the files", clock())
+    return tokens
+
+
+def run(account: Account, size: str, folder: Path, keep: bool) -> None:
+    """Start the engine, then twice: write a checkpoint, send it, check."""
+    config = model_config(size)
+    with Engine(_config_only(folder / "model", config), "dummy") as engine:
+        clock = Stopwatch()
+        engine.wait_until_healthy()
+        workers = engine.call_workers("describe")
+        device = workers[0]["device"]
+        account.line("engine", f"{len(workers)} workers on {device}, dummy weights", clock())
+        clock = Stopwatch()
+        answers = [engine.generate()]
+        account.line("tokens", " ".join(map(str, answers[0])), clock())
+        for checkpoint in (folder / "step-1", folder / "step-2"):
+            print(f"\n{checkpoint.name}")
+            clock = Stopwatch()
+            written = write_checkpoint(checkpoint, config, seed=len(answers))
+            text = f"{len(tensor_shapes(config))} tensors in 4 files"
+            account.line("checkpoint", text, clock(), written)
+            clock = Stopwatch()
+            push(account, checkpoint, engine, device)
+            account.line("update", f"torchrun --nproc-per-node {TP} examples/update.py", clock())
+            answers.append(check(account, checkpoint, engine))
+            if not keep:
+                shutil.rmtree(checkpoint)
+    different = len({tuple(tokens) for tokens in answers}) == len(answers)
+    account.verdict(different, "other weights, other tokens")
+
+
+def _config_only(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@contextlib.contextmanager
+def workplace(account: Account, keep: bool) -> Iterator[Path]:
+    """A folder for files and sockets; at the end it is removed, and so is whatever still runs."""
+    folder = Path(tempfile.mkdtemp(prefix="ps-demo-"))
+    sockets = folder / "sockets"
+    sockets.mkdir(mode=0o700)
+    os.environ["PS_IPC_DIR"] = str(sockets)  # also tells our processes from others
+    segments = set(SHARED_MEMORY.iterdir())
+    try:
+        yield folder
+    finally:
+        processes = _processes_with(str(sockets))
+        left = [*processes, *sockets.iterdir(), *(set(SHARED_MEMORY.iterdir()) - segments)]
+        account.verdict(not left, f"left behind: {', '.join(map(str, left)) or 'nothing'}")
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if keep:
+            print(f"kept {folder}")
+        else:
+            shutil.rmtree(folder)
+
+
+def _processes_with(value: str) -> list[int]:
+    """The other processes that have ``value`` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if value.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for signal_number in SIGNALS:  # what follows cleans up, and is not to be interrupted
+        signal.signal(signal_number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Update a running engine's weights, and check.")
+    parser.add_argument("--size", choices=SIZES, default="full", help="full: 1 GB, small: 8 MB")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
+    args = parser.parse_args()
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    account, clock = Account(), Stopwatch()
+    try:
+        with workplace(account, args.keep) as folder:
+            run(account, args.size, folder, args.keep)
+    except (RuntimeError, OSError, httpx.HTTPError) as error:
+        account.verdict(False, str(error))
+    except KeyboardInterrupt:
+        account.verdict(False, "interrupted")
+    print(f"\n{account.failures} failures in {clock():.1f} s")
+    return 1 if account.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

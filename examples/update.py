@@ -1,0 +1,243 @@
+"""Send a checkpoint into running inference engines: the main job, one rank per inference worker.
+
+    torchrun --nproc-per-node 8 examples/update.py --checkpoint-path /models/qwen \\
+        --update-method all --save-metas-file metas.json --sleep-time 300
+
+New engines, with ranks in a world of their own, take the weights from the memory of those ranks:
+
+    torchrun --nproc-per-node 8 examples/update.py --load-metas-file metas.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+
+from checkpoint_engine.checkpoint_files import (
+    FileParts,
+    FileSlice,
+    TensorSource,
+    natural_key,
+    open_files,
+)
+from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
+from checkpoint_engine.distributed import use_backend
+from checkpoint_engine.metas_file import Metas, decode_metas, encode_metas
+from checkpoint_engine.ps import ParameterServer
+
+INDEX = "model.safetensors.index.json"
+SocketPaths = list[tuple[str, str]]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Send a checkpoint into running inference engines."
+    )
+    add = parser.add_argument
+    add("--checkpoint-path", type=Path, help="folder with safetensors files")
+    add("--save-metas-file", type=Path, help="write for --load-metas-file who owns what")
+    add("--load-metas-file", type=Path, help="take the weights from the ranks that wrote this")
+    add("--metas-url", help="the same, from a server's /v1/metas")
+    add("--sleep-time", type=float, default=0, help="seconds to stay alive for others to read from")
+    add("--endpoint", default="http://localhost:19730", help="of the engine")
+    add("--inference-parallel-size", type=int, default=8, help="workers per engine")
+    add("--checkpoint-name", default="my-checkpoint-iter-0")
+    add("--update-method", choices=["broadcast", "p2p", "all"], default="broadcast")
+    add("--uds", help="Unix socket of the engine, where it does not listen on TCP")
+    add("--custom-dist", help="a backend of checkpoint_engine.distributed, instead of torch's")
+    add(
+        "--ready-timeout", type=float, default=300, help="seconds that the engine may take to be up"
+    )
+    args = parser.parse_args(argv)
+    sources = [args.checkpoint_path, args.load_metas_file, args.metas_url]
+    if sum(source is not None for source in sources) != 1:
+        parser.error("give one of --checkpoint-path, --load-metas-file and --metas-url")
+    if args.inference_parallel_size < 1:
+        parser.error("--inference-parallel-size must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    use_backend(args.custom_dist)
+    job = Job(args, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    if args.checkpoint_path is not None:
+        job.send()
+    else:
+        job.join()
+
+
+class Job:
+    """This rank's part of the job. Every rank of the world does the same steps."""
+
+    def __init__(self, args: argparse.Namespace, rank: int, world_size: int) -> None:
+        self.args = args
+        self.rank = rank
+        self.world_size = world_size
+        self.ps = ParameterServer(auto_pg=True)
+
+    def send(self) -> None:
+        """Load the checkpoint, a part on each rank, and send it to the engines."""
+        args, name = self.args, self.args.checkpoint_name
+        with self.phase("register") as done:
+            files, tensors, nbytes = load_share(args.checkpoint_path, self.rank, self.world_size)
+            self.ps.register_checkpoint(name, files=files, named_tensors=tensors)
+            done(nbytes)
+        self.gather()
+        if args.save_metas_file is not None and self.rank == 0:
+            write_atomically(args.save_metas_file, encode_metas(self.ps.get_metas()))
+        if args.update_method in ("broadcast", "all"):
+            self.update("broadcast", None)
+        if args.update_method in ("p2p", "all"):
+            self.update("p2p", self.first_engine())
+        time.sleep(args.sleep_time)
+
+    def join(self) -> None:
+        """Take the weights from the memory of another world's ranks."""
+        self.ps.register_checkpoint(self.args.checkpoint_name)
+        self.gather()
+        self.ps.load_metas(read_metas(self.args))
+        self.update("p2p", self.first_engine())
+
+    def gather(self) -> None:
+        """Learn who owns what, once the engines are up: this is where ranks start to wait."""
+        if self.leads_engine():
+            with self.phase("wait"):
+                health = f"{self.args.endpoint}/health"
+                wait_until_ready(health, self.args.ready_timeout, self.args.uds)
+        with self.phase("gather"):
+            self.ps.gather_metas(self.args.checkpoint_name)
+
+    def update(self, method: str, ranks: list[int] | None) -> None:
+        with self.phase(method) as done:
+            name = self.args.checkpoint_name
+            done(self.ps.update(name, self.ask_engine, ranks=ranks).bytes)
+
+    def ask_engine(self, socket_paths: SocketPaths) -> None:
+        """One rank per engine asks it, with the sockets of its workers."""
+        if self.leads_engine():
+            mine = socket_paths[self.rank : self.rank + self.args.inference_parallel_size]
+            url = f"{self.args.endpoint}/collective_rpc"
+            request_inference_to_update(url, dict(mine), uds=self.args.uds)
+
+    def leads_engine(self) -> bool:
+        workers: int = self.args.inference_parallel_size
+        return self.rank % workers == 0
+
+    def first_engine(self) -> list[int]:
+        return list(range(min(self.args.inference_parallel_size, self.world_size)))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[int], None]]:
+        """Time a step and print it on rank 0. The step may say how many bytes it moved."""
+        moved = 0
+
+        def done(nbytes: int) -> None:
+            nonlocal moved
+            moved = nbytes
+
+        start = time.perf_counter()
+        yield done
+        seconds = time.perf_counter() - start
+        if self.rank == 0:
+            rate = f" {moved / 1e9:8.3f} GB {moved / 1e9 / seconds:7.2f} GB/s" if moved else ""
+            print(f"{name:<9} {seconds:8.3f} s{rate}", flush=True)
+
+
+def load_share(
+    folder: Path, rank: int, world_size: int
+) -> tuple[list[str], dict[str, torch.Tensor], int]:
+    """This rank's part of a checkpoint: whole files, tensors out of shared ones, and its bytes.
+
+    With an index the tensors are split over the ranks, without one the files are.
+    """
+    if not (folder / INDEX).is_file():
+        files = sorted(str(path) for path in folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no *.safetensors files")
+        mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
+        return mine, {}, sum(source.nbytes for source in open_files(mine).values())
+    weight_map = read_weight_map(folder / INDEX)
+    stored = open_files(str(folder / file) for file in set(weight_map.values()))
+    for name, file in weight_map.items():
+        if name not in stored or place(stored[name]).path != str(folder / file):
+            raise ValueError(f"{folder / INDEX}: tensor {name!r} is not in {file}")
+    share = split_by_bytes([stored[name] for name in weight_map], rank, world_size)
+    whole = whole_files(share, stored)
+    rest = [source for source in share if place(source).path not in whole]
+    return whole, view_tensors(rest), sum(source.nbytes for source in share)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    return weight_map
+
+
+def place(source: TensorSource) -> FileSlice:
+    """Where a tensor of a safetensors file lies: in one piece."""
+    return cast(FileParts, source.data).parts[0]
+
+
+def split_by_bytes(
+    sources: Sequence[TensorSource], rank: int, world_size: int
+) -> list[TensorSource]:
+    """This rank's part: contiguous in the files, of about as many bytes as the others' parts."""
+    in_order = sorted(sources, key=lambda s: (natural_key(place(s).path), place(s).offset))
+    total = sum(source.nbytes for source in sources)
+    share, begin = [], 0
+    for source in in_order:
+        owner = min(begin * world_size // max(total, 1), world_size - 1)
+        if owner == rank:
+            share.append(source)
+        begin += source.nbytes
+    return share
+
+
+def whole_files(share: Sequence[TensorSource], stored: Mapping[str, TensorSource]) -> list[str]:
+    """The files all of whose tensors are in ``share``: these can be read straight into place."""
+    mine = {source.name for source in share}
+    shared = {place(source).path for source in stored.values() if source.name not in mine}
+    return list(dict.fromkeys(p for source in share if (p := place(source).path) not in shared))
+
+
+def view_tensors(sources: Sequence[TensorSource]) -> dict[str, torch.Tensor]:
+    """The tensors as views of the mapped files: nothing is read before it is copied."""
+    tensors = {}
+    for path, group in groupby(sources, key=lambda source: place(source).path):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({source.name: file.get_tensor(source.name) for source in group})
+    return tensors
+
+
+def read_metas(args: argparse.Namespace) -> Metas:
+    if args.metas_url is not None:
+        return fetch_metas(args.metas_url)
+    try:
+        return decode_metas(args.load_metas_file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{args.load_metas_file}: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whoever waits for the file never sees half of it."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What the update tests run in every rank: an inference worker, tensors to send, faults to inject."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+import zmq
+
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.worker import update_weights_from_ipc
+
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.complex64,
+]
+
+
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Generator):
+    """Any bit pattern but for bool, which only has two."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    if dtype is torch.bool:
+        data &= 1
+    return data.view(dtype).view(shape)
+
+
+def mixed_tensors(seed: int, owner: int, largest: int = 3 << 20) -> dict[str, torch.Tensor]:
+    """A rank's part: every dtype, scalars, empty tensors, tiny and larger than any small bucket."""
+    generator = torch.Generator().manual_seed(1000 * seed + owner)
+    shapes = [(), (0,), (3, 0, 2), (1,), (7,), (33, 5), (128, 257), (2, 3, 4, 5)]
+    tensors = {
+        f"layers.{i}.{str(dtype).removeprefix('torch.')}.{j}.{owner}": random_tensor(
+            dtype, shapes[(i + j) % len(shapes)], generator
+        )
+        for i, dtype in enumerate(DTYPES)
+        for j in range(3)
+    }
+    tensors[f"large.{owner}"] = random_tensor(torch.bfloat16, (largest // 2,), generator)
+    tensors[f"strided.{owner}"] = random_tensor(torch.float32, (64, 48), generator).t()
+    return tensors
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of dtype, shape and every bit."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat).hexdigest()
+
+
+def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+class Worker:
+    """An inference worker: a process of its own that loads by copying every tensor."""
+
+    def __init__(self, device_index: int) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")  # before the parent has a thread or a GPU
+        self._process = context.Process(target=_serve, args=(theirs, device_index), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid or 0)
+
+    def call(self, method: str, *args: object) -> object:
+        self._pipe.send((method, args))
+        try:
+            succeeded, result = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the worker process died") from None
+        if not succeeded:
+            raise RuntimeError(f"the engine answered: {result}")
+        return result
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+
+
+class _Engine:
+    def __init__(self, device_index: int) -> None:
+        self._device_index = device_index
+        self._weights: dict[str, torch.Tensor] = {}
+        self._buckets = 0
+        self.post_hooks = 0
+
+    def update(self, address: str, fault: str = "") -> None:
+        """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process."""
+        self._buckets = 0
+        device = DeviceManager()
+        with zmq.Context() as context:
+            update_weights_from_ipc(
+                context,
+                address,
+                self._device_index if device.is_accelerator else None,
+                run=lambda weights: self._load(weights, fault),
+                post_hook=lambda: self._post_hook(fault),
+            )
+
+    def digests(self) -> dict[str, str]:
+        return digests(self._weights)
+
+    def forget(self) -> None:
+        self._weights.clear()
+
+    def buckets(self) -> int:
+        return self._buckets
+
+    def hooks(self) -> int:
+        return self.post_hooks
+
+    def _load(self, weights: list[tuple[str, torch.Tensor]], fault: str) -> None:
+        self._buckets += 1
+        if fault == f"bucket:{self._buckets}":
+            raise ValueError(f"no parameter for bucket {self._buckets}")
+        if fault == f"die:{self._buckets}":
+            os._exit(1)
+        for name, tensor in weights:
+            self._weights[name] = tensor.clone()
+
+    def _post_hook(self, fault: str) -> None:
+        if fault == "hook":
+            raise ValueError("cannot repack the weights")
+        self.post_hooks += 1
+
+
+def _serve(pipe: Connection, device_index: int) -> None:
+    torch.set_num_threads(1)
+    engine = _Engine(device_index)
+    while True:
+        try:
+            method, args = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send((True, getattr(engine, method)(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def request_of(
+    worker: Worker, rank: int, fault: str = ""
+) -> Callable[[list[tuple[str, str]]], None]:
+    """A ``req_func`` that has this rank's worker receive."""
+    return lambda socket_paths: worker.call("update", socket_paths[rank][1], fault)

@@ -1,0 +1,212 @@
+"""Programs that the update tests start under torchrun: ``programs.py NAME ARGUMENTS OUTPUT_FOLDER``.
+
+Each runs on every rank and writes what it saw to ``OUTPUT_FOLDER/<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fleet import Worker, digests, mixed_tensors, request_of
+
+from checkpoint_engine.ps import ParameterServer
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+SHORT = timedelta(seconds=40)
+
+
+class Rank:
+    """A server rank with its worker."""
+
+    def __init__(self, **server_options: Any) -> None:
+        torch.set_num_threads(1)
+        self.worker = Worker(device_index=0)
+        self.ps = ParameterServer(**server_options)
+
+    def publish(self, name: str, seed: int, owners: set[int]) -> None:
+        tensors = mixed_tensors(seed, RANK) if RANK in owners else {}
+        self.ps.register_checkpoint(name, named_tensors=tensors)
+        self.ps.gather_metas(name)
+
+    def update(self, name: str, fault: str = "", timeout: timedelta = SHORT) -> dict[str, Any]:
+        report = self.ps.update(name, request_of(self.worker, RANK, fault), timeout=timeout)
+        return report.model_dump()
+
+    def check(self, seed: int, owners: set[int]) -> None:
+        """The worker holds exactly what all owners sent."""
+        expected: dict[str, str] = {}
+        for owner in sorted(owners):
+            expected |= digests(mixed_tensors(seed, owner))
+        received = self.worker.call("digests")
+        assert received == expected, sorted(
+            name for name in expected if received.get(name) != expected[name]
+        )
+
+    def resources(self) -> dict[str, Any]:
+        """What an update must not leave behind."""
+        folder = Path(os.environ["PS_IPC_DIR"])
+        return {
+            "files": len(os.listdir("/proc/self/fd")),
+            "sockets": len(list(folder.iterdir())),
+            "shared": [n for n in os.listdir("/dev/shm") if n.startswith("checkpoint-engine-")],
+        }
+
+
+def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """One update after the other on the same servers, each of another checkpoint."""
+    rank = Rank(**options)
+    reports = []
+    for step in steps:
+        seed, owners = step["seed"], set(step.get("owners", range(WORLD_SIZE)))
+        os.environ.update(step.get("env", {}))
+        rank.worker.call("forget")
+        rank.publish(f"step-{seed}", seed, owners)
+        reports.append(rank.update(f"step-{seed}"))
+        rank.check(seed, owners)
+        rank.ps.unregister_checkpoint(f"step-{seed}")
+    hooks = rank.worker.call("hooks")
+    rank.worker.stop()
+    return {"reports": reports, "hooks": hooks, **rank.resources()}
+
+
+def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each fault ends the update on every rank with one error; the next update works."""
+    rank = Rank()
+    owners = set(range(WORLD_SIZE))
+    rank.publish("good", 1, owners)
+    rank.update("good")  # what is made once is there before resources are counted
+    before = rank.resources()
+    seen = []
+    for case in cases:
+        mine = case["fault"] if RANK == case["rank"] else ""
+        began = time.monotonic()
+        seen.append(_error_of(lambda mine=mine: rank.update("good", mine)))
+        seen[-1]["seconds"] = time.monotonic() - began
+        if mine.startswith("die"):
+            rank.worker.stop()
+            rank.worker = Worker(device_index=0)
+        rank.worker.call("forget")
+        rank.update("good")
+        rank.check(1, owners)
+        rank.ps.store_based_barrier()
+        seen[-1]["leaked"] = [k for k, v in rank.resources().items() if v != before[k]]
+        rank.ps.store_based_barrier()
+    rank.worker.stop()
+    return {"seen": seen}
+
+
+def bad_calls() -> dict[str, Any]:
+    """Mistakes of the caller, in turn on the same servers."""
+    rank = Rank()
+    ps = rank.ps
+    owners = set(range(WORLD_SIZE))
+    seen = {
+        "gather before register": _error_of(lambda: ps.gather_metas("nothing")),
+        "update before gather": _error_of(lambda: rank.update("nothing")),
+        "ranks without P2P": _error_of(lambda: ps.update("x", print, ranks=[0])),
+    }
+    rank.publish("good", 3, owners)
+    seen["unknown checkpoint"] = _error_of(lambda: rank.update("other"))
+    seen["req_func raises"] = _error_of(lambda: ps.update("good", _refuse, timeout=SHORT))
+    seen["nobody connects"] = _error_of(
+        lambda: ps.update("good", lambda _: None, timeout=timedelta(seconds=2))
+    )
+    seen["one rank stays away"] = {"error": "", "type": ""}
+    if RANK > 0 or WORLD_SIZE == 1:
+        short = timedelta(seconds=1)
+        seen["one rank stays away"] = _error_of(lambda: rank.update("good", timeout=short))
+        seen["one rank stays away"]["seconds"] = 0.0
+    _gather_point("stayed away")
+    os.environ["PS_MEM_FRACTION"] = "1e-9"
+    tight = _error_of(lambda: _update_with_little_memory(rank))
+    del os.environ["PS_MEM_FRACTION"]
+    seen["memory too small"] = tight
+    ps.unregister_checkpoint("good")
+    ps.register_checkpoint("good", named_tensors={})
+    seen["changed since gather"] = _error_of(lambda: rank.update("good"))
+    ps.unregister_checkpoint("good")
+    rank.publish("good", 4, owners)
+    rank.worker.call("forget")
+    rank.update("good")
+    rank.check(4, owners)
+    rank.worker.stop()
+    return {"seen": seen, **rank.resources()}
+
+
+def _update_with_little_memory(rank: Rank) -> None:
+    kept = rank.ps._mem_fraction
+    rank.ps._mem_fraction = 1e-9
+    try:
+        rank.update("good")
+    finally:
+        rank.ps._mem_fraction = kept
+
+
+def _gather_point(name: str) -> None:
+    """All ranks meet here, by a way that the code under test has no part in."""
+    folder = Path(os.environ["PS_IPC_DIR"]).parent / name
+    folder.mkdir(exist_ok=True)
+    (folder / str(RANK)).touch()
+    while len(list(folder.iterdir())) < WORLD_SIZE:
+        time.sleep(0.01)
+
+
+def _refuse(socket_paths: list[tuple[str, str]]) -> None:
+    if RANK == WORLD_SIZE - 1:
+        raise ConnectionError("engine at http://nowhere is not up")
+
+
+def process_groups() -> dict[str, Any]:
+    """``auto_pg`` in its three forms: what is there before, within and after."""
+    seen: dict[str, Any] = {}
+    worker = Worker(device_index=0)
+    for auto_pg in (True, None, False):
+        ps = ParameterServer(auto_pg=auto_pg)
+        ps.register_checkpoint("c", named_tensors=mixed_tensors(5, RANK))
+        ps.gather_metas("c")
+        for explicit in (False, True):
+            if explicit:
+                ps.init_process_group()
+                dist.barrier()
+            ps.update("c", request_of(worker, RANK), timeout=SHORT)
+            seen[f"{auto_pg} {explicit}"] = dist.is_initialized()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    dist.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
+    for auto_pg in (True, None, False):
+        ps = ParameterServer(auto_pg=auto_pg)
+        ps.register_checkpoint("c", named_tensors=mixed_tensors(6, RANK))
+        ps.gather_metas("c")
+        ps.update("c", request_of(worker, RANK), timeout=SHORT)
+        seen[f"{auto_pg} callers"] = dist.is_initialized()
+    dist.destroy_process_group()
+    worker.stop()
+    return seen
+
+
+def _error_of(call: Callable[[], object]) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        seconds = time.monotonic() - began
+        return {"error": str(error), "type": type(error).__name__, "seconds": seconds}
+    return {"error": "", "type": "", "seconds": time.monotonic() - began}
+
+
+PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups)}
+
+if __name__ == "__main__":
+    name, arguments, folder = sys.argv[1:]
+    result = PROGRAMS[name](**json.loads(arguments))
+    (Path(folder) / f"{RANK}.json").write_text(json.dumps(result))

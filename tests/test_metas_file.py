@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas, ParameterMeta
+from checkpoint_engine.metas_file import decode_metas, encode_metas
+
+# pickle.dump(ps.get_metas()) of METAS, as programs on the original's releases wrote it to a file.
+PICKLE_OF_0_2_0 = base64.b64decode(
+    b"gASVywEAAAAAAAB9lEsAjBRjaGVja3BvaW50X2VuZ2luZS5wc5SMFE1lbW9yeUJ1ZmZlck1ldGFMaXN0lJOU"
+    b"KYGUfZQojAhfX2RpY3RfX5R9lCiMDnAycF9zdG9yZV9hZGRylIwOMTkyLjAuMi4xOjQ0NDSUjBhtZW1vcnlf"
+    b"YnVmZmVyX21ldGFzX2xpc3SUXZRoAYwRTWVtb3J5QnVmZmVyTWV0YXOUk5QpgZR9lChoBn2UKIwFbWV0YXOU"
+    b"XZRoAYwNUGFyYW1ldGVyTWV0YZSTlCmBlH2UKGgGfZQojARuYW1llIwBYZSMBWR0eXBllIwFdG9yY2iUjAhi"
+    b"ZmxvYXQxNpSTlIwFc2hhcGWUjAV0b3JjaJSMBFNpemWUk5RLAksDhpSFlFKUdYwSX19weWRhbnRpY19leHRy"
+    b"YV9flE6MF19fcHlkYW50aWNfZmllbGRzX3NldF9flI+UKGgYaBpoHpCMFF9fcHlkYW50aWNfcHJpdmF0ZV9f"
+    b"lE51YmGMA3B0cpRNABCMBHNpemWUTQABdWglTmgmj5QoaCpoEWgpkGgoTnViYYwLcmRtYV9kZXZpY2WUjAZt"
+    b"bHg1XzCUdWglTmgmj5QoaCxoCGgKkGgoTnVicy4="
+)
+PICKLE_OF_0_4_2 = base64.b64decode(
+    b"gASV5wEAAAAAAAB9lEsAjBxjaGVja3BvaW50X2VuZ2luZS5kYXRhX3R5cGVzlIwUTWVtb3J5QnVmZmVyTWV0"
+    b"YUxpc3SUk5QpgZR9lCiMCF9fZGljdF9flH2UKIwOcDJwX3N0b3JlX2FkZHKUjA4xOTIuMC4yLjE6NDQ0NJSM"
+    b"GG1lbW9yeV9idWZmZXJfbWV0YXNfbGlzdJRdlGgBjBFNZW1vcnlCdWZmZXJNZXRhc5STlCmBlH2UKGgGfZQo"
+    b"jAVtZXRhc5RdlGgBjA1QYXJhbWV0ZXJNZXRhlJOUKYGUfZQoaAZ9lCiMBG5hbWWUjAFhlIwFZHR5cGWUjAV0"
+    b"b3JjaJSMCGJmbG9hdDE2lJOUjAVzaGFwZZSMBXRvcmNolIwEU2l6ZZSTlEsCSwOGlIWUUpSMDGFsaWduZWRf"
+    b"c2l6ZZRNAAF1jBJfX3B5ZGFudGljX2V4dHJhX1+UTowXX19weWRhbnRpY19maWVsZHNfc2V0X1+Uj5QoaCVo"
+    b"GGgaaB6QjBRfX3B5ZGFudGljX3ByaXZhdGVfX5ROdWJhjANwdHKUTQAQjARzaXpllE0AAXVoJk5oJ4+UKGgr"
+    b"aBFoKpBoKU51YmGMC3JkbWFfZGV2aWNllIwGbWx4NV8wlHVoJk5oJ4+UKGgtaApoCJBoKU51YnMu"
+)
+METAS = {
+    0: MemoryBufferMetaList(
+        p2p_store_addr="192.0.2.1:4444",
+        memory_buffer_metas_list=[
+            MemoryBufferMetas(
+                metas=[ParameterMeta(name="a", dtype=torch.bfloat16, shape=torch.Size([2, 3]))],
+                ptr=4096,
+                size=256,
+            )
+        ],
+        rdma_device="mlx5_0",
+    )
+}
+
+
+@pytest.mark.parametrize("data", [PICKLE_OF_0_2_0, PICKLE_OF_0_4_2], ids=["0.2.0", "0.4.2"])
+def test_pickles_of_the_original_are_read(data: bytes) -> None:
+    metas = decode_metas(data)
+    assert metas == METAS
+    assert type(metas[0].memory_buffer_metas_list[0].metas[0]) is ParameterMeta
+
+
+def test_json_round_trip() -> None:
+    assert decode_metas(encode_metas(METAS)) == METAS
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps({0: Hostile()}),
+        pickle.dumps({0: MemoryBufferMetaList}),
+        pickle.dumps([1]),
+        pickle.dumps({0: {"p2p_store_addr": None}}),
+        PICKLE_OF_0_2_0[:-20],
+        PICKLE_OF_0_2_0.replace(b"bfloat16", b"bfloat17"),
+        b"",
+        b"{",
+        b'{"0": {}}',
+        b'{"x": null}',
+    ],
+)
+def test_anything_else_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="metas"):
+        decode_metas(data)
+
+
+@given(st.binary(max_size=200), st.integers(0, len(PICKLE_OF_0_2_0)))
+def test_damaged_bytes_give_metas_or_a_value_error(noise: bytes, at: int) -> None:
+    data = PICKLE_OF_0_2_0[:at] + noise + PICKLE_OF_0_2_0[at + len(noise) :]
+    with contextlib.suppress(ValueError):
+        assert isinstance(decode_metas(data), dict)

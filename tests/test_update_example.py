@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from checkpoint_engine.checkpoint_files import FileParts, FileSlice, TensorSource
+
+
+def load_example() -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / "update.py"
+    spec = importlib.util.spec_from_file_location("update_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+update = load_example()
+
+
+def test_defaults() -> None:
+    args = update.parse_args(["--checkpoint-path", "/models/x"])
+    assert vars(args) == {
+        "checkpoint_path": Path("/models/x"),
+        "save_metas_file": None,
+        "load_metas_file": None,
+        "metas_url": None,
+        "sleep_time": 0,
+        "endpoint": "http://localhost:19730",
+        "inference_parallel_size": 8,
+        "checkpoint_name": "my-checkpoint-iter-0",
+        "update_method": "broadcast",
+        "uds": None,
+        "custom_dist": None,
+        "ready_timeout": 300,
+    }
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--checkpoint-path=a", "--load-metas-file=b"],
+        ["--load-metas-file=b", "--metas-url=http://c"],
+        ["--checkpoint-path=a", "--inference-parallel-size=0"],
+        ["--checkpoint-path=a", "--update-method=magic"],
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        update.parse_args(argv)
+    assert raised.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@given(sizes=st.lists(st.integers(0, 50), max_size=40), world_size=st.integers(1, 9))
+def test_ranks_share_the_tensors_by_bytes(sizes: list[int], world_size: int) -> None:
+    sources = []
+    for i, size in enumerate(sizes):
+        part = FileParts((FileSlice(f"model-{i // 5}.safetensors", i, size),))
+        sources.append(TensorSource(f"t{i}", torch.uint8, torch.Size([size]), part))
+    shares = [update.split_by_bytes(sources, rank, world_size) for rank in range(world_size)]
+    assert [source for share in shares for source in share] == sources
+    most = max(sum(source.nbytes for source in share) for share in shares)
+    assert most <= sum(sizes) / world_size + max(sizes, default=0)
+
+
+TENSORS = {
+    "lm_head": torch.arange(40, dtype=torch.float32),
+    **{f"layers.{i}.w": torch.full((3, i), i, dtype=torch.bfloat16) for i in range(12)},
+    "scale": torch.tensor(2.5),
+}
+
+
+def write_checkpoint(folder: Path, extra: bool = False) -> None:
+    """Three files and their index; ``extra`` puts a tensor into one that the index lacks."""
+    names = list(TENSORS)
+    files = {f"model-0000{i}.safetensors": names[i * 5 : i * 5 + 5] for i in range(3)}
+    for file, held in files.items():
+        tensors = {name: TENSORS[name] for name in held}
+        if extra and file.endswith("1.safetensors"):
+            tensors["not.listed"] = torch.ones(2)
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / update.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def load(files: list[str], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    loaded = dict(tensors)
+    for file in files:
+        loaded.update(load_file(file))
+    return loaded
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("extra", [False, True])
+def test_an_indexed_checkpoint_is_loaded_once_over_all_ranks(
+    tmp_path: Path, world_size: int, extra: bool
+) -> None:
+    write_checkpoint(tmp_path, extra)
+    found: dict[str, torch.Tensor] = {}
+    for rank in range(world_size):
+        files, tensors, nbytes = update.load_share(tmp_path, rank, world_size)
+        part = load(files, tensors)
+        assert nbytes == sum(tensor.nbytes for tensor in part.values())
+        assert found.keys().isdisjoint(part)
+        found |= part
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_one_rank_reads_whole_files(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    files, tensors, _ = update.load_share(tmp_path, 0, 1)
+    assert files == [str(tmp_path / f"model-0000{i}.safetensors") for i in range(3)]
+    assert tensors == {}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_without_an_index_the_files_are_shared(tmp_path: Path, world_size: int) -> None:
+    for i in range(3):
+        save_file({f"t{i}": torch.tensor([i])}, tmp_path / f"{i}.safetensors")
+    shares = [update.load_share(tmp_path, rank, world_size)[0] for rank in range(world_size)]
+    assert [f for share in shares for f in share] == [
+        str(tmp_path / f"{i}.safetensors") for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not an index"),
+        ("[]", "is not an index"),
+        ('{"weight_map": {"gone": "model-00000.safetensors"}}', "tensor 'gone' is not in"),
+        ('{"weight_map": {"a": "no.safetensors"}}', r"no\.safetensors"),
+    ],
+)
+def test_a_wrong_index_is_named(tmp_path: Path, index: str, message: str) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / update.INDEX).write_text(index)
+    with pytest.raises(ValueError, match=message) as raised:
+        update.load_share(tmp_path, 0, 1)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
+        update.load_share(tmp_path, 0, 1)
+
+
+def test_metas_are_written_whole_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metas.json"
+    update.write_atomically(path, b"{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["metas.json"]
+    args: Any = update.parse_args([f"--load-metas-file={path}"])
+    assert update.read_metas(args) == {}
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=f"{path}: not the metas"):
+        update.read_metas(args)
