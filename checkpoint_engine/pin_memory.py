@@ -7,19 +7,22 @@ a fraction of ``torch.empty(pin_memory=True)``. On the cpu device the memory sta
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import itertools
 import mmap
 import os
 import resource
+import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -52,18 +55,12 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: a dtype that every dtype of this size can be copied as, bit for bit."""
 
+_address, _size, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.restype = _address
+_libc.mmap.argtypes = (_address, _size, _int, _int, _int, ctypes.c_long)
+_libc.munmap.argtypes = (_address, _size)
+_libc.madvise.argtypes = (_address, _size, _int)
 
 
 # Layout: which tensor lies where
@@ -461,13 +458,17 @@ def _check_available(nbytes: int) -> None:
 def available_host_memory() -> tuple[int, str]:
     """Bytes that can still be allocated here, and the limit that says so."""
     limits = [(_mem_available(), "MemAvailable of /proc/meminfo")]
-    with suppress(OSError):  # cgroup v1 or none
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
-        folder = Path(CGROUP_ROOT, own)
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(CGROUP_ROOT):
-                limits += _cgroup_available(group)
+    with suppress(OSError):  # no cgroups here
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                limits += _cgroup_limits(Path(CGROUP_ROOT, line[4:]))
     return min(limits)
+
+
+def _cgroup_limits(own: Path) -> Iterator[tuple[int, str]]:
+    for group in (own, *own.parents):
+        if group.is_relative_to(CGROUP_ROOT):
+            yield from _cgroup_available(group)
 
 
 def _mem_available() -> int:
@@ -477,18 +478,15 @@ def _mem_available() -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
-def _cgroup_available(group: Path) -> list[tuple[int, str]]:
-    """What a cgroup's limit leaves, file cache counted as free; empty without a limit."""
-    try:
+def _cgroup_available(group: Path) -> Iterator[tuple[int, str]]:
+    """What a cgroup's limit leaves, file cache counted as free; nothing without a limit."""
+    with suppress(FileNotFoundError):
         limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except FileNotFoundError:
-        return []
-    if limit == "max":
-        return []
-    cache = int(stat["active_file"]) + int(stat["inactive_file"])
-    return [(max(0, int(limit) - used + cache), f"{group}/memory.max")]
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cache = int(stat["active_file"]) + int(stat["inactive_file"])
+            yield max(0, int(limit) - used + cache), f"{group}/memory.max"
 
 
 def _describe_limits() -> str:
@@ -539,19 +537,26 @@ class _FileRows(_FileRun):
         block[:, self.column : self.column + self.width] = shard.view(self.rows, -1)
 
 
+@dataclass(frozen=True)
+class _MemoryRun(_Piece):
+    """Consecutive bytes of a tensor, from ``address`` in this process."""
+
+    address: int
+
+    def write(self, memory: torch.Tensor, files: _Reader) -> None:
+        ctypes.memmove(memory.data_ptr() + self.at, self.address, self.nbytes)
+
+
 @dataclass(frozen=True, eq=False)
-class _TensorPart(_Piece):
-    """A CPU tensor, or a part of one that is contiguous in its contiguous copy."""
+class _StridedPart(_Piece):
+    """A CPU tensor of any strides whose elements lie one behind the other at ``at``."""
 
     tensor: torch.Tensor
 
     def write(self, memory: torch.Tensor, files: _Reader) -> None:
-        target = memory[self.at : self.at + self.nbytes]
-        if self.tensor.dtype is torch.uint8 and self.tensor.is_contiguous():
-            target.numpy()[:] = self.tensor.numpy()  # in this thread alone, unlike torch
-        else:
-            source = _bits(self.tensor)
-            target.view(source.dtype).view(source.shape).copy_(source)
+        source = _bits(self.tensor)
+        target = memory[self.at : self.at + self.nbytes].view(source.dtype)
+        target.view(source.shape).copy_(source)
 
 
 class _Reader:
@@ -583,8 +588,8 @@ class _Reader:
                 raise RuntimeError(f"{run.path}: tensor {run.tensor!r}: {error}") from error
             if count == 0:
                 raise ValueError(
-                    f"{run.path}: truncated: ends at byte {offset}, inside tensor {run.tensor!r}, "
-                    f"which needs {len(left)} bytes more"
+                    f"{run.path}: truncated since it was opened: it ends at byte "
+                    f"{os.fstat(self._fd).st_size}, tensor {run.tensor!r} needs {offset + len(left)}"
                 )
             left, offset = left[count:], offset + count
 
@@ -610,7 +615,8 @@ class _DeviceCopies:
             stream = self._streams[source.device] = module.Stream(source.device)
             stream.wait_stream(module.current_stream(source.device))
         with module.stream(stream):
-            target.copy_(_contiguous_bytes(source), non_blocking=True)
+            source = source.resolve_conj().resolve_neg().contiguous()
+            target.copy_(source.view(-1).view(torch.uint8), non_blocking=True)
 
     def finish(self) -> None:
         for stream in self._streams.values():
@@ -657,40 +663,84 @@ def _work(pieces: Mapping[_Arena, Iterable[_Piece]], finish: Callable[[_Arena], 
 
     However it ends, no thread touches the memory any more.
     """
-    workers = ThreadPoolExecutor(_thread_count(), "checkpoint-fill")
+    tasks = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
+    left = Counter(arena for arena, _ in tasks)
+    crew = _Crew(tasks)
     try:
-        pending = {
-            workers.submit(_write_batch, arena, batch): arena
-            for arena, all_pieces in pieces.items()
-            for batch in _batches(all_pieces)
-        }
-        left = Counter(pending.values())
-        for done in as_completed(pending):
-            done.result()
-            arena = pending[done]
+        crew.start(min(MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks)))
+        for _ in tasks:
+            arena = crew.wait_for_one()
             left[arena] -= 1
             if left[arena] == 0:
                 arena.fresh = False
                 finish(arena)
     finally:
-        _join(workers)
+        crew.stop()
 
 
-def _thread_count() -> int:
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+class _Crew:
+    """Threads that write batches of pieces into arenas.
 
+    ``threading.Thread`` and executors wait in Python code, where an interrupt can lose a running
+    thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` can be relied on.
+    """
 
-def _join(workers: ThreadPoolExecutor) -> None:
-    """Ends the threads, also when interrupted again: they write to memory that is to be freed."""
-    interrupt = None
-    while True:
+    def __init__(self, tasks: Iterable[tuple[_Arena, list[_Piece]]]) -> None:
+        self._tasks: SimpleQueue[tuple[_Arena, list[_Piece]]] = SimpleQueue()
+        self._results: SimpleQueue[tuple[_Arena, BaseException | None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._busy = 0
+        self._stopped = False
+        for task in tasks:
+            self._tasks.put(task)
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            _thread.start_new_thread(self._work, ())
+
+    def wait_for_one(self) -> _Arena:
+        """The arena of the next task that is done. Raises the error of one that failed."""
+        arena, error = self._results.get()
+        if error is not None:
+            raise error
+        return arena
+
+    def stop(self) -> None:
+        """Returns once no thread is at work any more. An interrupt is raised after that."""
+        interrupt = None
+        while not self._stopped or self._busy > 0:
+            try:
+                with self._lock:
+                    self._stopped = True
+                time.sleep(0.0001)
+            except KeyboardInterrupt as again:
+                interrupt = again
+        if interrupt is not None:
+            raise interrupt
+
+    def _work(self) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._busy += 1
         try:
-            workers.shutdown(wait=True, cancel_futures=True)
-            break
-        except KeyboardInterrupt as again:
-            interrupt = again
-    if interrupt is not None:
-        raise interrupt
+            while not self._stopped:
+                arena, batch = self._tasks.get_nowait()
+                self._results.put((arena, _failure(arena, batch)))
+        except Empty:
+            pass
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+
+def _failure(arena: _Arena, batch: list[_Piece]) -> BaseException | None:
+    """Writes a batch; what it raised, if anything."""
+    try:
+        _write_batch(arena, batch)
+    except BaseException as error:
+        return error
+    return None
 
 
 def _write_batch(arena: _Arena, batch: list[_Piece]) -> None:
@@ -741,6 +791,8 @@ def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
         rows, column = min(block, data.rows - row), 0
         for part in data.parts:
             width = part.nbytes // data.rows
+            if width == 0:
+                continue
             yield _FileRows(
                 at=at + row * stride,
                 nbytes=rows * stride,
@@ -765,10 +817,13 @@ def _file_runs(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
 
 
 def _tensor_pieces(tensor: torch.Tensor, at: int) -> Iterator[_Piece]:
-    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    parts = torch.split(_contiguous_bytes(tensor), CHUNK_BYTES) if plain else _split(tensor)
-    for part in parts:
-        yield _TensorPart(at, part.nbytes, part)
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        address = tensor.data_ptr() - at
+        for piece in _room(at, tensor.nbytes):
+            yield _MemoryRun(piece.at, piece.nbytes, address + piece.at)
+        return
+    for part in _split(tensor):
+        yield _StridedPart(at, part.nbytes, part)
         at += part.nbytes
 
 
@@ -789,10 +844,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as integers of the same size, so that a copy keeps every bit."""
     plain = tensor.resolve_conj().resolve_neg()
     return plain.view(_BITS.get(plain.dtype.itemsize, plain.dtype))
-
-
-def _contiguous_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 # Files in shared memory

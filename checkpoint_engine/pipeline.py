@@ -24,6 +24,8 @@ from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.wire import NOTHING_MORE, encode_bucket, encode_handle
 
+_FAREWELL = 2.0  # seconds that a failed update waits for req_func to return
+
 SocketPaths = list[tuple[str, str]]
 RequestFunction = Callable[[SocketPaths], Any]
 Load = Callable[[Step, torch.Tensor], None]
@@ -54,6 +56,11 @@ class Request:
         if self._error is not None:
             error = self._error
             raise RuntimeError(f"req_func raised {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """After a failure: let the engine answer before the next update asks it again."""
+        self._thread.join(_FAREWELL)
+        self._error = None  # its traceback leads back here
 
     def join(self, check: Callable[[], None]) -> None:
         """Wait for ``req_func`` to return."""

@@ -316,12 +316,13 @@ class ParameterServer:
             )
         with self._collective("update", checkpoint_name, timeout) as operation, ExitStack() as stack:
             operation.watch()
+            stack.callback(self._leave_default_group)
             link = self._listen(stack)
             socket_paths, transfer = self._agree(operation, checkpoint_name, link.address)
             buffer = stack.enter_context(self._share_buffer(transfer))
             group = self._join_weights_group(operation, stack)
             operation.begin("handshake")
-            request = Request(req_func, socket_paths)
+            request = stack.enter_context(contextlib.closing(Request(req_func, socket_paths)))
             stack.push(_give_up(operation, link))
             session = WorkerSession(link, _both(operation.check, request.check))
             session.hand_over(buffer, operation.deadline.remaining())
@@ -556,6 +557,8 @@ class ParameterServer:
         elif self._weights_group is not None and not self._keeps_groups():
             self._weights_group.close()
             self._weights_group = None
+
+    def _leave_default_group(self) -> None:
         if self._auto_pg and self._made_default_group:
             distributed.destroy_process_group()
             self._made_default_group = False

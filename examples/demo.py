@@ -5,8 +5,8 @@
 It starts the engine with dummy weights, writes a checkpoint, has two parameter-server ranks send it
 into the engine's workers, and does the same with a second checkpoint, as the next training step
 would. After each it compares every shard of every worker with its slice of the files, and the
-tokens that the engine generates with those of an engine started from the files. Exit code 0: all
-equal, and nothing left behind.
+tokens that the engine generates with those of a second engine, which loads the files itself. Exit
+code 0: all equal, and nothing left behind.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ class Engine:
         tokens: list[int] = self._post("generate", body)["token_ids"]
         return tokens
 
-    def call_workers(self, method: str) -> list[Any]:
+    def call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker; returns their results in rank order."""
-        results: list[Any] = self._post("collective_rpc", {"method": method})["results"]
+        body = {"method": method, "args": args}
+        results: list[Any] = self._post("collective_rpc", body)["results"]
         return results
 
     def _post(self, route: str, body: dict[str, Any]) -> Any:
@@ -181,8 +182,11 @@ def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> Non
         raise RuntimeError(f"update.py ended with exit code {process.returncode}")
 
 
-def check(account: Account, checkpoint: Path, engine: Engine) -> list[int]:
-    """The engine holds exactly this checkpoint and generates what a fresh one does; the tokens."""
+def check(account: Account, checkpoint: Path, engine: Engine, direct: Engine) -> list[int]:
+    """Does ``engine`` hold this checkpoint, and generate what ``direct`` does? Returns the tokens.
+
+    ``direct`` loads the files itself, through its ordinary loader.
+    """
     clock = Stopwatch()
     found, expected = engine.call_workers("weights_digest"), expected_digests(checkpoint, TP)
     count = len(expected[0])
@@ -193,22 +197,23 @@ def check(account: Account, checkpoint: Path, engine: Engine) -> list[int]:
     tokens = engine.generate()
     account.line("tokens", " ".join(map(str, tokens)), clock())
     clock = Stopwatch()
-    with Engine(checkpoint, "safetensors") as direct:
-        direct.wait_until_healthy()
-        same = direct.generate() == tokens
-    account.verdict(same, "the tokens are those of an engine started from the files", clock())
+    direct.call_workers("load_checkpoint", str(checkpoint))
+    same = direct.generate() == tokens
+    account.verdict(same, "the tokens are those of an engine that loaded the files", clock())
     return tokens
 
 
 def run(account: Account, size: str, folder: Path, keep: bool) -> None:
     """Start the engine, then twice: write a checkpoint, send it, check."""
     config = model_config(size)
-    with Engine(_config_only(folder / "model", config), "dummy") as engine:
-        clock = Stopwatch()
+    model = _config_only(folder / "model", config)
+    clock = Stopwatch()
+    with Engine(model, "dummy") as engine, Engine(model, "dummy") as direct:
         engine.wait_until_healthy()
-        workers = engine.call_workers("describe")
-        device = workers[0]["device"]
-        account.line("engine", f"{len(workers)} workers on {device}, dummy weights", clock())
+        direct.wait_until_healthy()
+        device = engine.call_workers("describe")[0]["device"]
+        text = f"one to update, one to compare, each with {TP} workers on {device}"
+        account.line("engines", text, clock())
         clock = Stopwatch()
         answers = [engine.generate()]
         account.line("tokens", " ".join(map(str, answers[0])), clock())
@@ -221,7 +226,7 @@ def run(account: Account, size: str, folder: Path, keep: bool) -> None:
             clock = Stopwatch()
             push(account, checkpoint, engine, device)
             account.line("update", f"torchrun --nproc-per-node {TP} examples/update.py", clock())
-            answers.append(check(account, checkpoint, engine))
+            answers.append(check(account, checkpoint, engine, direct))
             if not keep:
                 shutil.rmtree(checkpoint)
     different = len({tuple(tokens) for tokens in answers}) == len(answers)
@@ -246,7 +251,7 @@ def workplace(account: Account, keep: bool) -> Iterator[Path]:
         yield folder
     finally:
         processes = _processes_with(str(sockets))
-        left = [*processes, *sockets.iterdir(), *(set(SHARED_MEMORY.iterdir()) - segments)]
+        left = [*processes, *sockets.iterdir(), *_abandoned(segments)]
         account.verdict(not left, f"left behind: {', '.join(map(str, left)) or 'nothing'}")
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -267,6 +272,19 @@ def _processes_with(value: str) -> list[int]:
     return found
 
 
+def _abandoned(before: set[Path]) -> list[Path]:
+    """Shared memory made since ``before`` that no process maps: others may be at work here too."""
+    inodes = {}
+    for segment in set(SHARED_MEMORY.iterdir()) - before:
+        with contextlib.suppress(FileNotFoundError):
+            inodes[segment.stat().st_ino] = segment
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            for line in path.read_text().splitlines():
+                inodes.pop(int(line.split()[4]), None)
+    return list(inodes.values())
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     for signal_number in SIGNALS:  # what follows cleans up, and is not to be interrupted
         signal.signal(signal_number, signal.SIG_IGN)
@@ -282,6 +300,7 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     account, clock = Account(), Stopwatch()
+    print(f"Checkpoint to running engine, {TP} parameter-server ranks to {TP} workers, twice\n")
     try:
         with workplace(account, args.keep) as folder:
             run(account, args.size, folder, args.keep)
@@ -289,7 +308,8 @@ def main() -> int:
         account.verdict(False, str(error))
     except KeyboardInterrupt:
         account.verdict(False, "interrupted")
-    print(f"\n{account.failures} failures in {clock():.1f} s")
+    outcome = f"{account.failures} failures" if account.failures else "all passed"
+    print(f"\n{outcome}, {clock():.1f} s")
     return 1 if account.failures else 0
 
 

@@ -78,15 +78,13 @@ class WorkerProcess:
         return WorkerError(f"worker {self.rank} (pid {self.process.pid}) died: {how}")
 
     def stop(self) -> None:
-        """The worker exits when its stdin ends, whatever it is doing; else it is killed."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """A worker owns nothing that outlives it, so it need not be asked twice."""
+        self.process.terminate()
         try:
             self.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.connection.close()
 
 
 class WorkerPool:
@@ -108,6 +106,10 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all workers; a call that still runs fails."""
         for worker in self._workers:
             worker.stop()
 
@@ -206,13 +208,25 @@ def _call(pool: WorkerPool, method: str, args: list[Any], timeout: float) -> lis
         raise HTTPException(500, str(error)) from error
 
 
+class Server(uvicorn.Server):
+    """Ends the workers first, so that no request in flight delays the end of the server."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        super().__init__(uvicorn.Config(build_app(pool), log_level="warning"))
+        self._pool = pool
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn on a signal or when ``should_exit`` is set."""
+        self._pool.stop()
+        await super().shutdown(sockets)
+
+
 def serve(args: argparse.Namespace) -> int:
     """Run until a signal comes or the workers fail to start; returns the exit code."""
     failures: list[WorkerError] = []
     with socket.create_server(("127.0.0.1", args.port)) as listener, WorkerPool(args) as pool:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(build_app(pool), log_level="warning", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = Server(pool)
 
         def start() -> None:
             try:

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SIZES = {
-    "full": {"num_hidden_layers": 24, "hidden_size": 1536, "intermediate_size": 3072},
+    "full": {"num_hidden_layers": 20, "hidden_size": 1536, "intermediate_size": 3840},
     "small": {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512},
 }
 GAIN = {"q_proj": 4.0, "k_proj": 4.0, "down_proj": 4.0}
@@ -32,7 +32,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def model_config(size: str) -> dict[str, Any]:
-    """The ``config.json`` of a model: ``full`` is 1.04 GB in 291 tensors, ``small`` is 8 MB."""
+    """The ``config.json`` of a model: ``full`` is 1.02 GB in 243 tensors, ``small`` is 8 MB."""
     hidden = SIZES[size]["hidden_size"]
     return {
         "architectures": ["Qwen2ForCausalLM"],

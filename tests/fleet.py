@@ -96,6 +96,7 @@ class Worker:
 
     def stop(self) -> None:
         self._pipe.close()
+        self._process.terminate()
         self._process.join(10)
 
 
@@ -107,7 +108,11 @@ class _Engine:
         self.post_hooks = 0
 
     def update(self, address: str, fault: str = "") -> None:
-        """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process."""
+        """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process.
+
+        ``bucket:last`` is the last one of the update before.
+        """
+        fault = fault.replace("last", str(self._buckets))
         self._buckets = 0
         device = DeviceManager()
         with zmq.Context() as context:

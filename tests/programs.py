@@ -21,6 +21,7 @@ from fleet import Worker, digests, mixed_tensors, request_of
 from checkpoint_engine.ps import ParameterServer
 
 RANK = int(os.environ.get("RANK", "0"))
+os.environ.setdefault("NCCL_HOSTID", f"rank-{RANK}")  # several NCCL ranks on one GPU
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SHORT = timedelta(seconds=40)
 
@@ -31,7 +32,16 @@ class Rank:
     def __init__(self, **server_options: Any) -> None:
         torch.set_num_threads(1)
         self.worker = Worker(device_index=0)
+        self._spare = Worker(device_index=0)  # forked now: not once this process has a GPU
         self.ps = ParameterServer(**server_options)
+
+    def replace_worker(self) -> None:
+        """The engine restarts, once. The old one's descriptors stay, so that they can be counted."""
+        self.worker, self._spare = self._spare, self.worker
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self._spare.stop()
 
     def publish(self, name: str, seed: int, owners: set[int]) -> None:
         tensors = mixed_tensors(seed, RANK) if RANK in owners else {}
@@ -56,10 +66,22 @@ class Rank:
         """What an update must not leave behind."""
         folder = Path(os.environ["PS_IPC_DIR"])
         return {
-            "files": len(os.listdir("/proc/self/fd")),
+            "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()),
             "sockets": len(list(folder.iterdir())),
             "shared": [n for n in os.listdir("/dev/shm") if n.startswith("checkpoint-engine-")],
         }
+
+
+def _settled(rank: Rank, before: dict[str, Any]) -> dict[str, Any]:
+    """What is there once background threads have finished."""
+    ends = time.monotonic() + 5
+    while (after := rank.resources()) != before and time.monotonic() < ends:
+        time.sleep(0.02)
+    return after
+
+
+def _open_files() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
 
 
 def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
@@ -75,7 +97,7 @@ def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         rank.check(seed, owners)
         rank.ps.unregister_checkpoint(f"step-{seed}")
     hooks = rank.worker.call("hooks")
-    rank.worker.stop()
+    rank.stop()
     return {"reports": reports, "hooks": hooks, **rank.resources()}
 
 
@@ -93,15 +115,15 @@ def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
         seen.append(_error_of(lambda mine=mine: rank.update("good", mine)))
         seen[-1]["seconds"] = time.monotonic() - began
         if mine.startswith("die"):
-            rank.worker.stop()
-            rank.worker = Worker(device_index=0)
+            rank.replace_worker()
         rank.worker.call("forget")
         rank.update("good")
         rank.check(1, owners)
         rank.ps.store_based_barrier()
-        seen[-1]["leaked"] = [k for k, v in rank.resources().items() if v != before[k]]
+        after = _settled(rank, before)
+        seen[-1]["leaked"] = [(k, before[k], after[k]) for k in before if after[k] != before[k]]
         rank.ps.store_based_barrier()
-    rank.worker.stop()
+    rank.stop()
     return {"seen": seen}
 
 
@@ -139,7 +161,7 @@ def bad_calls() -> dict[str, Any]:
     rank.worker.call("forget")
     rank.update("good")
     rank.check(4, owners)
-    rank.worker.stop()
+    rank.stop()
     return {"seen": seen, **rank.resources()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas, ParameterMeta
@@ -86,6 +86,7 @@ def test_anything_else_is_a_value_error(data: bytes) -> None:
         decode_metas(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, len(PICKLE_OF_0_2_0)))
 def test_damaged_bytes_give_metas_or_a_value_error(noise: bytes, at: int) -> None:
     data = PICKLE_OF_0_2_0[:at] + noise + PICKLE_OF_0_2_0[at + len(noise) :]

@@ -253,7 +253,7 @@ def test_demo() -> None:
     assert "left behind: nothing" in done.stdout
 
 
-@pytest.mark.parametrize("label", ["engine", "checkpoint"])
+@pytest.mark.parametrize("label", ["engines", "checkpoint"])
 def test_an_interrupted_demo_leaves_nothing(label: str) -> None:
     """``label`` is of the line after which the interrupt comes."""
     demo = subprocess.Popen(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine import rdma
@@ -51,6 +51,7 @@ def test_at_most_32_devices_in_natural_order(value: str) -> None:
     assert rdma.parse_hca(value, MANY)[0] == MANY[:32]
 
 
+@settings(deadline=None)
 @given(value=names, available=st.lists(names, unique=True, max_size=40))
 def test_parsing_never_fails_and_selects_only_what_is_there(
     value: str, available: list[str]
@@ -114,6 +115,7 @@ def test_local_rank_out_of_range(local_rank: int) -> None:
         rdma.device_for_rank(local_rank, 8, NICS)
 
 
+@settings(deadline=None)
 @given(gpus=st.integers(1, 16), nics=st.integers(1, 16))
 def test_blocks_are_contiguous_and_use_every_device(gpus: int, nics: int) -> None:
     if gpus % nics != 0 and nics % gpus != 0:

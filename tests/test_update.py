@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torchrun import torchrun
 
+WELL_BEFORE_THE_DEADLINE = 15  # seconds; the programs give updates 40
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(2**-10)}  # 1 MiB
 TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "1e-7"}  # the largest tensor decides
 LARGE_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "1"}  # one bucket for each owner
@@ -47,3 +49,69 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
         assert result["hooks"] == len(steps)
         assert result["sockets"] == 0
         assert result["shared"] == []
+
+
+FAULTS = [
+    {"fault": "bucket:1", "rank": 0, "says": "no parameter for bucket 1"},
+    {"fault": "bucket:3", "rank": 1, "says": "no parameter for bucket 3"},
+    {"fault": "bucket:last", "rank": 1, "says": "no parameter for bucket"},
+    {"fault": "hook", "rank": 0, "says": "cannot repack the weights"},
+    {"fault": "die:2", "rank": 1, "says": "closed its connection|the worker process died"},
+]
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+def test_a_failing_worker_fails_the_update_on_every_rank(tmp_path: Path, device: str) -> None:
+    env = environment(device, 2) | SMALL_BUCKETS
+    results = torchrun(tmp_path, 2, "faults", env=env, cases=FAULTS)
+    for place, case in enumerate(FAULTS):
+        texts = {result["seen"][place]["error"] for result in results}
+        assert len(texts) == 1, texts
+        text = texts.pop()
+        assert f"failed on rank {case['rank']}" in text
+        assert re.search(case["says"], text), text
+        for result in results:
+            seen = result["seen"][place]
+            assert seen["type"] == "UpdateError"
+            assert seen["seconds"] < WELL_BEFORE_THE_DEADLINE
+            assert seen["leaked"] == [], (case, seen)
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+def test_mistakes_of_the_caller_are_explained_on_every_rank(tmp_path: Path, device: str) -> None:
+    results = torchrun(tmp_path, 2, "bad_calls", env=environment(device, 2) | SMALL_BUCKETS)
+    expected = {
+        "gather before register": "no rank has registered checkpoint 'nothing'",
+        "update before gather": "have not been gathered",
+        "ranks without P2P": "needs P2P",
+        "unknown checkpoint": "the metas of 'other' have not been gathered",
+        "req_func raises": "engine at http://nowhere is not up",
+        "nobody connects": "gave up after 2 s",
+        "memory too small": "free device memory or raise mem_fraction",
+        "changed since gather": "call gather_metas() again",
+    }
+    for result in results:
+        for mistake, text in expected.items():
+            seen = result["seen"][mistake]
+            assert text in seen["error"], (mistake, seen)
+            assert seen["seconds"] < WELL_BEFORE_THE_DEADLINE, (mistake, seen)
+        assert result["sockets"] == 0
+        assert result["shared"] == []
+    assert "ranks [0] did not join" in results[1]["seen"]["one rank stays away"]["error"]
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_process_groups_belong_to_who_made_them(tmp_path: Path, ranks: int, device: str) -> None:
+    for seen in torchrun(tmp_path, ranks, "process_groups", env=environment(device, ranks)):
+        assert seen == {
+            "True False": False,
+            "True True": False,
+            "None False": False,
+            "None True": True,
+            "False False": False,
+            "False True": True,
+            "True callers": True,
+            "None callers": True,
+            "False callers": True,
+        }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +65,7 @@ def test_arguments_that_contradict_each_other_are_refused(
     assert "error: " in capsys.readouterr().err
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), max_size=40), world_size=st.integers(1, 9))
 def test_ranks_share_the_tensors_by_bytes(sizes: list[int], world_size: int) -> None:
     sources = []

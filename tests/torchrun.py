@@ -15,6 +15,10 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 def free_port_pair() -> int:
     """A port that is free and whose successor is: torchrun's store takes one, the servers the other."""
     while True:
@@ -47,7 +51,7 @@ def torchrun(
         **os.environ,
         "PS_IPC_DIR": str(sockets),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
         **(env or {}),
     }
     process = subprocess.Popen(

@@ -5,6 +5,8 @@ belong to the caller, and can be aborted and made anew without touching that.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +14,6 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.deadline import Deadline
-
-
-_abandoned: list[tuple[Any, list[Any]]] = []
-"""Aborted groups with what is still in flight in them. Destroying one earlier would block on it."""
 
 
 class WeightsGroup:
@@ -39,12 +37,18 @@ class WeightsGroup:
         return work
 
     def abort(self) -> None:
-        """Leave at once, whatever is in flight; peers that still wait for this rank get an error."""
+        """Leave at once, whatever is in flight; peers that still wait for this rank get an error.
+
+        Gloo blocks whoever destroys a group with something in flight, so a thread does that once
+        the peers, leaving too, have ended it.
+        """
         if hasattr(self._group, "abort"):
             self._group.abort()
-        _abandoned.append((self._group, self._in_flight))
+        abandoned = threading.Thread(
+            target=_destroy, args=([self._group], self._in_flight), daemon=True
+        )
         self._group, self._in_flight = None, []
-        _abandoned[:] = [old for old in _abandoned if not _is_over(old)]
+        abandoned.start()
 
     def close(self) -> None:
         """Leave when nothing is in flight."""
@@ -53,8 +57,11 @@ class WeightsGroup:
         self._group, self._in_flight = None, []
 
 
-def _is_over(abandoned: tuple[Any, list[Any]]) -> bool:
-    return all(work.is_completed() for work in abandoned[1])
+def _destroy(holder: list[Any], in_flight: list[Any]) -> None:
+    while not all(work.is_completed() for work in in_flight):
+        time.sleep(0.01)
+    in_flight.clear()
+    holder.clear()
 
 
 def create_weights_group(

@@ -1,0 +1,253 @@
+"""Register, gather and update at full size, with a worker that copies every tensor.
+
+    python benchmarks/update.py --layers 11 --bucket-gb 2
+    torchrun --nproc-per-node 2 benchmarks/update.py --layers 1
+
+The checkpoint has the shape of Qwen3-30B-A3B: 390 tensors and 1.25 GB of bf16 per layer. Every phase
+is printed with its bytes, seconds and rate, beside this machine's limit from the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import limits
+import torch
+import zmq
+from safetensors.torch import save_file
+
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.worker import update_weights_from_ipc
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+NAME = "benchmark"
+
+
+def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
+    """One mixture-of-experts layer."""
+    prefix = f"model.layers.{layer}"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}.self_attn.q_proj.weight": (4096, 2048),
+        f"{prefix}.self_attn.k_proj.weight": (512, 2048),
+        f"{prefix}.self_attn.v_proj.weight": (512, 2048),
+        f"{prefix}.self_attn.o_proj.weight": (2048, 4096),
+        f"{prefix}.input_layernorm.weight": (2048,),
+        f"{prefix}.post_attention_layernorm.weight": (2048,),
+    }
+    for expert in range(128):
+        for part in ("gate", "up"):
+            shapes[f"{prefix}.mlp.experts.{expert}.{part}_proj.weight"] = (768, 2048)
+        shapes[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = (2048, 768)
+    return shapes
+
+
+def make_tensors(layers: range, seed: int) -> dict[str, torch.Tensor]:
+    """The tensors of some layers: random finite numbers, of which every tensor is another piece."""
+    noise = torch.randint(
+        0, 2**14, (9_000_000,), dtype=torch.int16, generator=torch.Generator().manual_seed(seed)
+    )
+    tensors = {}
+    for layer in layers:
+        for place, (name, shape) in enumerate(layer_shapes(layer).items()):
+            count = torch.Size(shape).numel()
+            start = (layer * 7919 + place * 101) % (noise.numel() - count)
+            tensors[name] = noise[start : start + count].view(torch.bfloat16).view(shape).clone()
+    return tensors
+
+
+class Worker:
+    """An inference worker in a process of its own; its parameters stay where they are."""
+
+    def __init__(self, layers: int) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(theirs, layers), daemon=True
+        )
+        process.start()
+
+    def call(self, method: str, *args: Any) -> Any:
+        self._pipe.send((method, args))
+        result = self._pipe.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def _serve(pipe: Any, layers: int) -> None:
+    device = DeviceManager().device(0)
+    parameters = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device=device)
+        for layer in range(layers)
+        for name, shape in layer_shapes(layer).items()
+    }
+
+    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+        torch._foreach_copy_([parameters[name] for name, _ in weights], [t for _, t in weights])
+
+    while True:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_answer(method, args, parameters, load))
+        except Exception as error:
+            pipe.send(error)
+
+
+def _answer(method: str, args: Any, parameters: dict[str, torch.Tensor], load: Any) -> Any:
+    if method == "update":
+        with zmq.Context() as context:
+            return update_weights_from_ipc(context, args[0], 0, run=load)
+    if method == "check":
+        expected = make_tensors(range(args[1]), args[0])
+        return [name for name, p in parameters.items() if not _same_bits(p, expected[name])]
+    raise ValueError(method)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.cpu().view(torch.int16), other.view(torch.int16))
+
+
+class Benchmark:
+    """Runs phases on one rank and keeps their seconds."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.worker = Worker(arguments.layers)
+        self.ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, auto_pg=arguments.auto_pg)
+        self.mine = range(
+            arguments.layers * RANK // WORLD_SIZE, arguments.layers * (RANK + 1) // WORLD_SIZE
+        )
+        self.total = sum(
+            2 * torch.Size(shape).numel()
+            for layer in range(arguments.layers)
+            for shape in layer_shapes(layer).values()
+        )
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, phase: str, action: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = action()
+        self.seconds.setdefault(phase, []).append(time.perf_counter() - began)
+        return result
+
+    def run(self) -> None:
+        tensors = make_tensors(self.mine, seed=1)
+        self._register("register, fresh", named_tensors=tensors)
+        self.time("gather", lambda: self.ps.gather_metas(NAME))
+        self.time("gather, unchanged", lambda: self.ps.gather_metas(NAME))
+        self.time("update, first", self._update)
+        for _ in range(self.arguments.repeats):
+            report = self.time("update", self._update)
+        print(f"rank {RANK}: {report}", flush=True)
+        self._check(seed=1)
+        for _ in range(2):
+            self.ps.unregister_checkpoint(NAME)
+            self._register("register, again", named_tensors=tensors)
+        self.ps.unregister_checkpoint(NAME)
+        self._run_pool(tensors)
+        if self.arguments.files:
+            self._run_files()
+
+    def _run_pool(self, tensors: dict[str, torch.Tensor]) -> None:
+        for phase in ("register, pool fresh", *["register, pool reused"] * self.arguments.repeats):
+            self._register(phase, named_tensors=tensors, use_shared_memory_pool=True)
+            self.ps.unregister_checkpoint(NAME)
+        self._register("register, pool reused", named_tensors=tensors, use_shared_memory_pool=True)
+        self.ps.unregister_checkpoint(NAME, force=True)
+
+    def _run_files(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+        try:
+            files = self._write(folder)
+            self._register("register from files", files=files)
+            self.ps.gather_metas(NAME)
+            self._update()
+            self._check(seed=2)
+            self.ps.unregister_checkpoint(NAME)
+            for phase in ("files, pool fresh", *["files, pool reused"] * self.arguments.repeats):
+                self._register(phase, files=files, use_shared_memory_pool=True)
+                self.ps.unregister_checkpoint(NAME)
+        finally:
+            shutil.rmtree(folder)
+
+    def _write(self, folder: Path) -> list[str]:
+        files = []
+        for layer in self.mine:
+            files.append(str(folder / f"layer-{layer}.safetensors"))
+            save_file(make_tensors(range(layer, layer + 1), seed=2), files[-1])
+        return files
+
+    def _register(self, phase: str, **options: Any) -> None:
+        self.time(phase, lambda: self.ps.register_checkpoint(NAME, **options))
+
+    def _update(self) -> Any:
+        return self.ps.update(NAME, lambda paths: self.worker.call("update", paths[RANK][1]))
+
+    def _check(self, seed: int) -> None:
+        wrong = self.worker.call("check", seed, self.arguments.layers)
+        if wrong:
+            raise SystemExit(f"rank {RANK}: {len(wrong)} tensors differ: {wrong[:3]}")
+
+    def table(self, best: dict[str, float]) -> list[dict[str, Any]]:
+        rows = []
+        for phase, seconds in self.seconds.items():
+            median = statistics.median(seconds)
+            own = self.total * len(self.mine) / max(1, self.arguments.layers)
+            nbytes = self.total if phase.startswith("update") else own
+            limit = best["host_to_device" if phase.startswith("update") else "host_memcpy"]
+            rate = nbytes / 1e9 / median
+            rows.append(
+                {
+                    "phase": phase,
+                    "bytes": nbytes,
+                    "seconds": median,
+                    "all": seconds,
+                    "GB/s": rate,
+                    "of limit": rate / limit,
+                }
+            )
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--bucket-gb", type=float, default=2.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--auto-pg", type=json.loads, default=None)
+    parser.add_argument("--files", action="store_true", help="also register from files")
+    parser.add_argument("--json", help="write the table there too")
+    arguments = parser.parse_args()
+    os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(arguments.bucket_gb)
+    benchmark = Benchmark(arguments)
+    benchmark.run()
+    if RANK > 0:
+        return
+    best = limits.measure()
+    rows = benchmark.table(best)
+    print({name: f"{rate:.1f} GB/s" for name, rate in best.items()})
+    for row in rows:
+        print(
+            f"{row['phase']:24} {row['bytes'] / 1e9:7.3f} GB {row['seconds']:8.4f} s "
+            f"{row['GB/s']:7.2f} GB/s {row['of limit']:5.2f} of limit  n={len(row['all'])}"
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"limits": best, "phases": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
