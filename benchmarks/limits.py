@@ -25,7 +25,7 @@ def best_rate(nbytes: int, action, repeats: int = 5) -> float:
 
 
 def host_to_device(nbytes: int = 2 << 30) -> float:
-    """Pinned host memory to the device in one copy; on the cpu device, plain memory to plain memory."""
+    """Pinned host memory to the device in one copy; on the cpu device, plain memory to plain."""
     device = DeviceManager()
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.is_accelerator)
     source.fill_(7)
@@ -45,7 +45,9 @@ def host_memcpy(nbytes: int = 2 << 30) -> float:
     target = torch.zeros(nbytes, dtype=torch.uint8)
     pieces = list(zip(target.chunk(threads * 4), source.chunk(threads * 4), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        return best_rate(nbytes, lambda: list(pool.map(lambda pair: pair[0].copy_(pair[1]), pieces)))
+        return best_rate(
+            nbytes, lambda: list(pool.map(lambda pair: pair[0].copy_(pair[1]), pieces))
+        )
 
 
 def measure(nbytes: int = 2 << 30) -> dict[str, float]:

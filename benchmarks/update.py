@@ -3,8 +3,8 @@
     python benchmarks/update.py --layers 11 --bucket-gb 2
     torchrun --nproc-per-node 2 benchmarks/update.py --layers 1
 
-The checkpoint has the shape of Qwen3-30B-A3B: 390 tensors and 1.25 GB of bf16 per layer. Every phase
-is printed with its bytes, seconds and rate, beside this machine's limit from the same run.
+The checkpoint has the shape of Qwen3-30B-A3B: 390 tensors and 1.25 GB of bf16 per layer. Every
+phase is printed with its bytes, seconds and rate, beside this machine's limit from the same run.
 """
 
 from __future__ import annotations

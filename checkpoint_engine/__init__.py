@@ -32,7 +32,28 @@ _EXPORTS = {
     "update_weights_from_ipc": "worker",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "BucketRange",
+    "BusyError",
+    "DataToGather",
+    "DeviceManager",
+    "FlattenedTensorMetadata",
+    "H2DBucket",
+    "MemoryBuffer",
+    "MemoryBufferMetaList",
+    "MemoryBufferMetas",
+    "P2PStore",
+    "ParameterMeta",
+    "ParameterServer",
+    "UpdateError",
+    "UpdateReport",
+    "VllmColocateWorkerExtension",
+    "__version__",
+    "get_ip",
+    "npu_generate_uuid",
+    "request_inference_to_update",
+    "update_weights_from_ipc",
+]
 
 if TYPE_CHECKING:
     from checkpoint_engine.client import request_inference_to_update

@@ -41,7 +41,9 @@ def master_port(port: int | None = None) -> int:
     if port is not None:
         return port
     if "MASTER_PORT" not in os.environ:
-        raise RuntimeError("give master_port=, or set MASTER_PORT: the ranks meet at MASTER_PORT + 1")
+        raise RuntimeError(
+            "give master_port=, or set MASTER_PORT: the ranks meet at MASTER_PORT + 1"
+        )
     return int(os.environ["MASTER_PORT"]) + 1
 
 
@@ -77,8 +79,8 @@ def connect_store(rank: int, world_size: int, addr: str, port: int) -> Any:
             except Exception as error:
                 role = "host" if rank == 0 else "reach"
                 raise RuntimeError(
-                    f"rank {rank} cannot {role} the store at {addr}:{port}: {error}; is the port free, "
-                    "and master_addr rank 0's host?"
+                    f"rank {rank} cannot {role} the store at {addr}:{port}: {error}; is the "
+                    "port free, and master_addr rank 0's host?"
                 ) from error
         return _stores[addr, port]
 
@@ -87,7 +89,8 @@ class ControlPlane:
     """One rank's place in its world. Called by all ranks, in the same order."""
 
     def __init__(self, rank: int, world_size: int, addr: str | None, port: int | None) -> None:
-        """Nothing is connected before the first operation. ``addr``, ``port``: see ``connect_store``."""
+        """Nothing is connected before the first operation. ``addr``, ``port``: see
+        ``connect_store``."""
         self.rank = rank
         self.world_size = world_size
         self._addr = addr
@@ -125,14 +128,17 @@ class ControlPlane:
             return store, store
         addr, port = master_addr(self._addr), master_port(self._port)
         store = connect_store(self.rank, self.world_size, addr, port)
-        watched = dist.TCPStore(addr, port, self.world_size, is_master=False, timeout=_CONNECT_TIMEOUT)
+        watched = dist.TCPStore(
+            addr, port, self.world_size, is_master=False, timeout=_CONNECT_TIMEOUT
+        )
         with _stores_lock:
             number = _worlds[addr, port] = _worlds.get((addr, port), 0) + 1
         prefix = f"checkpoint-engine/{number}"
         return dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, watched)
 
     def _follow_epoch(self, store: Any) -> None:
-        """Ranks count operations alike; a failed one starts a new count, wherever each rank stood."""
+        """Ranks count operations alike; a failed one starts a new count, wherever each rank
+        stood."""
         epoch = store.add("epoch", 0)
         if epoch != self._epoch:
             self._epoch, self._count = epoch, 0
@@ -229,7 +235,7 @@ class Operation:
                 self._watcher.join(_FAREWELL)
 
     def _put(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)
+        self.store.set(key, value)  # type: ignore[arg-type]  # the stubs know only text
         self._keys.append(key)
 
     def _wait(self, keys: list[str]) -> None:
@@ -267,23 +273,24 @@ class Operation:
             self._fail(error)
         self._leave(self.deadline)
 
-    def publish(self, error: BaseException) -> None:
-        """Make ``error`` the outcome on every rank, unless another was first."""
+    def publish(self, error: BaseException) -> bytes:
+        """Make ``error`` the outcome on every rank, unless another was first; returns the
+        outcome."""
         mine = json.dumps([self._plane.rank, self.phase, _describe(error)])
-        self._outcome = mine.encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
-            self._outcome = self.store.compare_set("outcome", "", mine)
+            return self.store.compare_set("outcome", "", mine)
+        return mine.encode()
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
-        self.publish(error)
+        outcome = self.publish(error)
         with contextlib.suppress(RuntimeError):
             self._plane._end_epoch(self._root, self._epoch)
             self._leave(Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
             raise error
         if isinstance(error, Exception):
-            raise self._error(self._outcome) from error
+            raise self._error(outcome) from error
 
     def _leave(self, deadline: Deadline) -> None:
         """Rank 0 leaves last, for the store goes with it."""
@@ -302,7 +309,9 @@ class Operation:
 
     def _await_outcome(self) -> None:
         try:
-            self._watched.wait(["outcome"], timedelta(seconds=self.deadline.remaining() + _FAREWELL))
+            self._watched.wait(
+                ["outcome"], timedelta(seconds=self.deadline.remaining() + _FAREWELL)
+            )
             self._outcome = self._watched.get("outcome")
         except RuntimeError as error:
             logger.debug("{}: no longer watching the other ranks: {}", self.name, error)
@@ -311,4 +320,3 @@ class Operation:
 def _describe(error: BaseException) -> str:
     plain = isinstance(error, (ValueError, RuntimeError, TimeoutError))
     return str(error) if plain else f"{type(error).__name__}: {error}"
-

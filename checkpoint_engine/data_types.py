@@ -1,4 +1,5 @@
-"""The vocabulary that crosses processes: what a rank owns, where it lies, and how it is cut into buckets.
+"""The vocabulary that crosses processes: what a rank owns, where it lies, and how it is cut into
+buckets.
 
 The names, fields and JSON forms are those of the original library's releases 0.2 and 0.4, so that
 metas written by one program are read by another.
@@ -81,7 +82,8 @@ _ALL_FIELDS = {"name", "dtype", "shape", "aligned_size"}
 
 
 class ParameterMeta(BaseModel):
-    """One tensor of a checkpoint. ``aligned_size`` is its size in bytes with padding (0.2 metas lack it)."""
+    """One tensor of a checkpoint. ``aligned_size`` is its size in bytes with padding (0.2 metas
+    lack it)."""
 
     name: str
     dtype: TorchDtype
@@ -119,7 +121,8 @@ class BucketRange(NamedTuple):
 class H2DBucket(BaseModel):
     """Consecutive tensors of one owner that travel together.
 
-    ``items`` lie one behind the other, each padded to its ``aligned_size``; ``ranges`` say where the
+    ``items`` lie one behind the other, each padded to its ``aligned_size``; ``ranges`` say where
+    the
     owner's host memory holds those ``size`` bytes, in the same order.
     """
 
@@ -129,7 +132,8 @@ class H2DBucket(BaseModel):
 
 
 class MemoryBufferMetas(BaseModel):
-    """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's process."""
+    """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
+    process."""
 
     metas: list[ParameterMeta]
     ptr: int

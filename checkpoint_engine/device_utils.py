@@ -1,4 +1,5 @@
-"""One table of devices: which torch module serves one, how it is named, how much memory it has left."""
+"""One table of devices: which torch module serves one, how it is named, how much memory it has
+left."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def get_ip(towards: str | None = None) -> str:
 
     Only the routing table is asked; nothing is sent. Falls back to the loopback address.
     """
-    targets = _NO_TRAFFIC_TARGETS
+    targets: Sequence[tuple[int, str]] = _NO_TRAFFIC_TARGETS
     if towards is not None:
         with contextlib.suppress(OSError):
             infos = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)
@@ -38,7 +39,8 @@ def get_ip(towards: str | None = None) -> str:
 
 
 def npu_generate_uuid() -> str:
-    """``<host ip>-<chip number>`` of the NPU chip that this process runs on, as ``npu-smi`` reports it.
+    """``<host ip>-<chip number>`` of the NPU chip that this process runs on, as ``npu-smi``
+    reports it.
 
     Raises:
         RuntimeError: no NPU of this host lists this process.

@@ -48,7 +48,9 @@ def encode_gathered(data: DataToGather) -> bytes:
 def decode_gathered(blob: bytes) -> DataToGather:
     """The inverse of ``encode_gathered``."""
     content = json.loads(zlib.decompress(blob))
-    kinds = [(parse_dtype(dtype), torch.Size(shape), size) for dtype, shape, size in content["kinds"]]
+    kinds = [
+        (parse_dtype(dtype), torch.Size(shape), size) for dtype, shape, size in content["kinds"]
+    ]
     metas = [
         ParameterMeta.trusted(name, *kinds[kind])
         for name, kind in zip(content["names"], content["kind_of"], strict=True)

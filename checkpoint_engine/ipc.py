@@ -85,8 +85,8 @@ class _Segment:
             self.unlink()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise RuntimeError(
-                    f"{SHARED_MEMORY_FOLDER} has no room for a buffer of {nbytes} bytes: enlarge it "
-                    "or lower PS_MAX_BUCKET_SIZE_GB"
+                    f"{SHARED_MEMORY_FOLDER} has no room for a buffer of {nbytes} bytes: enlarge "
+                    "it or lower PS_MAX_BUCKET_SIZE_GB"
                 ) from error
             raise
 

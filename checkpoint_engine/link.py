@@ -170,7 +170,8 @@ class ServerLink:
     """The worker's end."""
 
     def __init__(self, context: zmq.Context, address: str, timeout: float) -> None:
-        """``timeout``: seconds to wait for the server's next message, if it does not set a deadline."""
+        """``timeout``: seconds to wait for the server's next message, if it does not set a
+        deadline."""
         self.address = address
         self._timeout = timeout
         self._deadline: Deadline | None = None

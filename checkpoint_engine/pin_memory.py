@@ -419,22 +419,22 @@ def _populate(address: int, nbytes: int) -> None:
 
 
 def _cuda_register(address: int, nbytes: int) -> None:
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart = torch.cuda.cudart()
     code = cudart.cudaHostRegister(address, nbytes, 0)
     if int(code) != 0:
         _clear_cuda_error()
         raise RuntimeError(
-            f"cudaHostRegister of {nbytes} bytes failed with {code} "
+            f"cudaHostRegister of {nbytes} bytes failed with error {int(code)} "
             f"({cudart.cudaGetErrorString(code)}); {_describe_limits()}"
         )
 
 
 def _cuda_unregister(address: int) -> None:
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart = torch.cuda.cudart()
     code = cudart.cudaHostUnregister(address)
     if int(code) != 0:
         _clear_cuda_error()
-        logger.warning("cudaHostUnregister failed with {}", code)
+        logger.warning("cudaHostUnregister failed with error {}", int(code))
 
 
 def _clear_cuda_error() -> None:
@@ -587,9 +587,10 @@ class _Reader:
             except OSError as error:
                 raise RuntimeError(f"{run.path}: tensor {run.tensor!r}: {error}") from error
             if count == 0:
+                size = os.fstat(self._fd).st_size
                 raise ValueError(
-                    f"{run.path}: truncated since it was opened: it ends at byte "
-                    f"{os.fstat(self._fd).st_size}, tensor {run.tensor!r} needs {offset + len(left)}"
+                    f"{run.path}: truncated since it was opened: it ends at byte {size}, "
+                    f"tensor {run.tensor!r} needs {offset + len(left)}"
                 )
             left, offset = left[count:], offset + count
 

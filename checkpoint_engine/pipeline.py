@@ -159,7 +159,9 @@ class _HostStreams:
 class Staging:
     """An owner's next bucket, copied to the device while other ranks' buckets are broadcast."""
 
-    def __init__(self, buffer: torch.Tensor, steps: list[Step], load: Load, streams: _Streams) -> None:
+    def __init__(
+        self, buffer: torch.Tensor, steps: list[Step], load: Load, streams: _Streams
+    ) -> None:
         self._buffer = buffer
         self._steps = deque(steps)
         self._load = load

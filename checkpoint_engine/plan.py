@@ -29,7 +29,8 @@ Topology = Mapping[str, set[int]]
 
 @dataclass(frozen=True)
 class BucketSize:
-    """How device memory is shared out: ``bytes`` per bucket, and whether owners stage the next one."""
+    """How device memory is shared out: ``bytes`` per bucket, and whether owners stage the next
+    one."""
 
     bytes: int
     staging: bool
@@ -37,7 +38,8 @@ class BucketSize:
 
 @dataclass(frozen=True)
 class Step:
-    """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into ``slot``."""
+    """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
+    ``slot``."""
 
     receiver: int
     owner: int
@@ -47,7 +49,8 @@ class Step:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """What one update moves, in order. ``bucket_bytes`` is the size of each half of the double buffer."""
+    """What one update moves, in order. ``bucket_bytes`` is the size of each half of the double
+    buffer."""
 
     steps: tuple[Step, ...]
     bucket_bytes: int
@@ -149,7 +152,8 @@ def gen_h2d_buckets(
 def assign_receiver_ranks(
     buckets: Sequence[tuple[int, T]], local_topo: Topology, remote_topo: Topology
 ) -> list[tuple[int, int, T]]:
-    """Spread the reading of ``(owner_rank, bucket)`` over receivers so that no owner NIC is read twice at once.
+    """Spread the reading of ``(owner_rank, bucket)`` over receivers so that no owner NIC is read
+    twice at once.
 
     The receivers are the lowest rank of each local NIC, at most as many as there are owner NICs.
     Buckets, interleaved over the owners' NICs, are dealt to them in rounds; a round ends early when
@@ -191,9 +195,7 @@ def _buffers(metas: Metas) -> Iterator[MemoryBufferMetas]:
         yield from owned.memory_buffer_metas_list
 
 
-def _cut(
-    owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int
-) -> Iterator[H2DBucket]:
+def _cut(owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int) -> Iterator[H2DBucket]:
     """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers."""
     items = [meta for buffer in buffers for meta in buffer.metas]
     ends = list(itertools.accumulate(meta.aligned_size for meta in items))
@@ -214,7 +216,8 @@ def _cut(
 
 
 def _spans(buffers: Sequence[MemoryBufferMetas]) -> list[int]:
-    """Where each buffer begins when all tensors of an owner are laid end to end, and where the last ends."""
+    """Where each buffer begins when all tensors of an owner are laid end to end, and where the
+    last ends."""
     sizes = (sum(meta.aligned_size for meta in buffer.metas) for buffer in buffers)
     return list(itertools.accumulate(sizes, initial=0))
 

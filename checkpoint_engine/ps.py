@@ -44,7 +44,13 @@ from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink, new_address, open_context
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.pin_memory import HostMemory
-from checkpoint_engine.pipeline import Pipeline, Request, RequestFunction, SocketPaths, WorkerSession
+from checkpoint_engine.pipeline import (
+    Pipeline,
+    Request,
+    RequestFunction,
+    SocketPaths,
+    WorkerSession,
+)
 from checkpoint_engine.plan import BucketSize, Step, TransferPlan
 from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
@@ -203,11 +209,16 @@ class ParameterServer:
             BusyError: an update is sending it.
         """
         with self._memory_lock:
-            if checkpoint_name not in self._memory_pool or checkpoint_name == self.shared_memory_pool_name:
+            if (
+                checkpoint_name not in self._memory_pool
+                or checkpoint_name == self.shared_memory_pool_name
+            ):
                 self._log.warning("checkpoint {} is not registered", checkpoint_name)
                 return
             if self._running == checkpoint_name:
-                raise BusyError(f"checkpoint {checkpoint_name!r} is being updated from: try again after it")
+                raise BusyError(
+                    f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
+                )
             buffers = self._memory_pool.pop(checkpoint_name)
             if checkpoint_name != self._pool_user:
                 self._host_memory.release(buffers)
@@ -219,7 +230,8 @@ class ParameterServer:
     # ------------------------------------------------------------------ who owns what
 
     def gather_metas(self, checkpoint_name: str) -> None:
-        """Learn what every rank owns of a checkpoint, replacing what was gathered before. All ranks.
+        """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
+        ranks.
 
         Raises:
             UpdateError: no rank has registered it, or a rank did not come.
@@ -249,11 +261,15 @@ class ParameterServer:
         owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
         without = [rank for rank, owned in owners.items() if not owned.p2p_store_addr]
         if without:
-            raise ValueError(f"owner ranks {without} have no P2P address: their world runs without P2P")
+            raise ValueError(
+                f"owner ranks {without} have no P2P address: their world runs without P2P"
+            )
         self._set_global_metas(owners)
         self._gathered_name = None
         self._gathered_digest = hashlib.sha256(
-            json.dumps({rank: owned.model_dump(mode="json") for rank, owned in owners.items()}).encode()
+            json.dumps(
+                {rank: owned.model_dump(mode="json") for rank, owned in owners.items()}
+            ).encode()
         ).hexdigest()
 
     # ------------------------------------------------------------------ process groups
@@ -312,9 +328,13 @@ class ParameterServer:
         """
         if ranks:
             raise RuntimeError(
-                f"update(ranks={list(ranks)}) needs P2P, which is not available: {self._p2p_missing}"
+                f"update(ranks={list(ranks)}) needs P2P, which is not available: "
+                f"{self._p2p_missing}"
             )
-        with self._collective("update", checkpoint_name, timeout) as operation, ExitStack() as stack:
+        with (
+            self._collective("update", checkpoint_name, timeout) as operation,
+            ExitStack() as stack,
+        ):
             operation.watch()
             stack.callback(self._leave_default_group)
             link = self._listen(stack)
@@ -441,11 +461,13 @@ class ParameterServer:
             raise ValueError(f"{checkpoint_name!r} is the name of the shared memory pool itself")
         if checkpoint_name in self._memory_pool:
             raise ValueError(
-                f"checkpoint {checkpoint_name!r} is registered already: unregister_checkpoint() it first"
+                f"checkpoint {checkpoint_name!r} is registered already: "
+                "unregister_checkpoint() it first"
             )
         if use_shared_memory_pool and self._pool_user is not None:
             raise ValueError(
-                f"checkpoint {self._pool_user!r} occupies the shared memory pool: unregister it first"
+                f"checkpoint {self._pool_user!r} occupies the shared memory pool: "
+                "unregister it first"
             )
 
     def _pin_in_place(
@@ -455,7 +477,9 @@ class ParameterServer:
         try:
             clashes = sorted(set(open_files(files)) & set(taken))
             if clashes:
-                raise ValueError(f"tensors {clashes[:3]} of in-place files are also given otherwise")
+                raise ValueError(
+                    f"tensors {clashes[:3]} of in-place files are also given otherwise"
+                )
             return self._host_memory.pin_in_place(files)
         except BaseException:
             self._host_memory.release(copied)
@@ -506,8 +530,8 @@ class ParameterServer:
         now = [b.metas for b in self._memory_pool.get(checkpoint_name, []) if b.metas]
         if now != expected:
             raise RuntimeError(
-                f"checkpoint {checkpoint_name!r} changed on this rank since its metas were gathered: "
-                "call gather_metas() again on all ranks"
+                f"checkpoint {checkpoint_name!r} changed on this rank since its metas were "
+                "gathered: call gather_metas() again on all ranks"
             )
 
     def _init_default_group(
@@ -520,7 +544,9 @@ class ParameterServer:
         distributed.init_process_group(
             rank=ranks.index(self._rank),
             world_size=len(ranks),
-            store=dist.PrefixStore(f"default-group/{self._groups_made}", self._group_store(addr, port)),
+            store=dist.PrefixStore(
+                f"default-group/{self._groups_made}", self._group_store(addr, port)
+            ),
             backend=self.device_manager.backend,
             timeout=timeout,
         )
@@ -598,13 +624,13 @@ class ParameterServer:
             buffer[position : position + size].copy_(source, non_blocking=True)
             position += align_up(size)
 
-    def _bind_zmq_socket(self) -> tuple[zmq.Socket, SocketPaths]:
+    def _bind_zmq_socket(self) -> tuple[zmq.Socket[bytes], SocketPaths]:
         """A bound REQ socket for this rank's worker, and all ranks' addresses. All ranks.
 
         For programs that drive the worker's protocol themselves; the caller closes the socket.
         """
         address = new_address()
-        socket = zmq.Context.instance().socket(zmq.REQ)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
         socket.bind(address)
         with self._collective("_bind_zmq_socket", "", _TEN_MINUTES) as operation:
             mine = json.dumps([self._device_uuid, address]).encode()
@@ -631,7 +657,8 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
 
 
 def _give_up(operation: Operation, link: WorkerLink) -> Callable[[Any, Any, Any], None]:
-    """An exit callback: on failure, tell the other ranks and this rank's worker before cleaning up."""
+    """An exit callback: on failure, tell the other ranks and this rank's worker before cleaning
+    up."""
 
     def on_exit(exc_type: Any, exc: Any, traceback: Any) -> None:
         if exc is not None:
@@ -641,15 +668,15 @@ def _give_up(operation: Operation, link: WorkerLink) -> Callable[[Any, Any, Any]
     return on_exit
 
 
-def _split_in_place(
-    files: Sequence[str] | None, in_place: bool
-) -> tuple[list[str], list[str]]:
+def _split_in_place(files: Sequence[str] | None, in_place: bool) -> tuple[list[str], list[str]]:
     """Files to pin where they are, and files to copy."""
     paths = [os.fspath(path) for path in files or ()]
     chosen = [
         path
         for path in paths
-        if in_place and path.endswith(".safetensors") and os.path.realpath(path).startswith("/dev/shm/")
+        if in_place
+        and path.endswith(".safetensors")
+        and os.path.realpath(path).startswith("/dev/shm/")
     ]
     return chosen, [path for path in paths if path not in chosen]
 
@@ -668,7 +695,8 @@ def _topology(owned: Any) -> dict[str, set[int]]:
 
 
 def _get_physical_gpu_id(device_manager: Any = None, device_index: int | None = None) -> str:
-    """A device's identity; called as ``(index)`` by 0.2's callers, ``(device_manager, index)`` by 0.4's."""
+    """A device's identity; called as ``(index)`` by 0.2's callers, ``(device_manager, index)`` by
+    0.4's."""
     if not isinstance(device_manager, DeviceManager):
         device_manager, device_index = DeviceManager(), device_manager
     if device_index is None:
@@ -693,7 +721,7 @@ def _get_rdma_devices() -> list[str]:
     return devices
 
 
-def _parse_NCCL_IB_HCA(value: str, available_devices: list[str]) -> list[str]:  # noqa: N802
+def _parse_NCCL_IB_HCA(value: str, available_devices: list[str]) -> list[str]:
     devices, findings = rdma.parse_hca(value, available_devices)
     for finding in findings:
         logger.warning(finding)

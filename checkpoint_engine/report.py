@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class UpdateReport(BaseModel):
     """One update as one rank saw it; ``ParameterServer.update`` returns it.
 
-    ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap: each
+    ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap:
+    each
     is the time that this rank waited for it.
     """
 

@@ -70,7 +70,8 @@ class Abort:
 def encode_handle(
     rebuild: Callable[..., torch.Tensor], args: tuple[Any, ...], extensions: dict[str, Any]
 ) -> bytes:
-    """The first message. ``extensions`` stand behind the pickle, where readers of 0.4 do not look."""
+    """The first message. ``extensions`` stand behind the pickle, where readers of 0.4 do not
+    look."""
     return pickle.dumps((rebuild, args)) + _EXTENSION_MARK + json.dumps(extensions).encode()
 
 

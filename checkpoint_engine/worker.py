@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def update_weights_from_ipc(
             _release_device_memory(device_type)
         _acknowledge(link, failure)
         server_waits = _server_waits_for_post_hook(link, handle)
-        failure = failure or _attempt(lambda: _run_post_hook(post_hook, device_type))
+        failure = failure or _attempt(partial(_run_post_hook, post_hook, device_type))
         if server_waits:
             _acknowledge(link, failure)
         if failure is not None:
@@ -94,7 +95,8 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
 def _load_buckets(
     link: ServerLink, buffer: torch.Tensor, run: Callable[[NamedTensors], Any]
 ) -> Exception | None:
-    """Load buckets until there are no more; the first failure is kept, and nothing loaded after it."""
+    """Load buckets until there are no more. Returns the first failure; nothing is loaded after
+    it."""
     failure: Exception | None = None
     while True:
         message = decode_message(link.receive())
@@ -102,7 +104,7 @@ def _load_buckets(
             return failure
         if isinstance(message, Abort):
             raise message.error from failure
-        failure = failure or _attempt(lambda tensors=message.tensors: _load(tensors, buffer, run))
+        failure = failure or _attempt(partial(_load, message.tensors, buffer, run))
         _acknowledge(link, failure)
 
 
@@ -214,7 +216,7 @@ class VllmColocateWorkerExtension:
             )
 
     def _process_loaded_weights(self) -> None:
-        """What vLLM does to weights once they are loaded; other engines have nothing of the kind."""
+        """What vLLM does to weights once they are loaded; other engines have no such step."""
         try:
             from vllm.model_executor.model_loader.utils import process_weights_after_loading
         except ImportError:

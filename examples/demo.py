@@ -41,6 +41,7 @@ from random_checkpoint import (
 
 EXAMPLES = Path(__file__).parent
 SHARED_MEMORY = Path("/dev/shm")
+_children: list[subprocess.Popen[str]] = []
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TP = 2
 PROMPT = [11, 22, 33, 44]
@@ -70,7 +71,7 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self._http.close()
-        _stop(self.process, signal.SIGTERM)
+        _stop(self.process)
 
     def wait_until_healthy(self) -> None:
         """Raises RuntimeError if the engine does not come up."""
@@ -105,14 +106,31 @@ class Engine:
 
 def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
     """A child in a session of its own: Ctrl-C reaches this process alone, which ends the others."""
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
-    )
+    with _signals_deferred():  # one that came within Popen would leave a child that nobody knows
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+        )
+        _children.append(process)
+    return process
 
 
-def _stop(process: subprocess.Popen[str], how: signal.Signals) -> None:
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    came: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """The engine and torchrun both take SIGINT as the end and see to their own children."""
     if process.poll() is None:
-        process.send_signal(how)
+        process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -177,7 +195,7 @@ def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> Non
         process.wait()
     finally:
         overdue.cancel()
-        _stop(process, signal.SIGINT)
+        _stop(process)
     if process.returncode != 0:
         raise RuntimeError(f"update.py ended with exit code {process.returncode}")
 
@@ -250,6 +268,8 @@ def workplace(account: Account, keep: bool) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        for process in _children:
+            _stop(process)
         processes = _processes_with(str(sockets))
         left = [*processes, *sockets.iterdir(), *_abandoned(segments)]
         account.verdict(not left, f"left behind: {', '.join(map(str, left)) or 'nothing'}")

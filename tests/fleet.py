@@ -1,4 +1,5 @@
-"""What the update tests run in every rank: an inference worker, tensors to send, faults to inject."""
+"""What the update tests run in every rank: an inference worker, tensors to send, faults to
+inject."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Programs that the update tests start under torchrun: ``programs.py NAME ARGUMENTS OUTPUT_FOLDER``.
+"""Programs that the update tests start under torchrun: ``programs.py NAME ARGUMENTS
+OUTPUT_FOLDER``.
 
 Each runs on every rank and writes what it saw to ``OUTPUT_FOLDER/<rank>.json``.
 """
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fleet import Worker, digests, mixed_tensors, request_of
 
 from checkpoint_engine.ps import ParameterServer
+from fleet import Worker, digests, mixed_tensors, request_of
 
 RANK = int(os.environ.get("RANK", "0"))
 os.environ.setdefault("NCCL_HOSTID", f"rank-{RANK}")  # several NCCL ranks on one GPU
@@ -36,7 +37,8 @@ class Rank:
         self.ps = ParameterServer(**server_options)
 
     def replace_worker(self) -> None:
-        """The engine restarts, once. The old one's descriptors stay, so that they can be counted."""
+        """The engine restarts, once. The old one's descriptors stay, so that they can be
+        counted."""
         self.worker, self._spare = self._spare, self.worker
 
     def stop(self) -> None:
@@ -66,7 +68,9 @@ class Rank:
         """What an update must not leave behind."""
         folder = Path(os.environ["PS_IPC_DIR"])
         return {
-            "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()),
+            "files": sorted(
+                os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()
+            ),
             "sockets": len(list(folder.iterdir())),
             "shared": [n for n in os.listdir("/dev/shm") if n.startswith("checkpoint-engine-")],
         }
@@ -110,7 +114,7 @@ def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
     before = rank.resources()
     seen = []
     for case in cases:
-        mine = case["fault"] if RANK == case["rank"] else ""
+        mine = case["fault"] if case["rank"] == RANK else ""
         began = time.monotonic()
         seen.append(_error_of(lambda mine=mine: rank.update("good", mine)))
         seen[-1]["seconds"] = time.monotonic() - began

@@ -241,6 +241,7 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert str(tmp_path / "config.json") in done.stderr
 
 
+@pytest.mark.timeout(240)
 def test_demo() -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "demo.py"), "--size=small"],
@@ -253,6 +254,7 @@ def test_demo() -> None:
     assert "left behind: nothing" in done.stdout
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("label", ["engines", "checkpoint"])
 def test_an_interrupted_demo_leaves_nothing(label: str) -> None:
     """``label`` is of the line after which the interrupt comes."""

@@ -767,7 +767,7 @@ class TestPinning:
     def test_refused(self, monkeypatch: pytest.MonkeyPatch, arenas: list[int], shm: Path) -> None:
         sources = tensor_sources({f"w{i}": torch.ones(2000) for i in range(3)})
         path = write_safetensors(shm / "a.safetensors", {"a": torch.ones(9)})
-        match = r"cudaHostRegister of \d+ bytes failed with 712 \(error 712\).*RLIMIT_MEMLOCK"
+        match = r"cudaHostRegister of \d+ bytes failed with error 712 \(error 712\).*RLIMIT_MEMLOCK"
         memory = HostMemory("cuda")
         for attempt, fails_at in ((memory.fill, 2), (memory.pin_in_place, 0)):
             cudart = FakeCudart(fails_at)

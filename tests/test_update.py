@@ -1,4 +1,5 @@
-"""Whole updates: real processes under torchrun, a worker beside every rank, weights compared bit for bit."""
+"""Whole updates: real processes under torchrun, a worker beside every rank, weights compared bit
+for bit."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from torchrun import torchrun
 
 WELL_BEFORE_THE_DEADLINE = 15  # seconds; the programs give updates 40

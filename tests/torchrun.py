@@ -20,7 +20,8 @@ def _python_path() -> list[str]:
 
 
 def free_port_pair() -> int:
-    """A port that is free and whose successor is: torchrun's store takes one, the servers the other."""
+    """A port that is free and whose successor is: torchrun's store takes one, the servers the
+    other."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

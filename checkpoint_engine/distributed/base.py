@@ -14,10 +14,13 @@ Group = Any
 
 
 class Distributed(ABC):
-    """What ``checkpoint_engine.distributed``'s functions call. One instance is current per process."""
+    """What ``checkpoint_engine.distributed``'s functions call. One instance is current per
+    process."""
 
     @abstractmethod
-    def init_process_group(self, rank: int, world_size: int, store: dist.Store, **kwargs: Any) -> None:
+    def init_process_group(
+        self, rank: int, world_size: int, store: dist.Store, **kwargs: Any
+    ) -> None:
         """Create the group of all ranks, which meet in ``store``. Called by every rank."""
 
     @abstractmethod
@@ -57,7 +60,8 @@ _FACTORIES: dict[str, str] = {"torch": "checkpoint_engine.distributed.torch_back
 
 
 def register_backend(name: str, factory: str) -> None:
-    """Make a backend of another package known: ``factory`` is ``"module:class"``, loaded when used."""
+    """Make a backend of another package known: ``factory`` is ``"module:class"``, loaded when
+    used."""
     _FACTORIES[name] = factory
 
 

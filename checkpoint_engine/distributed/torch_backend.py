@@ -13,7 +13,9 @@ from checkpoint_engine.distributed.base import Distributed, Group
 class TorchBackend(Distributed):
     """Passes every call on to ``torch.distributed``'s default group."""
 
-    def init_process_group(self, rank: int, world_size: int, store: dist.Store, **kwargs: Any) -> None:
+    def init_process_group(
+        self, rank: int, world_size: int, store: dist.Store, **kwargs: Any
+    ) -> None:
         dist.init_process_group(rank=rank, world_size=world_size, store=store, **kwargs)
 
     def destroy_process_group(self, group: Group = None) -> None:

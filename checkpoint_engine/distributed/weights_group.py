@@ -79,14 +79,15 @@ def create_weights_group(
 
 
 def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's stubs
+    options = gloo._Options()
     options._timeout = timeout
     if "GLOO_SOCKET_IFNAME" in os.environ:
-        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        options._devices = [gloo.create_default_device()]
     else:
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_ip)]
+        options._devices = [gloo.create_device(hostname=local_ip)]
     options._threads = 2
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _create_nccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
