@@ -177,18 +177,19 @@ class ParameterServer:
 
         Raises:
             ValueError: the name is taken, or a file or tensor cannot be used; nothing is kept.
-            RuntimeError: there is not enough memory; nothing is kept.
+            MemoryError: there is not enough host memory; nothing is kept.
+            RuntimeError: memory cannot be pinned, or a file cannot be read; nothing is kept.
         """
         with self._memory_lock:
             self._check_can_register(checkpoint_name, use_shared_memory_pool)
             in_place, copied = _split_in_place(files, use_inplace_pin_memory)
             sources = {**open_files(copied), **tensor_sources(named_tensors or {})}
-            pool = self._memory_pool.get(self.shared_memory_pool_name)
+            pool = self._memory_pool.get(self.shared_memory_pool_name) or None
             buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
             if in_place:
                 buffers += self._pin_in_place(in_place, sources.keys(), buffers)
             if use_shared_memory_pool:
-                self._memory_pool.setdefault(self.shared_memory_pool_name, buffers)
+                self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
             self._memory_pool[checkpoint_name] = buffers
             self._log.info(
@@ -761,3 +762,7 @@ def run_from_cli() -> None:
     from checkpoint_engine.__main__ import main
 
     main()
+
+
+if __name__ == "__main__":
+    run_from_cli()

@@ -41,7 +41,6 @@ from random_checkpoint import (
 
 EXAMPLES = Path(__file__).parent
 SHARED_MEMORY = Path("/dev/shm")
-_children: list[subprocess.Popen[str]] = []
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TP = 2
 PROMPT = [11, 22, 33, 44]
@@ -54,6 +53,8 @@ UPDATE_DEFAULTS = {
 }
 TIMEOUT = 120.0
 STOP_TIMEOUT = 40.0  # torchrun gives its ranks 30 s to go
+
+_children: list[subprocess.Popen[str]] = []
 
 
 class Engine:
@@ -123,8 +124,8 @@ def _signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number in came[:1]:
-        signal.raise_signal(number)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

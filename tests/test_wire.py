@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import pickle
-import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import map_shared_memory
 from checkpoint_engine.plan import to_named_tensor
 
-PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+PROTOCOLS = range(3, pickle.HIGHEST_PROTOCOL + 1)  # below 3, Python writes Python 2's names
 
 SEGMENT = ("/dev/shm/checkpoint-engine-0-abc", 1024)
 CUDA_ARGS = (
@@ -134,8 +133,9 @@ def test_an_abort_may_be_any_builtin_exception(error: Exception) -> None:
     abort = wire.decode_message(message)
     assert isinstance(abort, wire.Abort)
     assert repr(abort.error) == repr(error)
-    with pytest.raises(type(error), match=re.escape(str(error))):
+    with pytest.raises(type(error)) as caught:
         wire.decode_handle(message)
+    assert repr(caught.value) == repr(error)
 
 
 dtypes = st.sampled_from(
@@ -228,7 +228,7 @@ def hostile(marker: Path) -> dict[str, Any]:
         "eval": Calls(eval, code),
         "exec": Calls(exec, code),
         "open": Calls(open, str(marker), "w"),
-        "getattr": Calls(getattr, torch, "load"),
+        "getattr": Calls(getattr, "text", "format"),
         "partial": Calls(functools.partial, os.system, f"touch {marker}"),
         "torch.load": Calls(torch.load, str(marker)),
         "torch.save": Calls(torch.save, 1, str(marker)),
@@ -357,8 +357,8 @@ def test_random_bytes(message: bytes) -> None:
 
 VALID = [
     wire.encode_handle(map_shared_memory, SEGMENT, {"timeout": 1.0}),
-    *(pickle.dumps((rebuild_cuda_tensor, CUDA_ARGS), protocol) for protocol in (0, 2, 4)),
-    *(pickle.dumps(ENTRIES, protocol) for protocol in (0, 2, 4)),
+    *(pickle.dumps((rebuild_cuda_tensor, CUDA_ARGS), protocol) for protocol in (3, 4)),
+    *(pickle.dumps(ENTRIES, protocol) for protocol in (3, 4)),
     wire.NOTHING_MORE,
     wire.encode_abort("why"),
 ]
