@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from checkpoint_engine.device_utils import DeviceManager
-
 GB = 1e9
 
 
@@ -26,14 +24,14 @@ def best_rate(nbytes: int, action, repeats: int = 5) -> float:
 
 def host_to_device(nbytes: int = 2 << 30) -> float:
     """Pinned host memory to the device in one copy; on the cpu device, plain memory to plain."""
-    device = DeviceManager()
-    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.is_accelerator)
-    source.fill_(7)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device.device(0))
+    cuda = torch.cuda.is_available()
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda).fill_(7)
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda" if cuda else "cpu")
 
     def copy() -> None:
         target.copy_(source, non_blocking=True)
-        device.synchronize()
+        if cuda:
+            torch.cuda.synchronize()
 
     return best_rate(nbytes, copy)
 

@@ -5,6 +5,11 @@
 
 The checkpoint has the shape of Qwen3-30B-A3B: 390 tensors and 1.25 GB of bf16 per layer. Every
 phase is printed with its bytes, seconds and rate, beside this machine's limit from the same run.
+
+    python benchmarks/update.py --layers 11 --against original==0.4.2 --turns 3
+
+installs that release of the original from PyPI into a folder of its own, runs the same work on it
+and on this library in turns, and prints the ratios. Only what both have is used.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +33,6 @@ import torch
 import zmq
 from safetensors.torch import save_file
 
-from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 
@@ -86,7 +92,7 @@ class Worker:
 
 
 def _serve(pipe: Any, layers: int) -> None:
-    device = DeviceManager().device(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = {
         name: torch.empty(shape, dtype=torch.bfloat16, device=device)
         for layer in range(layers)
@@ -127,7 +133,7 @@ class Benchmark:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.worker = Worker(arguments.layers)
-        self.ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, auto_pg=arguments.auto_pg)
+        self.ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **arguments.options)
         self.mine = range(
             arguments.layers * RANK // WORLD_SIZE, arguments.layers * (RANK + 1) // WORLD_SIZE
         )
@@ -158,7 +164,8 @@ class Benchmark:
             self.ps.unregister_checkpoint(NAME)
             self._register("register, again", named_tensors=tensors)
         self.ps.unregister_checkpoint(NAME)
-        self._run_pool(tensors)
+        if self.arguments.pool:
+            self._run_pool(tensors)
         if self.arguments.files:
             self._run_files()
 
@@ -178,11 +185,15 @@ class Benchmark:
             self._update()
             self._check(seed=2)
             self.ps.unregister_checkpoint(NAME)
-            for phase in ("files, pool fresh", *["files, pool reused"] * self.arguments.repeats):
-                self._register(phase, files=files, use_shared_memory_pool=True)
-                self.ps.unregister_checkpoint(NAME)
+            if self.arguments.pool:
+                self._run_files_pool(files)
         finally:
             shutil.rmtree(folder)
+
+    def _run_files_pool(self, files: list[str]) -> None:
+        for phase in ("files, pool fresh", *["files, pool reused"] * self.arguments.repeats):
+            self._register(phase, files=files, use_shared_memory_pool=True)
+            self.ps.unregister_checkpoint(NAME)
 
     def _write(self, folder: Path) -> list[str]:
         files = []
@@ -223,16 +234,60 @@ class Benchmark:
         return rows
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """This library and a release of the original, in turns, each run in processes of its own."""
+    version = arguments.against.partition("==")[2]
+    ours = str(Path(__file__).resolve().parent.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = str(Path(folder) / "original")
+        requirement = f"checkpoint-engine=={version}"
+        install = ["install", "--quiet", "--no-deps", "--target", theirs, requirement]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        seconds: dict[str, dict[str, list[float]]] = {ours: {}, theirs: {}}
+        for _ in range(arguments.turns):
+            for path, phases in seconds.items():
+                table = _run_apart(arguments, path, Path(folder) / "table.json", path == theirs)
+                for row in table["phases"]:
+                    phases.setdefault(row["phase"], []).extend(row["all"])
+    limit = table["limits"]["host_to_device"]
+    print(f"pinned host to device {limit:.1f} GB/s; medians of {arguments.turns} runs each")
+    for phase in seconds[theirs]:
+        mine, other = (statistics.median(seconds[path][phase]) for path in (ours, theirs))
+        print(
+            f"{phase:24} ours {mine:8.4f} s   original {version} {other:8.4f} s   "
+            f"original / ours {other / mine:6.1f}"
+        )
+
+
+def _run_apart(
+    arguments: argparse.Namespace, path: str, output: Path, original: bool
+) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--json", str(output), "--layers", str(arguments.layers)]
+    command += ["--bucket-gb", str(arguments.bucket_gb), "--repeats", str(arguments.repeats)]
+    command += ["--files"] if arguments.files else []
+    command += ["--options", json.dumps({"auto_pg": True})] if original else []
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, **world, "PYTHONPATH": os.pathsep.join([path, inherited])}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(output.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--bucket-gb", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--auto-pg", type=json.loads, default=None)
+    parser.add_argument("--options", type=json.loads, default={}, help="of the server, as JSON")
     parser.add_argument("--files", action="store_true", help="also register from files")
+    parser.add_argument("--pool", action="store_true", help="also with the shared memory pool")
     parser.add_argument("--json", help="write the table there too")
+    parser.add_argument("--against", help="original==VERSION: compare with that release")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each, with --against")
     arguments = parser.parse_args()
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(arguments.bucket_gb)
+    if arguments.against:
+        return compare(arguments)
     benchmark = Benchmark(arguments)
     benchmark.run()
     if RANK > 0:

@@ -8,10 +8,13 @@ the same for all. A rank that fails writes the outcome at once; the others, watc
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
+import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -67,6 +70,8 @@ def connect_store(rank: int, world_size: int, addr: str, port: int) -> Any:
     """
     with _stores_lock:
         if (addr, port) not in _stores:
+            if rank > 0:
+                _await_port(addr, port)
             try:
                 _stores[addr, port] = dist.TCPStore(
                     addr,
@@ -85,20 +90,36 @@ def connect_store(rank: int, world_size: int, addr: str, port: int) -> Any:
         return _stores[addr, port]
 
 
+def _await_port(addr: str, port: int) -> None:
+    """Until rank 0 listens. Torch's own waiting would not let go on Ctrl-C."""
+    deadline = Deadline(_CONNECT_TIMEOUT)
+    while True:
+        try:
+            socket.create_connection((addr, port), timeout=5).close()
+        except OSError as error:
+            if deadline.remaining() == 0.0:
+                raise RuntimeError(
+                    f"rank 0 does not listen at {addr}:{port}: {error}; is it running, and are "
+                    "master_addr and master_port the same on all ranks?"
+                ) from error
+            time.sleep(0.05)
+        else:
+            return
+
+
 class ControlPlane:
-    """One rank's place in its world. Called by all ranks, in the same order."""
+    """One rank's place in its world. Called by all ranks concerned, in the same order."""
 
     def __init__(self, rank: int, world_size: int, addr: str | None, port: int | None) -> None:
         """Nothing is connected before the first operation. ``addr``, ``port``: see
-        ``connect_store``."""
+        ``connect_store``.
+        """
         self.rank = rank
         self.world_size = world_size
         self._addr = addr
         self._port = port
         self._connected: tuple[Any, Any] | None = None
-        self._epoch = -1
-        self._count = 0
-        self._old_keys: list[str] = []
+        self._circles: dict[tuple[int, ...], _Circle] = {}
 
     def store(self) -> Any:
         """The world's store; a single rank needs none but its own memory."""
@@ -106,15 +127,48 @@ class ControlPlane:
 
     def local_ip(self) -> str:
         """This host's address on the interface that leads to rank 0."""
-        return get_ip(None if self.world_size == 1 else master_addr(self._addr))
+        known = self.world_size > 1 and (self._addr or os.environ.get("MASTER_ADDR"))
+        return get_ip(known or None)
 
-    def operation(self, name: str, timeout: timedelta | float) -> Operation:
-        """Begin a collective call; use it as a context manager on every rank of the world."""
-        store, watched = self._stores()
-        self._follow_epoch(store)
-        self._count += 1
-        prefix = f"{self._epoch}/{self._count}"
-        return Operation(self, store, watched, name, prefix, self._epoch, Deadline(timeout))
+    def reachable_ip(self) -> str:
+        """The same, unless that is the loopback interface: hosts of other worlds must reach it."""
+        address = self.local_ip()
+        return get_ip() if ipaddress.ip_address(address).is_loopback else address
+
+    def operation(
+        self, name: str, timeout: timedelta | float, ranks: Sequence[int] | None = None
+    ) -> Operation:
+        """Begin a collective call; use it as a context manager on every rank concerned.
+
+        ``ranks``: those ranks, sorted; default: the world.
+        """
+        circle = self._circle(ranks)
+        circle.begin_operation()
+        return Operation(circle, self.rank, name, Deadline(timeout))
+
+    def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
+        """Return when the operation of ``ranks`` that this rank has no part in is over; returns
+        the seconds that took.
+
+        Its n-th call waits for their n-th operation, and for one that is running.
+
+        Raises:
+            UpdateError: that operation failed.
+            TimeoutError: it did not end in time.
+        """
+        began = time.monotonic()
+        self._circle(ranks).visit(name, Deadline(timeout))
+        return time.monotonic() - began
+
+    def _circle(self, ranks: Sequence[int] | None) -> _Circle:
+        members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
+        if members not in self._circles:
+            store, watched = self._stores()
+            prefix = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
+            self._circles[members] = _Circle(
+                members, dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, watched)
+            )
+        return self._circles[members]
 
     def _stores(self) -> tuple[Any, Any]:
         """Two connections to the store: one for requests, one to wait for outcomes."""
@@ -136,52 +190,93 @@ class ControlPlane:
         prefix = f"checkpoint-engine/{number}"
         return dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, watched)
 
-    def _follow_epoch(self, store: Any) -> None:
-        """Ranks count operations alike; a failed one starts a new count, wherever each rank
-        stood."""
-        epoch = store.add("epoch", 0)
-        if epoch != self._epoch:
-            self._epoch, self._count = epoch, 0
 
-    def _end_epoch(self, store: Any, epoch: int) -> None:
-        store.compare_set("epoch", str(epoch), str(epoch + 1))
+class _Circle:
+    """Some ranks that have operations in common, and their part of the store.
 
-    def _forget(self, store: Any) -> None:
-        """Drop what this rank wrote in operations that every rank has left."""
-        for key in self._old_keys:
-            store.delete_key(key)
-        self._old_keys.clear()
+    The members count operations alike; a failed one ends an epoch and starts a new count, wherever
+    each of them stood.
+    """
+
+    def __init__(self, members: tuple[int, ...], store: Any, watched: Any) -> None:
+        self.members = members
+        self.store = store
+        self._watched = watched
+        self.epoch = -1
+        self._count = 0
+        self._visits = 0
+        self.old_keys: list[str] = []
+
+    @property
+    def prefix(self) -> str:
+        """Of the running operation's keys."""
+        return f"{self.epoch}/{self._count}"
+
+    def stores(self) -> tuple[Any, Any]:
+        """The running operation's part of both connections."""
+        return dist.PrefixStore(self.prefix, self.store), dist.PrefixStore(
+            self.prefix, self._watched
+        )
+
+    def begin_operation(self) -> None:
+        epoch = self.store.add("epoch", 0)
+        if epoch != self.epoch:
+            self.epoch, self._count = epoch, 0
+        self._count += 1
+
+    def end_epoch(self) -> None:
+        self.store.compare_set("epoch", str(self.epoch), str(self.epoch + 1))
+
+    def forget(self) -> None:
+        """Drop what this rank wrote in operations that every member has left."""
+        for key in self.old_keys:
+            self.store.delete_key(key)
+        self.old_keys.clear()
+
+    def visit(self, name: str, deadline: Deadline) -> None:
+        self._visits += 1
+        poll(self._is_over, lambda: deadline.check(f"{name} of ranks {list(self.members)}"))
+        self._visits = self.store.add("finished", 0)
+        outcome = self.store.get("last outcome")
+        if outcome != _SUCCESS:
+            raise _error(name, outcome)
+
+    def _is_over(self) -> bool:
+        finished = self.store.add("finished", 0)
+        return finished >= self._visits and self.store.add("started", 0) <= finished
 
 
 class Operation:
     """One collective call on one rank: a deadline, what the ranks tell each other, one outcome."""
 
-    def __init__(
-        self,
-        plane: ControlPlane,
-        store: Any,
-        watched: Any,
-        name: str,
-        prefix: str,
-        epoch: int,
-        deadline: Deadline,
-    ) -> None:
+    def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
         self.name = name
         self.deadline = deadline
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
-        self.store = dist.PrefixStore(prefix, store)
-        self._root = store
-        self._prefix = prefix
-        self._plane = plane
-        self._epoch = epoch
-        self._watched = dist.PrefixStore(prefix, watched)
+        self.store, self._watched = circle.stores()
+        self._circle = circle
+        self._rank = rank
         self._outcome: bytes | None = None
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
-        if plane.rank == 0:
+        if self._leads:
             self._keys += ["outcome", "done", "left"]
+            circle.store.add("started", 1)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that take part, in order."""
+        return self._circle.members
+
+    @property
+    def _leads(self) -> bool:
+        return self._rank == self.members[0]
+
+    @property
+    def _is_shared(self) -> bool:
+        return len(self.members) > 1
 
     def begin(self, phase: str) -> None:
         """What this rank does from now on, for errors and for ``seconds``."""
@@ -192,12 +287,12 @@ class Operation:
     def check(self) -> None:
         """Raise if another rank failed or the time is up; every wait of the operation calls it."""
         if self._outcome not in (None, _SUCCESS):
-            raise self._error(self._outcome)
+            raise _error(self.name, self._outcome)
         self.deadline.check(f"{self.phase} of {self.name}")
 
     def watch(self) -> None:
         """From now on ``check`` sees the failure of other ranks as soon as it happens."""
-        if self._plane.world_size > 1 and self._watcher is None:
+        if self._is_shared and self._watcher is None:
             self._watcher = threading.Thread(
                 target=self._await_outcome, name="checkpoint-engine-watch", daemon=True
             )
@@ -209,10 +304,10 @@ class Operation:
         Raises:
             TimeoutError: naming the ranks that did not come.
         """
-        keys = [f"{what}/{rank}" for rank in range(self._plane.world_size)]
-        self._put(keys[self._plane.rank], value)
+        keys = [f"{what}/{rank}" for rank in self.members]
+        self._put(f"{what}/{self._rank}", value)
         self._wait(keys)
-        self._plane._forget(self._root)
+        self._circle.forget()
         return self.store.multi_get(keys) if len(keys) > 1 else [value]
 
     def __enter__(self) -> Operation:
@@ -230,12 +325,12 @@ class Operation:
             else:
                 self._fail(exc)
         finally:
-            self._plane._old_keys += [f"{self._prefix}/{key}" for key in self._keys]
+            self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
 
     def _put(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)  # type: ignore[arg-type]  # the stubs know only text
+        self.store.set(key, value)
         self._keys.append(key)
 
     def _wait(self, keys: list[str]) -> None:
@@ -257,26 +352,26 @@ class Operation:
     def _succeed(self) -> None:
         """Return only once every rank has done its part."""
         self.begin("completion")
-        if self._plane.world_size > 1:
+        if self._is_shared:
             self._await_others()
+        self._leave(_SUCCESS, self.deadline)
         self.begin("done")
 
     def _await_others(self) -> None:
         """The last rank to arrive writes the outcome."""
         try:
-            if self.store.add("done", 1) == self._plane.world_size:
+            if self.store.add("done", 1) == len(self.members):
                 self.store.compare_set("outcome", "", _SUCCESS.decode())
             poll(lambda: self.store.check(["outcome"]), self.check)
             self._outcome = self.store.get("outcome")
             self.check()
         except BaseException as error:
             self._fail(error)
-        self._leave(self.deadline)
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
-        mine = json.dumps([self._plane.rank, self.phase, _describe(error)])
+        mine = json.dumps([self._rank, self.phase, _describe(error)])
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             return self.store.compare_set("outcome", "", mine)
         return mine.encode()
@@ -285,27 +380,25 @@ class Operation:
         """End the operation everywhere, and raise the one error that every rank raises."""
         outcome = self.publish(error)
         with contextlib.suppress(RuntimeError):
-            self._plane._end_epoch(self._root, self._epoch)
-            self._leave(Deadline(_FAREWELL))
+            self._circle.end_epoch()
+            self._leave(outcome, Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
             raise error
         if isinstance(error, Exception):
-            raise self._error(outcome) from error
+            raise _error(self.name, outcome) from error
 
-    def _leave(self, deadline: Deadline) -> None:
-        """Rank 0 leaves last, for the store goes with it."""
-        if self._plane.rank > 0:
+    def _leave(self, outcome: bytes, deadline: Deadline) -> None:
+        """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
+        if not self._leads:
             self.store.add("left", 1)
-        elif self._plane.world_size > 1:
-            with contextlib.suppress(TimeoutError):
-                poll(
-                    lambda: self.store.add("left", 0) >= self._plane.world_size - 1,
-                    lambda: deadline.check("the other ranks to leave"),
-                )
-
-    def _error(self, outcome: bytes) -> UpdateError:
-        rank, phase, cause = json.loads(outcome)
-        return UpdateError(self.name, rank, phase, cause)
+            return
+        with contextlib.suppress(TimeoutError):
+            poll(
+                lambda: self.store.add("left", 0) >= len(self.members) - 1,
+                lambda: deadline.check("the other ranks to leave"),
+            )
+        self._circle.store.set("last outcome", outcome)
+        self._circle.store.add("finished", 1)
 
     def _await_outcome(self) -> None:
         try:
@@ -315,6 +408,11 @@ class Operation:
             self._outcome = self._watched.get("outcome")
         except RuntimeError as error:
             logger.debug("{}: no longer watching the other ranks: {}", self.name, error)
+
+
+def _error(operation: str, outcome: bytes) -> UpdateError:
+    rank, phase, cause = json.loads(outcome)
+    return UpdateError(operation, rank, phase, cause)
 
 
 def _describe(error: BaseException) -> str:

@@ -151,12 +151,26 @@ class MemoryBuffer(BaseModel):
     manually_pinned: bool = False
 
 
+class Lease(BaseModel):
+    """Proof that an owner still holds a checkpoint: ``id``, hexadecimal, stands at address
+    ``ptr``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ptr: int
+    id: str
+
+
 class MemoryBufferMetaList(BaseModel):
-    """Everything one rank owns of a checkpoint, and how to read it by P2P."""
+    """Everything one rank owns of a checkpoint, and how to read it by P2P.
+
+    ``lease`` is this library's; metas of the original have none.
+    """
 
     p2p_store_addr: str | None
     memory_buffer_metas_list: list[MemoryBufferMetas]
     rdma_device: Annotated[str, BeforeValidator(lambda v: "" if v is None else v)]
+    lease: Lease | None = None
 
 
 class DataToGather(MemoryBufferMetaList):

@@ -14,6 +14,7 @@ import torch
 
 from checkpoint_engine.data_types import (
     DataToGather,
+    Lease,
     MemoryBufferMetas,
     ParameterMeta,
     parse_dtype,
@@ -37,6 +38,7 @@ def encode_gathered(data: DataToGather) -> bytes:
         "device": data.rdma_device,
         "host": data.host_ip,
         "uuid": data.device_uuid,
+        "lease": data.lease and (data.lease.ptr, data.lease.id),
         "buffers": buffers,
         "kinds": [(str(dtype), list(shape), size) for dtype, shape, size in kinds],
         "names": names,
@@ -60,10 +62,12 @@ def decode_gathered(blob: bytes) -> DataToGather:
         held = metas[start : start + count]
         buffers.append(MemoryBufferMetas.model_construct(metas=held, ptr=ptr, size=size))
         start += count
+    lease = content["lease"] and Lease(ptr=content["lease"][0], id=content["lease"][1])
     return DataToGather.model_construct(
         p2p_store_addr=content["store"],
         memory_buffer_metas_list=buffers,
         rdma_device=content["device"],
         host_ip=content["host"],
         device_uuid=content["uuid"],
+        lease=lease,
     )

@@ -46,13 +46,18 @@ class SharedBuffer:
 
         return reduce_tensor(self.tensor)
 
+    def unlink(self) -> None:
+        """Remove its name, once the worker has it: nothing is left even if this process is
+        killed."""
+        if self._segment is not None:
+            self._segment.unlink()
+            self._segment = None
+
     def close(self) -> None:
         """Give the memory back; what the worker still maps lives on until it drops it."""
         if not self.tensor.nbytes:
             return
-        if self._segment is not None:
-            self._segment.unlink()
-            self._segment = None
+        self.unlink()
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._device_manager.release_cached_memory()
 

@@ -1,12 +1,284 @@
-"""Reading other ranks' host memory with Mooncake's transfer engine."""
+"""Reading other ranks' host memory with Mooncake's transfer engine.
+
+The owner registers its buffers and grants a lease on them: a random id in a slot that the owner
+overwrites before it gives the memory up. A reader looks at the slot before and after it reads, so
+it never takes stale bytes for good ones.
+"""
 
 from __future__ import annotations
 
-from checkpoint_engine.device_utils import DeviceManager
+import ctypes
+import mmap
+import os
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from loguru import logger
+
+from checkpoint_engine.data_types import Lease
+from checkpoint_engine.device_utils import DeviceManager, get_ip
+from checkpoint_engine.rdma import is_efa
+
+_START_ATTEMPTS = 6
+_FIRST_PAUSE = 0.1  # seconds; doubles with every attempt
+_SLOT_BYTES = 32
+_SLOTS = mmap.PAGESIZE // _SLOT_BYTES
+
+
+class P2PError(RuntimeError):
+    """A transfer or registration that Mooncake refused; the text has its code and both
+    addresses."""
 
 
 class P2PStore:
-    """This rank's transfer engine."""
+    """This rank's transfer engine: what it offers to others, and how it reads from them.
 
-    def __init__(self, device_manager: DeviceManager) -> None:
-        raise RuntimeError("P2P transfers are not part of this version yet")
+    Attributes:
+        protocol: ``rdma``, ``efa``, ``ascend_direct`` or ``tcp``.
+        device: the NICs it uses, comma-joined; empty for ``tcp``.
+    """
+
+    def __init__(
+        self,
+        device_manager: DeviceManager | None = None,
+        *,
+        device: str = "",
+        host: str | None = None,
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            device: this rank's NIC, or several, comma-joined. Empty: there is none.
+            host: the address that other ranks reach this one at.
+
+        Raises:
+            RuntimeError: Mooncake is missing or does not start; says what to install or set.
+        """
+        self._device_manager = DeviceManager() if device_manager is None else device_manager
+        self.protocol = _choose_protocol(self._device_manager, device)
+        self.device = device if self.protocol in ("rdma", "efa") else ""
+        self._host = get_ip() if host is None else host
+        self._engine = _start_engine(self._host, self.protocol, self.device)
+        self._port = int(self._engine.get_rpc_port())
+        self._registered: dict[str, tuple[int, int]] = {}
+        self._slots = _Slots()
+        self._register("__leases__", self._slots.address, self._slots.nbytes)
+
+    @property
+    def addr(self) -> str:
+        """Where other ranks read from, ``host:port``."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{host}:{self._port}"
+
+    @property
+    def reads_into_device_memory(self) -> bool:
+        """Whether a transfer may end in device memory; otherwise it goes through host memory."""
+        return not self._device_manager.is_accelerator or self.protocol != "tcp"
+
+    @property
+    def needs_registered_targets(self) -> bool:
+        """Whether memory that is read into must be registered too."""
+        return self.protocol != "tcp"
+
+    def register_named_tensors(self, named_tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let others read these tensors' memory. All of them are registered, or none.
+
+        Raises:
+            ValueError: a name is registered already.
+            P2PError: the engine refused.
+        """
+        taken = [name for name in named_tensors if name in self._registered]
+        if taken:
+            raise ValueError(f"{taken[:3]} are registered for P2P already")
+        done: list[str] = []
+        try:
+            for name, tensor in named_tensors.items():
+                self._register(name, tensor.data_ptr(), tensor.nbytes)
+                done.append(name)
+        except BaseException:
+            self.unregister_named_tensors(done)
+            raise
+
+    def unregister_named_tensors(self, names: Sequence[str]) -> int:
+        """Take that back; returns how many of ``names`` were registered.
+
+        Raises:
+            P2PError: the engine refused one; the others are unregistered all the same.
+        """
+        refused = []
+        count = 0
+        for name in names:
+            if name not in self._registered:
+                continue
+            code = self._engine.unregister_memory(self._registered[name][0])
+            count += 1
+            del self._registered[name]
+            if code != 0:
+                refused.append((name, code))
+        if refused:
+            raise P2PError(f"{self.addr} cannot unregister {refused[:3]} (name, code)")
+        return count
+
+    def grant(self) -> Lease:
+        """A lease on what is registered for one checkpoint."""
+        return self._slots.grant()
+
+    def revoke(self, lease: Lease) -> None:
+        """From now on every reader of ``lease`` fails. Before the memory is touched."""
+        self._slots.revoke(lease)
+
+    def batch_transfer_sync_read(
+        self,
+        target_hostname: str,
+        buf_ptrs: Sequence[int],
+        remote_ptrs: Sequence[int],
+        lens: Sequence[int],
+    ) -> None:
+        """Read ``lens[i]`` bytes at ``remote_ptrs[i]`` of ``target_hostname`` into ``buf_ptrs[i]``.
+
+        Raises:
+            P2PError: the transfer failed.
+        """
+        code = self._engine.batch_transfer_sync_read(
+            target_hostname, list(buf_ptrs), list(remote_ptrs), list(lens)
+        )
+        if code != 0:
+            raise P2PError(
+                f"{self.addr} cannot read {sum(lens)} bytes from {target_hostname}: Mooncake's "
+                f"code {code}; is that source alive, and its checkpoint still registered?"
+            )
+
+    def check_lease(self, owner: str, lease: Lease) -> None:
+        """Raise unless the owner still holds what ``lease`` was granted on.
+
+        Raises:
+            P2PError: it is gone, or another checkpoint is in its place.
+        """
+        seen = ctypes.create_string_buffer(_SLOT_BYTES)
+        self.batch_transfer_sync_read(owner, [ctypes.addressof(seen)], [lease.ptr], [_SLOT_BYTES])
+        if seen.raw[: len(lease.id) // 2].hex() != lease.id:
+            raise P2PError(
+                f"source {owner} has unregistered or replaced the checkpoint since these metas "
+                "were made: get its current metas"
+            )
+
+    def close(self) -> None:
+        """Unregister everything and let the engine go."""
+        self.unregister_named_tensors(list(self._registered))
+        self._engine = None
+
+    def _register(self, name: str, ptr: int, nbytes: int) -> None:
+        code = self._engine.register_memory(ptr, nbytes)
+        if code != 0:
+            raise P2PError(
+                f"{self.addr} cannot register {nbytes} bytes of {name!r} for P2P ({self.protocol} "
+                f"{self.device}): Mooncake's code {code}; check the memlock limit (ulimit -l)"
+            )
+        self._registered[name] = (ptr, nbytes)
+
+
+class _Slots:
+    """A page of lease ids that others may read as long as this process lives."""
+
+    def __init__(self) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        self._memory = torch.frombuffer(self._page, dtype=torch.uint8)
+        self._free = list(range(_SLOTS))
+        self.address = self._memory.data_ptr()
+        self.nbytes = self._memory.nbytes
+
+    def grant(self) -> Lease:
+        if not self._free:
+            raise P2PError(f"more than {_SLOTS} checkpoints are registered for P2P")
+        slot = self._free.pop(0)
+        content = secrets.token_bytes(_SLOT_BYTES)
+        self._page[slot * _SLOT_BYTES : (slot + 1) * _SLOT_BYTES] = content
+        return Lease(ptr=self.address + slot * _SLOT_BYTES, id=content.hex())
+
+    def revoke(self, lease: Lease) -> None:
+        slot = (lease.ptr - self.address) // _SLOT_BYTES
+        self._page[slot * _SLOT_BYTES : (slot + 1) * _SLOT_BYTES] = bytes(_SLOT_BYTES)
+        self._free.append(slot)
+
+
+def _choose_protocol(device_manager: DeviceManager, device: str) -> str:
+    chosen = os.environ.get("PS_P2P_PROTOCOL")
+    if chosen is not None:
+        return chosen
+    if device_manager.device_type == "npu":
+        return "ascend_direct"
+    if not device:
+        return "tcp"
+    return "efa" if is_efa(device.split(",")) else "rdma"
+
+
+def _start_engine(host: str, protocol: str, device: str) -> Any:
+    """A started engine; tries again where a port was taken between choosing and using it."""
+    engine_class = _import_engine()
+    pause = _FIRST_PAUSE
+    for attempt in range(_START_ATTEMPTS):
+        engine = engine_class()
+        code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
+        if code == 0:
+            return engine
+        del engine
+        logger.debug("Mooncake did not start at {} ({}): code {}", host, protocol, code)
+        if attempt + 1 < _START_ATTEMPTS:
+            time.sleep(pause)
+            pause *= 2
+    raise RuntimeError(
+        f"Mooncake's transfer engine does not start at {host} with protocol {protocol!r} and "
+        f"device {device!r}: code {code}; PS_P2P_PROTOCOL=tcp avoids RDMA"
+    )
+
+
+def _import_engine() -> Any:
+    try:
+        from mooncake.engine import TransferEngine
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "Mooncake is not installed: pip install 'checkpoint-engine[p2p]', or "
+            "mooncake-transfer-engine-non-cuda on a machine without CUDA"
+        ) from error
+    except ImportError as error:
+        raise RuntimeError(
+            f"Mooncake cannot be loaded: {error}; on Debian and Ubuntu it needs the packages "
+            "libibverbs1 and libnuma1"
+        ) from error
+    return TransferEngine
+
+
+class Transfer:
+    """A read that goes on in a thread. ``query()``: whether it is over; raises what went wrong."""
+
+    def __init__(self, action: Any) -> None:
+        self._error: BaseException | None = None
+        self._action = action
+        self._thread = threading.Thread(
+            target=self._run, name="checkpoint-engine-read", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._action = None
+
+    def join(self, seconds: float) -> None:
+        """Wait so long for it at most."""
+        self._thread.join(seconds)
+
+    def query(self) -> bool:
+        if self._thread.is_alive():
+            return False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return True

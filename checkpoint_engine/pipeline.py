@@ -21,6 +21,7 @@ from checkpoint_engine.distributed.weights_group import WeightsGroup
 from checkpoint_engine.errors import WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
+from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.wire import NOTHING_MORE, encode_bucket, encode_handle
 
@@ -28,8 +29,6 @@ _FAREWELL = 2.0  # seconds that a failed update waits for req_func to return
 
 SocketPaths = list[tuple[str, str]]
 RequestFunction = Callable[[SocketPaths], Any]
-Load = Callable[[Step, torch.Tensor], None]
-"""Fetches a step's bytes into a device tensor, ordered on the current stream."""
 
 
 class Request:
@@ -101,13 +100,13 @@ class WorkerSession:
         self.await_reload(what)
 
 
-class _Streams(Protocol):
+class Streams(Protocol):
     """How copies and broadcasts are ordered on a device."""
 
     def copying(self) -> contextlib.AbstractContextManager[Any]: ...
     def broadcasting(self) -> contextlib.AbstractContextManager[Any]: ...
-    def event(self) -> Any: ...
-    def wait(self, event: Any) -> None: ...
+    def event(self) -> Arrival: ...
+    def wait(self, event: Arrival) -> None: ...
 
 
 class _AcceleratorStreams:
@@ -149,41 +148,44 @@ class _HostStreams:
     def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def event(self) -> Any:
+    def event(self) -> Arrival:
         return _Done()
 
-    def wait(self, event: Any) -> None:
+    def wait(self, event: Arrival) -> None:
         """Nothing to wait for."""
 
 
+def make_streams(device_manager: DeviceManager) -> Streams:
+    """The streams of one update on the current device."""
+    if device_manager.is_accelerator:
+        return _AcceleratorStreams(device_manager.device_module)
+    return _HostStreams()
+
+
 class Staging:
-    """An owner's next bucket, copied to the device while other ranks' buckets are broadcast."""
+    """A receiver's next bucket, fetched while other ranks' buckets are broadcast."""
 
     def __init__(
-        self, buffer: torch.Tensor, steps: list[Step], load: Load, streams: _Streams
+        self, buffer: torch.Tensor, steps: list[Step], loader: Loader, streams: Streams
     ) -> None:
         self._buffer = buffer
         self._steps = deque(steps)
-        self._load = load
+        self._loader = loader
         self._streams = streams
-        self._free = streams.event()
-        self._filled: Any = None
-        self._prefetch()
+        self._filled = self._prefetch(after=streams.event())
 
-    def deliver(self, step: Step, target: torch.Tensor) -> None:
+    def deliver(self, step: Step, target: torch.Tensor, check: Callable[[], None]) -> None:
         """Put the bytes of ``step`` into ``target``, on the broadcast stream; fetch the next."""
-        self._streams.wait(self._filled)
+        poll(self._filled.query, check)
         target.copy_(self._buffer[: step.bucket.size])
-        self._free = self._streams.event()
-        self._prefetch()
+        self._filled = self._prefetch(after=self._streams.event())
 
-    def _prefetch(self) -> None:
-        if self._steps:
-            step = self._steps.popleft()
-            with self._streams.copying():
-                self._streams.wait(self._free)
-                self._load(step, self._buffer[: step.bucket.size])
-                self._filled = self._streams.event()
+    def _prefetch(self, after: Arrival) -> Arrival:
+        if not self._steps:
+            return after
+        step = self._steps.popleft()
+        with self._streams.copying():
+            return self._loader.start(step, self._buffer[: step.bucket.size], after)
 
 
 class Pipeline:
@@ -193,23 +195,28 @@ class Pipeline:
         self,
         plan: TransferPlan,
         rank: int,
-        device_manager: DeviceManager,
-        buffer: SharedBuffer,
+        buffer: torch.Tensor,
+        staging: torch.Tensor | None,
         group: WeightsGroup | None,
-        load: Load,
+        loader: Loader,
+        streams: Streams,
     ) -> None:
-        """``group``: ``None`` where this rank is the only one."""
+        """
+        Args:
+            buffer: the double buffer that this rank's worker maps.
+            staging: as large as the largest bucket; ``None``: receive into ``buffer`` directly.
+            group: ``None`` where this rank is the only one.
+        """
         self._plan = plan
         self._rank = rank
-        self._buffer = buffer.tensor
+        self._buffer = buffer
         self._group = group
-        self._load = load
-        self._streams: _Streams = _HostStreams()
-        if device_manager.is_accelerator:
-            self._streams = _AcceleratorStreams(device_manager.device_module)
-        self._staging = self._make_staging() if self._wants_staging(device_manager) else None
-        self._arrival: Any = None
-        self._work: Any = None
+        self._loader = loader
+        self._streams = streams
+        self._staging: Staging | None = None
+        if staging is not None:
+            self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
+        self._arrivals: list[Arrival] = []
         self._message = b""
 
     def run(self, operation: Operation, session: WorkerSession) -> None:
@@ -218,43 +225,49 @@ class Pipeline:
         for index, step in enumerate(steps):
             operation.begin("transfer")
             if index == 0:
-                self._begin(step)
+                self._begin(step, operation.check)
             self._await_arrival(operation.check)
             operation.begin("reload")
             session.begin_reload(self._message)
             if index + 1 < len(steps):
-                self._begin(steps[index + 1])
+                self._begin(steps[index + 1], operation.check)
             session.await_reload(f"bucket {index + 1} of {len(steps)}")
 
-    def _wants_staging(self, device_manager: DeviceManager) -> bool:
-        """Staging pays where copies run beside broadcasts: on accelerators with several ranks."""
-        return self._plan.staging and device_manager.is_accelerator and self._group is not None
-
-    def _make_staging(self) -> Staging | None:
-        steps = self._plan.loads_of(self._rank)
-        if not steps:
-            return None
-        nbytes = max(step.bucket.size for step in steps)
-        staging = torch.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
-        return Staging(staging, steps, self._load, self._streams)
-
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: Step, check: Callable[[], None]) -> None:
         """Start one bucket on its way into its half of the double buffer."""
         start = step.slot * self._plan.bucket_bytes
         target = self._buffer[start : start + step.bucket.size]
         with self._streams.broadcasting():
-            if step.receiver == self._rank and self._staging is not None:
-                self._staging.deliver(step, target)
-            elif step.receiver == self._rank:
-                self._load(step, target)
+            if step.receiver == self._rank:
+                self._receive(step, target, check)
             if self._group is not None and step.bucket.size:
-                self._work = self._group.broadcast(target, step.receiver)
-            self._arrival = self._streams.event()
+                self._arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
+            self._arrivals.append(self._streams.event())
         self._message = encode_bucket(to_named_tensor(step.bucket.items, start))
 
+    def _receive(self, step: Step, target: torch.Tensor, check: Callable[[], None]) -> None:
+        if self._staging is not None:
+            self._staging.deliver(step, target, check)
+            return
+        arrival = self._loader.start(step, target, after=self._streams.event())
+        if self._group is not None and not self._loader.blocks_stream:
+            poll(arrival.query, check)  # only then may it be broadcast
+        self._arrivals.append(arrival)
+
     def _await_arrival(self, check: Callable[[], None]) -> None:
-        if self._work is not None:
-            poll(self._work.is_completed, check)
-            self._work.wait()  # raises what went wrong
-            self._work = None
-        poll(self._arrival.query, check)
+        for arrival in self._arrivals:
+            poll(arrival.query, check)
+        self._arrivals.clear()
+
+
+class _Broadcast:
+    """A broadcast that has begun."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def query(self) -> bool:
+        if not self._work.is_completed():
+            return False
+        self._work.wait()  # raises what went wrong
+        return True

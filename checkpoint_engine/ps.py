@@ -29,6 +29,7 @@ from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
     H2DBucket,
+    Lease,
     MemoryBuffer,
     MemoryBufferMetaList,
     MemoryBufferMetas,
@@ -42,6 +43,13 @@ from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import decode_gathered, encode_gathered
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink, new_address, open_context
+from checkpoint_engine.loaders import (
+    HostLoader,
+    Loader,
+    MixedLoader,
+    RemoteLoader,
+    copy_from_host,
+)
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.pipeline import (
@@ -49,9 +57,11 @@ from checkpoint_engine.pipeline import (
     Request,
     RequestFunction,
     SocketPaths,
+    Streams,
     WorkerSession,
+    make_streams,
 )
-from checkpoint_engine.plan import BucketSize, Step, TransferPlan
+from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
 
@@ -133,14 +143,17 @@ class ParameterServer:
 
         self._log = logger.bind(rank=self._rank)
         self._control = ControlPlane(self._rank, self._world_size, master_addr, master_port)
+        self._host_ip = self._control.reachable_ip()
         self._host_memory = HostMemory(self.device_manager.device_type)
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
         self._gathered_digest = ""
         self._current_global_parameter_metas: Metas = {}
-        self._local_rdma_devices: dict[str, set[int]] = defaultdict(set)
-        self._remote_rdma_devices: dict[str, set[int]] = defaultdict(set)
+        self._local_rdma_devices: dict[str, set[int]] = {}
+        self._remote_rdma_devices: dict[str, set[int]] = {}
+        self._device_uuids: dict[int, str] = {}
+        self._leases: dict[str, Lease] = {}
         self._weights_group: WeightsGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -192,6 +205,7 @@ class ParameterServer:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
             self._memory_pool[checkpoint_name] = buffers
+            self._offer(checkpoint_name, new_memory=not use_shared_memory_pool or pool is None)
             self._log.info(
                 "registered {}: {} tensors, {:.3f} GB in {} buffers",
                 checkpoint_name,
@@ -220,12 +234,15 @@ class ParameterServer:
                 raise BusyError(
                     f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
                 )
+            self._revoke(checkpoint_name)
             buffers = self._memory_pool.pop(checkpoint_name)
             if checkpoint_name != self._pool_user:
+                self._withdraw(checkpoint_name)
                 self._host_memory.release(buffers)
                 return
             self._pool_user = None
             if force:
+                self._withdraw(self.shared_memory_pool_name)
                 self._host_memory.release(self._memory_pool.pop(self.shared_memory_pool_name))
 
     # ------------------------------------------------------------------ who owns what
@@ -243,9 +260,12 @@ class ParameterServer:
             gathered = [decode_gathered(blob) for blob in blobs]
             gathered[self._rank] = mine
             if not any(one.memory_buffer_metas_list for one in gathered):
-                self._check_registered_somewhere(operation, checkpoint_name)
+                self._check_registered_somewhere(operation, checkpoint_name, gathered)
         self._set_global_metas(dict(enumerate(gathered)))
-        self._local_rdma_devices = _topology(gathered)
+        self._local_rdma_devices = _topology(
+            {rank: (one.rdma_device, one.host_ip) for rank, one in enumerate(gathered)}
+        )
+        self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name
         self._gathered_digest = hashlib.sha256(b"".join(blobs)).hexdigest()
 
@@ -327,69 +347,104 @@ class ParameterServer:
                 Everything is released, and the next update works.
             BusyError: this server is in another collective call.
         """
-        if ranks:
-            raise RuntimeError(
-                f"update(ranks={list(ranks)}) needs P2P, which is not available: "
-                f"{self._p2p_missing}"
-            )
+        members = self._members(ranks)
+        if members is not None and self._rank not in members:
+            waited = self._control.await_others("update", timeout, members)
+            return self._report(checkpoint_name, TransferPlan((), 0, False), {"waiting": waited})
         with (
-            self._collective("update", checkpoint_name, timeout) as operation,
+            self._collective("update", checkpoint_name, timeout, members) as operation,
             ExitStack() as stack,
         ):
             operation.watch()
             stack.callback(self._leave_default_group)
             link = self._listen(stack)
-            socket_paths, transfer = self._agree(operation, checkpoint_name, link.address)
+            socket_paths, transfer = self._agree(operation, checkpoint_name, link.address, members)
+            operation.begin("buffers")
+            streams = make_streams(self.device_manager)
             buffer = stack.enter_context(self._share_buffer(transfer))
-            group = self._join_weights_group(operation, stack)
+            staging = self._make_staging(transfer, operation, remote=members is not None)
+            loader = self._make_loader(checkpoint_name, members, streams, stack, buffer, staging)
+            group = self._join_weights_group(operation, members, stack)
+            pipeline = Pipeline(
+                transfer, self._rank, buffer.tensor, staging, group, loader, streams
+            )
             operation.begin("handshake")
             request = stack.enter_context(contextlib.closing(Request(req_func, socket_paths)))
             stack.push(_give_up(operation, link))
             session = WorkerSession(link, _both(operation.check, request.check))
             session.hand_over(buffer, operation.deadline.remaining())
-            self._stream(checkpoint_name, transfer, buffer, group, operation, session)
+            buffer.unlink()
+            pipeline.run(operation, session)
             operation.begin("release")
             session.release()
+            del pipeline, staging, loader
             buffer.close()
             operation.begin("post hook")
             session.finish()
             request.join(operation.check)
-        return self._report(checkpoint_name, transfer, operation)
+        return self._report(checkpoint_name, transfer, operation.seconds)
+
+    def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
+        """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
+        if not ranks:
+            return None
+        strangers = [rank for rank in ranks if not 0 <= rank < self._world_size]
+        if strangers:
+            raise ValueError(f"ranks {strangers} are not in a world of {self._world_size}")
+        if self._p2p_store is None:
+            raise RuntimeError(
+                f"update(ranks={list(ranks)}) needs P2P, which this rank does not have: "
+                f"{self._p2p_missing or 'it was switched off'}"
+            )
+        return sorted(set(ranks))
 
     def _listen(self, stack: ExitStack) -> WorkerLink:
         context = stack.enter_context(open_context())
         return stack.enter_context(contextlib.closing(WorkerLink(context, new_address())))
 
     def _agree(
-        self, operation: Operation, checkpoint_name: str, address: str
+        self,
+        operation: Operation,
+        checkpoint_name: str,
+        address: str,
+        members: list[int] | None,
     ) -> tuple[SocketPaths, TransferPlan]:
         """Exchange what planning needs, and plan. The plan is the same on every rank."""
         operation.begin("plan")
-        self._check_gathered(checkpoint_name)
+        self._check_gathered(checkpoint_name, remote=members is not None)
         mine = {
+            "rank": self._rank,
             "uuid": self._device_uuid,
             "address": address,
             "free": self._spare_memory(),
             "cap": Settings.from_env().max_bucket_bytes,
             "digest": self._gathered_digest,
+            "nic": (self._rdma_device or "", self._host_ip),
         }
-        all_ranks = [
+        hellos = [
             json.loads(blob) for blob in operation.all_gather("hello", json.dumps(mine).encode())
         ]
-        different = [rank for rank, one in enumerate(all_ranks) if one["digest"] != mine["digest"]]
+        different = [one["rank"] for one in hellos if one["digest"] != mine["digest"]]
         if different:
             raise RuntimeError(
                 f"ranks {different} gathered other metas than rank {self._rank}: call "
-                f"gather_metas({checkpoint_name!r}) on all ranks"
+                f"gather_metas({checkpoint_name!r}), or load_metas(), on all ranks"
             )
-        size = self._bucket_size(all_ranks)
         transfer = plan.plan_transfer(
             self._current_global_parameter_metas,
-            size,
-            self._local_rdma_devices,
+            self._bucket_size(hellos),
+            _topology({one["rank"]: one["nic"] for one in hellos}),
             self._remote_rdma_devices,
+            members,
         )
-        return [(one["uuid"], one["address"]) for one in all_ranks], transfer
+        return self._socket_paths(hellos), transfer
+
+    def _socket_paths(self, hellos: list[dict[str, Any]]) -> SocketPaths:
+        """Of every rank of the world, in order; a rank that takes no part has no address."""
+        paths = [(self._device_uuids.get(rank, ""), "") for rank in range(self._world_size)]
+        for one in hellos:
+            paths[one["rank"]] = (one["uuid"], one["address"])
+        return paths
 
     def _bucket_size(self, all_ranks: list[dict[str, Any]]) -> BucketSize:
         return plan.bucket_size(
@@ -407,24 +462,68 @@ class ParameterServer:
         halves = min(2, max(1, len(transfer.steps)))
         return SharedBuffer(self.device_manager, self._local_rank, halves * transfer.bucket_bytes)
 
-    def _stream(
+    def _make_staging(
+        self, transfer: TransferPlan, operation: Operation, remote: bool
+    ) -> torch.Tensor | None:
+        """Where this rank's next bucket arrives while others' are broadcast.
+
+        It pays where that goes on beside the broadcast: copies to an accelerator, P2P reads.
+        """
+        overlaps = remote or self.device_manager.is_accelerator
+        loads = transfer.loads_of(self._rank)
+        if not (transfer.staging and overlaps and len(operation.members) > 1 and loads):
+            return None
+        nbytes = max(step.bucket.size for step in loads)
+        device = self.device_manager.device(self._local_rank)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def _make_loader(
         self,
         checkpoint_name: str,
-        transfer: TransferPlan,
+        members: list[int] | None,
+        streams: Streams,
+        stack: ExitStack,
         buffer: SharedBuffer,
-        group: WeightsGroup | None,
-        operation: Operation,
-        session: WorkerSession,
-    ) -> None:
-        def load(step: Step, target: torch.Tensor) -> None:
-            self._copy_to_buffer(checkpoint_name, step.bucket, target)
+        staging: torch.Tensor | None,
+    ) -> Loader:
+        def copy(bucket: H2DBucket, target: torch.Tensor) -> None:
+            self._copy_to_buffer(checkpoint_name, bucket, target)
 
-        operation.begin("transfer")
-        pipeline = Pipeline(transfer, self._rank, self.device_manager, buffer, group, load)
-        pipeline.run(operation, session)
+        own = HostLoader(copy, streams)
+        if members is None:
+            return own
+        store = self._require_p2p()
+        targets = {"__buffer__": buffer.tensor}
+        if staging is not None:
+            targets["__staging__"] = staging
+        if store.needs_registered_targets:
+            store.register_named_tensors(targets)
+            stack.callback(store.unregister_named_tensors, list(targets))
+        remote = self._remote_loader()
+        stack.callback(remote.close)
+        return MixedLoader(self._own_owner_rank(checkpoint_name), own, remote)
+
+    def _remote_loader(self) -> RemoteLoader:
+        return RemoteLoader(
+            self._require_p2p(),
+            self._current_global_parameter_metas,
+            self.device_manager,
+            self.device_manager.device(self._local_rank),
+        )
+
+    def _require_p2p(self) -> P2PStore:
+        if self._p2p_store is None:
+            raise RuntimeError(f"this needs P2P: {self._p2p_missing or 'it was switched off'}")
+        return self._p2p_store
+
+    def _own_owner_rank(self, checkpoint_name: str) -> int | None:
+        """This rank's number among the owners, unless the metas are of another world."""
+        owned = self._current_global_parameter_metas.get(self._rank)
+        lease = self._leases.get(checkpoint_name)
+        return self._rank if owned and lease and owned.lease == lease else None
 
     def _report(
-        self, checkpoint_name: str, transfer: TransferPlan, operation: Operation
+        self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float]
     ) -> UpdateReport:
         report = UpdateReport(
             checkpoint_name=checkpoint_name,
@@ -434,8 +533,8 @@ class ParameterServer:
             buckets=len(transfer.steps),
             bucket_bytes=transfer.bucket_bytes,
             bytes=transfer.total_bytes,
-            seconds=sum(operation.seconds.values()),
-            phases=operation.seconds,
+            seconds=sum(phases.values()),
+            phases=phases,
         )
         self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
         return report
@@ -444,14 +543,18 @@ class ParameterServer:
 
     @contextlib.contextmanager
     def _collective(
-        self, call: str, checkpoint_name: str, timeout: timedelta
+        self,
+        call: str,
+        checkpoint_name: str,
+        timeout: timedelta,
+        members: list[int] | None = None,
     ) -> Iterator[Operation]:
         """One collective call at a time; ends with the same outcome on every rank."""
         if not self._collective_lock.acquire(blocking=False):
             raise BusyError(f"{call} refused: this rank is in a collective call already")
         try:
             self._running = checkpoint_name
-            with self._control.operation(call, timeout) as operation:
+            with self._control.operation(call, timeout, members) as operation:
                 yield operation
         finally:
             self._running = ""
@@ -495,17 +598,49 @@ class ParameterServer:
             ],
             p2p_store_addr=None if self._p2p_store is None else self._p2p_store.addr,
             rdma_device="" if self._rdma_device is None else self._rdma_device,
-            host_ip=self._control.local_ip(),
+            host_ip=self._host_ip,
             device_uuid=self._device_uuid,
+            lease=self._leases.get(checkpoint_name),
         )
 
-    def _check_registered_somewhere(self, operation: Operation, checkpoint_name: str) -> None:
+    def _offer(self, checkpoint_name: str, new_memory: bool) -> None:
+        """Let other ranks read a checkpoint by P2P. What cannot be offered is still broadcast."""
+        if self._p2p_store is None or not self._memory_pool[checkpoint_name]:
+            return
+        place = self.shared_memory_pool_name
+        place = place if checkpoint_name == self._pool_user else checkpoint_name
+        buffers = self._memory_pool[place]
+        try:
+            if new_memory:
+                self._p2p_store.register_named_tensors(
+                    {f"{place}/{index}": b.buffer for index, b in enumerate(buffers)}
+                )
+            self._leases[checkpoint_name] = self._p2p_store.grant()
+        except RuntimeError as error:
+            self._log.warning("{} cannot be read by P2P: {}", checkpoint_name, error)
+
+    def _revoke(self, checkpoint_name: str) -> None:
+        lease = self._leases.pop(checkpoint_name, None)
+        if lease is not None and self._p2p_store is not None:
+            self._p2p_store.revoke(lease)
+
+    def _withdraw(self, place: str) -> None:
+        """Unregister memory from P2P, before it is freed."""
+        if self._p2p_store is not None:
+            names = [f"{place}/{index}" for index in range(len(self._memory_pool.get(place, ())))]
+            self._p2p_store.unregister_named_tensors(names)
+
+    def _check_registered_somewhere(
+        self, operation: Operation, checkpoint_name: str, gathered: list[DataToGather]
+    ) -> None:
+        """A checkpoint that nobody registered is a mistake, unless this world joins another."""
         known = b"1" if checkpoint_name in self._memory_pool else b""
-        if not any(operation.all_gather("registered", known)):
-            raise ValueError(
-                f"no rank has registered checkpoint {checkpoint_name!r}: call "
-                "register_checkpoint() before gather_metas()"
-            )
+        if any(operation.all_gather("registered", known)):
+            return
+        advice = "call register_checkpoint() before gather_metas()"
+        if not any(one.p2p_store_addr for one in gathered):
+            raise ValueError(f"no rank has registered checkpoint {checkpoint_name!r}: {advice}")
+        self._log.warning("no rank has registered checkpoint {}: {}", checkpoint_name, advice)
 
     def _set_global_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
@@ -514,14 +649,19 @@ class ParameterServer:
                 p2p_store_addr=owned.p2p_store_addr,
                 memory_buffer_metas_list=owned.memory_buffer_metas_list,
                 rdma_device=owned.rdma_device,
+                lease=owned.lease,
             )
             for rank, owned in owners.items()
         }
-        self._remote_rdma_devices = _topology(owners)
+        self._remote_rdma_devices = _topology(
+            {rank: (owned.rdma_device, _host_of(owned)) for rank, owned in owners.items()}
+        )
 
-    def _check_gathered(self, checkpoint_name: str) -> None:
-        """The local part of what was gathered must still be what is registered."""
-        if self._gathered_name != checkpoint_name:
+    def _check_gathered(self, checkpoint_name: str, remote: bool) -> None:
+        """What was gathered must be of this checkpoint, and still be what is registered here."""
+        if remote and self._gathered_name is None and self._current_global_parameter_metas:
+            return  # loaded from another world, whose leases tell whether they still hold
+        if self._gathered_name != checkpoint_name or not self._gathered_digest:
             raise RuntimeError(
                 f"the metas of {checkpoint_name!r} have not been gathered (last: "
                 f"{self._gathered_name!r}): call gather_metas({checkpoint_name!r}) on all ranks"
@@ -559,22 +699,31 @@ class ParameterServer:
         addr, port = control.master_addr(addr), control.master_port(port)
         return connect_store(self._rank, self._world_size, addr, port)
 
-    def _join_weights_group(self, operation: Operation, stack: ExitStack) -> WeightsGroup | None:
-        """The group to broadcast in: the one kept from the last update, or a new one."""
-        if self._world_size == 1:
+    def _join_weights_group(
+        self, operation: Operation, members: list[int] | None, stack: ExitStack
+    ) -> WeightsGroup | None:
+        """The group to broadcast in: the one kept from the last broadcast, or a new one."""
+        if len(operation.members) == 1:
             return None
+        operation.begin("process group")
+        if members is not None:
+            group = self._make_group(operation)
+            stack.push(lambda exc_type, *_: group.abort() if exc_type else group.close())
+            return group
         if self._weights_group is None:
-            operation.begin("process group")
-            self._weights_group = create_weights_group(
-                self.device_manager.backend,
-                dist.PrefixStore("weights", operation.store),
-                list(range(self._world_size)),
-                self._rank,
-                self._control.local_ip(),
-                operation.deadline,
-            )
+            self._weights_group = self._make_group(operation)
         stack.push(self._leave_weights_group)
         return self._weights_group
+
+    def _make_group(self, operation: Operation) -> WeightsGroup:
+        return create_weights_group(
+            self.device_manager.backend,
+            dist.PrefixStore("weights", operation.store),
+            list(operation.members),
+            self._rank,
+            self._control.local_ip(),
+            operation.deadline,
+        )
 
     def _leave_weights_group(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         """After a failure nothing in flight survives; otherwise ``auto_pg`` decides."""
@@ -596,10 +745,24 @@ class ParameterServer:
         return not self._auto_pg
 
     def _start_p2p(self) -> None:
+        """Without P2P everything but ``update(ranks=...)`` works."""
         try:
-            self._p2p_store = P2PStore(self.device_manager)
-        except Exception as error:
+            device = "" if self.device_manager.device_type == "npu" else self._choose_nic()
+            self._p2p_store = P2PStore(self.device_manager, device=device, host=self._host_ip)
+            self._rdma_device = self._p2p_store.device or None
+        except (RuntimeError, AssertionError) as error:
             self._p2p_missing = str(error)
+            level = "WARNING" if self._local_rank == 0 else "DEBUG"
+            self._log.log(level, "no P2P: {}", error)
+
+    def _choose_nic(self) -> str:
+        """This rank's RDMA NIC; empty where the machine has none that can be used."""
+        devices, findings = rdma.usable_devices(_get_rdma_devices())
+        for finding in findings:
+            self._log.warning(finding)
+        if not devices:
+            return ""
+        return _get_my_rdma_device(self._local_rank, self._gpu_count, devices)
 
     # ------------------------------------------------------------------ what clients reach into
 
@@ -610,20 +773,17 @@ class ParameterServer:
         buffer: torch.Tensor,
         owner_rank: int | None = None,
     ) -> None:
-        """Copy a bucket from this rank's host memory into ``buffer``, on the current stream.
+        """Copy a bucket from host memory into ``buffer``: this rank's own on the current stream,
+        another's by P2P before it returns.
 
         Args:
             buffer: uint8, of at least ``bucket.size`` bytes.
             owner_rank: whose memory to read; ``None``: this rank's own.
         """
-        if owner_rank is not None and owner_rank != self._rank:
-            raise RuntimeError(f"reading rank {owner_rank}'s memory needs P2P: {self._p2p_missing}")
-        sources = [b.buffer for b in self._memory_pool[checkpoint_name] if b.metas]
-        position = 0
-        for index, offset, size in bucket.ranges:
-            source = sources[index][offset : offset + size]
-            buffer[position : position + size].copy_(source, non_blocking=True)
-            position += align_up(size)
+        if owner_rank is None or owner_rank == self._own_owner_rank(checkpoint_name):
+            copy_from_host(self._memory_pool[checkpoint_name], bucket, buffer)
+        else:
+            self._remote_loader().read(owner_rank, bucket, buffer)
 
     def _bind_zmq_socket(self) -> tuple[zmq.Socket[bytes], SocketPaths]:
         """A bound REQ socket for this rank's worker, and all ranks' addresses. All ranks.
@@ -682,14 +842,17 @@ def _split_in_place(files: Sequence[str] | None, in_place: bool) -> tuple[list[s
     return chosen, [path for path in paths if path not in chosen]
 
 
-def _topology(owned: Any) -> dict[str, set[int]]:
-    """The ranks on each NIC, from what they said of themselves."""
-    items = owned.items() if isinstance(owned, Mapping) else enumerate(owned)
-    nics: dict[str, set[int]] = defaultdict(set)
-    for rank, one in items:
-        host = getattr(one, "host_ip", None) or str(one.p2p_store_addr).rpartition(":")[0]
-        nics[f"{one.rdma_device}@{host}"].add(rank)
-    return nics
+def _topology(nics: Mapping[int, Sequence[str]]) -> dict[str, set[int]]:
+    """The ranks on each NIC, from every rank's (NIC, host). Without NICs each rank reads for
+    itself."""
+    topology: dict[str, set[int]] = defaultdict(set)
+    for rank, (nic, host) in nics.items():
+        topology[f"{nic or f'rank-{rank}'}@{host}"].add(rank)
+    return dict(topology)
+
+
+def _host_of(owned: MemoryBufferMetaList) -> str:
+    return (owned.p2p_store_addr or "").rpartition(":")[0]
 
 
 # ---------------------------------------------------------------------- names that callers know

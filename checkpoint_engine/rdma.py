@@ -8,9 +8,14 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 MAX_DEVICES = 32
 """NCCL looks at no more than this many devices, and neither do we."""
+
+SYSFS = "/sys/class/infiniband"
+EFA_VENDOR = "0x1d0f"
+"""Amazon's PCI vendor id."""
 
 DEVICES_VARIABLE = "PS_P2P_STORE_RDMA_DEVICES"
 HCA_VARIABLE = "NCCL_IB_HCA"
@@ -65,6 +70,28 @@ def select_devices(
         return named, []
     devices, findings = parse_hca(environ.get(HCA_VARIABLE, ""), available)
     return devices if devices else list(available), findings
+
+
+def usable_devices(devices: Sequence[str], sysfs: str = SYSFS) -> tuple[list[str], list[str]]:
+    """Those of ``devices`` that have an active port, and findings on the others.
+
+    A device that the kernel does not describe below ``sysfs`` is taken as usable.
+    """
+    usable, findings = [], []
+    for device in devices:
+        states = [path.read_text() for path in Path(sysfs, device).glob("ports/*/state")]
+        if states and not any("ACTIVE" in state for state in states):
+            found = ", ".join(state.strip() for state in states)
+            findings.append(f"RDMA device {device} is not used: its ports are {found}")
+        else:
+            usable.append(device)
+    return usable, findings
+
+
+def is_efa(devices: Sequence[str], sysfs: str = SYSFS) -> bool:
+    """Whether these are AWS's Elastic Fabric Adapters, by their PCI vendor."""
+    vendors = [Path(sysfs, device, "device", "vendor") for device in devices]
+    return any(path.exists() and path.read_text().strip() == EFA_VENDOR for path in vendors)
 
 
 def parse_hca(value: str, available: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -77,9 +77,8 @@ class WorkerProcess:
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return WorkerError(f"worker {self.rank} (pid {self.process.pid}) died: {how}")
 
-    def stop(self) -> None:
-        """A worker owns nothing that outlives it, so it need not be asked twice."""
-        self.process.terminate()
+    def wait_for_end(self) -> None:
+        """Kill the worker if it does not go by itself: it owns nothing that outlives it."""
         try:
             self.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -111,7 +110,9 @@ class WorkerPool:
     def stop(self) -> None:
         """End all workers; a call that still runs fails."""
         for worker in self._workers:
-            worker.stop()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.wait_for_end()
 
     def wait_until_ready(self) -> None:
         """Raises WorkerError if a worker does not come up."""

@@ -220,6 +220,32 @@ def process_groups() -> dict[str, Any]:
     return seen
 
 
+def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Updates of some ranks by P2P; the others call too, unless the step says not."""
+    rank = Rank()
+    owners = set(range(WORLD_SIZE))
+    rank.publish("good", 1, owners)
+    seen = []
+    for step in steps:
+        members = step["ranks"]
+        os.environ.update(step.get("env", {}))
+        rank.worker.call("forget")
+        if RANK in members or step.get("all_call", True):
+            request = request_of(rank.worker, RANK)
+            report = rank.ps.update("good", request, ranks=members, timeout=SHORT)
+            seen.append(report.buckets)
+        if RANK in members:
+            rank.check(1, owners)
+        else:
+            assert rank.worker.call("digests") == {}
+        rank.ps.store_based_barrier()
+    rank.worker.call("forget")
+    rank.update("good")
+    rank.check(1, owners)
+    rank.stop()
+    return {"seen": seen, **rank.resources()}
+
+
 def _error_of(call: Callable[[], object]) -> dict[str, Any]:
     began = time.monotonic()
     try:
@@ -230,7 +256,7 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
     return {"error": "", "type": "", "seconds": time.monotonic() - began}
 
 
-PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups)}
+PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p)}
 
 if __name__ == "__main__":
     name, arguments, folder = sys.argv[1:]

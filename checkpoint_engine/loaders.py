@@ -1,0 +1,191 @@
+"""How a receiver gets the bytes of a bucket: from its own host memory, or from another rank's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from checkpoint_engine.data_types import (
+    H2DBucket,
+    MemoryBuffer,
+    MemoryBufferMetaList,
+    align_up,
+)
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.p2p_store import P2PStore, Transfer
+from checkpoint_engine.plan import Step
+
+_FAREWELL = 2.0  # seconds that a failed update waits for a read under way
+_BOUNCE_BYTES = 64 << 20
+"""Each half of the host memory that bytes pass through on their way to a device."""
+
+
+class Arrival(Protocol):
+    """Something that will have happened."""
+
+    def query(self) -> bool:
+        """Whether it has; raises what went wrong."""
+        ...
+
+
+class Loader(Protocol):
+    """Fetches the bytes of a step."""
+
+    @property
+    def blocks_stream(self) -> bool:
+        """Whether work queued later on the current stream waits for the bytes by itself."""
+        ...
+
+    def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
+        """Begin to write the bucket into ``target``, once ``after`` has happened."""
+        ...
+
+
+def copy_from_host(
+    buffers: Sequence[MemoryBuffer], bucket: H2DBucket, target: torch.Tensor
+) -> None:
+    """Copy a bucket from this rank's registered memory, ordered on the current stream."""
+    sources = [buffer.buffer for buffer in buffers if buffer.metas]
+    position = 0
+    for index, offset, size in bucket.ranges:
+        source = sources[index][offset : offset + size]
+        target[position : position + size].copy_(source, non_blocking=True)
+        position += align_up(size)
+
+
+class HostLoader:
+    """Loads from this rank's own registered memory."""
+
+    blocks_stream = True
+
+    def __init__(self, load: Callable[[H2DBucket, torch.Tensor], None], streams: Any) -> None:
+        self._load = load
+        self._streams = streams
+
+    def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
+        self._streams.wait(after)
+        self._load(step.bucket, target)
+        return self._streams.event()
+
+
+class RemoteLoader:
+    """Loads from the owners' memory by P2P, in a thread, checking that they still hold it."""
+
+    blocks_stream = False
+
+    def __init__(
+        self,
+        store: P2PStore,
+        owners: Mapping[int, MemoryBufferMetaList],
+        device_manager: DeviceManager,
+        device: torch.device,
+    ) -> None:
+        self._store = store
+        self._owners = owners
+        self._device_manager = device_manager
+        self._device = device
+        self._running: Transfer | None = None
+        self._bounce: torch.Tensor | None = None
+        if not store.reads_into_device_memory:
+            self._bounce = torch.empty(2, _BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
+        def read() -> None:
+            while not after.query():
+                time.sleep(0.0002)
+            self.read(step.owner, step.bucket, target)
+
+        self._running = Transfer(read)
+        return self._running
+
+    def close(self) -> None:
+        """After a failure: let a read that is under way end, before its target is given up."""
+        if self._running is not None:
+            self._running.join(_FAREWELL)
+
+    def read(self, owner: int, bucket: H2DBucket, target: torch.Tensor) -> None:
+        """Read a bucket of ``owner`` into ``target``; returns when it is there and known good.
+
+        Raises:
+            P2PError: the source is gone, or holds another checkpoint now.
+        """
+        owned = self._owners[owner]
+        address = str(owned.p2p_store_addr)
+        if owned.lease is not None:
+            self._store.check_lease(address, owned.lease)
+        if self._bounce is None:
+            lengths, remote, offsets = _regions(owned, bucket)
+            local = [target.data_ptr() + offset for offset in offsets]
+            self._read(address, local, remote, lengths)
+        else:
+            self._read_through_host(address, owned, bucket, target, self._bounce)
+        if owned.lease is not None:
+            self._store.check_lease(address, owned.lease)
+
+    def _read(
+        self, address: str, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        if lengths:
+            self._store.batch_transfer_sync_read(address, local, remote, lengths)
+
+    def _read_through_host(
+        self,
+        address: str,
+        owned: MemoryBufferMetaList,
+        bucket: H2DBucket,
+        target: torch.Tensor,
+        bounce: torch.Tensor,
+    ) -> None:
+        """One half of ``bounce`` is read into while the other is copied to the device."""
+        module = self._device_manager.device_module
+        module.set_device(self._device)
+        stream = module.Stream()
+        copied = [module.Event(), module.Event()]
+        for turn, (remote, offset, size) in enumerate(_pieces(owned, bucket)):
+            half = turn % 2
+            copied[half].synchronize()
+            self._read(address, [bounce[half].data_ptr()], [remote], [size])
+            with module.stream(stream):
+                target[offset : offset + size].copy_(bounce[half][:size], non_blocking=True)
+                copied[half].record()
+        stream.synchronize()
+
+
+def _regions(
+    owned: MemoryBufferMetaList, bucket: H2DBucket
+) -> tuple[list[int], list[int], list[int]]:
+    """Of each range of a bucket: its bytes, its address at the owner, its offset in the bucket."""
+    lengths, remote, offsets = [], [], []
+    position = 0
+    for index, offset, size in bucket.ranges:
+        lengths.append(size)
+        remote.append(owned.memory_buffer_metas_list[index].ptr + offset)
+        offsets.append(position)
+        position += align_up(size)
+    return lengths, remote, offsets
+
+
+def _pieces(owned: MemoryBufferMetaList, bucket: H2DBucket) -> Iterator[tuple[int, int, int]]:
+    """The same as (address, offset, bytes), in pieces that fit one half of the bounce memory."""
+    for size, remote, offset in zip(*_regions(owned, bucket), strict=True):
+        for start in range(0, size, _BOUNCE_BYTES):
+            yield remote + start, offset + start, min(_BOUNCE_BYTES, size - start)
+
+
+class MixedLoader:
+    """Loads what this rank owns itself from its memory, and the rest by P2P."""
+
+    blocks_stream = False
+
+    def __init__(self, own_rank: int | None, host: HostLoader, remote: RemoteLoader) -> None:
+        """``own_rank``: the owner that is this very rank, if it is among the owners."""
+        self._own_rank = own_rank
+        self._host = host
+        self._remote = remote
+
+    def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
+        loader = self._host if step.owner == self._own_rank else self._remote
+        return loader.start(step, target, after)

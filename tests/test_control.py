@@ -1,0 +1,468 @@
+"""How ranks agree: real processes and a real store, ending with one outcome on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from checkpoint_engine import control
+from checkpoint_engine.control import ControlPlane
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.errors import UpdateError
+
+SOON = 4.0  # seconds; far below every timeout that is not meant to expire
+LONG = 30.0
+
+Program = Callable[["Rank"], Any]
+
+
+class Rank:
+    """One process of a world, and signals by which a test orders what its ranks do."""
+
+    def __init__(self, rank: int, size: int, port: int, signals: list[Any]) -> None:
+        self.rank = rank
+        self.size = size
+        self.port = port
+        self.signals = signals
+        self.plane = self.new_plane()
+
+    def new_plane(self) -> ControlPlane:
+        return ControlPlane(self.rank, self.size, "127.0.0.1", self.port)
+
+    def exchange(self, value: str = "", timeout: float = LONG, what: str = "v") -> list[str]:
+        with self.plane.operation("exchange", timeout) as operation:
+            blobs = operation.all_gather(what, f"{self.rank}{value}".encode())
+        return [blob.decode() for blob in blobs]
+
+    def everyone(self, value: str = "") -> list[str]:
+        return [f"{rank}{value}" for rank in range(self.size)]
+
+    def failing(
+        self, action: Callable[[Any], None], timeout: float = LONG
+    ) -> tuple[str, float, int, str]:
+        """The text of the error that ``action`` ends an operation with, and its time."""
+        began = time.monotonic()
+        try:
+            with self.plane.operation("work", timeout) as operation:
+                action(operation)
+        except UpdateError as error:
+            return str(error), time.monotonic() - began, error.rank, error.phase
+        raise AssertionError("the operation succeeded")
+
+
+def run_world(size: int, program: Program, ranks: list[int] | None = None) -> list[Any]:
+    """What ``program`` returned on every rank. Processes live until all of them are done."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    signals = [context.Event() for _ in range(4)]
+    pipes, processes = [], []
+    for rank in range(size) if ranks is None else ranks:
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_main, args=(theirs, rank, size, port, signals, program), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [_result(pipe) for pipe in pipes]
+    finally:
+        for pipe, process in zip(pipes, processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send("all are done")
+            process.join(SOON)
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _main(
+    pipe: Connection, rank: int, size: int, port: int, signals: list[Any], program: Program
+) -> None:
+    try:
+        pipe.send((True, program(Rank(rank, size, port, signals))))
+    except BaseException as error:
+        pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}"))
+    pipe.recv()  # rank 0 hosts the store until everybody is done
+
+
+def _result(pipe: Connection) -> Any:
+    assert pipe.poll(40), "a rank does not end"
+    succeeded, result = pipe.recv()
+    assert succeeded, result
+    return result
+
+
+# ---------------------------------------------------------------------- success
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_rank_learns_what_all_say(size: int) -> None:
+    def program(me: Rank) -> list[list[str]]:
+        return [me.exchange(f"-{i}") for i in range(3)]
+
+    expected = [[f"{rank}-{i}" for rank in range(size)] for i in range(3)]
+    assert run_world(size, program) == [expected] * size
+
+
+def test_several_exchanges_in_one_operation_and_any_bytes() -> None:
+    blob = bytes(range(256)) * 4000
+
+    def program(me: Rank) -> list[Any]:
+        with me.plane.operation("work", LONG) as operation:
+            first = operation.all_gather("first", b"")
+            operation.begin("next")
+            second = operation.all_gather("second", blob if me.rank else b"\0")
+        return [first, second == [b"\0", blob], set(operation.seconds)]
+
+    seen = [[b"", b""], True, {"start", "next", "completion"}]
+    assert run_world(2, program) == [seen, seen]
+
+
+def test_nobody_leaves_before_everybody_has_done_its_part() -> None:
+    def program(me: Rank) -> bool:
+        with me.plane.operation("work", LONG):
+            if me.rank == 1:
+                me.signals[0].set()
+        return bool(me.signals[0].is_set())
+
+    assert run_world(3, program) == [True] * 3
+
+
+def test_a_barrier_is_reusable_and_keys_do_not_pile_up() -> None:
+    def program(me: Rank) -> list[int]:
+        counts = []
+        for i in range(50):
+            assert me.exchange(f"-{i}") == me.everyone(f"-{i}")
+            if me.rank == 0:
+                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+        return counts
+
+    counts = run_world(3, program)[0]
+    assert max(counts[10:]) <= max(counts[:10])
+
+
+def test_keys_do_not_pile_up_over_failures() -> None:
+    def program(me: Rank) -> list[int]:
+        counts = []
+        for _ in range(12):
+            me.failing(lambda operation: fail_after_exchange(me, operation))
+            me.exchange()
+            if me.rank == 0:
+                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+        return counts
+
+    counts = run_world(2, program)[0]
+    assert max(counts[6:]) <= max(counts[:6])
+
+
+def fail_after_exchange(me: Rank, operation: Any) -> None:
+    operation.all_gather("v", b"")
+    operation.begin("loading")
+    if me.rank == 1:
+        raise ValueError("cannot load")
+    wait(operation)
+
+
+def wait(operation: Any) -> None:
+    """A wait of an operation that only its end can end."""
+    operation.watch()
+    poll(lambda: False, operation.check)
+
+
+def test_two_servers_in_one_process_do_not_meet_each_other() -> None:
+    def program(me: Rank) -> list[list[str]]:
+        first, second = me.plane, me.new_plane()
+        seen = []
+        for plane, value in ((first, "a"), (second, "b"), (first, "c"), (second, "d")):
+            me.plane = plane
+            seen.append(me.exchange(value))
+        return seen
+
+    expected = [[f"{rank}{value}" for rank in range(2)] for value in "abcd"]
+    assert run_world(2, program) == [expected] * 2
+
+
+def test_the_store_serves_process_groups_too() -> None:
+    def program(me: Rank) -> bytes:
+        store = dist.PrefixStore("mine", me.plane.store())
+        if me.rank == 0:
+            store.set("key", b"value")
+        return bytes(store.get("key"))
+
+    assert run_world(2, program) == [b"value"] * 2
+
+
+# ---------------------------------------------------------------------- failure
+
+
+@pytest.mark.parametrize(("size", "culprit"), [(1, 0), (2, 0), (2, 1), (4, 2)])
+def test_a_failure_is_the_same_on_every_rank_and_the_next_call_works(
+    size: int, culprit: int
+) -> None:
+    def act(me: Rank, operation: Any) -> None:
+        operation.all_gather("v", b"")
+        operation.begin("loading")
+        if me.rank == culprit:
+            raise ValueError("cannot load")
+        wait(operation)
+
+    def program(me: Rank) -> Any:
+        seen = me.failing(lambda operation: act(me, operation))
+        assert me.exchange() == me.everyone()
+        return seen
+
+    for text, seconds, rank, phase in run_world(size, program):
+        assert text == f"work failed on rank {culprit} during loading: cannot load"
+        assert (rank, phase) == (culprit, "loading")
+        assert seconds < SOON
+
+
+def test_a_failure_reaches_ranks_that_still_exchange() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        if me.rank == 1:
+            me.signals[0].wait(SOON)
+            raise OSError("no such device")
+        if me.rank == 0:
+            operation.store.set("joined", b"")
+            me.signals[0].set()
+        operation.all_gather("v", b"")
+
+    def program(me: Rank) -> Any:
+        seen = me.failing(lambda operation: act(me, operation))
+        assert me.exchange() == me.everyone()
+        return seen
+
+    for text, seconds, *_ in run_world(2, program):
+        assert text == "work failed on rank 1 during start: OSError: no such device"
+        assert seconds < SOON
+
+
+def test_a_failure_reaches_ranks_that_wait_for_the_end() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        operation.all_gather("v", b"")
+        if me.rank == 0:
+            raise ValueError("the last moment")
+
+    def program(me: Rank) -> Any:
+        seen = me.failing(lambda operation: act(me, operation))
+        assert me.exchange() == me.everyone()
+        return seen
+
+    texts = {text for text, *_ in run_world(3, program)}
+    assert texts == {"work failed on rank 0 during start: the last moment"}
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_failure_reaches_a_rank_that_comes_after_it(culprit: int) -> None:
+    """Ranks are never in step: one may have failed before another has begun."""
+
+    def program(me: Rank) -> Any:
+        me.exchange()
+        if me.rank == culprit:
+            seen = me.failing(fail)
+            me.signals[0].set()
+        else:
+            assert me.signals[0].wait(LONG)
+            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=SOON + 2)
+        me.signals[1 + me.rank].set()
+        assert me.signals[2 - me.rank].wait(LONG)
+        assert me.exchange() == me.everyone()
+        return seen
+
+    for text, seconds, *_ in run_world(2, program):
+        assert text == f"work failed on rank {culprit} during start: the weights are not here"
+        assert seconds < SOON
+
+
+def fail(operation: Any) -> None:
+    raise ValueError("the weights are not here")
+
+
+def test_two_failures_have_one_outcome() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        operation.all_gather("v", b"")
+        raise ValueError(f"said rank {me.rank}")
+
+    def program(me: Rank) -> Any:
+        seen = me.failing(lambda operation: act(me, operation))
+        assert me.exchange() == me.everyone()
+        return seen
+
+    seen = run_world(4, program)
+    assert len({text for text, *_ in seen}) == 1
+    assert seen[0][0].endswith(f"said rank {seen[0][2]}")
+
+
+def test_an_interrupt_ends_the_call_on_the_other_ranks_too() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        operation.all_gather("v", b"")
+        if me.rank == 0:
+            raise KeyboardInterrupt
+        wait(operation)
+
+    def program(me: Rank) -> Any:
+        try:
+            return me.failing(lambda operation: act(me, operation))
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    interrupted, seen = run_world(2, program)
+    assert interrupted == "interrupted"
+    assert "failed on rank 0" in seen[0]
+    assert "KeyboardInterrupt" in seen[0]
+
+
+# ---------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> None:
+    def program(me: Rank) -> Any:
+        me.exchange()
+        seen = None
+        if me.rank != absent:
+            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=0.5)
+        me.signals[me.rank].set()
+        assert all(signal.wait(LONG) for signal in me.signals[: me.size])
+        assert me.exchange() == me.everyone()
+        return seen
+
+    results = run_world(3, program)
+    assert results.pop(absent) is None
+    assert len({text for text, *_ in results}) == 1
+    for text, seconds, *_ in results:
+        assert f"gave up after 0.5 s: ranks [{absent}] did not join work" in text
+        assert seconds < SOON
+
+
+def test_all_ranks_that_do_not_come_are_named() -> None:
+    def program(me: Rank) -> Any:
+        me.exchange()
+        seen = None
+        if me.rank == 0:
+            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=0.3)
+        return seen
+
+    assert "ranks [1, 2, 3] did not join work" in run_world(4, program)[0][0]
+
+
+def test_time_runs_out_in_a_phase() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        operation.all_gather("v", b"")
+        operation.begin("reload")
+        wait(operation)
+
+    def program(me: Rank) -> Any:
+        seen = me.failing(lambda operation: act(me, operation), timeout=0.5)
+        assert me.exchange() == me.everyone()
+        return seen
+
+    texts = {text for text, *_ in run_world(2, program)}
+    assert len(texts) == 1
+    assert texts.pop().endswith("during reload: gave up after 0.5 s waiting for reload of work")
+
+
+def test_a_single_rank_has_deadlines_too() -> None:
+    plane = ControlPlane(0, 1, None, None)
+    with pytest.raises(UpdateError, match=r"rank 0 during idle.*gave up after 0.01 s"):  # noqa: SIM117
+        with plane.operation("work", 0.01) as operation:
+            operation.begin("idle")
+            wait(operation)
+    with plane.operation("work", timedelta(seconds=5)) as operation:
+        assert operation.all_gather("v", b"x") == [b"x"]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, timedelta(0)])
+def test_a_timeout_is_positive(timeout: Any) -> None:
+    with pytest.raises(ValueError, match="timeout must be positive"):
+        Deadline(timeout)
+
+
+def test_the_store_going_away_is_an_error_soon() -> None:
+    """Rank 0's process dies in the middle."""
+
+    def program(me: Rank) -> Any:
+        me.exchange()
+        if me.rank == 0:
+            os._exit(0)
+        return me.failing(lambda operation: operation.all_gather("v", b""))
+
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipe, theirs = context.Pipe()
+    ranks = [
+        context.Process(target=_main, args=(theirs, rank, 2, port, [], program), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        _, seconds, rank, _ = _result(pipe)
+        assert rank == 1
+        assert seconds < SOON
+    finally:
+        pipe.close()
+        theirs.close()
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+# ---------------------------------------------------------------------- where ranks meet
+
+
+def test_the_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(RuntimeError, match="MASTER_PORT"):
+        control.master_port()
+    with pytest.raises(RuntimeError, match="MASTER_ADDR"):
+        control.master_addr()
+    monkeypatch.setenv("MASTER_ADDR", "somewhere")
+    monkeypatch.setenv("MASTER_PORT", "2000")
+    assert (control.master_addr(), control.master_port()) == ("somewhere", 2001)
+    assert (control.master_addr("here"), control.master_port(0)) == ("here", 0)
+
+
+def test_a_single_rank_needs_no_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    plane = ControlPlane(0, 1, None, None)
+    for value in (b"a", b"b"):
+        with plane.operation("work", SOON) as operation:
+            assert operation.all_gather("v", value) == [value]
+    assert isinstance(plane.local_ip(), str)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"rank 0 cannot host the store at 127.0.0.1:{port}"):
+            control.connect_store(0, 2, "127.0.0.1", port)
+
+
+def test_rank_0_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(RuntimeError, match=rf"rank 0 .*127\.0\.0\.1:{port}"):
+        control.connect_store(1, 2, "127.0.0.1", port)
