@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--against", help="original==VERSION: compare with that release")
     parser.add_argument("--turns", type=int, default=3, help="runs of each, with --against")
     arguments = parser.parse_args()
-    os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(arguments.bucket_gb)
+    os.environ["PS_MAX_BUCKET_SIZE_GB"] = f"{arguments.bucket_gb:g}"
     if arguments.against:
         return compare(arguments)
     benchmark = Benchmark(arguments)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from loguru import logger
@@ -143,7 +143,7 @@ class ControlPlane:
         ``ranks``: those ranks, sorted; default: the world.
         """
         circle = self._circle(ranks)
-        circle.begin_operation()
+        circle.begin_operation(self.rank)
         return Operation(circle, self.rank, name, Deadline(timeout))
 
     def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
@@ -194,15 +194,15 @@ class ControlPlane:
 class _Circle:
     """Some ranks that have operations in common, and their part of the store.
 
-    The members count operations alike; a failed one ends an epoch and starts a new count, wherever
-    each of them stood.
+    The n-th operation of every member is the same one, however late a member comes to it: then it
+    finds the outcome. Only where the others gave up waiting for this very member, it goes on to the
+    next, for it has not made that call.
     """
 
     def __init__(self, members: tuple[int, ...], store: Any, watched: Any) -> None:
         self.members = members
         self.store = store
         self._watched = watched
-        self.epoch = -1
         self._count = 0
         self._visits = 0
         self.old_keys: list[str] = []
@@ -210,7 +210,7 @@ class _Circle:
     @property
     def prefix(self) -> str:
         """Of the running operation's keys."""
-        return f"{self.epoch}/{self._count}"
+        return str(self._count)
 
     def stores(self) -> tuple[Any, Any]:
         """The running operation's part of both connections."""
@@ -218,14 +218,16 @@ class _Circle:
             self.prefix, self._watched
         )
 
-    def begin_operation(self) -> None:
-        epoch = self.store.add("epoch", 0)
-        if epoch != self.epoch:
-            self.epoch, self._count = epoch, 0
+    def begin_operation(self, rank: int) -> None:
         self._count += 1
+        while rank in self._missed_by():
+            self._count += 1
 
-    def end_epoch(self) -> None:
-        self.store.compare_set("epoch", str(self.epoch), str(self.epoch + 1))
+    def _missed_by(self) -> list[int]:
+        """The members that the others gave up waiting for, if they did."""
+        key = f"{self.prefix}/outcome"
+        outcome = self.store.get(key) if self.store.check([key]) else _SUCCESS
+        return [] if outcome == _SUCCESS else list(_Failure.decode(outcome).missing)
 
     def forget(self) -> None:
         """Drop what this rank wrote in operations that every member has left."""
@@ -239,7 +241,7 @@ class _Circle:
         self._visits = self.store.add("finished", 0)
         outcome = self.store.get("last outcome")
         if outcome != _SUCCESS:
-            raise _error(name, outcome)
+            raise _Failure.decode(outcome).error(name)
 
     def _is_over(self) -> bool:
         finished = self.store.add("finished", 0)
@@ -262,7 +264,7 @@ class Operation:
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
         if self._leads:
-            self._keys += ["outcome", "done", "left"]
+            self._keys += ["done", "left"]
             circle.store.add("started", 1)
 
     @property
@@ -287,7 +289,7 @@ class Operation:
     def check(self) -> None:
         """Raise if another rank failed or the time is up; every wait of the operation calls it."""
         if self._outcome not in (None, _SUCCESS):
-            raise _error(self.name, self._outcome)
+            raise _Failure.decode(self._outcome).error(self.name)
         self.deadline.check(f"{self.phase} of {self.name}")
 
     def watch(self) -> None:
@@ -340,10 +342,9 @@ class Operation:
             if self._outcome is None and self.store.check(["outcome"]):
                 self._outcome = self.store.get("outcome")
             if self.deadline.remaining() == 0.0:
-                missing = [key for key in keys if not self.store.check([key])]
-                raise TimeoutError(
-                    f"gave up after {self.deadline.seconds:g} s: ranks "
-                    f"{[int(key.rpartition('/')[2]) for key in missing]} did not join {self.name}"
+                missing = [int(k.rpartition("/")[2]) for k in keys if not self.store.check([k])]
+                raise MissingRanksError(
+                    f"gave up after {self.deadline.seconds:g} s", self.name, missing
                 )
             self.check()
             time.sleep(pause)
@@ -371,21 +372,22 @@ class Operation:
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
-        mine = json.dumps([self._rank, self.phase, _describe(error)])
+        mine = _Failure(
+            self._rank, self.phase, _describe(error), getattr(error, "missing_ranks", [])
+        ).encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
-            return self.store.compare_set("outcome", "", mine)
-        return mine.encode()
+            return self.store.compare_set("outcome", "", mine.decode())
+        return mine
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
         outcome = self.publish(error)
         with contextlib.suppress(RuntimeError):
-            self._circle.end_epoch()
             self._leave(outcome, Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
             raise error
         if isinstance(error, Exception):
-            raise _error(self.name, outcome) from error
+            raise _Failure.decode(outcome).error(self.name) from error
 
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
         """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
@@ -397,6 +399,7 @@ class Operation:
                 lambda: self.store.add("left", 0) >= len(self.members) - 1,
                 lambda: deadline.check("the other ranks to leave"),
             )
+            self._keys.append("outcome")  # otherwise it stays for those that come late
         self._circle.store.set("last outcome", outcome)
         self._circle.store.add("finished", 1)
 
@@ -410,9 +413,31 @@ class Operation:
             logger.debug("{}: no longer watching the other ranks: {}", self.name, error)
 
 
-def _error(operation: str, outcome: bytes) -> UpdateError:
-    rank, phase, cause = json.loads(outcome)
-    return UpdateError(operation, rank, phase, cause)
+class MissingRanksError(TimeoutError):
+    """Some ranks did not make a collective call."""
+
+    def __init__(self, why: str, operation: str, ranks: list[int]) -> None:
+        super().__init__(f"{why}: ranks {ranks} did not join {operation}")
+        self.missing_ranks = ranks
+
+
+class _Failure(NamedTuple):
+    """A failed operation's outcome, as it stands in the store."""
+
+    rank: int
+    phase: str
+    cause: str
+    missing: list[int]
+
+    def encode(self) -> bytes:
+        return json.dumps(self).encode()
+
+    @staticmethod
+    def decode(outcome: bytes) -> _Failure:
+        return _Failure(*json.loads(outcome))
+
+    def error(self, operation: str) -> UpdateError:
+        return UpdateError(operation, self.rank, self.phase, self.cause)
 
 
 def _describe(error: BaseException) -> str:
