@@ -237,6 +237,8 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
 
 
 def _import_engine() -> Any:
+    # Its failures reach us as codes; the rest is noise on every rank.
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     try:
         from mooncake.engine import TransferEngine
     except ModuleNotFoundError as error:

@@ -235,15 +235,21 @@ class ParameterServer:
                     f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
                 )
             self._revoke(checkpoint_name)
-            buffers = self._memory_pool.pop(checkpoint_name)
             if checkpoint_name != self._pool_user:
-                self._withdraw(checkpoint_name)
-                self._host_memory.release(buffers)
+                self._free(checkpoint_name)
                 return
+            del self._memory_pool[checkpoint_name]
             self._pool_user = None
             if force:
-                self._withdraw(self.shared_memory_pool_name)
-                self._host_memory.release(self._memory_pool.pop(self.shared_memory_pool_name))
+                self._free(self.shared_memory_pool_name)
+
+    def _free(self, place: str) -> None:
+        """Give memory back; other ranks must not read it any more."""
+        buffers = self._memory_pool.pop(place)
+        if self._p2p_store is not None:
+            names = [f"{place}/{index}" for index in range(len(buffers))]
+            self._p2p_store.unregister_named_tensors(names)
+        self._host_memory.release(buffers)
 
     # ------------------------------------------------------------------ who owns what
 
@@ -259,14 +265,14 @@ class ParameterServer:
             blobs = operation.all_gather("metas", encode_gathered(mine))
             gathered = [decode_gathered(blob) for blob in blobs]
             gathered[self._rank] = mine
-            if not any(one.memory_buffer_metas_list for one in gathered):
-                self._check_registered_somewhere(operation, checkpoint_name, gathered)
+            known = any(one.memory_buffer_metas_list for one in gathered)
+            known = known or self._is_registered_somewhere(operation, checkpoint_name, gathered)
         self._set_global_metas(dict(enumerate(gathered)))
         self._local_rdma_devices = _topology(
             {rank: (one.rdma_device, one.host_ip) for rank, one in enumerate(gathered)}
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
-        self._gathered_name = checkpoint_name
+        self._gathered_name = checkpoint_name if known else None
         self._gathered_digest = hashlib.sha256(b"".join(blobs)).hexdigest()
 
     def get_metas(self) -> Metas:
@@ -624,23 +630,18 @@ class ParameterServer:
         if lease is not None and self._p2p_store is not None:
             self._p2p_store.revoke(lease)
 
-    def _withdraw(self, place: str) -> None:
-        """Unregister memory from P2P, before it is freed."""
-        if self._p2p_store is not None:
-            names = [f"{place}/{index}" for index in range(len(self._memory_pool.get(place, ())))]
-            self._p2p_store.unregister_named_tensors(names)
-
-    def _check_registered_somewhere(
+    def _is_registered_somewhere(
         self, operation: Operation, checkpoint_name: str, gathered: list[DataToGather]
-    ) -> None:
+    ) -> bool:
         """A checkpoint that nobody registered is a mistake, unless this world joins another."""
-        known = b"1" if checkpoint_name in self._memory_pool else b""
-        if any(operation.all_gather("registered", known)):
-            return
+        mine = b"1" if checkpoint_name in self._memory_pool else b""
+        if any(operation.all_gather("registered", mine)):
+            return True
         advice = "call register_checkpoint() before gather_metas()"
         if not any(one.p2p_store_addr for one in gathered):
             raise ValueError(f"no rank has registered checkpoint {checkpoint_name!r}: {advice}")
         self._log.warning("no rank has registered checkpoint {}: {}", checkpoint_name, advice)
+        return False
 
     def _set_global_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
@@ -661,7 +662,7 @@ class ParameterServer:
         """What was gathered must be of this checkpoint, and still be what is registered here."""
         if remote and self._gathered_name is None and self._current_global_parameter_metas:
             return  # loaded from another world, whose leases tell whether they still hold
-        if self._gathered_name != checkpoint_name or not self._gathered_digest:
+        if self._gathered_name != checkpoint_name:
             raise RuntimeError(
                 f"the metas of {checkpoint_name!r} have not been gathered (last: "
                 f"{self._gathered_name!r}): call gather_metas({checkpoint_name!r}) on all ranks"

@@ -135,6 +135,7 @@ def bad_calls() -> dict[str, Any]:
     """Mistakes of the caller, in turn on the same servers."""
     rank = Rank()
     ps = rank.ps
+    ps._p2p_store = None  # as programs do that switch it off
     owners = set(range(WORLD_SIZE))
     seen = {
         "gather before register": _error_of(lambda: ps.gather_metas("nothing")),

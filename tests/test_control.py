@@ -60,15 +60,18 @@ class Rank:
         raise AssertionError("the operation succeeded")
 
 
-def run_world(size: int, program: Program, ranks: list[int] | None = None) -> list[Any]:
-    """What ``program`` returned on every rank. Processes live until all of them are done."""
+def run_world(size: int, program: Program, first: int = 0) -> list[Any]:
+    """What ``program`` returned on every rank from ``first`` on.
+
+    Processes live until all of them are done.
+    """
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     signals = [context.Event() for _ in range(4)]
     pipes, processes = [], []
-    for rank in range(size) if ranks is None else ranks:
+    for rank in range(size):
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_main, args=(theirs, rank, size, port, signals, program), daemon=True
@@ -78,7 +81,7 @@ def run_world(size: int, program: Program, ranks: list[int] | None = None) -> li
         pipes.append(ours)
         processes.append(process)
     try:
-        return [_result(pipe) for pipe in pipes]
+        return [_result(pipe) for pipe in pipes[first:]]
     finally:
         for pipe, process in zip(pipes, processes, strict=True):
             with contextlib.suppress(OSError):
@@ -393,36 +396,36 @@ def test_a_timeout_is_positive(timeout: Any) -> None:
         Deadline(timeout)
 
 
-def test_the_store_going_away_is_an_error_soon() -> None:
-    """Rank 0's process dies in the middle."""
+@pytest.mark.parametrize("when", ["in a call", "before a call"])
+def test_the_store_going_away_is_an_error_soon(when: str) -> None:
+    """Rank 0's process dies, and the store with it."""
+
+    def exchange(me: Rank, operation: Any) -> None:
+        me.signals[0].set()
+        operation.all_gather("v", b"")
 
     def program(me: Rank) -> Any:
         me.exchange()
         if me.rank == 0:
+            assert me.signals[0].wait(LONG)
             os._exit(0)
-        return me.failing(lambda operation: operation.all_gather("v", b""))
+        if when == "before a call":
+            me.signals[0].set()
+            _await_refusal(me.port)
+        return me.failing(lambda operation: exchange(me, operation))
 
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipe, theirs = context.Pipe()
-    ranks = [
-        context.Process(target=_main, args=(theirs, rank, 2, port, [], program), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        _, seconds, rank, _ = _result(pipe)
-        assert rank == 1
-        assert seconds < SOON
-    finally:
-        pipe.close()
-        theirs.close()
-        for process in ranks:
-            process.kill()
-            process.join()
+    text, seconds, *_ = run_world(2, program, first=1)[0]
+    assert "rank 0" in text or "store" in text
+    assert seconds < SOON
+
+
+def _await_refusal(port: int) -> None:
+    """Until nobody listens there any more."""
+    deadline = Deadline(LONG)
+    with contextlib.suppress(ConnectionRefusedError):
+        while True:
+            socket.create_connection(("127.0.0.1", port), timeout=SOON).close()
+            deadline.check("the store to go")
 
 
 # ---------------------------------------------------------------------- where ranks meet
