@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
 from fleet import Worker, digests, mixed_tensors, request_of
 
@@ -247,6 +248,109 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seen": seen, **rank.resources()}
 
 
+def source(folder: str, changes: list[str]) -> dict[str, Any]:
+    """A world whose memory others read: it goes on with updates of its own, then changes things.
+
+    ``changes`` are made one by one, each when a file ``want-<n>`` appears.
+    """
+    rank, here = Rank(), Path(folder)
+    owners = set(range(WORLD_SIZE))
+    pool = "pool" in "".join(changes)
+    tensors = mixed_tensors(1, RANK)
+    rank.ps.register_checkpoint("good", named_tensors=tensors, use_shared_memory_pool=pool)
+    rank.ps.gather_metas("good")
+    (here / f"pid-{RANK}").write_text(str(os.getpid()))
+    _save_metas(rank, here / "metas.json")
+    updates = 0
+    for number, change in enumerate(changes):
+        while not _all_see(rank, here / f"want-{number}"):
+            rank.worker.call("forget")
+            rank.update("good")
+            rank.check(1, owners)
+            updates += 1
+        _change(rank, change)
+        rank.ps.store_based_barrier()
+        if RANK == 0:
+            (here / f"done-{number}").touch()
+    _await_file(here / "finished")
+    rank.stop()
+    return {"updates": updates, **rank.resources()}
+
+
+def _all_see(rank: Rank, file: Path) -> bool:
+    """Whether it was there when rank 0 looked; the same answer on every rank."""
+    with rank.ps._control.operation("look", 30) as operation:
+        return operation.all_gather("seen", b"1" if file.exists() else b"0")[0] == b"1"
+
+
+def _save_metas(rank: Rank, path: Path) -> None:
+    if RANK == 0:
+        path.with_suffix(".new").write_bytes(encode_metas(rank.ps.get_metas()))
+        path.with_suffix(".new").rename(path)
+
+
+def _change(rank: Rank, change: str) -> None:
+    if change in ("unregister", "replace"):
+        rank.ps.unregister_checkpoint("good")
+    if change == "replace":
+        rank.ps.register_checkpoint("good", named_tensors=mixed_tensors(2, RANK))
+    if change == "reuse pool":
+        rank.ps.unregister_checkpoint("good")
+        rank.ps.register_checkpoint(
+            "next", named_tensors=mixed_tensors(2, RANK), use_shared_memory_pool=True
+        )
+    if change == "die":
+        os._exit(0)
+
+
+def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
+    """A world that takes its weights from a source's memory, before and after it changed."""
+    rank, here = Rank(), Path(folder)
+    _await_file(here / "metas.json")
+    rank.ps.gather_metas("good")
+    rank.ps.load_metas(decode_metas((here / "metas.json").read_bytes()))
+    everyone = list(range(WORLD_SIZE))
+    request = request_of(rank.worker, RANK)
+    buckets = []
+    for members in (everyone, [WORLD_SIZE - 1]):
+        rank.worker.call("forget")
+        buckets.append(rank.ps.update("good", request, ranks=members, timeout=SHORT).buckets)
+        if RANK in members:
+            rank.check(1, set(range(sources)))
+    seen = []
+    for number, change in enumerate(changes):
+        rank.ps.store_based_barrier()
+        (here / f"want-{number}").touch()
+        if change == "die":
+            _await(lambda: not any(_lives(here / f"pid-{rank}") for rank in range(sources)))
+        else:
+            _await(lambda number=number: (here / f"done-{number}").exists())
+        seen.append(
+            _error_of(lambda: rank.ps.update("good", request, ranks=everyone, timeout=SHORT))
+        )
+    rank.ps.store_based_barrier()
+    (here / "finished").touch()
+    rank.stop()
+    return {"seen": seen, "buckets": buckets, **rank.resources()}
+
+
+def _lives(pid_file: Path) -> bool:
+    stat = Path(f"/proc/{pid_file.read_text()}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
+def _await_file(path: Path) -> None:
+    _await(path.exists)
+
+
+def _await(happened: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 40
+    while not happened():
+        if time.monotonic() > ends:
+            raise TimeoutError("the other world did not go on")
+        time.sleep(0.01)
+
+
 def _error_of(call: Callable[[], object]) -> dict[str, Any]:
     began = time.monotonic()
     try:
@@ -257,7 +361,7 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
     return {"error": "", "type": "", "seconds": time.monotonic() - began}
 
 
-PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p)}
+PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p, source, joiner)}
 
 if __name__ == "__main__":
     name, arguments, folder = sys.argv[1:]

@@ -333,7 +333,14 @@ def test_an_interrupt_ends_the_call_on_the_other_ranks_too() -> None:
 # ---------------------------------------------------------------------- time
 
 
-@pytest.mark.parametrize("absent", [0, 1, 2])
+@pytest.fixture
+def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 stays that long for ranks that never come."""
+    monkeypatch.setattr(control, "_FAREWELL", 0.5)
+
+
+@pytest.mark.usefixtures("short_farewell")
+@pytest.mark.parametrize("absent", [0, 2])
 def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> None:
     def program(me: Rank) -> Any:
         me.exchange()
@@ -353,6 +360,7 @@ def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> Non
         assert seconds < SOON
 
 
+@pytest.mark.usefixtures("short_farewell")
 def test_all_ranks_that_do_not_come_are_named() -> None:
     def program(me: Rank) -> Any:
         me.exchange()

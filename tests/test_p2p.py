@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from test_update import SMALL_BUCKETS
-from torchrun import torchrun
+from torchrun import Run, torchrun
+
+CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 
 
 def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
@@ -20,3 +23,34 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
     for result in results:
         assert result["sockets"] == 0
         assert result["shared"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("unregister", "has unregistered or replaced the checkpoint"),
+        ("replace", "has unregistered or replaced the checkpoint"),
+        ("reuse pool", "has unregistered or replaced the checkpoint"),
+        ("die", "cannot read"),
+    ],
+)
+def test_a_world_joins_and_never_takes_stale_weights(
+    tmp_path: Path, change: str, says: str
+) -> None:
+    """Two worlds: three owners that go on with their own updates, and two ranks that join."""
+    owners = Run(tmp_path / "a", 3, "source", CPU, folder=str(tmp_path), changes=[change])
+    try:
+        joined = torchrun(
+            tmp_path / "b", 2, "joiner", 55, CPU, folder=str(tmp_path), sources=3, changes=[change]
+        )
+        if change != "die":
+            assert min(result["updates"] for result in owners.wait()) > 0
+    finally:
+        owners.kill()
+    for result in joined:
+        assert min(result["buckets"]) >= 0
+        assert result["shared"] == []
+        assert result["sockets"] == 0
+        for seen in result["seen"]:
+            assert says in seen["error"]
+            assert seen["seconds"] < 15

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,66 @@ def free_port_pair() -> int:
             return port
 
 
+class Run:
+    """A program under torchrun that is running."""
+
+    def __init__(
+        self,
+        tmp_path: Path,
+        ranks: int,
+        program: str,
+        env: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._program = program
+        self._ranks = ranks
+        self._results = tmp_path / "results"
+        self._results.mkdir(parents=True, exist_ok=True)
+        sockets = tmp_path / "sockets"
+        sockets.mkdir(mode=0o700, exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += [f"--nproc-per-node={ranks}", f"--master-port={free_port_pair()}"]
+        command += [str(HERE / "programs.py"), program, json.dumps(arguments), str(self._results)]
+        environment = {
+            **os.environ,
+            "PS_IPC_DIR": str(sockets),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
+            **(env or {}),
+        }
+        self._output = tempfile.TemporaryFile("w+")  # not a pipe, which nobody might read
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
+        """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self._program} took too long:\n{self._text()}") from None
+        finally:
+            self.kill()
+        assert code == 0, f"{self._program} failed:\n{self._text()}"
+        return [
+            json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
+        ]
+
+    def kill(self) -> None:
+        """All its processes, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _text(self) -> str:
+        self._output.seek(0)
+        return self._output.read()[-8000:]
+
+
 def torchrun(
     tmp_path: Path,
     ranks: int,
@@ -41,36 +102,5 @@ def torchrun(
     env: dict[str, str] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
-    sockets, results = tmp_path / "sockets", tmp_path / "results"
-    sockets.mkdir(mode=0o700, exist_ok=True)
-    results.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--nproc-per-node={ranks}", f"--master-port={free_port_pair()}"]
-    command += [str(HERE / "programs.py"), program, json.dumps(arguments), str(results)]
-    environment = {
-        **os.environ,
-        "PS_IPC_DIR": str(sockets),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
-        **(env or {}),
-    }
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"{program} took more than {timeout} s:\n{output[-8000:]}") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, f"{program} failed:\n{output[-8000:]}"
-    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(ranks)]
+    """Run a program to its end; see ``Run.wait``."""
+    return Run(tmp_path, ranks, program, env, **arguments).wait(timeout)

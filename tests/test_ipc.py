@@ -1,0 +1,506 @@
+"""Shared buffers and socket addresses: private to this user, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gc
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from checkpoint_engine import ipc, link
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.errors import WireError
+from checkpoint_engine.ipc import SharedBuffer, map_shared_memory, open_buffer
+from checkpoint_engine.link import ServerLink, WorkerLink, new_address, open_context
+
+SHM = Path("/dev/shm")
+MINE = f"checkpoint-engine-{os.getuid()}-"
+SOON = 4.0
+
+
+# ---------------------------------------------------------------------- shared buffers
+
+
+@pytest.fixture
+def buffer() -> Iterator[SharedBuffer]:
+    with SharedBuffer(DeviceManager("cpu"), 0, 1 << 20) as shared:
+        yield shared
+
+
+def path_of(buffer: SharedBuffer) -> Path:
+    return Path(buffer.handle()[1][0])
+
+
+def mappings_of(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def test_both_ends_see_the_same_bytes(buffer: SharedBuffer) -> None:
+    rebuild, args = buffer.handle()
+    opened = open_buffer(rebuild, args, None)
+    assert (opened.dtype, opened.shape) == (torch.uint8, torch.Size([1 << 20]))
+    assert not opened.any()
+    buffer.tensor[-3:] = 7
+    assert opened[-4:].tolist() == [0, 7, 7, 7]
+    assert opened.data_ptr() != buffer.tensor.data_ptr()
+
+
+def test_a_device_number_changes_nothing_for_shared_memory(buffer: SharedBuffer) -> None:
+    assert open_buffer(*buffer.handle(), 3).nbytes == 1 << 20
+
+
+def test_a_segment_is_private_and_has_its_memory(buffer: SharedBuffer) -> None:
+    path = path_of(buffer)
+    found = path.lstat()
+    assert path.parent == SHM
+    assert path.name.startswith(MINE)
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert found.st_blocks * 512 >= 1 << 20  # not a SIGBUS once it is written
+
+
+def test_closing_removes_it_and_the_worker_keeps_what_it_mapped(buffer: SharedBuffer) -> None:
+    path = path_of(buffer)
+    opened = open_buffer(*buffer.handle(), None)
+    buffer.tensor.fill_(3)
+    buffer.close()
+    buffer.close()
+    assert not path.exists()
+    assert buffer.tensor.nbytes == 0
+    assert opened.min() == 3
+    assert mappings_of(path) == 1
+    del opened
+    gc.collect()
+    assert mappings_of(path) == 0
+
+
+def test_leaving_by_an_exception_removes_it() -> None:
+    with pytest.raises(KeyError), SharedBuffer(DeviceManager("cpu"), 0, 512) as shared:
+        path = path_of(shared)
+        assert path.exists()
+        raise KeyError
+    assert not path.exists()
+
+
+def test_an_abandoned_segment_is_removed_and_a_live_one_is_not(buffer: SharedBuffer) -> None:
+    """A server that was killed leaves a segment without a lock."""
+    abandoned = SHM / f"{MINE}abandoned-{os.getpid()}"
+    abandoned.write_bytes(b"x")
+    with SharedBuffer(DeviceManager("cpu"), 0, 512):
+        assert not abandoned.exists()
+        assert path_of(buffer).exists()
+
+
+def test_other_peoples_files_are_left_alone(buffer: SharedBuffer) -> None:
+    others = SHM / f"checkpoint-engine-{os.getuid() + 1}-abc{os.getpid()}"
+    others.write_bytes(b"x")
+    try:
+        SharedBuffer(DeviceManager("cpu"), 0, 512).close()
+        assert others.exists()
+    finally:
+        others.unlink()
+
+
+def test_a_segment_taken_for_abandoned_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server may remove it between its creation and its lock."""
+    taken = []
+
+    def lock_too_late(fd: int, operation: int) -> None:
+        if not taken and operation == fcntl.LOCK_EX:
+            taken.append(os.readlink(f"/proc/self/fd/{fd}"))
+            os.unlink(taken[0])
+        lock(fd, operation)
+
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    with SharedBuffer(DeviceManager("cpu"), 0, 512) as shared:
+        assert str(path_of(shared)) != taken[0]
+        assert path_of(shared).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])
+def test_no_room_says_what_to_do_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = set(SHM.iterdir())
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(RuntimeError, match=r"/dev/shm has no room for a buffer of 4096 bytes.*PS_MAX"):
+        SharedBuffer(DeviceManager("cpu"), 0, 4096)
+    assert set(SHM.iterdir()) - before == set()
+
+
+def test_no_descriptor_stays_open(buffer: SharedBuffer) -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    for _ in range(5):
+        with SharedBuffer(DeviceManager("cpu"), 0, 4096) as shared:
+            open_buffer(*shared.handle(), None)
+    gc.collect()
+    assert opened() == before
+
+
+# ---------------------------------------------------------------------- what a worker opens
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "/dev/shm/other",
+        "/dev/shm/../../etc/passwd",
+        "/dev/shm/checkpoint-engine-0/../x",
+        "/dev/shm/checkpoint-engine-x/y",
+        "checkpoint-engine-0-x",
+        "",
+    ],
+)
+def test_other_paths_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="is not a shared buffer of checkpoint-engine"):
+        map_shared_memory(path, 1)
+
+
+def test_a_short_file_is_refused(buffer: SharedBuffer) -> None:
+    with pytest.raises(ValueError, match=f"shorter than the {(1 << 20) + 1} bytes"):
+        map_shared_memory(str(path_of(buffer)), (1 << 20) + 1)
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(bytes(4096))
+    path = SHM / f"{MINE}link-{os.getpid()}"
+    path.symlink_to(target)
+    try:
+        with pytest.raises(OSError, match=str(path)) as caught:
+            map_shared_memory(str(path), 4096)
+        assert caught.value.errno == errno.ELOOP
+    finally:
+        path.unlink()
+
+
+def test_a_segment_that_is_gone(buffer: SharedBuffer) -> None:
+    path = path_of(buffer)
+    buffer.close()
+    with pytest.raises(FileNotFoundError):
+        map_shared_memory(str(path), 1)
+
+
+def test_the_worker_opens_on_its_own_device() -> None:
+    """The exporter's device number stands at place 6 of a CUDA handle."""
+    seen: list[tuple[Any, ...]] = []
+
+    def rebuild(*args: Any) -> torch.Tensor:
+        seen.append(args)
+        return torch.zeros(8, dtype=torch.uint8)
+
+    args = tuple(range(15))
+    open_buffer(rebuild, args, 4)
+    open_buffer(rebuild, args, None)
+    assert seen == [(*args[:6], 4, *args[7:]), args]
+
+
+@pytest.mark.parametrize(
+    "made", [torch.zeros(8), torch.zeros(2, 4, dtype=torch.uint8)], ids=["float", "two dimensions"]
+)
+def test_what_is_no_flat_buffer_is_refused(made: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected a flat uint8 buffer"):
+        open_buffer(lambda: made, (), None)
+
+
+# ---------------------------------------------------------------------- addresses
+
+
+@pytest.fixture
+def no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The default folder, below ``tmp_path``."""
+    for variable in ("PS_IPC_DIR", "PS_IPC_ABSTRACT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / f"checkpoint-engine-{os.getuid()}"
+
+
+def folder_of(address: str) -> Path:
+    assert address.startswith("ipc:///")
+    assert len(address.removeprefix("ipc://").encode()) <= 107
+    return Path(address.removeprefix("ipc://")).parent
+
+
+def test_addresses_are_never_the_same(no_choice: Path) -> None:
+    addresses = {new_address() for _ in range(100)}
+    assert len(addresses) == 100
+    assert {folder_of(address) for address in addresses} == {no_choice}
+
+
+def test_the_default_folder_is_private(no_choice: Path) -> None:
+    umask = os.umask(0)
+    try:
+        new_address()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(no_choice.stat().st_mode) == 0o700
+
+
+def test_without_a_runtime_folder_it_is_below_the_temporary_one(
+    no_choice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(no_choice.parent)
+    monkeypatch.setattr("tempfile.tempdir", os.environ["XDG_RUNTIME_DIR"])
+    for text in (None, "", "/nonexistent/run/user/0"):
+        if text is None:
+            monkeypatch.delenv("XDG_RUNTIME_DIR")
+        else:
+            monkeypatch.setenv("XDG_RUNTIME_DIR", text)
+        assert folder_of(new_address()) == no_choice
+
+
+def test_a_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "a" / "b"))
+    assert folder_of(new_address()) == tmp_path / "a" / "b"
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+
+
+def test_a_relative_folder_is_made_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The worker may run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PS_IPC_DIR", "sockets")
+    assert folder_of(new_address()) == tmp_path / "sockets"
+
+
+def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(RuntimeError, match=r"longer than 107 bytes: set PS_IPC_DIR.*PS_IPC_ABSTRACT"):
+        new_address()
+
+
+def test_the_abstract_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "unused"))
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    first, second = new_address(), new_address()
+    assert first != second
+    assert first.startswith("ipc://@")
+    assert not (tmp_path / "unused").exists()
+    exchange_once(first)
+
+
+def test_a_folder_that_others_may_enter_is_refused(no_choice: Path) -> None:
+    no_choice.mkdir()
+    no_choice.chmod(0o755)
+    with pytest.raises(RuntimeError, match=f"{no_choice} must be a folder that only user"):
+        new_address()
+
+
+def test_a_folder_of_somebody_else_is_refused(
+    no_choice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(RuntimeError, match=f"only user {os.geteuid() + 1} can enter"):
+        new_address()
+
+
+def test_a_link_to_a_folder_is_refused(no_choice: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir(mode=0o700)
+    no_choice.symlink_to(tmp_path / "target")
+    with pytest.raises(RuntimeError, match="must be a folder that only user"):
+        new_address()
+
+
+def test_abandoned_sockets_are_removed_and_others_are_not(no_choice: Path) -> None:
+    new_address()
+    abandoned, plain = no_choice / "ps-0123.sock", no_choice / "ps-4567.sock.txt"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(abandoned))
+        killed.listen()
+    hours_ago = time.time() - 7200
+    os.utime(abandoned, (hours_ago, hours_ago))
+    plain.touch()
+    with zmq.Context() as context:
+        live = WorkerLink(context, new_address())
+        try:
+            new_address()
+            assert {path.name for path in no_choice.iterdir()} == {
+                plain.name,
+                Path(live.address).name,
+            }
+        finally:
+            live.close()
+
+
+def test_a_socket_that_is_about_to_listen_is_kept(no_choice: Path) -> None:
+    """Ranks come up together: one looks around while another is between bind and listen."""
+    new_address()
+    with socket.socket(socket.AF_UNIX) as starting:
+        path = no_choice / "ps-89ab.sock"
+        starting.bind(str(path))
+        new_address()
+        assert path.exists()
+
+
+# ---------------------------------------------------------------------- links
+
+
+
+def bounded() -> Callable[[], None]:
+    deadline = Deadline(SOON)
+    return lambda: deadline.check("the test")
+
+
+def exchange_once(address: str) -> None:
+    with open_context() as context:
+        server, worker = WorkerLink(context, address), ServerLink(context, address, SOON)
+        try:
+            server.send(b"ping", bounded())
+            assert worker.receive() == b"ping"
+            worker.reply(b"pong")
+            assert server.receive(bounded()) == "pong"
+        finally:
+            worker.close()
+            server.close()
+
+
+Pair = tuple[WorkerLink, ServerLink]
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pair]:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    with open_context() as context:
+        server = WorkerLink(context, new_address())
+        worker = ServerLink(context, server.address, SOON)
+        try:
+            yield server, worker
+        finally:
+            for end in (worker, server):
+                with contextlib.suppress(zmq.ZMQError):  # a test may have closed it
+                    end.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_and_replies(pair: Pair) -> None:
+    server, worker = pair
+    for message in (b"", b"x", bytes(3 << 20)):
+        server.send(message, bounded())
+        assert worker.receive() == message
+        worker.reply()
+        assert server.receive(bounded()) is None
+    server.send(b"x", bounded())
+    worker.receive()
+    worker.reply(b"failed: \xff")
+    assert str(server.receive(bounded())).startswith("failed: ")
+
+
+def test_another_server_that_starts_beside_disturbs_nobody(pair: Pair) -> None:
+    """It looks whether the sockets in the folder are in use."""
+    server, worker = pair
+    server.send(b"first", bounded())
+    worker.receive()
+    worker.reply()
+    assert server.receive(bounded()) is None
+    server.send(b"second", bounded())
+    assert worker.receive() == b"second"
+    new_address()
+    looks = iter(range(6))
+
+    def check() -> None:
+        if next(looks, None) is None:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):  # and not that the worker is gone
+        server.receive(check)
+    worker.reply()
+    assert server.receive(bounded()) is None
+
+
+def test_a_worker_that_leaves_is_noticed_at_once(pair: Pair) -> None:
+    server, worker = pair
+    server.send(b"x", bounded())
+    worker.receive()
+    worker.close()
+    with pytest.raises(WireError, match="the inference worker closed its connection"):
+        server.receive(bounded())
+
+
+def test_a_reply_of_a_worker_that_left_is_still_read(pair: Pair) -> None:
+    server, worker = pair
+    server.send(b"x", bounded())
+    worker.receive()
+    worker.reply()
+    worker.close()
+    assert server.receive(bounded()) is None
+
+
+def test_a_server_that_leaves_is_noticed_at_once(pair: Pair) -> None:
+    server, worker = pair
+    server.send(b"x", bounded())
+    worker.receive()
+    worker.reply()
+    assert server.receive(bounded()) is None
+    server.close()
+    with pytest.raises(WireError, match="the parameter server closed"):
+        worker.receive()
+
+
+def test_an_abort_overtakes_no_message_and_needs_no_reply(pair: Pair) -> None:
+    server, worker = pair
+    server.send(b"x", bounded())
+    assert worker.receive() == b"x"
+    server.abort("another rank failed")
+    worker.reply()
+    assert b"another rank failed" in worker.receive()
+
+
+def test_a_wait_ends_when_its_check_raises(pair: Pair) -> None:
+    server, _ = pair
+
+    def stop() -> None:
+        raise KeyError("another rank failed")
+
+    with pytest.raises(KeyError):
+        server.receive(stop)
+
+
+def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    with open_context() as context:
+        server = WorkerLink(context, new_address())
+        worker = ServerLink(context, server.address, 0.2)
+        with pytest.raises(TimeoutError, match=r"gave up after 0\.2 s"):
+            worker.receive()
+        worker.close()
+        server.close()
+
+
+def test_nobody_at_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.2)
+    with open_context() as context:
+        worker = ServerLink(context, f"ipc://{tmp_path}/nobody", SOON)
+        with pytest.raises(WireError, match="no parameter server answers at ipc://"):
+            worker.receive()
+        worker.close()
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "ipc://" + "x" * 200])
+def test_what_is_no_address(address: str) -> None:
+    with open_context() as context, pytest.raises(WireError, match="cannot connect"):
+        ServerLink(context, address, SOON)
+
+
+def test_an_address_that_is_taken(pair: Pair) -> None:
+    with open_context() as context, pytest.raises(RuntimeError, match="cannot listen at"):
+        WorkerLink(context, f"ipc://{Path(ipc.__file__).parent}")
