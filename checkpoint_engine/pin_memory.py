@@ -17,7 +17,7 @@ import resource
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -48,10 +48,14 @@ CGROUP_ROOT = "/sys/fs/cgroup"
 _REUSE_SLACK = 1.25
 """A retained arena may be this many times larger than the buffer it is taken for."""
 _HUGE_PAGE = 2 << 20
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MADV_DONTFORK = 10
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_linger_seconds = 0.0
+_lingering: deque[tuple[float, int, int]] = deque()
+"""Address ranges to unmap: from when on, address, bytes."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: a dtype that every dtype of this size can be copied as, bit for bit."""
 
@@ -377,7 +381,7 @@ def _map_file(path: str, device_type: str) -> _Arena:
 
 def _arena_at(address: int, nbytes: int, device_type: str, reusable: bool = True) -> _Arena:
     undo = ExitStack()
-    undo.callback(_unmap, address, nbytes)
+    undo.callback(_free_pages, address, nbytes)
     block = (ctypes.c_ubyte * nbytes).from_address(address)
     free = weakref.finalize(block, undo.close)  # every view of the memory keeps the block alive
     free.atexit = False
@@ -393,6 +397,28 @@ def _map(nbytes: int, flags: int, fd: int = -1) -> int:
             f"{_describe_limits()}"
         )
     return int(address)
+
+
+def _free_pages(address: int, nbytes: int) -> None:
+    """Frees the memory at once, and its addresses once nobody can be reading there any more.
+
+    A transfer engine may be sending from this memory to a reader on another host, and would take
+    this process along if the addresses were gone. Until then they hold an empty page.
+    """
+    now = time.monotonic()
+    while _lingering and _lingering[0][0] < now:
+        _unmap(*_lingering.popleft()[1:])
+    if nbytes == 0 or _linger_seconds == 0:
+        return _unmap(address, nbytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+    _libc.mmap(address, nbytes, mmap.PROT_READ, flags, -1, 0)
+    _lingering.append((now + _linger_seconds, address, nbytes))
+
+
+def keep_addresses(seconds: float) -> None:
+    """From now on addresses of freed memory stay readable so long, for a transfer under way."""
+    global _linger_seconds
+    _linger_seconds = seconds
 
 
 def _unmap(address: int, nbytes: int) -> None:

@@ -361,7 +361,9 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
     return {"error": "", "type": "", "seconds": time.monotonic() - began}
 
 
-PROGRAMS = {f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p, source, joiner)}
+PROGRAMS = {
+    f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p, source, joiner)
+}
 
 if __name__ == "__main__":
     name, arguments, folder = sys.argv[1:]

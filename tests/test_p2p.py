@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from test_update import SMALL_BUCKETS
-from torchrun import Run, torchrun
+from torchrun import MOONCAKE_ADVICE, Run, mooncake_works, torchrun
 
+pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 
 

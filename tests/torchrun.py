@@ -34,6 +34,18 @@ def free_port_pair() -> int:
             return port
 
 
+MOONCAKE_ADVICE = "P2P tests need Mooncake and Debian's libibverbs1 and libnuma1"
+
+
+def mooncake_works() -> bool:
+    """Whether its shared library loads here."""
+    try:
+        import mooncake.engine  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 class Run:
     """A program under torchrun that is running."""
 

@@ -1,0 +1,618 @@
+"""Each end of the wire against another end that was written from the wire's description alone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from fleet import digests, mixed_tensors
+
+from checkpoint_engine import worker
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.errors import UpdateError, WireError
+from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
+
+SOON = 4.0  # seconds
+HALF = 4096  # bytes of a bucket
+
+Weights = dict[str, torch.Tensor]
+
+
+# ---------------------------------------------------------------------- senders of our worker
+
+
+class Sender:
+    """Another program's sender: REQ, bound, one message and one reply after the other."""
+
+    def __init__(self, context: zmq.Context, address: str, buffer: SharedBuffer) -> None:
+        self.address = address
+        self.buffer = buffer
+        self._socket = context.socket(zmq.REQ)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, int(1000 * SOON))
+        self._socket.bind(address)
+
+    def say(self, content: Any) -> bytes:
+        self.post(content)
+        return self._socket.recv()
+
+    def post(self, content: Any) -> None:
+        self._socket.send(content if isinstance(content, bytes) else pickle.dumps(content))
+
+    def hand_over(self) -> None:
+        assert self.say(self.buffer.handle()) == b""
+
+    def bucket(self, weights: Weights, slot: int = 0) -> list[dict[str, Any]]:
+        entries, offset = [], slot * HALF
+        for name, tensor in weights.items():
+            flat = tensor.contiguous().view(-1).view(torch.uint8)
+            self.buffer.tensor[offset : offset + flat.numel()] = flat
+            entries.append(
+                {"name": name, "dtype": tensor.dtype, "shape": tensor.shape, "offset": offset}
+            )
+            offset += -(-flat.numel() // 256) * 256
+        return entries
+
+    def says_nothing(self) -> bool:
+        return not self._socket.poll(100)
+
+    def leave(self) -> None:
+        self._socket.close()
+
+
+class Engine:
+    """What an inference engine gives to our worker."""
+
+    def __init__(self) -> None:
+        self.weights: Weights = {}
+        self.hooks = 0
+        self.error: BaseException | None = None
+        self.hook_error: BaseException | None = None
+
+    def run(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.weights |= {name: tensor.clone() for name, tensor in weights}
+
+    def post_hook(self) -> None:
+        self.hooks += 1
+        if self.hook_error is not None:
+            raise self.hook_error
+
+
+@pytest.fixture
+def sender(tmp_path: Path) -> Iterator[Sender]:
+    with zmq.Context() as context, SharedBuffer(DeviceManager("cpu"), 0, 2 * HALF) as buffer:
+        made = Sender(context, f"ipc://{tmp_path}/s", buffer)
+        try:
+            yield made
+        finally:
+            made.leave()
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
+    monkeypatch.setattr(worker, "SERVER_TIMEOUT", 2 * SOON)
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def update(pool: ThreadPoolExecutor, sender: Sender, engine: Engine) -> Future[None]:
+    return pool.submit(receive, sender.address, engine)
+
+
+def receive(address: str, engine: Engine) -> None:
+    with zmq.Context() as context:
+        update_weights_from_ipc(
+            context, address, device_id=None, run=engine.run, post_hook=engine.post_hook
+        )
+
+
+BUCKETS = [
+    {"a": torch.arange(60, dtype=torch.float32).view(3, 4, 5), "scalar": torch.tensor(2.5)},
+    {"none": torch.zeros(0, 7, dtype=torch.bfloat16), "b": torch.ones(33, dtype=torch.int8)},
+    {"c": torch.full((5,), 7, dtype=torch.int64)},
+]
+
+
+def stream(sender: Sender) -> None:
+    sender.hand_over()
+    for i, bucket in enumerate(BUCKETS):
+        assert sender.say(sender.bucket(bucket, i % 2)) == b""
+
+
+def all_weights() -> dict[str, str]:
+    return digests({name: tensor for bucket in BUCKETS for name, tensor in bucket.items()})
+
+
+def test_a_sender_of_release_0_4(sender: Sender, engine: Engine, update: Future[None]) -> None:
+    stream(sender)
+    assert sender.say(None) == b""
+    assert engine.hooks == 0
+    assert sender.say(None) == b""
+    assert engine.hooks == 1
+    assert update.result(SOON) is None
+    assert digests(engine.weights) == all_weights()
+
+
+def test_a_sender_of_release_0_2(sender: Sender, engine: Engine, update: Future[None]) -> None:
+    """It says ``None`` once and leaves."""
+    stream(sender)
+    assert sender.say(None) == b""
+    sender.leave()
+    assert update.result(SOON) is None
+    assert engine.hooks == 1
+    assert digests(engine.weights) == all_weights()
+
+
+def test_no_buckets_and_no_post_hook(sender: Sender, pool: ThreadPoolExecutor) -> None:
+    def without_hook() -> None:
+        with zmq.Context() as context:
+            update_weights_from_ipc(context, sender.address, None, run=print)
+
+    update = pool.submit(without_hook)
+    sender.hand_over()
+    assert [sender.say([]), sender.say(None), sender.say(None)] == [b"", b"", b""]
+    assert update.result(SOON) is None
+
+
+def test_the_handle_of_a_sender_that_adds_to_it(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    assert sender.say(pickle.dumps(sender.buffer.handle()) + b"\0 more") == b""
+    assert [sender.say(None), sender.say(None)] == [b"", b""]
+    assert update.result(SOON) is None
+    assert engine.hooks == 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_buffer_is_gone_before_the_first_none_is_answered(
+    sender: Sender, engine: Engine, update: Future[None], failing: bool
+) -> None:
+    path = sender.buffer.handle()[1][0]
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(path)
+
+    engine.error = ValueError("no such parameter") if failing else None
+    sender.hand_over()
+    assert mappings() == 2
+    sender.say(sender.bucket(BUCKETS[0]))
+    sender.say(None)
+    assert mappings() == 1
+    sender.say(None)
+    assert isinstance(update.exception(SOON), ValueError) == failing
+
+
+def test_a_failed_load_is_answered_and_the_worker_goes_on(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    sender.hand_over()
+    assert sender.say(sender.bucket(BUCKETS[0])) == b""
+    engine.error = ValueError("no parameter b")
+    reply = sender.say(sender.bucket(BUCKETS[1])).decode()
+    assert "Traceback" in reply
+    assert "ValueError: no parameter b" in reply
+    assert "in run" in reply
+    engine.error = None
+    assert sender.say(sender.bucket(BUCKETS[2])) != b""  # the update has failed, whatever follows
+    sender.post(RuntimeError("another worker failed too"))
+    with pytest.raises(RuntimeError, match="another worker failed too") as caught:
+        update.result(SOON)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert engine.hooks == 0
+
+
+@pytest.mark.parametrize("release", ["0.2", "0.4"])
+def test_a_sender_that_ignores_a_failure(
+    sender: Sender, engine: Engine, update: Future[None], release: str
+) -> None:
+    """As the original does with the reply to its last bucket: the worker itself still fails."""
+    sender.hand_over()
+    engine.error = ValueError("no parameter b")
+    sender.say(sender.bucket(BUCKETS[1]))
+    sender.say(None)
+    if release == "0.4":
+        assert sender.say(None) != b""
+    else:
+        sender.leave()
+    with pytest.raises(ValueError, match="no parameter b"):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+@pytest.mark.parametrize("release", ["0.2", "0.4"])
+def test_a_failed_post_hook(
+    sender: Sender, engine: Engine, update: Future[None], release: str
+) -> None:
+    engine.hook_error = ValueError("cannot repack")
+    stream(sender)
+    assert sender.say(None) == b""
+    if release == "0.4":
+        assert "ValueError: cannot repack" in sender.say(None).decode()
+    else:
+        sender.leave()
+    with pytest.raises(ValueError, match="cannot repack"):
+        update.result(SOON)
+    assert engine.hooks == 1
+
+
+@pytest.mark.parametrize("buckets", [0, 1])
+def test_an_abort_is_raised_and_gets_no_reply(
+    sender: Sender, engine: Engine, update: Future[None], buckets: int
+) -> None:
+    sender.hand_over()
+    for bucket in BUCKETS[:buckets]:
+        sender.say(sender.bucket(bucket))
+    sender.post(KeyError("rank 3 failed"))
+    with pytest.raises(KeyError, match="rank 3 failed"):
+        update.result(SOON)
+    assert sender.says_nothing()
+    assert engine.hooks == 0
+
+
+def test_an_abort_instead_of_a_handle(sender: Sender, update: Future[None]) -> None:
+    sender.post(RuntimeError("rank 3 failed"))
+    with pytest.raises(RuntimeError, match="rank 3 failed"):
+        update.result(SOON)
+    assert sender.says_nothing()
+
+
+def test_an_abort_between_the_two_nones(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    stream(sender)
+    assert sender.say(None) == b""
+    sender.post(RuntimeError("rank 3 failed"))
+    with pytest.raises(RuntimeError, match="rank 3 failed"):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+@pytest.mark.parametrize(
+    ("handle", "error", "says"),
+    [
+        ((map_shared_memory, ("/etc/passwd", 1)), ValueError, "not a shared buffer"),
+        ((map_shared_memory, ("/dev/shm/checkpoint-engine-gone", 1)), OSError, "No such file"),
+        ((map_shared_memory, ()), TypeError, "argument"),
+        ((os.system, ("true",)), WireError, "no part of the protocol"),
+        ("nonsense", WireError, "expected the handle"),
+        (b"nonsense", WireError, "cannot be read"),
+    ],
+)
+def test_a_handle_that_cannot_be_opened(
+    sender: Sender, update: Future[None], handle: Any, error: type[Exception], says: str
+) -> None:
+    reply = sender.say(handle).decode()
+    assert "Traceback" in reply
+    assert says in reply
+    assert sender.says_nothing()
+    assert not update.done()  # until it hears one thing more, whatever it is
+    sender.post(b"anything")
+    with pytest.raises(error, match=says):
+        update.result(SOON)
+
+
+def test_a_sender_that_leaves_after_a_bad_handle(sender: Sender, update: Future[None]) -> None:
+    sender.say(b"nonsense")
+    sender.leave()
+    with pytest.raises(WireError, match="cannot be read"):
+        update.result(SOON)
+
+
+@pytest.mark.parametrize("buckets", [0, 1])
+def test_a_sender_that_dies(
+    sender: Sender, engine: Engine, update: Future[None], buckets: int
+) -> None:
+    sender.hand_over()
+    for bucket in BUCKETS[:buckets]:
+        sender.say(sender.bucket(bucket))
+    sender.leave()
+    with pytest.raises(WireError, match="the parameter server closed"):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    """Ours always says it twice; it says so in the handle."""
+    from checkpoint_engine.wire import encode_handle
+
+    assert sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0})) == b""
+    assert sender.say(None) == b""
+    sender.leave()
+    with pytest.raises(WireError, match="the parameter server closed"):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+def test_a_server_that_stops_sending_is_given_up_at_its_own_deadline(
+    sender: Sender, update: Future[None]
+) -> None:
+    from checkpoint_engine.wire import encode_handle
+
+    assert sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 0.3})) == b""
+    with pytest.raises(TimeoutError, match=r"gave up after 0\.3 s"):
+        update.result(SOON)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"shape": torch.Size([2 * HALF + 1])}, f"'w' ends at {2 * HALF + 1} of {2 * HALF} bytes"),
+        ({"offset": 2 * HALF}, "ends at"),
+        ({"offset": 1, "dtype": torch.float32, "shape": torch.Size([1])}, "Traceback"),
+        ({"shape": torch.Size([1 << 40])}, "ends at"),
+        ({"shape": (-1,)}, "Traceback"),
+    ],
+)
+def test_a_tensor_that_cannot_be_in_the_buffer(
+    sender: Sender, update: Future[None], changes: dict[str, Any], says: str
+) -> None:
+    entry = {"name": "w", "dtype": torch.uint8, "shape": torch.Size([1]), "offset": 0} | changes
+    sender.hand_over()
+    assert says in sender.say([entry]).decode()
+    sender.post(RuntimeError("stop"))
+    with pytest.raises(RuntimeError, match="stop"):
+        update.result(SOON)
+
+
+@pytest.mark.parametrize("content", ["nonsense", b"nonsense", [{"name": 1}], (1, 2)])
+def test_a_message_that_is_none(sender: Sender, update: Future[None], content: Any) -> None:
+    sender.hand_over()
+    sender.post(content)
+    with pytest.raises(WireError):
+        update.result(SOON)
+
+
+def test_an_error_whose_text_is_no_utf_8(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    engine.error = ValueError("bad \udc80 name")
+    sender.hand_over()
+    assert "bad ? name" in sender.say(sender.bucket(BUCKETS[0])).decode()
+    sender.post(RuntimeError("stop"))
+    assert isinstance(update.exception(SOON), RuntimeError)
+
+
+# ---------------------------------------------------------------------- workers of our server
+
+
+class OtherWorker:
+    """Another program's worker, as of release 0.4: REP, connected, plain pickle.
+
+    ``fault`` names the message that it answers with a traceback.
+    """
+
+    def __init__(self, fault: str = "", dies_at: str = "") -> None:
+        self.fault = fault
+        self.dies_at = dies_at
+        self.weights: Weights = {}
+        self.hooks = 0
+        self.raised: BaseException | None = None
+
+    def __call__(self, socket_paths: list[tuple[str, str]]) -> None:
+        """A ``req_func``: it runs in a thread of its own, which is all that a worker needs."""
+        with zmq.Context() as context, context.socket(zmq.REP) as socket:
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.setsockopt(zmq.RCVTIMEO, int(1000 * SOON))
+            socket.connect(socket_paths[0][1])
+            try:
+                self._serve(socket)
+            except Exception as error:
+                self.raised = error
+
+    def _serve(self, socket: zmq.Socket) -> None:
+        rebuild, args = pickle.loads(socket.recv())
+        buffer = rebuild(*args)
+        self._answer(socket, "handle")
+        if self.fault == "handle":
+            raise pickle.loads(socket.recv())
+        bucket = 0
+        while (content := pickle.loads(socket.recv())) is not None:
+            if isinstance(content, Exception):
+                raise content
+            bucket += 1
+            if self.dies_at == f"bucket {bucket}":
+                return
+            self.weights |= {entry["name"]: _extract(entry, buffer) for entry in content}
+            self._answer(socket, f"bucket {bucket}")
+        del buffer
+        gc.collect()
+        self._answer(socket, "first None")
+        content = pickle.loads(socket.recv())
+        if isinstance(content, Exception):
+            raise content
+        self.hooks += 1
+        self._answer(socket, "second None")
+
+    def _answer(self, socket: zmq.Socket, to: str) -> None:
+        if to != self.fault:
+            socket.send(b"")
+            return
+        try:
+            raise ValueError(f"this worker failed at {to}")
+        except ValueError:
+            socket.send(traceback.format_exc().encode())
+
+
+def _extract(entry: dict[str, Any], buffer: torch.Tensor) -> torch.Tensor:
+    end = entry["offset"] + entry["dtype"].itemsize * entry["shape"].numel()
+    flat = buffer[entry["offset"] : end].view(dtype=entry["dtype"])
+    return flat.view(entry["shape"]).clone()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ParameterServer]:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "sockets"))
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-13))  # 128 KiB
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    made = ParameterServer(rank=0, world_size=1)
+    made.register_checkpoint("c", named_tensors=tensors())
+    made.gather_metas("c")
+    yield made
+    made.unregister_checkpoint("c")
+    assert list((tmp_path / "sockets").iterdir()) == []
+    left = {path.name for path in Path("/dev/shm").iterdir()} - before
+    assert [name for name in left if name.startswith(f"checkpoint-engine-{os.getuid()}-")] == []
+
+
+def tensors() -> Weights:
+    return mixed_tensors(seed=1, owner=0, largest=100_000)
+
+
+def update_from(server: ParameterServer, req_func: Any, seconds: float = SOON) -> Any:
+    return server.update("c", req_func, timeout=timedelta(seconds=seconds))
+
+
+def test_a_worker_of_release_0_4(server: ParameterServer) -> None:
+    other = OtherWorker()
+    report = update_from(server, other)
+    assert other.raised is None
+    assert other.hooks == 1
+    assert digests(other.weights) == digests(tensors())
+    assert report.tensors == len(tensors())
+    assert report.buckets > 3
+
+
+FAULTS = {
+    "handle": "handshake",
+    "bucket 1": "reload",
+    "bucket 2": "reload",
+    "last bucket": "reload",
+    "first None": "release",
+    "second None": "post hook",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_failure_of_a_worker_goes_unnoticed(server: ParameterServer, fault: str) -> None:
+    buckets = update_from(server, OtherWorker()).buckets
+    other = OtherWorker(fault.replace("last bucket", f"bucket {buckets}"))
+    with pytest.raises(UpdateError) as caught:
+        update_from(server, other)
+    error = caught.value
+    assert (error.rank, error.phase) == (0, FAULTS[fault])
+    assert f"ValueError: this worker failed at {other.fault}" in error.cause
+    assert error.cause in str(error)
+    if fault != "second None":
+        assert other.fault in str(other.raised)  # the server told it why it gave up
+    again = OtherWorker()
+    update_from(server, again)
+    assert digests(again.weights) == digests(tensors())
+
+
+@pytest.mark.parametrize("place", ["bucket 1", "bucket 2"])
+def test_a_worker_that_dies_ends_the_update_at_once(server: ParameterServer, place: str) -> None:
+    with pytest.raises(UpdateError, match="the inference worker closed its connection"):
+        update_from(server, OtherWorker(dies_at=place), seconds=30)
+    update_from(server, OtherWorker())
+
+
+def test_a_worker_that_never_connects(server: ParameterServer) -> None:
+    with pytest.raises(UpdateError, match=r"rank 0 during handshake: gave up after 0\.5 s"):
+        update_from(server, lambda paths: None, seconds=0.5)
+    update_from(server, OtherWorker())
+
+
+def test_an_engine_that_cannot_be_asked(server: ParameterServer) -> None:
+    def refuse(paths: list[tuple[str, str]]) -> None:
+        raise ConnectionError("no engine at port 8000")
+
+    with pytest.raises(UpdateError, match="ConnectionError: no engine at port 8000"):
+        update_from(server, refuse, seconds=30)
+    update_from(server, OtherWorker())
+
+
+def test_every_update_has_an_address_of_its_own(server: ParameterServer) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def remember(paths: list[tuple[str, str]]) -> None:
+        seen.extend(paths)
+        OtherWorker()(paths)
+
+    for _ in range(3):
+        update_from(server, remember)
+    assert {identity for identity, _ in seen} == {server._device_uuid}
+    assert len({address for _, address in seen}) == 3
+
+
+# ---------------------------------------------------------------------- vLLM's worker extension
+
+
+class Model:
+    def __init__(self) -> None:
+        self.weights: Weights = {}
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> set[str]:
+        self.weights |= {name: tensor.clone() for name, tensor in weights}
+        return {name for name, _ in weights}
+
+
+class EngineWorker(VllmColocateWorkerExtension):
+    """As vLLM makes one: the extension is mixed into the worker's class."""
+
+    def __init__(self, local_rank: int = 0) -> None:
+        self.device = torch.device("cpu")
+        self.local_rank = local_rank
+        self.model_runner = SimpleNamespace(model=Model(), model_config=None)
+
+
+def test_the_extension_loads(server: ParameterServer) -> None:
+    engine_worker = EngineWorker()
+    update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
+    assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+
+
+def test_the_extension_looks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = DeviceManager("cpu")
+    served = {device.identity(0): "ipc://a", device.identity(1): "ipc://b"}
+    with pytest.raises(KeyError) as caught:
+        EngineWorker(2).update_weights_from_ipc(served)
+    text = caught.value.args[0]
+    assert f"this worker is {device.identity(2)}" in text
+    assert str(sorted(served)) in text
+    monkeypatch.setenv("PS_CPU_DEVICE_BASE", "5")
+    with pytest.raises(KeyError, match=f"this worker is {device.identity(7)}"):
+        EngineWorker(2).update_weights_from_ipc(served)
+
+
+def test_several_instances_of_an_engine_share_a_host(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_CPU_DEVICE_BASE", "3")
+    engine_worker = EngineWorker()
+    identity = DeviceManager("cpu").identity(3)
+    update_from(
+        server, lambda paths: engine_worker.update_weights_from_ipc({identity: paths[0][1]})
+    )
+    assert len(engine_worker.model_runner.model.weights) == len(tensors())
+
+
+def test_a_missing_key_is_told_to_the_server(server: ParameterServer) -> None:
+    call: Callable[[Any], None] = lambda paths: EngineWorker(4).update_weights_from_ipc(  # noqa: E731
+        dict(paths)
+    )
+    with pytest.raises(UpdateError, match="req_func raised KeyError.*this worker is CPU-"):
+        update_from(server, call, seconds=30)
