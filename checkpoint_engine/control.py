@@ -306,11 +306,19 @@ class Operation:
         Raises:
             TimeoutError: naming the ranks that did not come.
         """
-        keys = [f"{what}/{rank}" for rank in self.members]
-        self._put(f"{what}/{self._rank}", value)
-        self._wait(keys)
+        values = self.gather_from(self.members, what, value)
         self._circle.forget()
-        return self.store.multi_get(keys) if len(keys) > 1 else [value]
+        return values
+
+    def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
+        """The ``value`` of each of ``ranks``, which all ranks name alike. Called by all ranks."""
+        if self._rank in ranks:
+            self._put(f"{what}/{self._rank}", value)
+        if list(ranks) in ([], [self._rank]):
+            return [value] * len(ranks)
+        keys = [f"{what}/{rank}" for rank in ranks]
+        self._wait(keys)
+        return self.store.multi_get(keys)
 
     def __enter__(self) -> Operation:
         return self

@@ -8,6 +8,7 @@ metas written by one program are read by another.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -79,6 +80,15 @@ TorchTensor = Annotated[torch.Tensor, PlainValidator(_parse_tensor)]
 
 
 _ALL_FIELDS = {"name", "dtype", "shape", "aligned_size"}
+_set_dict, _set_fields_set, _set_extra, _set_private = (
+    vars(BaseModel)[slot].__set__
+    for slot in (
+        "__dict__",
+        "__pydantic_fields_set__",
+        "__pydantic_extra__",
+        "__pydantic_private__",
+    )
+)
 
 
 class ParameterMeta(BaseModel):
@@ -96,18 +106,30 @@ class ParameterMeta(BaseModel):
             self.aligned_size = align_up(tensor_nbytes(self.dtype, self.shape))
         return self
 
-    @classmethod
-    def trusted(
-        cls, name: str, dtype: torch.dtype, shape: torch.Size, aligned_size: int
-    ) -> ParameterMeta:
-        """Without validation, for the hundreds of thousands that the library makes itself."""
-        meta = cls.__new__(cls)
-        fields = {"name": name, "dtype": dtype, "shape": shape, "aligned_size": aligned_size}
-        object.__setattr__(meta, "__dict__", fields)
-        object.__setattr__(meta, "__pydantic_fields_set__", _ALL_FIELDS)
-        object.__setattr__(meta, "__pydantic_extra__", None)
-        object.__setattr__(meta, "__pydantic_private__", None)
-        return meta
+
+def make_metas(
+    names: Iterable[str],
+    kinds: Sequence[tuple[torch.dtype, torch.Size, int]],
+    kind_of: Iterable[int],
+) -> list[ParameterMeta]:
+    """Many ``ParameterMeta`` at once, unvalidated: for the hundreds of thousands of a large model.
+
+    Args:
+        kinds: dtype, shape and aligned size.
+        kind_of: of each name, the index of its kind.
+    """
+    new, cls, metas = object.__new__, ParameterMeta, []
+    for name, kind in zip(names, kind_of, strict=True):
+        dtype, shape, aligned_size = kinds[kind]
+        meta = new(cls)
+        _set_dict(
+            meta, {"name": name, "dtype": dtype, "shape": shape, "aligned_size": aligned_size}
+        )
+        _set_fields_set(meta, _ALL_FIELDS)
+        _set_extra(meta, None)
+        _set_private(meta, None)
+        metas.append(meta)
+    return metas
 
 
 class BucketRange(NamedTuple):

@@ -1,13 +1,19 @@
 """What the ranks tell each other about a checkpoint, compact on the wire.
 
-Models repeat a few kinds of tensors (dtype, shape, padded size) thousands of times, so each kind is
-sent once and every tensor names its kind.
+A rank's part is a place (addresses, lease) and a layout (names, dtypes, shapes). Places are small
+and always sent; layouts only where some rank does not have them from the gather before. Models
+repeat a few kinds of tensors thousands of times, so a layout holds each kind once.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,57 +23,121 @@ from checkpoint_engine.data_types import (
     Lease,
     MemoryBufferMetas,
     ParameterMeta,
+    make_metas,
     parse_dtype,
 )
 
+Layout = list[list[ParameterMeta]]
+"""The tensors of each host buffer."""
 
-def encode_gathered(data: DataToGather) -> bytes:
-    """One rank's part, for ``decode_gathered``."""
+
+@dataclass(frozen=True)
+class EncodedLayout:
+    """A layout as it is sent."""
+
+    blob: bytes
+    digest: str
+
+
+def encode_layout(buffers: Sequence[Sequence[ParameterMeta]]) -> EncodedLayout:
+    """One rank's layout, for ``decode_layout``."""
     kinds: dict[tuple[Any, ...], int] = {}
     names: list[str] = []
     kind_of: list[int] = []
-    buffers = []
-    for buffer in data.memory_buffer_metas_list:
-        buffers.append((buffer.ptr, buffer.size, len(buffer.metas)))
-        for meta in buffer.metas:
-            names.append(meta.name)
-            kind = (meta.dtype, meta.shape, meta.aligned_size)
-            kind_of.append(kinds.setdefault(kind, len(kinds)))
+    for metas in buffers:
+        names += [meta.name for meta in metas]
+        kind_of += [
+            kinds.setdefault((meta.dtype, meta.shape, meta.aligned_size), len(kinds))
+            for meta in metas
+        ]
     content = {
-        "store": data.p2p_store_addr,
-        "device": data.rdma_device,
-        "host": data.host_ip,
-        "uuid": data.device_uuid,
-        "lease": data.lease and (data.lease.ptr, data.lease.id),
-        "buffers": buffers,
+        "counts": [len(metas) for metas in buffers],
         "kinds": [(str(dtype), list(shape), size) for dtype, shape, size in kinds],
         "names": names,
         "kind_of": kind_of,
     }
-    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=1)
+    blob = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=1)
+    return EncodedLayout(blob, hashlib.sha256(blob).hexdigest())
 
 
-def decode_gathered(blob: bytes) -> DataToGather:
-    """The inverse of ``encode_gathered``."""
+def decode_layout(blob: bytes) -> Layout:
+    """The inverse of ``encode_layout``."""
     content = json.loads(zlib.decompress(blob))
     kinds = [
         (parse_dtype(dtype), torch.Size(shape), size) for dtype, shape, size in content["kinds"]
     ]
-    metas = [
-        ParameterMeta.trusted(name, *kinds[kind])
-        for name, kind in zip(content["names"], content["kind_of"], strict=True)
-    ]
-    buffers, start = [], 0
-    for ptr, size, count in content["buffers"]:
-        held = metas[start : start + count]
-        buffers.append(MemoryBufferMetas.model_construct(metas=held, ptr=ptr, size=size))
+    with _without_garbage_collection():
+        metas = make_metas(content["names"], kinds, content["kind_of"])
+    layout, start = [], 0
+    for count in content["counts"]:
+        layout.append(metas[start : start + count])
         start += count
-    lease = content["lease"] and Lease(ptr=content["lease"][0], id=content["lease"][1])
+    return layout
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Making objects by the hundred thousand would set it off again and again, for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
+    """Everything of a rank's part but the layout; ``known``: the layouts it has, see ``View``."""
+    return json.dumps(
+        {
+            "store": data.p2p_store_addr,
+            "device": data.rdma_device,
+            "host": data.host_ip,
+            "uuid": data.device_uuid,
+            "lease": data.lease and (data.lease.ptr, data.lease.id),
+            "buffers": [(buffer.ptr, buffer.size) for buffer in data.memory_buffer_metas_list],
+            "layout": layout_digest,
+            "known": known,
+        }
+    ).encode()
+
+
+def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:
+    """A rank's whole part, from what ``encode_place`` sent and its layout."""
     return DataToGather.model_construct(
-        p2p_store_addr=content["store"],
-        memory_buffer_metas_list=buffers,
-        rdma_device=content["device"],
-        host_ip=content["host"],
-        device_uuid=content["uuid"],
-        lease=lease,
+        p2p_store_addr=place["store"],
+        memory_buffer_metas_list=[
+            MemoryBufferMetas.model_construct(metas=metas, ptr=ptr, size=size)
+            for (ptr, size), metas in zip(place["buffers"], layout, strict=True)
+        ],
+        rdma_device=place["device"],
+        host_ip=place["host"],
+        device_uuid=place["uuid"],
+        lease=place["lease"] and Lease(ptr=place["lease"][0], id=place["lease"][1]),
     )
+
+
+class KnownLayouts:
+    """The layouts that a rank has from its last gather, by digest."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[str, Layout] = {}
+
+    @property
+    def digest(self) -> str:
+        """Equal on ranks that know the same layouts."""
+        return hashlib.sha256("".join(sorted(self._layouts)).encode()).hexdigest()
+
+    def missing(self, places: Sequence[dict[str, Any]]) -> list[int]:
+        """The places in the list whose layout has to be sent; the same on every rank."""
+        if any(place["known"] != self.digest for place in places):
+            return list(range(len(places)))
+        return [i for i, place in enumerate(places) if place["layout"] not in self._layouts]
+
+    def update(self, places: Sequence[dict[str, Any]], received: dict[int, bytes]) -> list[Layout]:
+        """The layout of every place; those that none of them has any more are forgotten."""
+        fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
+        known = self._layouts | fresh
+        self._layouts = {place["layout"]: known[place["layout"]] for place in places}
+        return [self._layouts[place["layout"]] for place in places]

@@ -40,7 +40,13 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup, create_weights_group
 from checkpoint_engine.errors import BusyError, UpdateError
-from checkpoint_engine.gather import decode_gathered, encode_gathered
+from checkpoint_engine.gather import (
+    EncodedLayout,
+    KnownLayouts,
+    encode_layout,
+    encode_place,
+    join_place,
+)
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink, new_address, open_context
 from checkpoint_engine.loaders import (
@@ -150,11 +156,14 @@ class ParameterServer:
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
         self._gathered_digest = ""
+        self._gathered_layout = ""
         self._current_global_parameter_metas: Metas = {}
         self._local_rdma_devices: dict[str, set[int]] = {}
         self._remote_rdma_devices: dict[str, set[int]] = {}
         self._device_uuids: dict[int, str] = {}
         self._leases: dict[str, Lease] = {}
+        self._encoded_layouts: dict[str, EncodedLayout] = {}
+        self._known_layouts = KnownLayouts()
         self._weights_group: WeightsGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -206,6 +215,7 @@ class ParameterServer:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
             self._memory_pool[checkpoint_name] = buffers
+            self._encoded_layouts.pop(checkpoint_name, None)
             self._offer(checkpoint_name, new_memory=not use_shared_memory_pool or pool is None)
             self._log.info(
                 "registered {}: {} tensors, {:.3f} GB in {} buffers",
@@ -236,6 +246,7 @@ class ParameterServer:
                     f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
                 )
             self._revoke(checkpoint_name)
+            self._encoded_layouts.pop(checkpoint_name, None)
             if checkpoint_name != self._pool_user:
                 self._free(checkpoint_name)
                 return
@@ -262,10 +273,7 @@ class ParameterServer:
             UpdateError: no rank has registered it, or a rank did not come.
         """
         with self._collective("gather_metas", checkpoint_name, _TEN_MINUTES) as operation:
-            mine = self._what_i_own(checkpoint_name)
-            blobs = operation.all_gather("metas", encode_gathered(mine))
-            gathered = [decode_gathered(blob) for blob in blobs]
-            gathered[self._rank] = mine
+            gathered, digest = self._gather(operation, checkpoint_name)
             known = any(one.memory_buffer_metas_list for one in gathered)
             known = known or self._is_registered_somewhere(operation, checkpoint_name, gathered)
         self._set_global_metas(dict(enumerate(gathered)))
@@ -274,7 +282,8 @@ class ParameterServer:
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name if known else None
-        self._gathered_digest = hashlib.sha256(b"".join(blobs)).hexdigest()
+        self._gathered_digest = digest
+        self._gathered_layout = self._layout_of(checkpoint_name).digest
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last, by owner rank. This rank alone."""
@@ -596,6 +605,27 @@ class ParameterServer:
             self._host_memory.release(copied)
             raise
 
+    def _gather(self, operation: Operation, checkpoint_name: str) -> tuple[list[DataToGather], str]:
+        """Every rank's part, and a digest of it all. Layouts that all ranks know are not sent."""
+        mine, layout = self._what_i_own(checkpoint_name), self._layout_of(checkpoint_name)
+        sent = operation.all_gather(
+            "places", encode_place(mine, layout.digest, self._known_layouts.digest)
+        )
+        places = [json.loads(place) for place in sent]
+        missing = self._known_layouts.missing(places)
+        blobs = operation.gather_from(missing, "layouts", layout.blob)
+        layouts = self._known_layouts.update(places, dict(zip(missing, blobs, strict=True)))
+        gathered = [join_place(place, known) for place, known in zip(places, layouts, strict=True)]
+        return gathered, hashlib.sha256(b"".join(sent)).hexdigest()
+
+    def _layout_of(self, checkpoint_name: str) -> EncodedLayout:
+        if checkpoint_name not in self._encoded_layouts:
+            buffers = self._memory_pool.get(checkpoint_name, [])
+            self._encoded_layouts[checkpoint_name] = encode_layout(
+                [buffer.metas for buffer in buffers if buffer.metas]
+            )
+        return self._encoded_layouts[checkpoint_name]
+
     def _what_i_own(self, checkpoint_name: str) -> DataToGather:
         return DataToGather(
             memory_buffer_metas_list=[
@@ -668,10 +698,7 @@ class ParameterServer:
                 f"the metas of {checkpoint_name!r} have not been gathered (last: "
                 f"{self._gathered_name!r}): call gather_metas({checkpoint_name!r}) on all ranks"
             )
-        gathered = self._current_global_parameter_metas.get(self._rank)
-        expected = [] if gathered is None else [b.metas for b in gathered.memory_buffer_metas_list]
-        now = [b.metas for b in self._memory_pool.get(checkpoint_name, []) if b.metas]
-        if now != expected:
+        if self._layout_of(checkpoint_name).digest != self._gathered_layout:
             raise RuntimeError(
                 f"checkpoint {checkpoint_name!r} changed on this rank since its metas were "
                 "gathered: call gather_metas() again on all ranks"
