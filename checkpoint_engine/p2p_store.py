@@ -260,9 +260,8 @@ class Transfer:
     def __init__(self, action: Any) -> None:
         self._error: BaseException | None = None
         self._action = action
-        self._thread = threading.Thread(
-            target=self._run, name="checkpoint-engine-read", daemon=True
-        )
+        # Not a daemon: Python kills those inside C++, which takes the process along.
+        self._thread = threading.Thread(target=self._run, name="checkpoint-engine-read")
         self._thread.start()
 
     def _run(self) -> None:

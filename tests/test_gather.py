@@ -118,14 +118,19 @@ def test_padding_that_is_not_ours_is_kept() -> None:
 
 
 def test_a_large_model_is_compact() -> None:
-    kinds = [(torch.bfloat16, (768, 2048)), (torch.float8_e4m3fn, (2048, 768)), (torch.float32, (6, 16))]
+    kinds = [
+        ("up", torch.bfloat16, (768, 2048)),
+        ("down", torch.float8_e4m3fn, (2048, 768)),
+        ("scale", torch.float32, (6, 16)),
+    ]
     listed = [
         ParameterMeta(
-            name=f"model.layers.{i // 100}.mlp.experts.{i % 100}.{'up down scale'.split()[i % 3]}.w",
-            dtype=kinds[i % 3][0],
-            shape=torch.Size(kinds[i % 3][1]),
+            name=f"model.layers.{i // 100}.mlp.experts.{i % 100}.{kind}.weight",
+            dtype=dtype,
+            shape=torch.Size(shape),
         )
         for i in range(10_000)
+        for kind, dtype, shape in [kinds[i % 3]]
     ]
     blob = encode_layout([listed]).blob
     assert len(blob) < 12 * len(listed)

@@ -23,7 +23,6 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
     results = torchrun(tmp_path, 4, "p2p", env={"PS_DEVICE": "cpu"}, steps=steps)
     for result in results:
         assert result["sockets"] == 0
-        assert result["shared"] == []
 
 
 @pytest.mark.parametrize(
@@ -46,11 +45,12 @@ def test_a_world_joins_and_never_takes_stale_weights(
         )
         if change != "die":
             assert min(result["updates"] for result in owners.wait()) > 0
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nthe owners: {owners.output()}") from None
     finally:
         owners.kill()
     for result in joined:
         assert min(result["buckets"]) >= 0
-        assert result["shared"] == []
         assert result["sockets"] == 0
         for seen in result["seen"]:
             assert says in seen["error"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections import Counter
@@ -59,7 +60,7 @@ def names_of(owner: MemoryBufferMetaList) -> list[str]:
 
 
 def fetch(owner: MemoryBufferMetaList, memory: list[bytes], bucket: H2DBucket) -> bytes:
-    """What an owner's host memory holds at the bucket's ranges, laid out as the server copies it."""
+    """What an owner's host memory holds at the bucket's ranges, as the server copies it."""
     held = bytearray()
     for index, offset, size in bucket.ranges:
         assert size > 0
@@ -89,7 +90,7 @@ def test_buckets_hold_every_tensor_once_in_order(metas: Metas, size: int) -> Non
 def test_buckets_are_full(metas: Metas, size: int) -> None:
     """The tensor behind a bucket would not have fitted into it."""
     buckets = plan.gen_h2d_buckets(metas, size, {}, {})
-    for (_, owner, bucket), (_, next_owner, following) in zip(buckets, buckets[1:], strict=False):
+    for (_, owner, bucket), (_, next_owner, following) in itertools.pairwise(buckets):
         if owner == next_owner:
             assert bucket.size + following.items[0].aligned_size > size
 

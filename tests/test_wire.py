@@ -342,8 +342,8 @@ def read(message: bytes) -> None:
     except WireError:
         return
     except Exception as error:
-        assert isinstance(content, wire.Abort)
-        assert type(error) is type(content.error)
+        if not isinstance(content, wire.Abort) or type(content.error) is not type(error):
+            raise AssertionError("not the abort that was sent") from error
     else:
         assert handle.rebuild in (map_shared_memory, rebuild_cuda_tensor)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import os
 import pickle
@@ -16,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 import zmq
-from fleet import digests, mixed_tensors
 
-from checkpoint_engine import worker
+from checkpoint_engine import ps, worker
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
+from fleet import digests, mixed_tensors
 
 SOON = 4.0  # seconds
 HALF = 4096  # bytes of a bucket
@@ -485,15 +487,30 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paramete
     monkeypatch.setenv("PS_DEVICE", "cpu")
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "sockets"))
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-13))  # 128 KiB
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+    monkeypatch.setattr(ps, "P2PStore", _no_p2p)
     made = ParameterServer(rank=0, world_size=1)
     made.register_checkpoint("c", named_tensors=tensors())
     made.gather_metas("c")
     yield made
     made.unregister_checkpoint("c")
     assert list((tmp_path / "sockets").iterdir()) == []
-    left = {path.name for path in Path("/dev/shm").iterdir()} - before
-    assert [name for name in left if name.startswith(f"checkpoint-engine-{os.getuid()}-")] == []
+    assert _abandoned_segments() == []
+    gc.collect()
+    assert "/dev/shm/checkpoint-engine-" not in Path("/proc/self/maps").read_text()
+
+
+def _abandoned_segments() -> list[str]:
+    """Whoever uses a segment holds a lock on it; other tests may run beside this one."""
+    abandoned = []
+    for path in Path("/dev/shm").glob(f"checkpoint-engine-{os.getuid()}-*"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as segment:
+            fcntl.flock(segment, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            abandoned.append(str(path))
+    return abandoned
+
+
+def _no_p2p(*args: Any, **options: Any) -> None:
+    raise RuntimeError("not in this test")
 
 
 def tensors() -> Weights:
@@ -632,5 +649,5 @@ def test_a_missing_key_is_told_to_the_server(server: ParameterServer) -> None:
     def call(paths: list[tuple[str, str]]) -> None:
         EngineWorker(4).update_weights_from_ipc(dict(paths))
 
-    with pytest.raises(UpdateError, match="req_func raised KeyError.*this worker is CPU-"):
+    with pytest.raises(UpdateError, match=r"req_func raised KeyError.*this worker is CPU-"):
         update_from(server, call, seconds=30)

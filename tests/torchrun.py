@@ -87,10 +87,10 @@ class Run:
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self._program} took too long:\n{self._text()}") from None
+            raise AssertionError(f"{self._program} took too long:\n{self.output()}") from None
         finally:
             self.kill()
-        assert code == 0, f"{self._program} failed:\n{self._text()}"
+        assert code == 0, f"{self._program} failed:\n{self.output()}"
         return [
             json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
         ]
@@ -101,7 +101,8 @@ class Run:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _text(self) -> str:
+    def output(self) -> str:
+        """The end of what all ranks printed."""
         self._output.seek(0)
         return self._output.read()[-8000:]
 

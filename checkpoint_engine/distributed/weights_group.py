@@ -16,6 +16,11 @@ import torch.distributed as dist
 from checkpoint_engine.deadline import Deadline
 
 
+_FAREWELL = 10.0  # seconds that the peers of an aborted group have to leave it
+_abandoned: list[tuple[list[Any], list[Any]]] = []
+"""Groups with peers that never left. They cannot be destroyed."""
+
+
 class WeightsGroup:
     """Some ranks and the communicator between them. Owned by one ``ParameterServer`` per rank."""
 
@@ -40,12 +45,14 @@ class WeightsGroup:
         """Leave at once, whatever is in flight; peers that still wait for this rank get an error.
 
         Gloo blocks whoever destroys a group with something in flight, so a thread does that once
-        the peers, leaving too, have ended it.
+        the peers, leaving too, have ended it. Not a daemon: Python kills those inside C++.
         """
         if hasattr(self._group, "abort"):
             self._group.abort()
         abandoned = threading.Thread(
-            target=_destroy, args=([self._group], self._in_flight), daemon=True
+            target=_destroy,
+            args=([self._group], self._in_flight),
+            name="checkpoint-engine-abort",
         )
         self._group, self._in_flight = None, []
         abandoned.start()
@@ -58,7 +65,11 @@ class WeightsGroup:
 
 
 def _destroy(holder: list[Any], in_flight: list[Any]) -> None:
+    deadline = Deadline(_FAREWELL)
     while not all(work.is_completed() for work in in_flight):
+        if deadline.remaining() == 0.0:  # a peer hangs: keep the group rather than hang with it
+            _abandoned.append((holder, in_flight))
+            return
         time.sleep(0.01)
     in_flight.clear()
     holder.clear()
