@@ -142,9 +142,12 @@ class ControlPlane:
 
         ``ranks``: those ranks, sorted; default: the world.
         """
-        circle = self._circle(ranks)
-        circle.begin_operation(self.rank)
-        return Operation(circle, self.rank, name, Deadline(timeout))
+        try:
+            circle = self._circle(ranks)
+            circle.begin_operation(self.rank)
+            return Operation(circle, self.rank, name, Deadline(timeout))
+        except dist.DistError as error:
+            raise UpdateError(name, self.rank, "start", _describe(error)) from error
 
     def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
         """Return when the operation of ``ranks`` that this rank has no part in is over; returns
@@ -449,5 +452,7 @@ class _Failure(NamedTuple):
 
 
 def _describe(error: BaseException) -> str:
+    if isinstance(error, dist.DistError):
+        return f"rank 0, which hosts the store of this world, is gone: {error}"
     plain = isinstance(error, (ValueError, RuntimeError, TimeoutError))
     return str(error) if plain else f"{type(error).__name__}: {error}"

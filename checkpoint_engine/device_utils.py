@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.settings import integer
+
 _NO_TRAFFIC_TARGETS = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 SHARED_MEMORY_FOLDER = "/dev/shm"
 
@@ -46,13 +48,7 @@ def npu_generate_uuid() -> str:
         RuntimeError: no NPU of this host lists this process.
     """
     for npu in range(8):
-        report = subprocess.run(
-            ["npu-smi", "info", "-t", "proc-mem", "-i", str(npu)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=30,
-        ).stdout
+        report = _npu_smi("info", "-t", "proc-mem", "-i", str(npu))
         found = re.search(rf"\b{os.getpid()}\b", report)
         if found is None:
             continue
@@ -61,6 +57,15 @@ def npu_generate_uuid() -> str:
         if chips is not None and chip is not None:
             return f"{get_ip()}-{npu * int(chips.group(1)) + int(chip.group(1))}"
     raise RuntimeError(f"npu-smi lists process {os.getpid()} on none of this host's NPUs")
+
+
+def _npu_smi(*arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["npu-smi", *arguments], capture_output=True, text=True, check=False, timeout=30
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"npu-smi cannot be asked for this process's NPU: {error}") from error
 
 
 def _host_id() -> str:
@@ -184,7 +189,7 @@ class DeviceManager:
         """Visible devices; on the cpu device ``LOCAL_WORLD_SIZE``, else 1."""
         if self.is_accelerator:
             return int(self.device_module.device_count())
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return integer("LOCAL_WORLD_SIZE", 1)
 
     def identity(self, index: int) -> str:
         """The name under which server and worker of one device find each other."""
@@ -212,4 +217,4 @@ def worker_index(device_type: str, local_rank: int) -> int:
     so that the workers of several engine instances on a host have different ones."""
     if device_type != "cpu":
         return local_rank
-    return int(os.environ.get("PS_CPU_DEVICE_BASE", "0")) + local_rank
+    return integer("PS_CPU_DEVICE_BASE", 0) + local_rank

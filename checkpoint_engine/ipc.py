@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import secrets
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.leftovers import abandoned, create_locked, remove
 
 _PREFIX = "checkpoint-engine-"
 _CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index
@@ -81,8 +81,9 @@ class _Segment:
     """
 
     def __init__(self, nbytes: int) -> None:
-        _remove_abandoned()
-        self.path, self._fd = _create_locked()
+        for path in abandoned(Path(SHARED_MEMORY_FOLDER), f"{_PREFIX}{os.getuid()}-*"):
+            remove(path)
+        self.path, self._fd = create_locked(_new_path)
         try:
             os.posix_fallocate(self._fd, 0, nbytes)  # now, not as a SIGBUS when it is written
             self.tensor = _map(self._fd, nbytes)
@@ -96,21 +97,12 @@ class _Segment:
             raise
 
     def unlink(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        remove(self.path)
         os.close(self._fd)
 
 
-def _create_locked() -> tuple[str, int]:
-    """A new file and its descriptor. Tries again if another server took it for abandoned just
-    before it was locked."""
-    while True:
-        path = f"{SHARED_MEMORY_FOLDER}/{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return path, fd
-        os.close(fd)
+def _new_path() -> str:
+    return f"{SHARED_MEMORY_FOLDER}/{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}"
 
 
 def _map(fd: int, nbytes: int) -> torch.Tensor:
@@ -119,17 +111,6 @@ def _map(fd: int, nbytes: int) -> torch.Tensor:
     with contextlib.suppress(OSError, AttributeError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
-
-
-def _remove_abandoned() -> None:
-    for path in Path(SHARED_MEMORY_FOLDER).glob(f"{_PREFIX}{os.getuid()}-*"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(fd)
 
 
 def map_shared_memory(path: str, nbytes: int) -> torch.Tensor:

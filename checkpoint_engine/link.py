@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.leftovers import abandoned, create_locked, remove
 from checkpoint_engine.wire import ACK, encode_abort
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
@@ -31,36 +31,54 @@ _GONE = zmq.EVENT_DISCONNECTED
 _PREFIX = "ps-"
 
 
-def new_address() -> str:
+class Address:
     """An address for one update, which nobody can guess and no earlier update used.
 
     A socket file in a folder that only this user can enter: ``PS_IPC_DIR``, else one of ours below
     ``XDG_RUNTIME_DIR`` or the temporary folder. ``PS_IPC_ABSTRACT=1``: the abstract namespace.
-
-    Raises:
-        RuntimeError: the folder is somebody else's, or its path is too long.
     """
-    name = f"{_PREFIX}{secrets.token_hex(8)}.sock"
-    if os.environ.get("PS_IPC_ABSTRACT") == "1":
-        return f"ipc://@checkpoint-engine-{name}"
-    folder = _socket_folder()
-    _remove_abandoned(folder)
-    path = folder / name
-    if len(os.fsencode(path)) > _MAX_PATH:
-        raise RuntimeError(
-            f"the socket path {path} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR to a shorter "
-            "folder, or PS_IPC_ABSTRACT=1"
-        )
-    return f"ipc://{path}"
+
+    def __init__(self) -> None:
+        """Raises ``RuntimeError`` if the folder is somebody else's, or its path is too long."""
+        self._lock: tuple[str, int] | None = None
+        if os.environ.get("PS_IPC_ABSTRACT") == "1":
+            self.url = f"ipc://@checkpoint-engine-{_new_name()}.sock"
+            return
+        folder = _socket_folder()
+        for left in abandoned(folder, f"{_PREFIX}*.lock"):
+            remove(left.with_suffix(".sock"))
+            remove(left)
+        longest = folder / f"{_new_name()}.sock"
+        if len(os.fsencode(longest)) > _MAX_PATH:
+            raise RuntimeError(
+                f"the socket path {longest} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR to a "
+                "shorter folder, or PS_IPC_ABSTRACT=1"
+            )
+        self._lock = create_locked(lambda: str(folder / f"{_new_name()}.lock"))
+        self.url = f"ipc://{Path(self._lock[0]).with_suffix('.sock')}"
+
+    def close(self) -> None:
+        """Remove the socket's file, which zmq leaves."""
+        if self._lock is not None:
+            path, fd = self._lock
+            self._lock = None
+            remove(Path(path).with_suffix(".sock"))
+            remove(path)
+            os.close(fd)
+
+
+def _new_name() -> str:
+    return f"{_PREFIX}{secrets.token_hex(8)}"
 
 
 def _socket_folder() -> Path:
     chosen = os.environ.get("PS_IPC_DIR")
-    if chosen is not None:
+    if chosen:
         folder = Path(chosen).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
-    base = os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = runtime if runtime and os.path.isdir(runtime) else tempfile.gettempdir()
     folder = Path(base) / f"checkpoint-engine-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -70,18 +88,6 @@ def _socket_folder() -> Path:
             "PS_IPC_DIR"
         )
     return folder
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove sockets that killed servers left behind: those on which nobody listens any more."""
-    for path in folder.glob(f"{_PREFIX}*.sock"):
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            except OSError:
-                continue
 
 
 class _Watched:
@@ -115,15 +121,17 @@ class _Watched:
 class WorkerLink:
     """The server's end: one worker, one update. Lives in the thread that runs the update."""
 
-    def __init__(self, context: zmq.Context, address: str) -> None:
-        self.address = address
+    def __init__(self, context: zmq.Context, address: Address) -> None:
+        """Takes ``address`` over, and gives it up when closed."""
+        self._address = address
+        self.url = address.url
         # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
         self._watched = _Watched(context, zmq.DEALER)
         try:
-            self._watched.socket.bind(address)
+            self._watched.socket.bind(address.url)
         except zmq.ZMQError as error:
-            self._watched.close()
-            raise RuntimeError(f"cannot listen at {address}: {error}") from error
+            self.close()
+            raise RuntimeError(f"cannot listen at {address.url}: {error}") from error
         self._unanswered = 0
 
     def send(self, message: bytes, check: Callable[[], None]) -> None:
@@ -154,12 +162,9 @@ class WorkerLink:
             self._watched.socket.send_multipart([b"", encode_abort(reason)])
 
     def close(self) -> None:
-        """Stop listening and remove the socket's file, which zmq leaves."""
+        """Stop listening."""
         self._watched.close()
-        path = self.address.removeprefix("ipc://")
-        if not path.startswith("@"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        self._address.close()
 
     def _raise_if_gone(self) -> None:
         if self._watched.gone:

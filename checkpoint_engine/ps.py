@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,7 +48,7 @@ from checkpoint_engine.gather import (
     join_place,
 )
 from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.link import WorkerLink, new_address, open_context
+from checkpoint_engine.link import Address, WorkerLink, open_context
 from checkpoint_engine.loaders import (
     HostLoader,
     Loader,
@@ -196,7 +196,7 @@ class ParameterServer:
             named_tensors: on any device; they override same-named tensors of the files.
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
-                instead of copying them, and then DELETE them.
+                instead of copying them, and then DELETE them. The shared memory pool copies.
 
         Raises:
             ValueError: the name is taken, or a file or tensor cannot be used; nothing is kept.
@@ -205,12 +205,16 @@ class ParameterServer:
         """
         with self._memory_lock:
             self._check_can_register(checkpoint_name, use_shared_memory_pool)
-            in_place, copied = _split_in_place(files, use_inplace_pin_memory)
+            in_place, copied = _split_in_place(
+                files, use_inplace_pin_memory and not use_shared_memory_pool
+            )
             sources = {**open_files(copied), **tensor_sources(named_tensors or {})}
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
             buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
             if in_place:
-                buffers += self._pin_in_place(in_place, sources.keys(), buffers)
+                overridden = set(named_tensors or ())
+                taken = sources.keys() - overridden
+                buffers += self._pin_in_place(in_place, taken, overridden, buffers)
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
@@ -374,7 +378,7 @@ class ParameterServer:
             operation.watch()
             stack.callback(self._leave_default_group)
             link = self._listen(stack)
-            socket_paths, transfer = self._agree(operation, checkpoint_name, link.address, members)
+            socket_paths, transfer = self._agree(operation, checkpoint_name, link.url, members)
             operation.begin("buffers")
             streams = make_streams(self.device_manager)
             buffer = stack.enter_context(self._share_buffer(transfer))
@@ -416,7 +420,7 @@ class ParameterServer:
 
     def _listen(self, stack: ExitStack) -> WorkerLink:
         context = stack.enter_context(open_context())
-        return stack.enter_context(contextlib.closing(WorkerLink(context, new_address())))
+        return stack.enter_context(contextlib.closing(WorkerLink(context, Address())))
 
     def _agree(
         self,
@@ -534,9 +538,7 @@ class ParameterServer:
 
     def _own_owner_rank(self, checkpoint_name: str) -> int | None:
         """This rank's number among the owners, unless the metas are of another world."""
-        owned = self._current_global_parameter_metas.get(self._rank)
-        lease = self._leases.get(checkpoint_name)
-        return self._rank if owned and lease and owned.lease == lease else None
+        return self._rank if self._gathered_name == checkpoint_name else None
 
     def _report(
         self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float]
@@ -591,19 +593,23 @@ class ParameterServer:
             )
 
     def _pin_in_place(
-        self, files: list[str], taken: Any, copied: list[MemoryBuffer]
+        self,
+        files: list[str],
+        taken: Set[str],
+        overridden: Set[str],
+        copied: list[MemoryBuffer],
     ) -> list[MemoryBuffer]:
         """Pin files where they are; on failure release what was copied beside them."""
         try:
-            clashes = sorted(set(open_files(files)) & set(taken))
+            clashes = sorted(set(open_files(files)) & taken)
             if clashes:
-                raise ValueError(
-                    f"tensors {clashes[:3]} of in-place files are also given otherwise"
-                )
-            return self._host_memory.pin_in_place(files)
+                raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
+            pinned = self._host_memory.pin_in_place(files)
         except BaseException:
             self._host_memory.release(copied)
             raise
+        self._host_memory.release([b for b in pinned if b.metas[0].name in overridden])
+        return [b for b in pinned if b.metas[0].name not in overridden]
 
     def _gather(self, operation: Operation, checkpoint_name: str) -> tuple[list[DataToGather], str]:
         """Every rank's part, and a digest of it all. Layouts that all ranks know are not sent."""
@@ -820,7 +826,7 @@ class ParameterServer:
 
         For programs that drive the worker's protocol themselves; the caller closes the socket.
         """
-        address = new_address()
+        address = Address().url  # its file goes with this process, not before
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
         socket.bind(address)
         with self._collective("_bind_zmq_socket", "", _TEN_MINUTES) as operation:

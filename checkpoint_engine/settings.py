@@ -42,6 +42,21 @@ def _number(variable: str, default: float) -> float:
         raise ValueError(f"{variable} must be a number, got {text!r}") from None
 
 
+def integer(variable: str, default: int) -> int:
+    """An integer from the environment.
+
+    Raises:
+        ValueError: it is none; names the variable.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{variable} must be an integer, got {text!r}") from None
+
+
 def from_launcher(value: int | None, variable: str) -> int:
     """``value``, or else the launcher's environment variable.
 
@@ -50,10 +65,6 @@ def from_launcher(value: int | None, variable: str) -> int:
     """
     if value is not None:
         return value
-    text = os.environ.get(variable)
-    if text is None:
+    if variable not in os.environ:
         raise ValueError(f"give {variable.lower()}=, or set {variable} as torchrun does")
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{variable} must be an integer, got {text!r}") from None
+    return integer(variable, 0)

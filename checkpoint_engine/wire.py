@@ -17,7 +17,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -84,11 +84,11 @@ def encode_abort(reason: str) -> bytes:
     return pickle.dumps(RuntimeError(reason))
 
 
-def decode_handle(message: bytes) -> Handle:
-    """Raises ``WireError`` if it is anything else, or the server's exception if it aborted."""
+def decode_handle(message: bytes) -> Handle | Abort:
+    """The first message. Raises ``WireError`` if it is anything else."""
     content = _load(message)
     if isinstance(content, Exception):
-        raise content
+        return Abort(content)
     if not (
         isinstance(content, tuple)
         and len(content) == 2
@@ -97,8 +97,8 @@ def decode_handle(message: bytes) -> Handle:
     ):
         raise WireError(f"expected the handle of a buffer, got {_shown(content)}")
     rebuild, args = content
-    arguments = tuple(arg.resolve() if isinstance(arg, _Global) else arg for arg in args)
-    return Handle(rebuild.resolve(), arguments, _extensions_of(message))
+    arguments = tuple(arg.resolve(_ARGUMENTS) if isinstance(arg, _Global) else arg for arg in args)
+    return Handle(rebuild.resolve(_REBUILD_FUNCTIONS), arguments, _extensions_of(message))
 
 
 def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
@@ -134,7 +134,8 @@ def _is_tensor_metadata(entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
         and isinstance(entry.get("dtype"), torch.dtype)
-        and isinstance(entry.get("shape"), (torch.Size, tuple))
+        and isinstance(entry.get("shape"), tuple)
+        and all(type(length) is int and length >= 0 for length in entry["shape"])
         and type(entry.get("offset")) is int
         and entry["offset"] >= 0
     )
@@ -144,21 +145,12 @@ def _shown(content: Any) -> str:
     return f"{type(content).__name__} {content!r:.200}"
 
 
-@dataclass(frozen=True)
-class _Global:
-    """Stands for a function or class named in a message, so that unpickling cannot call it."""
-
-    module: str
-    name: str
-
-    def resolve(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name)
-
-
-_NAMED_ONLY = {
+_REBUILD_FUNCTIONS = {
     ("checkpoint_engine.ipc", "map_shared_memory"),
     ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch_npu.multiprocessing.reductions", "rebuild_npu_tensor"),
+}
+_ARGUMENTS = {
     ("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"),
     ("torch.storage", "TypedStorage"),
@@ -166,9 +158,24 @@ _NAMED_ONLY = {
 }
 
 
+class _Global(NamedTuple):
+    """Stands for a function or class named in a message, so that unpickling cannot call it.
+
+    A named tuple, because nothing in a message can change one.
+    """
+
+    module: str
+    name: str
+
+    def resolve(self, allowed: set[tuple[str, str]]) -> Any:
+        if tuple(self) not in allowed:
+            raise WireError(f"a message has {self.module}.{self.name} where it must not be")
+        return getattr(importlib.import_module(self.module), self.name)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _NAMED_ONLY:
+        if (module, name) in _REBUILD_FUNCTIONS | _ARGUMENTS:
             return _Global(module, name)
         if module == "torch":
             value = getattr(torch, name, None)

@@ -6,7 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import zmq
@@ -73,15 +73,20 @@ def update_weights_from_ipc(
         if server_waits:
             _acknowledge(link, failure)
         if failure is not None:
-            raise failure
+            raise failure.error
 
 
 def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, torch.Tensor]:
     message = link.receive()
+    handle: Handle | Abort | None = None
     try:
         handle = decode_handle(message)
+        if isinstance(handle, Abort):
+            raise handle.error
         buffer = open_buffer(handle.rebuild, handle.args, device_id)
     except Exception:
+        if isinstance(handle, Abort):
+            raise
         link.reply(encode_failure(traceback.format_exc()))
         with contextlib.suppress(WireError, TimeoutError):
             link.receive()  # the server's reason to abort, whatever it says
@@ -94,16 +99,21 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
 
 def _load_buckets(
     link: ServerLink, buffer: torch.Tensor, run: Callable[[NamedTensors], Any]
-) -> Exception | None:
+) -> _Failure | None:
     """Load buckets until there are no more. Returns the first failure; nothing is loaded after
     it."""
-    failure: Exception | None = None
+    failure: _Failure | None = None
     while True:
-        message = decode_message(link.receive())
+        received = link.receive()
+        try:
+            message = decode_message(received)
+        except WireError as error:  # the server waits for a reply to it all the same
+            _acknowledge(link, _Failure.of(error))
+            raise
         if isinstance(message, NothingMore):
             return failure
         if isinstance(message, Abort):
-            raise message.error from failure
+            raise message.error from (failure and failure.error)
         failure = failure or _attempt(partial(_load, message.tensors, buffer, run))
         _acknowledge(link, failure)
 
@@ -133,20 +143,33 @@ def extract_weights(tensors: list[FlattenedTensorMetadata], buffer: torch.Tensor
     return weights
 
 
-def _attempt(action: Callable[[], None]) -> Exception | None:
+class _Failure(NamedTuple):
+    """What went wrong, without the frames it went wrong in: they hold views of the buffer."""
+
+    error: Exception
+    text: str
+
+    @staticmethod
+    def of(error: Exception) -> _Failure:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__cause__ or link.__context__
+        error.__notes__ = [*getattr(error, "__notes__", []), text]
+        return _Failure(error, text)
+
+
+def _attempt(action: Callable[[], None]) -> _Failure | None:
     try:
         action()
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold views of the buffer
-        return error
+        return _Failure.of(error)
     return None
 
 
-def _acknowledge(link: ServerLink, failure: Exception | None) -> None:
-    if failure is None:
-        link.reply()
-    else:
-        link.reply(encode_failure("".join(traceback.format_exception(failure))))
+def _acknowledge(link: ServerLink, failure: _Failure | None) -> None:
+    link.reply() if failure is None else link.reply(encode_failure(failure.text))
 
 
 def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:

@@ -3,9 +3,11 @@ inject."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -153,6 +155,7 @@ class _Engine:
 
 
 def _serve(pipe: Connection, device_index: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the rank
     torch.set_num_threads(1)
     engine = _Engine(device_index)
     while True:

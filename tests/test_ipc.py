@@ -9,7 +9,6 @@ import gc
 import os
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import pytest
 import torch
 import zmq
 
-from checkpoint_engine import ipc, link
+from checkpoint_engine import link
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory, open_buffer
-from checkpoint_engine.link import ServerLink, WorkerLink, new_address, open_context
+from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
 
 SHM = Path("/dev/shm")
 MINE = f"checkpoint-engine-{os.getuid()}-"
@@ -245,6 +244,13 @@ def no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / f"checkpoint-engine-{os.getuid()}"
 
 
+def new_address() -> str:
+    """One that nobody uses."""
+    address = Address()
+    address.close()
+    return address.url
+
+
 def folder_of(address: str) -> Path:
     assert address.startswith("ipc:///")
     assert len(address.removeprefix("ipc://").encode()) <= 107
@@ -303,9 +309,9 @@ def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_the_abstract_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "unused"))
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    first, second = new_address(), new_address()
-    assert first != second
-    assert first.startswith("ipc://@")
+    first, second = Address(), Address()
+    assert first.url != second.url
+    assert first.url.startswith("ipc://@")
     assert not (tmp_path / "unused").exists()
     exchange_once(first)
 
@@ -332,35 +338,40 @@ def test_a_link_to_a_folder_is_refused(no_choice: Path, tmp_path: Path) -> None:
         new_address()
 
 
-def test_abandoned_sockets_are_removed_and_others_are_not(no_choice: Path) -> None:
-    new_address()
-    abandoned, plain = no_choice / "ps-0123.sock", no_choice / "ps-4567.sock.txt"
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(abandoned))
-        killed.listen()
-    hours_ago = time.time() - 7200
-    os.utime(abandoned, (hours_ago, hours_ago))
+def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with zmq.Context() as context:
+            WorkerLink(context, Address())
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert {path.suffix for path in no_choice.iterdir()} == {".sock", ".lock"}
+    plain = no_choice / "ps-4567.sock.txt"
     plain.touch()
     with zmq.Context() as context:
-        live = WorkerLink(context, new_address())
+        live = WorkerLink(context, Address())
         try:
             new_address()
+            name = Path(live.url).stem
             assert {path.name for path in no_choice.iterdir()} == {
                 plain.name,
-                Path(live.address).name,
+                f"{name}.sock",
+                f"{name}.lock",
             }
         finally:
             live.close()
 
 
-def test_a_socket_that_is_about_to_listen_is_kept(no_choice: Path) -> None:
+def test_an_address_that_nobody_listens_at_yet_is_kept(no_choice: Path) -> None:
     """Ranks come up together: one looks around while another is between bind and listen."""
-    new_address()
-    with socket.socket(socket.AF_UNIX) as starting:
-        path = no_choice / "ps-89ab.sock"
-        starting.bind(str(path))
+    starting = Address()
+    path = Path(starting.url.removeprefix("ipc://"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
         new_address()
         assert path.exists()
+    starting.close()
+    assert list(no_choice.iterdir()) == []
 
 
 # ---------------------------------------------------------------------- links
@@ -371,9 +382,9 @@ def bounded() -> Callable[[], None]:
     return lambda: deadline.check("the test")
 
 
-def exchange_once(address: str) -> None:
+def exchange_once(address: Address) -> None:
     with open_context() as context:
-        server, worker = WorkerLink(context, address), ServerLink(context, address, SOON)
+        server, worker = WorkerLink(context, address), ServerLink(context, address.url, SOON)
         try:
             server.send(b"ping", bounded())
             assert worker.receive() == b"ping"
@@ -391,8 +402,8 @@ Pair = tuple[WorkerLink, ServerLink]
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pair]:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     with open_context() as context:
-        server = WorkerLink(context, new_address())
-        worker = ServerLink(context, server.address, SOON)
+        server = WorkerLink(context, Address())
+        worker = ServerLink(context, server.url, SOON)
         try:
             yield server, worker
         finally:
@@ -488,8 +499,8 @@ def test_a_wait_ends_when_its_check_raises(pair: Pair) -> None:
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     with open_context() as context:
-        server = WorkerLink(context, new_address())
-        worker = ServerLink(context, server.address, 0.2)
+        server = WorkerLink(context, Address())
+        worker = ServerLink(context, server.url, 0.2)
         with pytest.raises(TimeoutError, match=r"gave up after 0\.2 s"):
             worker.receive()
         worker.close()
@@ -512,5 +523,9 @@ def test_what_is_no_address(address: str) -> None:
 
 
 def test_an_address_that_is_taken(pair: Pair) -> None:
+    address = Address()
+    taken = Path(address.url.removeprefix("ipc://"))
+    taken.touch()
+    address.url = f"ipc://{taken}/below-a-file.sock"
     with open_context() as context, pytest.raises(RuntimeError, match="cannot listen at"):
-        WorkerLink(context, f"ipc://{Path(ipc.__file__).parent}")
+        WorkerLink(context, address)

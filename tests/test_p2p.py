@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from test_update import SMALL_BUCKETS
 from torchrun import MOONCAKE_ADVICE, Run, mooncake_works, torchrun
 

@@ -133,9 +133,9 @@ def test_an_abort_may_be_any_builtin_exception(error: Exception) -> None:
     abort = wire.decode_message(message)
     assert isinstance(abort, wire.Abort)
     assert repr(abort.error) == repr(error)
-    with pytest.raises(type(error)) as caught:
-        wire.decode_handle(message)
-    assert repr(caught.value) == repr(error)
+    instead_of_a_handle = wire.decode_handle(message)
+    assert isinstance(instead_of_a_handle, wire.Abort)
+    assert repr(instead_of_a_handle.error) == repr(error)
 
 
 dtypes = st.sampled_from(
@@ -333,19 +333,13 @@ def little_memory(extra: int = 256 << 20) -> Iterator[None]:
 
 
 def read(message: bytes) -> None:
-    """Nothing but ``WireError``, except for the abort that a handle's reader passes on."""
-    content: Any = None
+    """Nothing but ``WireError``."""
     with contextlib.suppress(WireError):
-        content = wire.decode_message(message)
-    try:
+        wire.decode_message(message)
+    with contextlib.suppress(WireError):
         handle = wire.decode_handle(message)
-    except WireError:
-        return
-    except Exception as error:
-        if not isinstance(content, wire.Abort) or type(content.error) is not type(error):
-            raise AssertionError("not the abort that was sent") from error
-    else:
-        assert handle.rebuild in (map_shared_memory, rebuild_cuda_tensor)
+        if isinstance(handle, wire.Handle):
+            assert handle.rebuild in (map_shared_memory, rebuild_cuda_tensor)
 
 
 @settings(deadline=None, max_examples=300)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +69,19 @@ class Run:
             **os.environ,
             "PS_IPC_DIR": str(sockets),
             "OMP_NUM_THREADS": "1",
+            "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
             **(env or {}),
         }
-        self._output = tempfile.TemporaryFile("w+")  # not a pipe, which nobody might read
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self._output = tmp_path / "output"  # not a pipe, which nobody might read
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
         """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
@@ -103,8 +104,7 @@ class Run:
 
     def output(self) -> str:
         """The end of what all ranks printed."""
-        self._output.seek(0)
-        return self._output.read()[-8000:]
+        return self._output.read_text(errors="replace")[-8000:]
 
 
 def torchrun(

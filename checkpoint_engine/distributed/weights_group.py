@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from checkpoint_engine.deadline import Deadline
 
-
 _FAREWELL = 10.0  # seconds that the peers of an aborted group have to leave it
 _abandoned: list[tuple[list[Any], list[Any]]] = []
 """Groups with peers that never left. They cannot be destroyed."""

@@ -1,0 +1,46 @@
+"""Files that must not outlive their process, and those that a killed one left behind.
+
+Each has an owner that holds a lock on it (or on a file beside it). The kernel drops the lock when
+the process ends, however it ends; whoever comes next removes what is not locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def create_locked(new_path: Callable[[], str]) -> tuple[str, int]:
+    """A new file that only this user can open, and its locked descriptor.
+
+    ``new_path`` names it, differently at each call: it tries again if another process took the file
+    for abandoned just before it was locked.
+    """
+    while True:
+        path = new_path()
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)
+
+
+def abandoned(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files in ``folder`` that nobody holds any more; each is locked while it is yielded."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield path
+            finally:
+                os.close(fd)
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file that may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
