@@ -368,3 +368,10 @@ def test_mutated_messages(data: st.DataObject) -> None:
         message[at : at + cut] = data.draw(st.binary(max_size=4))
     with little_memory():
         read(bytes(message))
+
+
+@pytest.mark.parametrize("shape", [(-1,), (2, -3), (True,), (1.0,)])
+def test_a_shape_has_lengths(shape: tuple[Any, ...]) -> None:
+    entry = {"name": "w", "dtype": torch.uint8, "shape": shape, "offset": 0}
+    with pytest.raises(WireError, match="expected a bucket"):
+        wire.decode_message(pickle.dumps([entry]))
