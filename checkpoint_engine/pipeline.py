@@ -103,6 +103,11 @@ class WorkerSession:
 class Streams(Protocol):
     """How copies and broadcasts are ordered on a device."""
 
+    @property
+    def are_queues(self) -> bool:
+        """Whether calls only queue work."""
+        ...
+
     def copying(self) -> contextlib.AbstractContextManager[Any]: ...
     def broadcasting(self) -> contextlib.AbstractContextManager[Any]: ...
     def event(self) -> Arrival: ...
@@ -111,6 +116,8 @@ class Streams(Protocol):
 
 class _AcceleratorStreams:
     """One stream for host-to-device copies, one for what enters the double buffer."""
+
+    are_queues = True
 
     def __init__(self, device_module: Any) -> None:
         self._module = device_module
@@ -142,6 +149,8 @@ class _Done:
 
 
 class _HostStreams:
+    are_queues = False
+
     def copying(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -176,7 +185,10 @@ class Staging:
 
     def deliver(self, step: Step, target: torch.Tensor, check: Callable[[], None]) -> None:
         """Put the bytes of ``step`` into ``target``, on the broadcast stream; fetch the next."""
-        poll(self._filled.query, check)
+        if self._loader.blocks_stream:
+            self._streams.wait(self._filled)
+        else:
+            poll(self._filled.query, check)
         target.copy_(self._buffer[: step.bucket.size])
         self._filled = self._prefetch(after=self._streams.event())
 
@@ -216,48 +228,66 @@ class Pipeline:
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
-        self._arrivals: list[Arrival] = []
-        self._message = b""
+        self._in_flight: deque[tuple[bytes, list[Arrival]]] = deque()
+        self._queues = loader.blocks_stream and streams.are_queues
 
     def run(self, operation: Operation, session: WorkerSession) -> None:
-        """Move every bucket. Returns when the worker has loaded the last one."""
-        steps = self._plan.steps
-        for index, step in enumerate(steps):
-            operation.begin("transfer")
-            if index == 0:
-                self._begin(step, operation.check)
-            self._await_arrival(operation.check)
-            operation.begin("reload")
-            session.begin_reload(self._message)
-            if index + 1 < len(steps):
-                self._begin(steps[index + 1], operation.check)
-            session.await_reload(f"bucket {index + 1} of {len(steps)}")
+        """Move every bucket. Returns when the worker has loaded the last one.
 
-    def _begin(self, step: Step, check: Callable[[], None]) -> None:
+        A half of the double buffer is free once its bucket is loaded. Where starting a bucket only
+        queues work, that is the moment to start the next in it; where it copies in this thread,
+        the worker is first given what has arrived, to load it meanwhile.
+        """
+        waiting = deque(self._plan.steps)
+        count = len(waiting)
+        operation.begin("transfer")
+        self._start_next(waiting, operation.check)
+        if self._queues:
+            self._start_next(waiting, operation.check)
+        for index in range(count):
+            operation.begin("transfer")
+            message, arrivals = self._in_flight.popleft()
+            for arrival in arrivals:
+                poll(arrival.query, operation.check)
+            operation.begin("reload")
+            session.begin_reload(message)
+            if not self._queues:
+                self._start_next(waiting, operation.check)
+            session.await_reload(f"bucket {index + 1} of {count}")
+            if self._queues:
+                self._start_next(waiting, operation.check)
+
+    def _start_next(self, waiting: deque[Step], check: Callable[[], None]) -> None:
         """Start one bucket on its way into its half of the double buffer."""
+        if not waiting:
+            return
+        step = waiting.popleft()
         start = step.slot * self._plan.bucket_bytes
         target = self._buffer[start : start + step.bucket.size]
+        arrivals: list[Arrival] = []
         with self._streams.broadcasting():
             if step.receiver == self._rank:
-                self._receive(step, target, check)
+                self._receive(step, target, check, arrivals)
             if self._group is not None and step.bucket.size:
-                self._arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
-            self._arrivals.append(self._streams.event())
-        self._message = encode_bucket(to_named_tensor(step.bucket.items, start))
+                arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
+            arrivals.append(self._streams.event())
+        message = encode_bucket(to_named_tensor(step.bucket.items, start))
+        self._in_flight.append((message, arrivals))
 
-    def _receive(self, step: Step, target: torch.Tensor, check: Callable[[], None]) -> None:
+    def _receive(
+        self,
+        step: Step,
+        target: torch.Tensor,
+        check: Callable[[], None],
+        arrivals: list[Arrival],
+    ) -> None:
         if self._staging is not None:
             self._staging.deliver(step, target, check)
             return
         arrival = self._loader.start(step, target, after=self._streams.event())
         if self._group is not None and not self._loader.blocks_stream:
             poll(arrival.query, check)  # only then may it be broadcast
-        self._arrivals.append(arrival)
-
-    def _await_arrival(self, check: Callable[[], None]) -> None:
-        for arrival in self._arrivals:
-            poll(arrival.query, check)
-        self._arrivals.clear()
+        arrivals.append(arrival)
 
 
 class _Broadcast:

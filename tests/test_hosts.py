@@ -111,7 +111,7 @@ def test_instances_on_another_host_join(
     assert owner_hosts(tmp_path / "metas.json") == expected
     assert min(result["updates"] for result in owners) > 0
     for result in joined:
-        assert min(result["buckets"]) > 1
+        assert result["buckets"][0] > 1
         assert "has unregistered or replaced the checkpoint" in result["seen"][0]["error"]
 
 
