@@ -53,7 +53,6 @@ _MADV_DONTFORK = 10
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_linger_seconds = 0.0
 _lingering: deque[tuple[float, int, int]] = deque()
 """Address ranges to unmap: from when on, address, bytes."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -146,6 +145,13 @@ class MemoryUsage(NamedTuple):
     retained: int
 
 
+@dataclass
+class _Linger:
+    """How long addresses outlive their memory; apart, so that arenas need not hold their owner."""
+
+    seconds: float = 0.0
+
+
 class HostMemory:
     """The host memory of one process: lends buffers filled with tensors, and takes them back.
 
@@ -161,8 +167,13 @@ class HostMemory:
     def __init__(self, device_type: str, retain_bytes: int = 0) -> None:
         self._device_type = device_type
         self._retain_bytes = retain_bytes
+        self._linger = _Linger()
         self._lent: dict[torch.Tensor, _Arena] = {}
         self._retained: list[_Arena] = []
+
+    def keep_addresses(self, seconds: float) -> None:
+        """Addresses of freed memory stay readable so long, for a transfer that is under way."""
+        self._linger.seconds = seconds
 
     @property
     def usage(self) -> MemoryUsage:
@@ -219,7 +230,7 @@ class HostMemory:
         arenas: dict[str, _Arena] = {}
         with ExitStack() as undo:
             for path in dict.fromkeys(part.path for part in parts.values()):
-                arenas[path] = _map_file(path, self._device_type)
+                arenas[path] = _map_file(path, self._device_type, self._linger)
                 undo.callback(arenas[path].free)
             _work({arena: _room(0, arena.nbytes) for arena in arenas.values()}, _Arena.pin)
             undo.pop_all()
@@ -272,7 +283,7 @@ class HostMemory:
         _check_available(sum(n for n, arena in zip(sizes, taken, strict=True) if arena is None))
         for i, arena in enumerate(taken):
             if arena is None:
-                taken[i] = arena = _new_arena(sizes[i], self._device_type)
+                taken[i] = arena = _new_arena(sizes[i], self._device_type, self._linger)
                 undo.callback(arena.free)
         return [arena for arena in taken if arena is not None]
 
@@ -347,7 +358,7 @@ class _Arena:
             self.pinned = True
 
 
-def _new_arena(nbytes: int, device_type: str) -> _Arena:
+def _new_arena(nbytes: int, device_type: str, linger: _Linger) -> _Arena:
     if device_type == "npu":
         return _npu_arena(nbytes)
     nbytes = align_up(nbytes, mmap.PAGESIZE)
@@ -357,7 +368,7 @@ def _new_arena(nbytes: int, device_type: str) -> _Arena:
     _unmap(start, address - start)
     _unmap(address + nbytes, start + slack - address)
     _libc.madvise(address, nbytes, _MADV_HUGEPAGE)  # only an advice: may be refused
-    return _arena_at(address, nbytes, device_type)
+    return _arena_at(address, nbytes, device_type, linger)
 
 
 def _npu_arena(nbytes: int) -> _Arena:
@@ -367,21 +378,24 @@ def _npu_arena(nbytes: int) -> _Arena:
     return _Arena(memory, "npu", undo, undo.close, fresh=False, pinned=True)
 
 
-def _map_file(path: str, device_type: str) -> _Arena:
+def _map_file(path: str, device_type: str, linger: _Linger) -> _Arena:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise RuntimeError(f"{path} cannot be pinned in place: {error}") from error
     try:
         nbytes = align_up(os.fstat(fd).st_size, mmap.PAGESIZE)
-        return _arena_at(_map(nbytes, mmap.MAP_SHARED, fd), nbytes, device_type, reusable=False)
+        address = _map(nbytes, mmap.MAP_SHARED, fd)
+        return _arena_at(address, nbytes, device_type, linger, reusable=False)
     finally:
         os.close(fd)
 
 
-def _arena_at(address: int, nbytes: int, device_type: str, reusable: bool = True) -> _Arena:
+def _arena_at(
+    address: int, nbytes: int, device_type: str, linger: _Linger, reusable: bool = True
+) -> _Arena:
     undo = ExitStack()
-    undo.callback(_free_pages, address, nbytes)
+    undo.callback(_free_pages, address, nbytes, linger)
     block = (ctypes.c_ubyte * nbytes).from_address(address)
     free = weakref.finalize(block, undo.close)  # every view of the memory keeps the block alive
     free.atexit = False
@@ -399,7 +413,7 @@ def _map(nbytes: int, flags: int, fd: int = -1) -> int:
     return int(address)
 
 
-def _free_pages(address: int, nbytes: int) -> None:
+def _free_pages(address: int, nbytes: int, linger: _Linger) -> None:
     """Frees the memory at once, and its addresses once nobody can be reading there any more.
 
     A transfer engine may be sending from this memory to a reader on another host, and would take
@@ -408,17 +422,11 @@ def _free_pages(address: int, nbytes: int) -> None:
     now = time.monotonic()
     while _lingering and _lingering[0][0] < now:
         _unmap(*_lingering.popleft()[1:])
-    if nbytes == 0 or _linger_seconds == 0:
+    if nbytes == 0 or linger.seconds == 0:
         return _unmap(address, nbytes)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
     _libc.mmap(address, nbytes, mmap.PROT_READ, flags, -1, 0)
-    _lingering.append((now + _linger_seconds, address, nbytes))
-
-
-def keep_addresses(seconds: float) -> None:
-    """From now on addresses of freed memory stay readable so long, for a transfer under way."""
-    global _linger_seconds
-    _linger_seconds = seconds
+    _lingering.append((now + linger.seconds, address, nbytes))
 
 
 def _unmap(address: int, nbytes: int) -> None:

@@ -57,7 +57,7 @@ from checkpoint_engine.loaders import (
     copy_from_host,
 )
 from checkpoint_engine.p2p_store import P2PStore
-from checkpoint_engine.pin_memory import HostMemory, keep_addresses
+from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.pipeline import (
     Pipeline,
     Request,
@@ -785,7 +785,7 @@ class ParameterServer:
             device = "" if self.device_manager.device_type == "npu" else self._choose_nic()
             self._p2p_store = P2PStore(self.device_manager, device=device, host=self._host_ip)
             self._rdma_device = self._p2p_store.device or None
-            keep_addresses(_LONGEST_READ)
+            self._host_memory.keep_addresses(_LONGEST_READ)
         except (RuntimeError, AssertionError) as error:
             self._p2p_missing = str(error)
             level = "WARNING" if self._local_rank == 0 else "DEBUG"

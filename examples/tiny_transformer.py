@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -250,12 +251,16 @@ def _destination(name: str) -> tuple[str, str]:
     return ".".join([*path, STACKED.get(module, module), kind]), module
 
 
+_default_dtype_lock = threading.Lock()
+
+
 def new_model(config: ModelConfig, tp: TensorParallel, device: torch.device) -> CausalLM:
     """A model with memory for its weights and nothing in it yet."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
-        with device:
-            return CausalLM(config, tp)
-    finally:
-        torch.set_default_dtype(previous)
+    with _default_dtype_lock:  # it belongs to the whole process
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(config.dtype)
+        try:
+            with device:
+                return CausalLM(config, tp)
+        finally:
+            torch.set_default_dtype(previous)

@@ -31,6 +31,7 @@ METAS = {
             }
         ],
         "rdma_device": "mlx5_0",
+        "lease": None,
     }
 }
 

@@ -434,7 +434,7 @@ def test_the_store_going_away_is_an_error_soon(when: str) -> None:
 def _await_refusal(port: int) -> None:
     """Until nobody listens there any more."""
     deadline = Deadline(LONG)
-    with contextlib.suppress(ConnectionRefusedError):
+    with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
         while True:
             socket.create_connection(("127.0.0.1", port), timeout=SOON).close()
             deadline.check("the store to go")
