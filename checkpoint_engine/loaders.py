@@ -43,6 +43,10 @@ class Loader(Protocol):
         """Begin to write the bucket into ``target``, once ``after`` has happened."""
         ...
 
+    def source_of(self, step: Step) -> str:
+        """Where its bytes come from, for errors."""
+        ...
+
 
 def copy_from_host(
     buffers: Sequence[MemoryBuffer], bucket: H2DBucket, target: torch.Tensor
@@ -69,6 +73,9 @@ class HostLoader:
         self._streams.wait(after)
         self._load(step.bucket, target)
         return self._streams.event()
+
+    def source_of(self, step: Step) -> str:
+        return f"rank {step.owner}"
 
 
 class RemoteLoader:
@@ -100,6 +107,9 @@ class RemoteLoader:
 
         self._running = Transfer(read)
         return self._running
+
+    def source_of(self, step: Step) -> str:
+        return f"owner {step.owner} at {self._owners[step.owner].p2p_store_addr}"
 
     def close(self) -> None:
         """After a failure: let a read that is under way end, before its target is given up."""
@@ -189,3 +199,6 @@ class MixedLoader:
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         loader = self._host if step.owner == self._own_rank else self._remote
         return loader.start(step, target, after)
+
+    def source_of(self, step: Step) -> str:
+        return self._remote.source_of(step)

@@ -228,7 +228,7 @@ class Pipeline:
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
-        self._in_flight: deque[tuple[bytes, list[Arrival]]] = deque()
+        self._in_flight: deque[tuple[Step, bytes, list[Arrival]]] = deque()
         self._queues = loader.blocks_stream and streams.are_queues
 
     def run(self, operation: Operation, session: WorkerSession) -> None:
@@ -246,9 +246,8 @@ class Pipeline:
             self._start_next(waiting, operation.check)
         for index in range(count):
             operation.begin("transfer")
-            message, arrivals = self._in_flight.popleft()
-            for arrival in arrivals:
-                poll(arrival.query, operation.check)
+            step, message, arrivals = self._in_flight.popleft()
+            self._await(step, arrivals, operation.check)
             operation.begin("reload")
             session.begin_reload(message)
             if not self._queues:
@@ -272,7 +271,15 @@ class Pipeline:
                 arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
             arrivals.append(self._streams.event())
         message = encode_bucket(to_named_tensor(step.bucket.items, start))
-        self._in_flight.append((message, arrivals))
+        self._in_flight.append((step, message, arrivals))
+
+    def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
+        try:
+            for arrival in arrivals:
+                poll(arrival.query, check)
+        except TimeoutError as error:
+            source = self._loader.source_of(step)
+            raise TimeoutError(f"{error}: a bucket from {source} did not arrive") from None
 
     def _receive(
         self,

@@ -470,7 +470,7 @@ class TestFailuresLeaveNothing:
 
     def test_mapping_refused(self) -> None:
         with pytest.raises(MemoryError, match=r"cannot map .* bytes .*available are .*MEMLOCK"):
-            pin_memory._new_arena(1 << 60, "cpu")
+            pin_memory._new_arena(1 << 60, "cpu", pin_memory._Linger())
 
     def test_populating_refused(self) -> None:
         with pytest.raises(MemoryError, match="cannot populate 4096 bytes"):
@@ -479,7 +479,7 @@ class TestFailuresLeaveNothing:
 
 def mmap_gap() -> int:
     """An address at which nothing is mapped."""
-    arena = pin_memory._new_arena(4096, "cpu")
+    arena = pin_memory._new_arena(4096, "cpu", pin_memory._Linger())
     address = arena.memory.data_ptr()
     arena.free()
     return address
@@ -889,7 +889,7 @@ class TestOnGpu:
         memory.release([buffer])
 
     def test_a_refused_registration_leaves_cuda_usable(self) -> None:
-        arena = pin_memory._new_arena(1 << 20, "cuda")
+        arena = pin_memory._new_arena(1 << 20, "cuda", pin_memory._Linger())
         arena.pin()
         with pytest.raises(RuntimeError, match="cudaHostRegister of 1048576 bytes failed with"):
             pin_memory._cuda_register(arena.memory.data_ptr(), arena.nbytes)
