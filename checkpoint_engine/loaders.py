@@ -109,7 +109,7 @@ class RemoteLoader:
         return self._running
 
     def source_of(self, step: Step) -> str:
-        return f"owner {step.owner} at {self._owners[step.owner].p2p_store_addr}"
+        return f"{self._owners[step.owner].p2p_store_addr} (owner {step.owner})"
 
     def close(self) -> None:
         """After a failure: let a read that is under way end, before its target is given up."""
