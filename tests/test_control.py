@@ -156,7 +156,8 @@ def test_a_barrier_is_reusable_and_keys_do_not_pile_up() -> None:
         return counts
 
     counts = run_world(3, program)[0]
-    assert max(counts[10:]) <= max(counts[:10])
+    ahead = 2 * 3  # keys of the next call, where the others may be already
+    assert max(counts[10:]) <= max(counts[:10]) + ahead
 
 
 def test_keys_do_not_pile_up_over_failures() -> None:
@@ -170,7 +171,8 @@ def test_keys_do_not_pile_up_over_failures() -> None:
         return counts
 
     counts = run_world(2, program)[0]
-    assert max(counts[6:]) <= max(counts[:6])
+    ahead = 2 * 2  # keys of the next call, where the other may be already
+    assert max(counts[6:]) <= max(counts[:6]) + ahead
 
 
 def fail_after_exchange(me: Rank, operation: Any) -> None:
