@@ -264,5 +264,6 @@ def test_one_server_alone_until_a_signal(
             assert f"cannot serve on {path}: another server listens there" in errors
         server.send_signal(how)
         _, errors = server.communicate(timeout=30)
-        assert (server.returncode, errors) == (code, "")
+        assert server.returncode == code
+        assert "Traceback" not in errors  # Mooncake has lines of its own there
     assert list(tmp_path.iterdir()) == []
