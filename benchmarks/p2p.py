@@ -222,7 +222,8 @@ def show(table: dict[str, Any]) -> None:
         rate = table["bytes"] / 1e9 / median
         spread = f"{min(seconds):.3f}..{max(seconds):.3f} s"
         print(f"{name:16} {median:7.3f} s {rate:6.2f} GB/s   n={len(seconds)} {spread}")
-    print("phases of the update: " + json.dumps({n: round(s, 3) for n, s in table["phases"].items()}))
+    phases = {name: round(seconds, 3) for name, seconds in table["phases"].items()}
+    print(f"phases of the update: {json.dumps(phases)}")
     for name in ("ratio", "ratio to the better raw read"):
         print(f"{name:30} {table[name]:.2f}")
 

@@ -191,7 +191,7 @@ class World:
             ),
             **env,
         }
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the run)
         self._processes = [
             host.popen(
                 [
