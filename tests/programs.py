@@ -112,7 +112,9 @@ def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
     owners = set(range(WORLD_SIZE))
     rank.publish("good", 1, owners)
     rank.update("good")  # what is made once is there before resources are counted
+    rank.ps.store_based_barrier()
     before = rank.resources()
+    rank.ps.store_based_barrier()
     seen = []
     for case in cases:
         mine = case["fault"] if case["rank"] == RANK else ""
