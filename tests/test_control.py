@@ -22,6 +22,7 @@ from checkpoint_engine.errors import UpdateError
 
 SOON = 4.0  # seconds; far below every timeout that is not meant to expire
 LONG = 30.0
+PROMPT = 12.0  # seconds; below LONG, and above what a lost DNS answer costs while connecting
 
 Program = Callable[["Rank"], Any]
 
@@ -234,7 +235,7 @@ def test_a_failure_is_the_same_on_every_rank_and_the_next_call_works(
     for text, seconds, rank, phase in run_world(size, program):
         assert text == f"work failed on rank {culprit} during loading: cannot load"
         assert (rank, phase) == (culprit, "loading")
-        assert seconds < SOON
+        assert seconds < PROMPT
 
 
 def test_a_failure_reaches_ranks_that_still_exchange() -> None:
@@ -254,7 +255,7 @@ def test_a_failure_reaches_ranks_that_still_exchange() -> None:
 
     for text, seconds, *_ in run_world(2, program):
         assert text == "work failed on rank 1 during start: OSError: no such device"
-        assert seconds < SOON
+        assert seconds < PROMPT
 
 
 def test_a_failure_reaches_ranks_that_wait_for_the_end() -> None:
@@ -291,7 +292,7 @@ def test_a_failure_reaches_a_rank_that_comes_after_it(culprit: int) -> None:
 
     for text, seconds, *_ in run_world(2, program):
         assert text == f"work failed on rank {culprit} during start: the weights are not here"
-        assert seconds < SOON
+        assert seconds < PROMPT
 
 
 def fail(operation: Any) -> None:
@@ -359,7 +360,7 @@ def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> Non
     assert len({text for text, *_ in results}) == 1
     for text, seconds, *_ in results:
         assert f"gave up after 0.5 s: ranks [{absent}] did not join work" in text
-        assert seconds < SOON
+        assert seconds < PROMPT
 
 
 @pytest.mark.usefixtures("short_farewell")
@@ -430,7 +431,7 @@ def test_the_store_going_away_is_an_error_soon(when: str) -> None:
 
     text, seconds, *_ = run_world(2, program, first=1)[0]
     assert "rank 0" in text or "store" in text
-    assert seconds < SOON
+    assert seconds < PROMPT
 
 
 def _await_refusal(port: int) -> None:

@@ -159,37 +159,3 @@ def cut_off_while_reading(
     await_(lambda: source_host.bytes_sent() > before + IN_THE_MIDDLE, source, reader)
     source_host.unplug()
     return reader
-
-
-def test_nothing_is_written_after_a_read_has_failed(tmp_path: Path, make_hosts: MakeHosts) -> None:
-    """The memory is given up then: what arrived in it later would spoil another's weights."""
-    far, near = make_hosts(2)
-    env = CPU | {"MC_TCP_PROGRESS_TIMEOUT_SEC": "4"}
-    arguments = {"folder": str(tmp_path), "pieces": 8, "size": 1 << 19}
-    source = start([far], tmp_path / "a", "offer", **arguments)
-    reader = cut_off_while_reading(
-        far, tmp_path, source, lambda: start([near], tmp_path / "b", "take", 1, env, **arguments)
-    )
-    await_((tmp_path / "failed-0").exists, source, reader)
-    far.plug_in()
-    (tmp_path / "plugged in").touch()
-    (result,) = reader.wait()
-    source.wait()
-    assert f"from {far.address}:" in result["seen"]["error"]
-    assert 0 < result["arrived"] < 8 << 19
-    assert result["late"] == 0
-    assert result["again"] == 8 << 19
-
-
-def test_a_link_slower_than_the_transport_has_patience(
-    tmp_path: Path, make_hosts: MakeHosts
-) -> None:
-    """Mooncake's own limit of a whole transfer must not end a read that goes on."""
-    far, near = make_hosts(2)
-    source = start([far], tmp_path / "a", "source", folder=str(tmp_path), changes=[])
-    await_((tmp_path / "metas.json").exists, source)
-    far.slow_down(4)  # Mbit/s: the largest tensor takes 6 s
-    env = CPU | {"MC_TRANSFER_TIMEOUT": "5"}
-    arguments = {"folder": str(tmp_path), "sources": 1, "changes": []}
-    joined = start([near], tmp_path / "b", "joiner", 1, env, **arguments).wait()
-    check_clean(joined + source.wait())
