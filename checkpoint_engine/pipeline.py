@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -266,7 +266,8 @@ class Pipeline:
         arrivals: list[Arrival] = []
         with self._streams.broadcasting():
             if step.receiver == self._rank:
-                self._receive(step, target, check, arrivals)
+                with self._naming_source(step):
+                    self._receive(step, target, check, arrivals)
             if self._group is not None and step.bucket.size:
                 arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
             arrivals.append(self._streams.event())
@@ -274,9 +275,15 @@ class Pipeline:
         self._in_flight.append((step, message, arrivals))
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
-        try:
+        with self._naming_source(step):
             for arrival in arrivals:
                 poll(arrival.query, check)
+
+    @contextlib.contextmanager
+    def _naming_source(self, step: Step) -> Iterator[None]:
+        """If the time runs out in here, say whose bucket did not arrive."""
+        try:
+            yield
         except TimeoutError as error:
             source = self._loader.source_of(step)
             raise TimeoutError(f"{error}: a bucket from {source} did not arrive") from None
