@@ -136,10 +136,9 @@ class WorkerLink:
 
     def send(self, message: bytes, check: Callable[[], None]) -> None:
         """Send, once the worker is connected; ``check`` ends the wait by raising."""
-        while not self._watched.wait(zmq.POLLOUT):
+        while not (self._watched.wait(zmq.POLLOUT) and self._sent(message)):
             check()
             self._raise_if_gone()
-        self._watched.socket.send_multipart([b"", message])
         self._unanswered += 1
 
     def receive(self, check: Callable[[], None]) -> str | None:
@@ -159,12 +158,20 @@ class WorkerLink:
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""
         if self._watched.wait(zmq.POLLOUT, 0) and not self._watched.gone:
-            self._watched.socket.send_multipart([b"", encode_abort(reason)])
+            self._sent(encode_abort(reason))
 
     def close(self) -> None:
         """Stop listening."""
         self._watched.close()
         self._address.close()
+
+    def _sent(self, message: bytes) -> bool:
+        """A blocking send would never return where the worker left after the last look."""
+        try:
+            self._watched.socket.send_multipart([b"", message], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _raise_if_gone(self) -> None:
         if self._watched.gone:
