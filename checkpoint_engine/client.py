@@ -1,14 +1,176 @@
-"""Ask an inference engine to start receiving: the calls that a ``req_func`` of ``update`` makes."""
+"""Ask an inference engine to start receiving: the calls that a ``req_func`` of ``update`` makes.
+
+``vllm_request``, ``sglang_request`` and ``lmdeploy_request`` make such a ``req_func``, for the
+engine that this rank serves: ranks 0 to n-1 serve the first engine of n workers, the next n the
+second. All ranks pass theirs to ``update``; the first one of each engine asks.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from loguru import logger
+
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.settings import from_launcher
 
 if TYPE_CHECKING:
     import httpx
 
     from checkpoint_engine.metas_file import Metas
+
+RequestFunction = Callable[[list[tuple[str, str]]], None]
+
+_RESUME_SECONDS = 30.0  # also when the time for the update is used up
+
+
+def vllm_request(
+    url: str,
+    *,
+    inference_parallel_size: int = 1,
+    rank: int | None = None,
+    pause: Literal["abort", "wait", "keep"] | None = None,
+    reset_prefix_cache: bool = False,
+    timeout: float = 300.0,
+    uds: str | None = None,
+) -> RequestFunction:
+    """A ``req_func`` for vLLM, started with the worker extension and ``VLLM_SERVER_DEV_MODE=1``.
+
+    Args:
+        url: the engine, as ``http://localhost:8000``.
+        inference_parallel_size: its workers, each with a rank of its own.
+        rank: of the server that calls ``update``. Default: ``RANK``.
+        pause: stop generation before the update and resume it after, also if it fails. Requests
+            in flight are aborted, waited for, or kept and continued with the new weights.
+        reset_prefix_cache: after the update, forget what was computed with the old weights.
+            Requests in flight are not lost, but computed anew.
+        timeout: seconds for all of it.
+        uds: path of the Unix socket that the engine listens on, where it is not TCP.
+
+    Raises:
+        ValueError: a number is out of range. What the function raises is the engine's error, whole.
+    """
+
+    def ask(handles: dict[str, str]) -> None:
+        deadline = Deadline(timeout)
+
+        def post(route: str, **query: str) -> httpx.Response:
+            remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
+            return _send("POST", f"{url}{route}", remaining, uds, query=query)
+
+        with _paused(post, pause):
+            seconds = max(deadline.remaining(), 0.1)
+            request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
+            if reset_prefix_cache:
+                _check_success(post("/reset_prefix_cache", reset_running_requests="true"))
+
+    return _for_engine(ask, rank, inference_parallel_size)
+
+
+def sglang_request(
+    url: str,
+    *,
+    inference_parallel_size: int = 1,
+    rank: int | None = None,
+    flush_cache: bool = True,
+    weight_version: str | None = None,
+    timeout: float = 300.0,
+    uds: str | None = None,
+) -> RequestFunction:
+    """A ``req_func`` for SGLang, which receives by ``/update_weights_from_ipc``.
+
+    Args:
+        url, inference_parallel_size, rank, timeout, uds: as of ``vllm_request``.
+        flush_cache: forget what was computed with the old weights.
+        weight_version: what the engine shall call the new ones.
+
+    Raises:
+        ValueError: a number is out of range. What the function raises is the engine's error, whole.
+    """
+
+    def ask(handles: dict[str, str]) -> None:
+        body = {
+            "zmq_handles": handles,
+            "flush_cache": flush_cache,
+            "weight_version": weight_version,
+        }
+        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
+
+    return _for_engine(ask, rank, inference_parallel_size)
+
+
+def lmdeploy_request(
+    url: str,
+    *,
+    inference_parallel_size: int = 1,
+    rank: int | None = None,
+    timeout: float = 300.0,
+    uds: str | None = None,
+) -> RequestFunction:
+    """A ``req_func`` for lmdeploy; arguments and errors as of ``sglang_request``."""
+
+    def ask(handles: dict[str, str]) -> None:
+        body = {"zmq_handles": handles}
+        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
+
+    return _for_engine(ask, rank, inference_parallel_size)
+
+
+def _for_engine(
+    ask: Callable[[dict[str, str]], None], rank: int | None, workers: int
+) -> RequestFunction:
+    """Call ``ask`` on one rank of each engine, with the addresses of that engine's workers.
+
+    A rank that takes no part in a P2P update has no address, and does not ask.
+    """
+    me = from_launcher(rank, "RANK")
+    if me < 0 or workers < 1:
+        raise ValueError(f"rank {me} of engines with {workers} workers: neither can be so small")
+    first = me - me % workers
+
+    def request(socket_paths: list[tuple[str, str]]) -> None:
+        engine = list(enumerate(socket_paths))[first : first + workers]
+        members = [place for place, (_, address) in engine if address]
+        if members and members[0] == me:
+            ask(dict(socket_paths[place] for place in members))
+
+    return request
+
+
+@contextmanager
+def _paused(post: Callable[..., Any], mode: str | None) -> Iterator[None]:
+    """Generation stands still. A pause without an answer may still happen, so that is resumed
+    too."""
+    if mode is None:
+        yield
+        return
+    try:
+        post("/pause", mode=mode)
+        yield
+    except BaseException:
+        try:
+            post("/resume")
+        except Exception as error:
+            logger.error("the engine may stay paused, it could not be resumed: {}", error)
+        raise
+    post("/resume")
+
+
+def _check_success(response: httpx.Response) -> None:
+    """An engine may say in its answer that it failed; some answers are empty.
+
+    Raises:
+        RuntimeError: it did; the text holds its whole answer.
+    """
+    try:
+        answer = response.json()
+    except ValueError:
+        return
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise RuntimeError(f"{response.url} did not succeed: {response.text}")
 
 
 def request_inference_to_update(
@@ -69,14 +231,20 @@ def fetch_metas(url: str, timeout: float = 60.0, uds: str | None = None) -> Meta
 
 
 def _send(
-    method: str, url: str, timeout: float, uds: str | None, body: Any = None
+    method: str,
+    url: str,
+    timeout: float,
+    uds: str | None,
+    body: Any = None,
+    query: dict[str, str] | None = None,
 ) -> httpx.Response:
     import httpx
 
-    transport = httpx.HTTPTransport(uds=uds)
+    # Reading the certificates takes longer than most requests.
+    transport = httpx.HTTPTransport(uds=uds, verify=url.startswith("https:"))
     # No proxy, netrc or certificates from the environment: engines are neighbours.
     with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
-        request = client.build_request(method, url, json=body)
+        request = client.build_request(method, url, json=body, params=query)
         try:
             response = client.send(request)
         except httpx.TransportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,13 +14,16 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
+from checkpoint_engine.deadline import poll
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.p2p_store import P2PStore, Transfer
+from checkpoint_engine.p2p_store import P2PError, P2PStore, Transfer
 from checkpoint_engine.plan import Step
 
 _FAREWELL = 2.0  # seconds that a failed update waits for a read under way
 _BOUNCE_BYTES = 64 << 20
 """Each half of the host memory that bytes pass through on their way to a device."""
+
+Check = Callable[[], None]
 
 
 class Arrival(Protocol):
@@ -94,6 +97,8 @@ class RemoteLoader:
         self._owners = owners
         self._device_manager = device_manager
         self._device = device
+        self._checked: set[int] = set()
+        self._ended = threading.Event()
         self._running: Transfer | None = None
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
@@ -101,9 +106,8 @@ class RemoteLoader:
 
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         def read() -> None:
-            while not after.query():
-                time.sleep(0.0002)
-            self.read(step.owner, step.bucket, target)
+            poll(after.query, self._check)
+            self.read(step.owner, step.bucket, target, self._check)
 
         self._running = Transfer(read)
         return self._running
@@ -112,34 +116,43 @@ class RemoteLoader:
         return f"{self._owners[step.owner].p2p_store_addr} (owner {step.owner})"
 
     def close(self) -> None:
-        """After a failure: let a read that is under way end, before its target is given up."""
+        """End a read that is under way; the store keeps what it might still write into."""
+        self._ended.set()
         if self._running is not None:
             self._running.join(_FAREWELL)
 
-    def read(self, owner: int, bucket: H2DBucket, target: torch.Tensor) -> None:
+    def _check(self) -> None:
+        if self._ended.is_set():
+            raise P2PError("the update has ended")
+
+    def read(
+        self, owner: int, bucket: H2DBucket, target: torch.Tensor, check: Check | None = None
+    ) -> None:
         """Read a bucket of ``owner`` into ``target``; returns when it is there and known good.
+
+        Args:
+            check: called while waiting; ends the read by raising. Default: ten minutes.
 
         Raises:
             P2PError: the source is gone, or holds another checkpoint now.
         """
         owned = self._owners[owner]
         address = str(owned.p2p_store_addr)
-        if owned.lease is not None:
-            self._store.check_lease(address, owned.lease)
+        # A lease that holds after a read held all along. The look before the first one is for the
+        # sake of the error: the memory may not be readable any more.
+        if owned.lease is not None and owner not in self._checked:
+            self._store.check_lease(address, owned.lease, check)
+            self._checked.add(owner)
         if self._bounce is None:
             lengths, remote, offsets = _regions(owned, bucket)
             local = [target.data_ptr() + offset for offset in offsets]
-            self._read(address, local, remote, lengths)
+            self._store.batch_transfer_sync_read(
+                address, local, remote, lengths, memory=target, check=check
+            )
         else:
-            self._read_through_host(address, owned, bucket, target, self._bounce)
+            self._read_through_host(address, owned, bucket, target, self._bounce, check)
         if owned.lease is not None:
-            self._store.check_lease(address, owned.lease)
-
-    def _read(
-        self, address: str, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]
-    ) -> None:
-        if lengths:
-            self._store.batch_transfer_sync_read(address, local, remote, lengths)
+            self._store.check_lease(address, owned.lease, check)
 
     def _read_through_host(
         self,
@@ -148,20 +161,30 @@ class RemoteLoader:
         bucket: H2DBucket,
         target: torch.Tensor,
         bounce: torch.Tensor,
+        check: Check | None,
     ) -> None:
         """One half of ``bounce`` is read into while the other is copied to the device."""
         module = self._device_manager.device_module
         module.set_device(self._device)
         stream = module.Stream()
         copied = [module.Event(), module.Event()]
-        for turn, (remote, offset, size) in enumerate(_pieces(owned, bucket)):
-            half = turn % 2
-            copied[half].synchronize()
-            self._read(address, [bounce[half].data_ptr()], [remote], [size])
-            with module.stream(stream):
-                target[offset : offset + size].copy_(bounce[half][:size], non_blocking=True)
-                copied[half].record()
-        stream.synchronize()
+        try:
+            for turn, (remote, offset, size) in enumerate(_pieces(owned, bucket)):
+                half = turn % 2
+                copied[half].synchronize()
+                self._store.batch_transfer_sync_read(
+                    address,
+                    [bounce[half].data_ptr()],
+                    [remote],
+                    [size],
+                    memory=bounce,
+                    check=check,
+                )
+                with module.stream(stream):
+                    target[offset : offset + size].copy_(bounce[half][:size], non_blocking=True)
+                    copied[half].record()
+        finally:
+            stream.synchronize()  # also after a failure: ``target`` is given up then
 
 
 def _regions(

@@ -7,24 +7,29 @@ it never takes stale bytes for good ones.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import Lease
+from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager, get_ip
 from checkpoint_engine.rdma import is_efa
 
 _START_ATTEMPTS = 6
 _FIRST_PAUSE = 0.1  # seconds; doubles with every attempt
+_SLICE_BYTES = 32 << 20
+_SLICES_UNDER_WAY = 4
+_LONGEST_READ = 600.0  # seconds, where the caller sets no end
+_LAST_SLICES = 1.0  # seconds that a read which failed or was ended waits for its last slices
+_FINAL = (1, -1)  # Mooncake's status of a transfer that is over: arrived, failed
 _SLOT_BYTES = 32
 _SLOTS = mmap.PAGESIZE // _SLOT_BYTES
 
@@ -65,6 +70,8 @@ class P2PStore:
         self._engine = _start_engine(self._host, self.protocol, self.device)
         self._port = int(self._engine.get_rpc_port())
         self._registered: dict[str, tuple[int, int]] = {}
+        self._unfinished: list[_Read] = []
+        self._unfinished_lock = threading.Lock()
         self._slots = _Slots()
         self._register("__leases__", self._slots.address, self._slots.nbytes)
 
@@ -137,39 +144,74 @@ class P2PStore:
         buf_ptrs: Sequence[int],
         remote_ptrs: Sequence[int],
         lens: Sequence[int],
+        *,
+        memory: torch.Tensor | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Read ``lens[i]`` bytes at ``remote_ptrs[i]`` of ``target_hostname`` into ``buf_ptrs[i]``.
+
+        Args:
+            memory: what ``buf_ptrs`` point into. A read that fails or is ended may still write: the
+                store then keeps ``memory`` alive until that is over. Without it, the caller must.
+            check: called while waiting; ends the read by raising. Default: ten minutes.
 
         Raises:
             P2PError: the transfer failed.
         """
-        code = self._engine.batch_transfer_sync_read(
-            target_hostname, list(buf_ptrs), list(remote_ptrs), list(lens)
-        )
-        if code != 0:
+        slices = _slices(buf_ptrs, remote_ptrs, lens)
+        read = _Read(self._engine, target_hostname, slices, memory)
+        ends = Deadline(_LONGEST_READ)
+        try:
+            poll(read.advance, check or (lambda: ends.check(f"a read from {target_hostname}")))
+        finally:
+            self._keep_until_over(read)
+        if read.failure:
             raise P2PError(
                 f"{self.addr} cannot read {sum(lens)} bytes from {target_hostname}: Mooncake's "
-                f"code {code}; is that source alive, and its checkpoint still registered?"
+                f"{read.failure}; is that source alive, and its checkpoint still registered?"
             )
 
-    def check_lease(self, owner: str, lease: Lease) -> None:
+    def check_lease(
+        self, owner: str, lease: Lease, check: Callable[[], None] | None = None
+    ) -> None:
         """Raise unless the owner still holds what ``lease`` was granted on.
+
+        Args:
+            check: as in ``batch_transfer_sync_read``.
 
         Raises:
             P2PError: it is gone, or another checkpoint is in its place.
         """
-        seen = ctypes.create_string_buffer(_SLOT_BYTES)
-        self.batch_transfer_sync_read(owner, [ctypes.addressof(seen)], [lease.ptr], [_SLOT_BYTES])
-        if seen.raw[: len(lease.id) // 2].hex() != lease.id:
+        seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
+        self.batch_transfer_sync_read(
+            owner, [seen.data_ptr()], [lease.ptr], [_SLOT_BYTES], memory=seen, check=check
+        )
+        if bytes(seen.tolist())[: len(lease.id) // 2].hex() != lease.id:
             raise P2PError(
                 f"source {owner} has unregistered or replaced the checkpoint since these metas "
                 "were made: get its current metas"
             )
 
     def close(self) -> None:
-        """Unregister everything and let the engine go."""
+        """Unregister everything and let the engine go, which ends what is under way."""
         self.unregister_named_tensors(list(self._registered))
+        kept = [read.memory for read in self._unfinished]
+        self._unfinished = []
         self._engine = None
+        del kept  # only now can nothing be written any more
+
+    def _keep_until_over(self, read: _Read) -> None:
+        """Hold on to what a read that is given up may still write into; drop what is over."""
+        read.settle()
+        with self._unfinished_lock:
+            self._unfinished = [one for one in (*self._unfinished, read) if not one.is_over()]
+            if read in self._unfinished:
+                logger.warning(
+                    "{} bytes of memory are kept, and not used again, until a read from {} that "
+                    "was given up is over: late bytes may still arrive in them",
+                    0 if read.memory is None else read.memory.untyped_storage().nbytes(),
+                    read.source,
+                )
 
     def _register(self, name: str, ptr: int, nbytes: int) -> None:
         code = self._engine.register_memory(ptr, nbytes)
@@ -179,6 +221,73 @@ class P2PStore:
                 f"{self.device}): Mooncake's code {code}; check the memlock limit (ulimit -l)"
             )
         self._registered[name] = (ptr, nbytes)
+
+
+class _Read:
+    """One read, cut into slices of which a few are under way at a time.
+
+    Every slice is a batch of its own, because the status that Mooncake gives of a batch is that of
+    its first slice. Its synchronous calls keep a core busy and give up after half a minute.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        source: str,
+        slices: Iterator[tuple[int, int, int]],
+        memory: torch.Tensor | None,
+    ) -> None:
+        """``slices``: the local address, the remote one and the bytes of each."""
+        self._engine = engine
+        self.source = source
+        self._slices = slices
+        self.memory = memory
+        self.failure = ""
+        self._under_way: list[int] = []
+
+    def advance(self) -> bool:
+        """Start what is next; returns whether all has arrived, or something failed."""
+        self._look()
+        while not self.failure and len(self._under_way) < _SLICES_UNDER_WAY:
+            following = next(self._slices, None)
+            if following is None:
+                break
+            self._start(*following)
+        return bool(self.failure) or not self._under_way
+
+    def is_over(self) -> bool:
+        """Whether nothing that was started can write any more."""
+        self._look()
+        return not self._under_way
+
+    def settle(self) -> None:
+        """Wait a little for what is under way."""
+        ends = time.monotonic() + _LAST_SLICES
+        while not self.is_over() and time.monotonic() < ends:
+            time.sleep(0.0002)
+
+    def _start(self, local: int, remote: int, nbytes: int) -> None:
+        batch = self._engine.batch_transfer_async_read(self.source, [local], [remote], [nbytes])
+        if batch == 0:
+            self.failure = "code 0 (no transfer)"
+        else:
+            self._under_way.append(batch)
+
+    def _look(self) -> None:
+        """Ask for each status, until it is final: then Mooncake has freed the batch."""
+        codes = {batch: self._engine.transfer_check_status(batch) for batch in self._under_way}
+        self._under_way = [batch for batch, code in codes.items() if code not in _FINAL]
+        failed = [code for code in codes.values() if code < 0]
+        if failed:
+            self.failure = f"code {failed[0]}"
+
+
+def _slices(
+    local: Sequence[int], remote: Sequence[int], lens: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    for to, source, nbytes in zip(local, remote, lens, strict=True):
+        for start in range(0, nbytes, _SLICE_BYTES):
+            yield to + start, source + start, min(_SLICE_BYTES, nbytes - start)
 
 
 class _Slots:

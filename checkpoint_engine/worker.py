@@ -16,6 +16,7 @@ from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
+from checkpoint_engine.reload import EngineReload, NamedTensors
 from checkpoint_engine.wire import (
     Abort,
     Bucket,
@@ -28,8 +29,6 @@ from checkpoint_engine.wire import (
 )
 
 __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
-
-NamedTensors = list[tuple[str, torch.Tensor]]
 
 SERVER_TIMEOUT = 600.0
 """Seconds that a worker waits for the next message of a server that sets no deadline."""
@@ -213,11 +212,15 @@ class VllmColocateWorkerExtension:
     local_rank: int
     model_runner: Any
 
-    def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> None:
+    def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         """Load the weights that the parameter server sends to this worker's device.
 
         Args:
             zmq_handles: device identity to address, of at least this engine's devices.
+
+        Returns:
+            By model (``model``, ``drafter``), what it took: ``tensors``, ``bytes``, ``missing``
+            parameters, ``unused`` tensors and more; see ``reload.ModelReport``.
 
         Raises:
             KeyError: this worker's device is not among them.
@@ -229,21 +232,13 @@ class VllmColocateWorkerExtension:
             raise KeyError(
                 f"this worker is {identity}, but the parameter server serves {sorted(zmq_handles)}"
             )
-        with zmq.Context() as context:
+        habits = self.__dict__.setdefault("_loader_habits", {})
+        with contextlib.closing(EngineReload(self, habits)) as reload, zmq.Context() as context:
             update_weights_from_ipc(
                 context,
                 zmq_handles[identity],
                 device_id=self.device.index,
-                run=lambda weights: self.model_runner.model.load_weights(weights=weights),
-                post_hook=self._process_loaded_weights,
+                run=reload.load,
+                post_hook=reload.finish,
             )
-
-    def _process_loaded_weights(self) -> None:
-        """What vLLM does to weights once they are loaded; other engines have no such step."""
-        try:
-            from vllm.model_executor.model_loader.utils import process_weights_after_loading
-        except ImportError:
-            return
-        process_weights_after_loading(
-            self.model_runner.model, self.model_runner.model_config, self.device
-        )
+            return reload.summary()

@@ -1,0 +1,456 @@
+"""Loading a stream of buckets into the models of a running inference engine.
+
+An engine that has loaded its weights once has often repacked them, and its loader no longer fits
+them. vLLM answers with layerwise reload: every layer goes back to the form of the checkpoint, is
+loaded, repacked and copied into the memory that the engine computes with. Releases before it load
+over what is there and repack again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+_SHOWN_NAMES = 20
+_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+@dataclass
+class ModelReport:
+    """What one worker's model took of an update.
+
+    Attributes:
+        tensors, nbytes: what arrived.
+        held_bytes: of those, what had to be loaded before its layer was complete, because the layer
+            was spread over buckets.
+        missing: parameters that nothing was loaded into.
+        unused: tensors that this worker's loader did not read, as other workers' experts and
+            stages, or what the model does not have.
+    """
+
+    tensors: int = 0
+    nbytes: int = 0
+    held_bytes: int = 0
+    missing: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data, with the first names of long lists."""
+        return {
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "held_bytes": self.held_bytes,
+            "missing_count": len(self.missing),
+            "missing": sorted(self.missing)[:_SHOWN_NAMES],
+            "unused_count": len(self.unused),
+            "unused": sorted(self.unused)[:_SHOWN_NAMES],
+        }
+
+
+class _Way(Protocol):
+    """How an engine reloads one model."""
+
+    def begin(self) -> None:
+        """Before the first tensor."""
+        ...
+
+    def after_bucket(self) -> int:
+        """The bucket's memory is about to be overwritten. Returns the bytes that were held back."""
+        ...
+
+    def finish(self) -> None:
+        """After the last tensor."""
+        ...
+
+    def abandon(self) -> None:
+        """The update failed: leave a model that can be updated again."""
+        ...
+
+
+class _LoadOver:
+    """Loads over the weights that are there, and repacks them: releases without layerwise
+    reload."""
+
+    def __init__(self, model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
+        self._model = model
+        self._model_config = model_config
+        self._device = device
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def after_bucket(self) -> int:
+        return 0
+
+    def finish(self) -> None:
+        try:
+            from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        except ImportError:  # engines that have no such step
+            return
+        process_weights_after_loading(self._model, self._model_config, self._device)
+
+    def abandon(self) -> None:
+        """Nothing was taken apart."""
+
+
+class _Layerwise:
+    """vLLM's layerwise reload.
+
+    vLLM keeps what it is given until a layer is complete. Here that is memory which the next bucket
+    but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
+    now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
+    that this worker keeps.
+    """
+
+    def __init__(self, vllm: Any, model: torch.nn.Module, model_config: Any) -> None:
+        """``vllm``: the module that layerwise reload is in."""
+        self._vllm = vllm
+        self._model = model
+        self._model_config = model_config
+        self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
+        takes_info = len(inspect.signature(vllm.materialize_layer).parameters) > 1
+        self._materialize: Callable[[Any, Any], None] = (
+            vllm.materialize_layer
+            if takes_info
+            else lambda layer, info: vllm.materialize_layer(layer)
+        )
+        self._kernels: list[tuple[Any, Any]] = []
+
+    @staticmethod
+    def offered_for(model: Any) -> Any:
+        """vLLM's module for it, if this release has one and recorded how ``model`` was made."""
+        if not isinstance(model, torch.nn.Module):
+            return None
+        try:
+            vllm = importlib.import_module(_LAYERWISE)
+        except ImportError:
+            return None
+        recorded = (vllm.get_layerwise_info(layer).restore_metadata for layer in model.modules())
+        return vllm if any(parameters for parameters, _ in recorded) else None
+
+    def begin(self) -> None:
+        self.abandon()  # what a failed update may have left
+        self._vllm.initialize_layerwise_reload(self._model)
+        self._set_kernels_aside()
+
+    def after_bucket(self) -> int:
+        held = 0
+        for layer, info in self._layers:
+            if not info.loaded_weights:
+                continue
+            held += sum(_tensor_bytes(arguments) for _, arguments in info.loaded_weights)
+            if self._must_wait(layer, info):
+                for _, arguments in info.loaded_weights:
+                    _clone_tensors(arguments)
+            else:
+                self._load_now(layer, info)
+        return held
+
+    def finish(self) -> None:
+        self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        self._restore_kernels()
+
+    def abandon(self) -> None:
+        """Put the memory that the engine computes with back in its place."""
+        self._restore_kernels()
+        for layer, info in self._layers:
+            if not info.can_load():
+                continue
+            if info.kernel_tensors is not None:
+                self._vllm._place_kernel_tensors(layer, info)
+            info.reset()
+        if hasattr(self._model, "_original_do_torchao_reload"):
+            self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _set_kernels_aside(self) -> None:
+        """Experts on CPUs: vLLM 0.32 packs their weights only where it makes a new kernel."""
+        for layer, info in self._layers:
+            method = getattr(layer, "quant_method", None)
+            kernel = getattr(method, "moe_kernel", None)
+            if kernel is not None and _is_on_cpu(info):
+                self._kernels.append((method, kernel))
+                method.moe_kernel = None
+
+    def _restore_kernels(self) -> None:
+        """For layers that were not loaded."""
+        for method, kernel in self._kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
+        self._kernels.clear()
+
+    def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
+        buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
+        return bool(buffers) or _is_deferred(self._vllm, layer)
+
+    def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
+        self._materialize(layer, info)
+        for name, arguments in info.loaded_weights:
+            parameter = getattr(layer, name)
+            if arguments.arguments["param"] is not parameter:  # otherwise it is in there already
+                arguments.arguments["param"] = parameter
+                self._vllm._get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
+        info.loaded_weights.clear()
+
+
+def _is_on_cpu(info: Any) -> bool:
+    parameters, _ = info.kernel_tensors or ({}, {})
+    return all(parameter.device.type == "cpu" for parameter in parameters.values())
+
+
+def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
+    if hasattr(vllm, "is_deferred_attention_layer"):
+        return bool(vllm.is_deferred_attention_layer(layer))
+    return callable(getattr(layer, "process_weights_after_loading", None))
+
+
+def _tensor_bytes(arguments: inspect.BoundArguments) -> int:
+    return sum(
+        value.nbytes
+        for name, value in arguments.arguments.items()
+        if isinstance(value, torch.Tensor) and name != "param"
+    )
+
+
+def _clone_tensors(arguments: inspect.BoundArguments) -> None:
+    for name, value in arguments.arguments.items():
+        if isinstance(value, torch.Tensor) and name != "param":
+            arguments.arguments[name] = value.clone()
+
+
+@dataclass
+class LoaderHabits:
+    """What one model's loader was seen to do; kept from update to update."""
+
+    model: Any
+    keeps_tensors: bool = False
+    unused: dict[str, bool] = field(default_factory=dict)
+    """By tensor name, whether the loader left it alone."""
+
+
+class ModelReload:
+    """One update of one model of an engine."""
+
+    def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
+        self.report = ModelReport()
+        self._model = habits.model
+        self._habits = habits
+        self._model_config = model_config
+        vllm = _Layerwise.offered_for(self._model)
+        self._way: _Way = (
+            _LoadOver(self._model, model_config, device)
+            if vllm is None
+            else _Layerwise(vllm, self._model, model_config)
+        )
+        self._loaded: set[str] | None = set()
+        self._expected: set[str] = set()
+        self._required: set[str] = set()
+        self._begun = False
+
+    def load(self, weights: NamedTensors) -> None:
+        """Give a bucket to the model's loader."""
+        self._begin()
+        self.report.tensors += len(weights)
+        self.report.nbytes += sum(tensor.nbytes for _, tensor in weights)
+        if self._habits.keeps_tensors:
+            weights = [(name, tensor.clone()) for name, tensor in weights]
+        with self._noting_what_is_read(weights):
+            loaded = self._model.load_weights(weights=weights)
+        if loaded is None:
+            self._loaded = None
+        elif self._loaded is not None:
+            self._loaded |= set(loaded)
+        self.report.held_bytes += self._way.after_bucket()
+
+    def finish(self) -> None:
+        """Everything has arrived.
+
+        Raises:
+            ValueError: the engine would not have started from such a checkpoint.
+        """
+        self._begin()
+        if self._loaded is not None:
+            self.report.missing = self._expected - self._loaded
+            self._refuse_incomplete(self._required - self._loaded)
+        self._way.finish()
+        self._begun = False
+
+    def close(self) -> None:
+        """Clean up after a failed update; nothing after a finished one."""
+        if self._begun:
+            self._begun = False
+            self._way.abandon()
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        self._way.begin()
+        if isinstance(self._model, torch.nn.Module):
+            names = (name for name, _ in self._model.named_parameters())
+            self._expected = {name.replace(".base_layer.", ".") for name in names}
+            self._required = _required(self._model, self._model_config, self._expected)
+
+    def _refuse_incomplete(self, missing: set[str]) -> None:
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} parameters without which this model would "
+                f"not start: {sorted(missing)[:_SHOWN_NAMES]}"
+            )
+
+    @contextlib.contextmanager
+    def _noting_what_is_read(self, weights: NamedTensors) -> Iterator[None]:
+        """Watch the loader when it sees a tensor for the first time."""
+        unused = self._habits.unused
+        if all(name in unused for name, _ in weights):
+            yield
+        else:
+            with _Readings() as readings:
+                yield
+            unused.update((name, not readings.saw(tensor)) for name, tensor in weights)
+        self.report.unused |= {name for name, tensor in weights if unused[name] and tensor.numel()}
+
+
+def _required(model: torch.nn.Module, model_config: Any, names: set[str]) -> set[str]:
+    """The parameters without which vLLM's own loader refuses a checkpoint."""
+    try:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    except ImportError:
+        return set()
+    if model_config.quantization is not None:
+        return set()
+    exempt: set[str] = set()
+    if hasattr(DefaultModelLoader, "track_weights_loading"):
+        with contextlib.suppress(ValueError):  # of what is missing; it notes what may be
+            DefaultModelLoader.track_weights_loading(None, model, exempt)
+    return names - exempt
+
+
+class _Readings(TorchDispatchMode):
+    """Notes where operations read, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._addresses: set[int] = set()
+        self._in_order: list[int] = []
+
+    def saw(self, tensor: torch.Tensor) -> bool:
+        """Whether something was read that begins in ``tensor``'s memory."""
+        if len(self._in_order) != len(self._addresses):
+            self._in_order = sorted(self._addresses)
+        start = tensor.data_ptr()
+        next_one = bisect.bisect_left(self._in_order, start)
+        found = self._in_order[next_one : next_one + 1]
+        return bool(found) and found[0] < start + tensor.nbytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            self._addresses.update(
+                value.data_ptr()
+                for value in args
+                if isinstance(value, torch.Tensor) and not value.is_meta
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class EngineReload:
+    """One update of an inference worker: its model, and its drafter's where it has one."""
+
+    def __init__(self, worker: Any, habits: dict[str, LoaderHabits]) -> None:
+        """
+        Args:
+            worker: has ``device`` and ``model_runner``, as vLLM's workers.
+            habits: kept by the worker, from update to update.
+        """
+        runner = worker.model_runner
+        self._runner = runner
+        self._config = getattr(worker, "vllm_config", None)
+        self._habits = habits
+        self._models: dict[str, ModelReload] = {}
+        for role, model, model_config in _models_of(runner, self._config):
+            if role not in habits or habits[role].model is not model:
+                habits[role] = LoaderHabits(model)
+            self._models[role] = ModelReload(habits[role], model_config, worker.device)
+
+    def load(self, weights: NamedTensors) -> None:
+        """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
+
+        Raises:
+            RuntimeError: a loader keeps references; from the next update on it gets copies.
+        """
+        if not weights:
+            return
+        storage = weights[0][1].untyped_storage()
+        before = _references(storage) - len(weights)
+        with self._as_engine():
+            for model in self._models.values():
+                model.load(weights)
+        weights.clear()
+        if _references(storage) > before:
+            gc.collect()
+        if _references(storage) > before:
+            for habits in self._habits.values():
+                habits.keeps_tensors = True
+            raise RuntimeError(
+                "the model's loader keeps tensors that it was given, whose memory the next buckets "
+                "overwrite: update again, it will be given copies from now on"
+            )
+
+    def finish(self) -> None:
+        """Have the engine process what was loaded, and drop what it derived from old weights."""
+        with self._as_engine():
+            for model in self._models.values():
+                model.finish()
+        for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
+            getattr(self._runner, cache, _nothing)()
+
+    def close(self) -> None:
+        with self._as_engine():
+            for model in self._models.values():
+                model.close()
+
+    def summary(self) -> dict[str, Any]:
+        """By role, what each model took."""
+        return {role: model.report.summary() for role, model in self._models.items()}
+
+    def _as_engine(self) -> contextlib.AbstractContextManager[Any]:
+        if self._config is None:
+            return contextlib.nullcontext()
+        from vllm.config import set_current_vllm_config
+
+        return set_current_vllm_config(self._config)
+
+
+def _nothing() -> None:
+    """For engines that lack a method."""
+
+
+def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(role, model, its config): the model, and a drafter that came from the same checkpoint."""
+    yield "model", runner.model, getattr(runner, "model_config", None)
+    drafter = getattr(getattr(runner, "drafter", None), "model", None)
+    if drafter is None and hasattr(runner, "get_draft_model"):
+        drafter = runner.get_draft_model()
+    speculative = getattr(config, "speculative_config", None)
+    drafted = getattr(speculative, "draft_model_config", None)
+    target = getattr(getattr(config, "model_config", None), "model", None)
+    if hasattr(drafter, "load_weights") and getattr(drafted, "model", target) == target:
+        yield "drafter", drafter, drafted or getattr(runner, "model_config", None)
+
+
+def _references(storage: torch.UntypedStorage) -> int:
+    """How many tensors, about, share a storage."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
