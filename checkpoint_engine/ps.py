@@ -793,12 +793,14 @@ class ParameterServer:
 
     def _choose_nic(self) -> str:
         """This rank's RDMA NIC; empty where the machine has none that can be used."""
-        devices, findings = rdma.usable_devices(_get_rdma_devices())
+        devices = _get_rdma_devices()
+        usable, findings = rdma.usable_devices(devices)
         for finding in findings:
             self._log.warning(finding)
-        if not devices:
+        if not usable:
             return ""
-        return _get_my_rdma_device(self._local_rank, self._gpu_count, devices)
+        choice = rdma.with_stand_ins(devices, usable, self._gpu_count)
+        return _get_my_rdma_device(self._local_rank, self._gpu_count, choice)
 
     # ------------------------------------------------------------------ what clients reach into
 

@@ -73,19 +73,52 @@ def select_devices(
 
 
 def usable_devices(devices: Sequence[str], sysfs: str = SYSFS) -> tuple[list[str], list[str]]:
-    """Those of ``devices`` that have an active port, and findings on the others.
+    """Those of ``devices`` that have an active port with an address, and findings on the others.
 
     A device that the kernel does not describe below ``sysfs`` is taken as usable.
     """
     usable, findings = [], []
     for device in devices:
-        states = [path.read_text() for path in Path(sysfs, device).glob("ports/*/state")]
-        if states and not any("ACTIVE" in state for state in states):
-            found = ", ".join(state.strip() for state in states)
-            findings.append(f"RDMA device {device} is not used: its ports are {found}")
+        ports = sorted(Path(sysfs, device, "ports").glob("*"))
+        problems = [problem for port in ports if (problem := _port_problem(port))]
+        if ports and len(problems) == len(ports):
+            findings.append(f"RDMA device {device} is not used: {', '.join(problems)}")
         else:
             usable.append(device)
     return usable, findings
+
+
+def _port_problem(port: Path) -> str:
+    """Why a port cannot be used; empty if it can."""
+    state = (port / "state").read_text().strip()
+    if "ACTIVE" not in state:
+        return f"port {port.name} is {state}"
+    gids = [gid for path in port.glob("gids/*") if (gid := _read_gid(path))]
+    if gids and not any(gid.strip("0:") for gid in gids):
+        return f"port {port.name} has no GID"
+    return ""
+
+
+def _read_gid(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # how some drivers say that an entry is empty
+        return "0"
+
+
+def with_stand_ins(devices: Sequence[str], usable: Sequence[str], gpu_count: int) -> list[str]:
+    """What ``device_for_rank`` may choose from: ``usable``, if it can be paired with the node's
+    GPUs evenly; else ``devices``, with a usable one in the place of each that is not."""
+    if _is_even(len(usable), gpu_count) or not _is_even(len(devices), gpu_count):
+        return list(usable)
+    return [
+        device if device in usable else usable[place % len(usable)]
+        for place, device in enumerate(devices)
+    ]
+
+
+def _is_even(count: int, gpu_count: int) -> bool:
+    return count > 0 and (gpu_count % count == 0 or count % gpu_count == 0)
 
 
 def is_efa(devices: Sequence[str], sysfs: str = SYSFS) -> bool:
@@ -143,7 +176,8 @@ def device_for_rank(local_rank: int, gpu_count: int, devices: Sequence[str]) -> 
     if count <= gpu_count:
         return devices[local_rank // (gpu_count // count)]
     share = count // gpu_count
-    return ",".join(devices[local_rank * share : (local_rank + 1) * share])
+    mine = devices[local_rank * share : (local_rank + 1) * share]
+    return ",".join(dict.fromkeys(mine))  # a stand-in may be there twice
 
 
 def _split(value: str) -> list[str]:

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoint_engine.vllm_on_cpu import CpuRepairs
+
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 _SHOWN_NAMES = 20
@@ -125,7 +127,8 @@ class _Layerwise:
             if takes_info
             else lambda layer, info: vllm.materialize_layer(layer)
         )
-        self._kernels: list[tuple[Any, Any]] = []
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        self._repairs = CpuRepairs(model.modules() if on_cpu else ())
 
     @staticmethod
     def offered_for(model: Any) -> Any:
@@ -142,7 +145,7 @@ class _Layerwise:
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
-        self._set_kernels_aside()
+        self._repairs.begin()
 
     def after_bucket(self) -> int:
         held = 0
@@ -159,11 +162,11 @@ class _Layerwise:
 
     def finish(self) -> None:
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
-        self._restore_kernels()
+        self._repairs.end()
 
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
-        self._restore_kernels()
+        self._repairs.end()
         for layer, info in self._layers:
             if not info.can_load():
                 continue
@@ -172,22 +175,6 @@ class _Layerwise:
             info.reset()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
-
-    def _set_kernels_aside(self) -> None:
-        """Experts on CPUs: vLLM 0.32 packs their weights only where it makes a new kernel."""
-        for layer, info in self._layers:
-            method = getattr(layer, "quant_method", None)
-            kernel = getattr(method, "moe_kernel", None)
-            if kernel is not None and _is_on_cpu(info):
-                self._kernels.append((method, kernel))
-                method.moe_kernel = None
-
-    def _restore_kernels(self) -> None:
-        """For layers that were not loaded."""
-        for method, kernel in self._kernels:
-            if method.moe_kernel is None:
-                method.moe_kernel = kernel
-        self._kernels.clear()
 
     def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
         """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
@@ -202,11 +189,6 @@ class _Layerwise:
                 arguments.arguments["param"] = parameter
                 self._vllm._get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
         info.loaded_weights.clear()
-
-
-def _is_on_cpu(info: Any) -> bool:
-    parameters, _ = info.kernel_tensors or ({}, {})
-    return all(parameter.device.type == "cpu" for parameter in parameters.values())
 
 
 def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
@@ -296,11 +278,17 @@ class ModelReload:
         if self._begun:
             return
         self._begun = True
+        tied = _tied(self._model)
         self._way.begin()
         if isinstance(self._model, torch.nn.Module):
-            names = (name for name, _ in self._model.named_parameters())
-            self._expected = {name.replace(".base_layer.", ".") for name in names}
-            self._required = _required(self._model, self._model_config, self._expected)
+            names = {
+                name.replace(".base_layer.", ".") for name, _ in self._model.named_parameters()
+            }
+            names -= tied
+            quantised = getattr(self._model_config, "quantization", None) is not None
+            exempt = _may_be_missing(self._model, quantised)
+            self._expected = names - exempt if quantised else names
+            self._required = set() if quantised else names - exempt
 
     def _refuse_incomplete(self, missing: set[str]) -> None:
         if missing:
@@ -322,19 +310,27 @@ class ModelReload:
         self.report.unused |= {name for name, tensor in weights if unused[name] and tensor.numel()}
 
 
-def _required(model: torch.nn.Module, model_config: Any, names: set[str]) -> set[str]:
-    """The parameters without which vLLM's own loader refuses a checkpoint."""
+def _tied(model: Any) -> set[str]:
+    """The names of parameters that are another one under a second name."""
+    if not isinstance(model, torch.nn.Module):
+        return set()
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str]:
+    """The parameters that vLLM's own loader does without, at start-up."""
     try:
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    except ImportError:
-        return set()
-    if model_config.quantization is not None:
-        return set()
+    except ImportError:  # another engine, which has not said
+        return {name for name, _ in model.named_parameters()}
     exempt: set[str] = set()
-    if hasattr(DefaultModelLoader, "track_weights_loading"):
+    track = getattr(DefaultModelLoader, "track_weights_loading", None)
+    if track is not None:
+        options = {"quantized": True} if "quantized" in inspect.signature(track).parameters else {}
         with contextlib.suppress(ValueError):  # of what is missing; it notes what may be
-            DefaultModelLoader.track_weights_loading(None, model, exempt)
-    return names - exempt
+            track(None, model, exempt, **(options if quantised else {}))
+    return exempt
 
 
 class _Readings(TorchDispatchMode):
@@ -426,12 +422,25 @@ class EngineReload:
         """By role, what each model took."""
         return {role: model.report.summary() for role, model in self._models.items()}
 
-    def _as_engine(self) -> contextlib.AbstractContextManager[Any]:
-        if self._config is None:
-            return contextlib.nullcontext()
-        from vllm.config import set_current_vllm_config
+    @contextlib.contextmanager
+    def _as_engine(self) -> Iterator[None]:
+        """The surroundings in which the engine loaded the model at start-up."""
+        default = torch.get_default_dtype()
+        dtype = getattr(getattr(self._runner, "model_config", None), "dtype", default)
+        torch.set_default_dtype(dtype)  # vLLM's own reload forgets it; int8 on CPUs needs it
+        try:
+            with _current(self._config):
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
-        return set_current_vllm_config(self._config)
+
+def _current(vllm_config: Any) -> contextlib.AbstractContextManager[Any]:
+    if vllm_config is None:
+        return contextlib.nullcontext()
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(vllm_config)
 
 
 def _nothing() -> None:

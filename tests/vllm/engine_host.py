@@ -1,0 +1,88 @@
+"""A process that runs vLLM engines one after the other: ``engine_host.py PORT_FILE``.
+
+Engines start in a second or two here, because vLLM is imported once. Routes: ``/start``, ``/stop``,
+``/generate`` and vLLM's own ``/collective_rpc``; bodies and answers are JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [[3, 5, 7, 9], [11, 22, 33, 44, 55, 66]]
+EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
+
+
+class Host:
+    """The engine of the moment."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def start(self, **options: Any) -> None:
+        from vllm import LLM
+
+        self.stop()
+        self._engine = LLM(
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            worker_extension_cls=EXTENSION,
+            disable_log_stats=True,
+            **options,
+        )
+
+    def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.llm_engine.engine_core.shutdown()
+        self._engine = None
+        gc.collect()
+
+    def generate(self) -> list[list[int]]:
+        from vllm.inputs import TokensPrompt
+
+        from vllm import SamplingParams
+
+        outputs = self._engine.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in PROMPTS],
+            SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def collective_rpc(self, method: str, args: list[Any], timeout: float) -> dict[str, Any]:
+        return {"results": self._engine.collective_rpc(method, timeout, tuple(args))}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        try:
+            status, answer = 200, getattr(host, self.path.strip("/"))(**body)
+        except Exception:
+            status, answer = 500, traceback.format_exc()
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Quiet."""
+
+
+if __name__ == "__main__":
+    import vllm  # noqa: F401
+
+    host = Host()
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    ready = Path(sys.argv[1])
+    ready.with_suffix(".new").write_text(str(server.server_port))
+    os.replace(ready.with_suffix(".new"), ready)
+    server.serve_forever()
