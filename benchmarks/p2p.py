@@ -5,7 +5,7 @@
 One process owns the checkpoint. This one joins in a world of its own, with a worker that copies
 every tensor into resident memory. Reads and updates take turns; what counts is the ratio of their
 medians. Two raw reads are shown: Mooncake's synchronous call, which spins on a core while it waits,
-and its asynchronous one with a look every 0.2 ms.
+and its asynchronous one, a look every 0.2 ms. The ratio is to the faster of the two.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ class RawReader:
     def __init__(self, ps: ParameterServer) -> None:
         from mooncake.engine import TransferEngine
 
-        (self._owned,) = ps.get_metas().values()
-        self._buffers = self._owned.memory_buffer_metas_list
+        (owned,) = ps.get_metas().values()
+        self._source = str(owned.p2p_store_addr)
+        self._buffers = owned.memory_buffer_metas_list
         self._target = torch.zeros(sum(b.size for b in self._buffers), dtype=torch.uint8)
         store = ps._p2p_store
         if store is None:
@@ -147,15 +148,20 @@ class RawReader:
 
     def read(self) -> None:
         """One call for everything."""
-        _check(self._engine.batch_transfer_sync_read(*self._request()))
+        _check(self._engine.batch_transfer_sync_read(self._source, *self._request()))
 
     def read_and_poll(self) -> None:
-        batch = self._engine.batch_transfer_async_read(*self._request())
-        while (status := self._engine.transfer_check_status(batch)) == 0:
-            time.sleep(0.0002)
-        _check(status - 1)
+        """A call per host buffer: a batch's status is that of its first request."""
+        batches = [
+            self._engine.batch_transfer_async_read(self._source, [to], [start], [size])
+            for to, start, size in zip(*self._request(), strict=True)
+        ]
+        for batch in batches:
+            while (status := self._engine.transfer_check_status(batch)) == 0:
+                time.sleep(0.0002)
+            _check(status - 1)
 
-    def _request(self) -> tuple[str, list[int], list[int], list[int]]:
+    def _request(self) -> tuple[list[int], list[int], list[int]]:
         local, remote, sizes = [], [], []
         start = self._target.data_ptr()
         for buffer in self._buffers:
@@ -163,7 +169,7 @@ class RawReader:
             remote.append(buffer.ptr)
             sizes.append(buffer.size)
             start += buffer.size
-        return str(self._owned.p2p_store_addr), local, remote, sizes
+        return local, remote, sizes
 
 
 def _check(code: int) -> None:
@@ -208,9 +214,8 @@ class Benchmark:
             "bytes": self.raw.nbytes,
             "seconds": self.seconds,
             "medians": medians,
-            "ratio": medians["update"] / medians["read"],
-            "ratio to the better raw read": medians["update"]
-            / min(medians["read"], medians["read_and_poll"]),
+            "ratio": medians["update"] / min(medians["read"], medians["read_and_poll"]),
+            "ratio to read": medians["update"] / medians["read"],
             "phases": {name: statistics.median(all_) for name, all_ in self.phases.items()},
         }
 
@@ -224,14 +229,14 @@ def show(table: dict[str, Any]) -> None:
         print(f"{name:16} {median:7.3f} s {rate:6.2f} GB/s   n={len(seconds)} {spread}")
     phases = {name: round(seconds, 3) for name, seconds in table["phases"].items()}
     print(f"phases of the update: {json.dumps(phases)}")
-    for name in ("ratio", "ratio to the better raw read"):
-        print(f"{name:30} {table[name]:.2f}")
+    for name in ("ratio", "ratio to read"):
+        print(f"{name:16} {table[name]:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, 10^9 bytes")
-    parser.add_argument("--bucket-gb", type=float, default=0.25, help="largest bucket, GiB")
+    parser.add_argument("--bucket-gb", type=float, default=2**-5, help="largest bucket, GiB")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the table there too")
     parser.add_argument("--own", type=int, metavar="TENSORS", help=argparse.SUPPRESS)

@@ -327,6 +327,8 @@ def _choose_protocol(device_manager: DeviceManager, device: str) -> str:
 
 def _start_engine(host: str, protocol: str, device: str) -> Any:
     """A started engine; tries again where a port was taken between choosing and using it."""
+    if ":" in host:
+        os.environ.setdefault("MC_USE_IPV6", "1")  # read when it is loaded
     engine_class = _import_engine()
     pause = _FIRST_PAUSE
     for attempt in range(_START_ATTEMPTS):

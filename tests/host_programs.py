@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoint_engine.metas_file import decode_metas
-from checkpoint_engine.p2p_store import P2PStore
 from fleet import request_of
 from programs import PROGRAMS, RANK, WORLD_SIZE, Rank, _await_file, _error_of
 
@@ -42,48 +40,51 @@ def cut_off(folder: str, sources: int, timeout: float) -> dict[str, Any]:
     return {"seen": seen, **rank.resources()}
 
 
-def offer(folder: str, pieces: int, size: int) -> dict[str, Any]:
-    """A process with memory that others may read."""
-    store, here = P2PStore(), Path(folder)
-    memory = torch.full((pieces * size,), 7, dtype=torch.uint8)
-    store.register_named_tensors({"memory": memory})
-    place = {"address": store.addr, "ptr": memory.data_ptr()}
-    (here / "place.new").write_text(json.dumps(place))
-    (here / "place.new").rename(here / "metas.json")
-    _await_file(here / "finished")
-    return {}
+def repeat(members: list[int], times: int) -> dict[str, Any]:
+    """P2P updates one after the other; what there is after the first few, and after all."""
+    rank = Rank()
+    rank.publish("good", 1, set(range(WORLD_SIZE)))
+    request = request_of(rank.worker, RANK)
+    early: list[dict[str, int]] = []
+    for _ in range(times):
+        rank.worker.call("forget")
+        rank.ps.update("good", request, ranks=members)
+        if RANK in members:
+            rank.check(1, set(range(WORLD_SIZE)))
+        rank.ps.store_based_barrier()
+        early = [*early, _threads_and_files()][:3]
+    most = {what: max(one[what] for one in early) for what in early[0]}
+    ends = time.monotonic() + 10
+    while any((after := _threads_and_files())[what] > most[what] for what in most):
+        if time.monotonic() > ends:
+            break
+        time.sleep(0.02)
+    rank.ps.store_based_barrier()
+    rank.stop()
+    return {"early": most, "after": after}
 
 
-def take(folder: str, pieces: int, size: int) -> dict[str, Any]:
-    """Read that memory in pieces while it is cut off; see what arrives after the error."""
-    store, here = P2PStore(), Path(folder)
-    place = json.loads((here / "metas.json").read_text())
-    offsets = range(0, pieces * size, size)
+def _threads_and_files() -> dict[str, int]:
+    return {what: len(list(Path("/proc/self", what).iterdir())) for what in ("task", "fd")}
 
-    def read(target: torch.Tensor) -> None:
-        local = [target.data_ptr() + offset for offset in offsets]
-        remote = [place["ptr"] + offset for offset in offsets]
-        store.batch_transfer_sync_read(place["address"], local, remote, [size] * pieces)
 
-    target = torch.zeros(pieces * size, dtype=torch.uint8)
-    (here / "reads-0").touch()
-    seen = _error_of(lambda: read(target))
-    arrived = int(target.count_nonzero())
-    (here / "failed-0").touch()
-    _await_file(here / "plugged in")
-    again = torch.zeros_like(target)
-    read(again)  # over the slow link: time for what was under way to arrive
+def slow(folder: str) -> dict[str, Any]:
+    """A joiner that reads over a slow link."""
+    rank, here = Rank(), Path(folder)
+    _await_file(here / "metas.json")
+    rank.ps.gather_metas("good")
+    rank.ps.load_metas(decode_metas((here / "metas.json").read_bytes()))
+    report = rank.ps.update(
+        "good", request_of(rank.worker, RANK), ranks=[RANK], timeout=timedelta(seconds=45)
+    )
+    rank.check(1, {0})
     (here / "finished").touch()
-    return {
-        "seen": seen,
-        "arrived": arrived,
-        "late": int(target.count_nonzero()) - arrived,
-        "again": int(again.count_nonzero()),
-    }
+    rank.stop()
+    return {"seconds": report.seconds, "bytes": report.bytes, **rank.resources()}
 
 
 if __name__ == "__main__":
     name, arguments, results = sys.argv[1:]
-    programs = PROGRAMS | {f.__name__: f for f in (cut_off, offer, take)}
+    programs = PROGRAMS | {f.__name__: f for f in (cut_off, repeat, slow)}
     result = programs[name](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))

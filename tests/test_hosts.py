@@ -147,6 +147,19 @@ def test_a_source_that_is_cut_off_while_it_is_read(
         assert result["seen"]["seconds"] < timeout + 3
 
 
+def test_a_slow_link_is_waited_for(tmp_path: Path, make_hosts: MakeHosts) -> None:
+    """However long a transfer takes, as long as bytes arrive only the update's time ends it."""
+    far, near = make_hosts(2)
+    env = {"PS_DEVICE": "cpu", "MC_TCP_PROGRESS_TIMEOUT_SEC": "2", "MC_TRANSFER_TIMEOUT": "2"}
+    source = start([far], tmp_path / "a", "source", folder=str(tmp_path), changes=[])
+    await_((tmp_path / "metas.json").exists, source)
+    far.slow_down(SLOW // 2)
+    (result,) = joined = start([near], tmp_path / "b", "slow", 1, env, folder=str(tmp_path)).wait()
+    far.full_speed()
+    check_clean(joined + source.wait())
+    assert result["seconds"] > 4
+
+
 def cut_off_while_reading(
     source_host: Host, folder: Path, source: World, start_reader: Callable[[], World]
 ) -> World:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine import rdma
+from checkpoint_engine.plan import assign_receiver_ranks
 
 CASES = json.loads((Path(__file__).parent / "contract" / "hca_cases.json").read_text())["cases"]
 NICS = ["mlx5_0", "mlx5_1", "mlx4_0", "mlx4_1"]
@@ -123,6 +125,139 @@ def test_blocks_are_contiguous_and_use_every_device(gpus: int, nics: int) -> Non
     devices = [f"mlx5_{i}" for i in range(nics)]
     chosen = [rdma.device_for_rank(rank, gpus, devices) for rank in range(gpus)]
     assert list(dict.fromkeys(",".join(chosen).split(","))) == devices
+
+
+ACTIVE, DOWN = "4: ACTIVE", "1: DOWN"
+GID = "fe80:0000:0000:0000:0c42:a1ff:fe00:0001"
+NO_GID = "0000:0000:0000:0000:0000:0000:0000:0000"
+
+
+def add_nic(
+    sysfs: Path, name: str, *states: str, gids: tuple[str, ...] = (GID, NO_GID), vendor: str = ""
+) -> None:
+    """As the kernel describes a NIC with one port for each of ``states``."""
+    for number, state in enumerate(states, start=1):
+        port = sysfs / name / "ports" / str(number)
+        (port / "gids").mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+        for place, gid in enumerate(gids):
+            (port / "gids" / str(place)).write_text(f"{gid}\n")
+    (sysfs / name / "device").mkdir(parents=True)
+    (sysfs / name / "device" / "vendor").write_text(f"{vendor or '0x15b3'}\n")
+
+
+def test_a_nic_is_usable_with_one_active_port_that_has_an_address(tmp_path: Path) -> None:
+    add_nic(tmp_path, "good", ACTIVE)
+    add_nic(tmp_path, "one port of two", DOWN, ACTIVE)
+    add_nic(tmp_path, "dead", DOWN)
+    add_nic(tmp_path, "idle", ACTIVE, gids=(NO_GID, NO_GID))
+    add_nic(tmp_path, "half dead, half idle", DOWN, ACTIVE, gids=(NO_GID,))
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    usable, findings = rdma.usable_devices([*names, "unknown to the kernel"], str(tmp_path))
+    assert usable == ["good", "one port of two", "unknown to the kernel"]
+    assert findings == [
+        "RDMA device dead is not used: port 1 is 1: DOWN",
+        "RDMA device half dead, half idle is not used: port 1 is 1: DOWN, port 2 has no GID",
+        "RDMA device idle is not used: port 1 has no GID",
+    ]
+
+
+def test_an_entry_that_cannot_be_read_is_an_empty_one(tmp_path: Path) -> None:
+    add_nic(tmp_path, "idle", ACTIVE, gids=(NO_GID,))
+    (tmp_path / "idle/ports/1/gids/1").mkdir()  # reading it fails, as an empty entry of RoCE does
+    assert rdma.usable_devices(["idle"], str(tmp_path))[0] == []
+    (tmp_path / "idle/ports/1/gids/2").write_text(GID)
+    assert rdma.usable_devices(["idle"], str(tmp_path))[0] == ["idle"]
+
+
+def test_efa_is_told_by_its_vendor(tmp_path: Path) -> None:
+    add_nic(tmp_path, "rdmap0s6", ACTIVE, vendor="0x1d0f")
+    add_nic(tmp_path, "mlx5_0", ACTIVE)
+    assert rdma.is_efa(["rdmap0s6"], str(tmp_path))
+    assert rdma.is_efa(["mlx5_0", "rdmap0s6"], str(tmp_path))
+    assert not rdma.is_efa(["mlx5_0", "unknown"], str(tmp_path))
+
+
+def node(sysfs: Path, gpus: int, nics: list[str]) -> dict[str, set[int]]:
+    """The ranks of one node on each NIC, or each for itself where there is none."""
+    usable, _ = rdma.usable_devices(nics, str(sysfs))
+    if not usable:
+        return {f"rank-{rank}": {rank} for rank in range(gpus)}
+    choice = rdma.with_stand_ins(nics, usable, gpus)
+    topology: dict[str, set[int]] = {}
+    for rank in range(gpus):
+        topology.setdefault(rdma.device_for_rank(rank, gpus, choice), set()).add(rank)
+    return topology
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nics", "dead", "receivers"),
+    [
+        pytest.param(2, 8, [], 2, id="more NICs than GPUs"),
+        pytest.param(8, 8, [], 8, id="one each"),
+        pytest.param(8, 4, [], 4, id="fewer NICs"),
+        pytest.param(8, 0, [], 8, id="none"),
+        pytest.param(8, 8, [3], 7, id="one of eight dead"),
+        pytest.param(8, 8, [0, 5], 6, id="two of eight dead"),
+        pytest.param(8, 4, [0, 1], 2, id="half of four dead"),
+        pytest.param(2, 8, [1], 2, id="one of many dead"),
+        pytest.param(8, 9, [8], 8, id="one too many, idle"),
+        pytest.param(8, 2, [0, 1], 8, id="all dead"),
+    ],
+)
+def test_receivers_of_every_topology(
+    tmp_path: Path, gpus: int, nics: int, dead: list[int], receivers: int
+) -> None:
+    names = [f"mlx5_{number}" for number in range(nics)]
+    for number, name in enumerate(names):
+        add_nic(tmp_path, name, DOWN if number in dead else ACTIVE)
+    local = node(tmp_path, gpus, names)
+    used = {name for choice in local for name in choice.split(",")}
+    assert used.isdisjoint({f"mlx5_{number}" for number in dead})
+    remote = {f"owner-{owner}": {owner} for owner in range(16)}
+    buckets = [(owner, (owner, turn)) for owner in range(16) for turn in range(12)]
+    assigned = assign_receiver_ranks(buckets, local, remote)
+    assert sorted(bucket for _, _, bucket in assigned) == [bucket for _, bucket in buckets]
+    counts = Counter(receiver for receiver, _, _ in assigned)
+    assert len(counts) == receivers == len(local)
+    assert max(counts.values()) <= 1.1 * len(buckets) / receivers
+
+
+def test_no_nic_is_loaded_more_than_a_tenth_above_the_mean() -> None:
+    """Eight owners on eight NICs, eight receivers on four; a round is what runs at the same
+    time."""
+    local = {f"nic-{number}": {2 * number, 2 * number + 1} for number in range(4)}
+    remote = {f"nic-{number}": {number} for number in range(8)}
+    buckets = [(owner, turn) for owner in range(8) for turn in range(25)]
+    assigned = assign_receiver_ranks(buckets, local, remote)
+    for loads in (
+        Counter(receiver for receiver, _, _ in assigned),
+        Counter(owner for _, owner, _ in assigned),
+    ):
+        assert max(loads.values()) <= 1.1 * len(buckets) / len(loads)
+    for start in range(0, len(assigned), 4):
+        at_once = assigned[start : start + 4]
+        assert len({owner for _, owner, _ in at_once}) == len(at_once)
+
+
+@pytest.mark.parametrize(
+    ("devices", "usable", "gpus", "expected"),
+    [
+        ("abcd", "abcd", 8, "abcd"),
+        ("abcd", "acd", 4, "accd"),
+        ("abcd", "bd", 4, "bd"),
+        ("abcd", "abc", 4, "abca"),
+        ("abc", "ab", 4, "ab"),
+        ("abc", "abc", 4, "abc"),  # uneven from the start: device_for_rank says what to set
+    ],
+)
+def test_stand_ins(devices: str, usable: str, gpus: int, expected: str) -> None:
+    assert rdma.with_stand_ins(devices, usable, gpus) == list(expected)
+
+
+def test_no_device_is_given_to_a_rank_twice() -> None:
+    choice = rdma.with_stand_ins("abcd", "acd", 2)
+    assert [rdma.device_for_rank(rank, 2, choice) for rank in range(2)] == ["a,c", "c,d"]
 
 
 class Verbs:

@@ -1,0 +1,513 @@
+"""``P2PStore`` over real Mooncake on TCP; sources that must fail are processes of their own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loguru import logger
+
+from checkpoint_engine import p2p_store
+from checkpoint_engine.data_types import Lease
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.p2p_store import P2PError, P2PStore
+from torchrun import HERE, MOONCAKE_ADVICE, mooncake_works
+
+pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
+MIB = 1 << 20
+LOCAL = "127.0.0.1"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[P2PStore]:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    store = P2PStore(host=LOCAL)
+    yield store
+    store.close()
+
+
+class Source:
+    """Another process, whose memory can be read: bytes that count up, modulo 251."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(nbytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+        )
+        assert self.process.stdout is not None
+        place = json.loads(self.process.stdout.readline())
+        self.address, self.ptr = place["address"], place["ptr"]
+        self.lease = Lease(**place["lease"])
+        self.nbytes = nbytes
+
+    def read(self, store: P2PStore, target: torch.Tensor, **options: Any) -> None:
+        store.batch_transfer_sync_read(
+            self.address, [target.data_ptr()], [self.ptr], [target.nbytes], **options
+        )
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def revoke(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("revoke\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return {**os.environ, "PS_DEVICE": "cpu", "PYTHONPATH": path}
+
+
+def _be_a_source(nbytes: int) -> None:
+    store = P2PStore(host=LOCAL)
+    memory = pattern(nbytes)
+    store.register_named_tensors({"memory": memory})
+    lease = store.grant()
+    place = {"address": store.addr, "ptr": memory.data_ptr(), "lease": lease.model_dump()}
+    print(json.dumps(place), flush=True)
+    for _ in sys.stdin:
+        store.revoke(lease)
+        print("revoked", flush=True)
+
+
+def pattern(nbytes: int) -> torch.Tensor:
+    return (torch.arange(nbytes, dtype=torch.int32) % 251).to(torch.uint8)
+
+
+@pytest.fixture
+def make_source() -> Iterator[Callable[[int], Source]]:
+    sources = []
+
+    def make(nbytes: int = 4096) -> Source:
+        sources.append(Source(nbytes))
+        return sources[-1]
+
+    yield make
+    for source in sources:
+        source.kill()
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    texts: list[str] = []
+    sink = logger.add(texts.append, level="WARNING", format="{message}")
+    yield texts
+    logger.remove(sink)
+
+
+def refusing(store: P2PStore, monkeypatch: pytest.MonkeyPatch, **codes: list[int]) -> list[int]:
+    """Have the store's engine answer calls with these codes, in turn; the addresses it was given
+    come back."""
+    seen: list[int] = []
+    engine = store._engine
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+        def register_memory(self, ptr: int, nbytes: int) -> int:
+            seen.append(ptr)
+            return codes["register"].pop(0) or int(engine.register_memory(ptr, nbytes))
+
+        def unregister_memory(self, ptr: int) -> int:
+            seen.append(-ptr)
+            code = int(engine.unregister_memory(ptr))
+            return codes["unregister"].pop(0) or code
+
+    monkeypatch.setattr(store, "_engine", Refusing())
+    return seen
+
+
+# ---------------------------------------------------------------------- registration
+
+
+def test_registration_is_of_all_or_none(store: P2PStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: torch.zeros(4096, dtype=torch.uint8) for name in "abc"}
+    a, b = tensors["a"].data_ptr(), tensors["b"].data_ptr()
+    with monkeypatch.context() as patch:
+        seen = refusing(store, patch, register=[0, -5], unregister=[0])
+        with pytest.raises(P2PError, match=rf"{store.addr} cannot register 4096 bytes.*code -5"):
+            store.register_named_tensors(tensors)
+    assert seen == [a, b, -a]
+    assert store.unregister_named_tensors("abc") == 0
+    store.register_named_tensors(tensors)
+    assert store.unregister_named_tensors("abc") == 3
+
+
+def test_a_name_is_registered_once(store: P2PStore) -> None:
+    tensor = torch.zeros(4096, dtype=torch.uint8)
+    store.register_named_tensors({"a": tensor})
+    with pytest.raises(ValueError, match=r"\['a'\] are registered for P2P already"):
+        store.register_named_tensors({"b": torch.zeros(8), "a": tensor})
+    assert store.unregister_named_tensors(["a", "b", "c", "a"]) == 1
+    assert store.unregister_named_tensors(["a"]) == 0
+
+
+def test_what_is_not_given_back_is_named_and_the_rest_is(
+    store: P2PStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register_named_tensors({name: torch.zeros(4096) for name in "abc"})
+    with monkeypatch.context() as patch:
+        refusing(store, patch, unregister=[0, -7, 0])
+        with pytest.raises(P2PError, match=r"cannot unregister \[\('b', -7\)\]"):
+            store.unregister_named_tensors("abc")
+    assert store.unregister_named_tensors("abc") == 0
+
+
+# ---------------------------------------------------------------------- leases
+
+
+def test_a_lease_holds_until_it_is_revoked(
+    store: P2PStore, make_source: Callable[..., Source]
+) -> None:
+    source = make_source()
+    store.check_lease(source.address, source.lease)
+    source.revoke()
+    with pytest.raises(P2PError, match=f"source {source.address} has unregistered or replaced"):
+        store.check_lease(source.address, source.lease)
+
+
+def test_a_slot_is_used_again_under_another_id(store: P2PStore) -> None:
+    leases = [store.grant() for _ in range(p2p_store._SLOTS)]
+    assert len({lease.ptr for lease in leases}) == len({lease.id for lease in leases})
+    with pytest.raises(P2PError, match=f"more than {p2p_store._SLOTS} checkpoints"):
+        store.grant()
+    store.revoke(leases[3])
+    again = store.grant()
+    assert again.ptr == leases[3].ptr
+    assert again.id != leases[3].id
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def test_a_read_is_exact_whatever_its_pieces(
+    store: P2PStore, make_source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p2p_store, "_SLICE_BYTES", MIB)
+    source = make_source(12 * MIB + 345)
+    target = torch.zeros(source.nbytes, dtype=torch.uint8)
+    source.read(store, target)
+    assert torch.equal(target, pattern(source.nbytes))
+    target.zero_()
+    regions = [(0, 5, 1), (100, 7, 3 * MIB + 1), (5 * MIB, 0, 0), (9 * MIB, 11 * MIB, MIB + 345)]
+    store.batch_transfer_sync_read(
+        source.address,
+        [target.data_ptr() + start for start, _, _ in regions],
+        [source.ptr + offset for _, offset, _ in regions],
+        [size for _, _, size in regions],
+    )
+    expected = torch.zeros_like(target)
+    for start, offset, size in regions:
+        expected[start : start + size] = pattern(source.nbytes)[offset : offset + size]
+    assert torch.equal(target, expected)
+
+
+def test_memory_that_is_not_offered_cannot_be_read(
+    store: P2PStore, make_source: Callable[..., Source]
+) -> None:
+    source, target = make_source(), torch.zeros(4096, dtype=torch.uint8)
+    with pytest.raises(P2PError, match=rf"{store.addr} cannot .* {source.address}: .* code -1"):
+        store.batch_transfer_sync_read(source.address, [target.data_ptr()], [64], [4096])
+    source.read(store, target)
+    assert torch.equal(target, pattern(4096))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_dead_source_is_an_error_with_code_and_addresses(
+    store: P2PStore, make_source: Callable[..., Source], known: bool
+) -> None:
+    source, target = make_source(), torch.zeros(4096, dtype=torch.uint8)
+    if known:
+        source.read(store, target)
+    source.kill()
+    with pytest.raises(
+        P2PError, match=rf"{store.addr} cannot read 4096 bytes from {source.address}: .*code -?\d"
+    ):
+        source.read(store, target)
+
+
+def test_a_read_takes_no_processor_while_it_waits(
+    store: P2PStore, make_source: Callable[..., Source]
+) -> None:
+    source, target = make_source(), torch.zeros(4096, dtype=torch.uint8)
+    source.read(store, target)
+    source.pause()
+    began, spent = time.monotonic(), time.process_time()
+    with pytest.raises(TimeoutError):
+        source.read(store, target, check=stop_after(1.0))
+    assert time.process_time() - spent < 0.5 * (time.monotonic() - began)
+
+
+def stop_after(seconds: float) -> Callable[[], None]:
+    ends = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > ends:
+            raise TimeoutError("enough")
+
+    return check
+
+
+def test_memory_is_kept_until_nothing_can_arrive_in_it_any_more(
+    store: P2PStore, make_source: Callable[..., Source], warnings: list[str]
+) -> None:
+    source = make_source(256 * MIB)
+    target = torch.zeros(source.nbytes, dtype=torch.uint8)
+    view = target[4096:]
+    source.read(store, view[:4096])
+    view[:4096] = 0
+    source.pause()
+    with pytest.raises(TimeoutError):
+        source.read(store, view, memory=view, check=stop_after(0.5))
+    assert len(warnings) == 1
+    assert f"{source.nbytes} bytes of memory are kept" in warnings[0]
+    assert source.address in warnings[0]
+    address, storage = target.data_ptr(), weakref.ref(view)
+    arrived = int(target.count_nonzero())
+    del target, view
+    gc.collect()
+    kept = storage()
+    assert kept is not None
+    fresh = torch.zeros(source.nbytes, dtype=torch.uint8)
+    assert not address <= fresh.data_ptr() < address + source.nbytes
+    source.go_on()
+    (unfinished,) = store._unfinished
+    while not unfinished.is_over():
+        time.sleep(0.001)
+    assert int(kept.count_nonzero()) > arrived  # late bytes, in memory that nobody uses
+    assert not fresh.any()
+    del kept, unfinished
+    source.read(store, fresh, memory=fresh)
+    assert torch.equal(fresh, pattern(source.nbytes))
+    assert storage() is None
+    assert len(warnings) == 1
+
+
+def test_a_source_that_dies_leaves_nothing_to_keep(
+    store: P2PStore, make_source: Callable[..., Source], warnings: list[str]
+) -> None:
+    source = make_source(64 * MIB)
+    target = torch.zeros(source.nbytes, dtype=torch.uint8)
+    source.read(store, target[:4096])
+    source.pause()
+
+    def kill_once_under_way() -> None:
+        if source.process.poll() is None:
+            source.kill()
+
+    with pytest.raises(P2PError, match="cannot read"):
+        source.read(store, target, memory=target, check=kill_once_under_way)
+    assert warnings == []
+    assert store._unfinished == []
+
+
+def test_closing_ends_what_is_under_way(
+    make_source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    source = make_source(64 * MIB)
+    threads, files = count("task"), count("fd")
+    store = P2PStore(host=LOCAL)
+    target = torch.zeros(source.nbytes, dtype=torch.uint8)
+    source.read(store, target[:4096])
+    source.pause()
+    with pytest.raises(TimeoutError):
+        source.read(store, target, memory=target, check=stop_after(0.2))
+    store.close()
+    arrived = target.clone()
+    source.go_on()
+    with pytest.raises(subprocess.TimeoutExpired):
+        source.process.wait(0.5)  # time in which late bytes would come
+    assert torch.equal(target, arrived)
+    settles(lambda: count("task") <= threads and count("fd") <= files)
+
+
+def count(what: str) -> int:
+    """Threads (``task``) or open files (``fd``) of this process."""
+    return len(os.listdir(f"/proc/self/{what}"))
+
+
+def settles(happened: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < ends, (count("task"), count("fd"))
+        time.sleep(0.01)
+
+
+def test_nothing_piles_up(
+    make_source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    source = make_source(MIB)
+    target = torch.zeros(MIB, dtype=torch.uint8)
+
+    def use_a_store() -> None:
+        store = P2PStore(host=LOCAL)
+        for _ in range(20):
+            store.register_named_tensors({"target": target})
+            source.read(store, target, memory=target)
+            store.unregister_named_tensors(["target"])
+        store.close()
+
+    use_a_store()
+    threads, files = count("task"), count("fd")
+    for _ in range(3):
+        use_a_store()
+    settles(lambda: count("task") <= threads and count("fd") <= files)
+
+
+# ---------------------------------------------------------------------- start-up
+
+
+def test_the_protocol_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P_PROTOCOL", "tcp")
+    store = P2PStore(device="mlx5_0", host=LOCAL)
+    assert (store.protocol, store.device) == ("tcp", "")
+    assert store.reads_into_device_memory
+    assert not store.needs_registered_targets
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("device_type", "device", "efa", "protocol"),
+    [
+        ("cpu", "", False, "tcp"),
+        ("cuda", "", False, "tcp"),
+        ("cuda", "mlx5_0", False, "rdma"),
+        ("cuda", "rdmap0s6,rdmap0s7", True, "efa"),
+        ("npu", "", False, "ascend_direct"),
+    ],
+)
+def test_the_protocol_fits_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, device: str, efa: bool, protocol: str
+) -> None:
+    monkeypatch.delenv("PS_P2P_PROTOCOL", raising=False)
+    monkeypatch.setattr(p2p_store, "is_efa", lambda devices: efa)
+    manager = DeviceManager("cpu")
+    monkeypatch.setattr(manager, "device_type", device_type)
+    assert p2p_store._choose_protocol(manager, device) == protocol
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "raise ImportError('libibverbs.so.1: cannot open shared object file')",
+            "libibverbs.so.1: cannot open.*packages libibverbs1 and libnuma1",
+        ),
+        (None, "Mooncake is not installed.*checkpoint-engine.p2p.*non-cuda"),
+    ],
+)
+def test_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, says: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mooncake"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = tmp_path / "mooncake"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if content is not None:
+        (package / "engine.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=says):
+        P2PStore(DeviceManager("cpu"), host=LOCAL)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mooncake"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("failures", [2, p2p_store._START_ATTEMPTS])
+def test_start_up_is_tried_again_and_leaves_no_engine(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    monkeypatch.setattr(p2p_store, "_FIRST_PAUSE", 0.0)
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Engine:
+        def __init__(self) -> None:
+            alive.append(sum(one() is not None for one in made))
+            made.append(weakref.ref(self))
+
+        def initialize(self, *arguments: str) -> int:
+            return -1 if len(made) <= failures else 0
+
+        def get_rpc_port(self) -> int:
+            return 1
+
+        def register_memory(self, ptr: int, nbytes: int) -> int:
+            return 0
+
+    monkeypatch.setattr(p2p_store, "_import_engine", lambda: Engine)
+    if failures < p2p_store._START_ATTEMPTS:
+        store = P2PStore(DeviceManager("cpu"), host=LOCAL)
+        assert store.addr == f"{LOCAL}:1"
+        expected = failures + 1
+    else:
+        with pytest.raises(RuntimeError, match=r"does not start at 127.0.0.1 .*'tcp'.*code -1"):
+            P2PStore(DeviceManager("cpu"), host=LOCAL)
+        expected = failures
+    assert len(made) == expected
+    assert not any(alive)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_ipv6() -> None:
+    """In a process of its own: Mooncake decides when it is loaded, which it is here already."""
+    command = [sys.executable, "-c", READ_OVER_IPV6]
+    subprocess.run(command, env=_environment(), check=True, timeout=40)
+
+
+READ_OVER_IPV6 = """
+import torch
+from checkpoint_engine.p2p_store import P2PStore
+owner, reader = P2PStore(host="::1"), P2PStore(host="::1")
+memory, target = torch.arange(4096), torch.zeros(4096, dtype=torch.int64)
+owner.register_named_tensors({"memory": memory})
+assert owner.addr.startswith("[::1]:"), owner.addr
+reader.batch_transfer_sync_read(
+    owner.addr, [target.data_ptr()], [memory.data_ptr()], [memory.nbytes]
+)
+assert torch.equal(target, memory)
+reader.close()
+owner.close()
+"""
+
+
+if __name__ == "__main__":
+    _be_a_source(int(sys.argv[1]))
