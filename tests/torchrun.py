@@ -54,6 +54,7 @@ class Run:
         ranks: int,
         program: str,
         env: dict[str, str] | None = None,
+        script: str = "programs.py",
         **arguments: Any,
     ) -> None:
         self._program = program
@@ -64,7 +65,7 @@ class Run:
         sockets.mkdir(mode=0o700, exist_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += [f"--nproc-per-node={ranks}", f"--master-port={free_port_pair()}"]
-        command += [str(HERE / "programs.py"), program, json.dumps(arguments), str(self._results)]
+        command += [str(HERE / script), program, json.dumps(arguments), str(self._results)]
         environment = {
             **os.environ,
             "PS_IPC_DIR": str(sockets),
@@ -95,6 +96,9 @@ class Run:
         return [
             json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
         ]
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """All its processes, at once."""

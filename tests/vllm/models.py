@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 HIDDEN, INNER, VOCAB, LAYERS = 128, 256, 512, 4
 HEADS, KV_HEADS = 4, 2
 EXPERTS, EXPERT_INNER = 8, 64
-LINEAR = ("_proj.weight",)
 
 KINDS = ("dense", "tied", "moe", "int8")
 
@@ -112,7 +111,8 @@ def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
         for expert in range(EXPERTS):
             layer |= _mlp(f"mlp.experts.{expert}", EXPERT_INNER)
     else:
-        layer |= {f"self_attn.{x}_proj.bias": (n,) for x, n in zip("qkv", (HIDDEN, kv, kv))}
+        widths = {"q": HIDDEN, "k": kv, "v": kv}
+        layer |= {f"self_attn.{x}_proj.bias": (width,) for x, width in widths.items()}
         layer |= _mlp("mlp", INNER)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for number in range(LAYERS):

@@ -1,0 +1,67 @@
+"""Updates of real vLLM engines: greedy tokens equal those of a fresh start from the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import EngineHost
+from models import KINDS
+
+from torchrun import torchrun
+
+SMALLER_THAN_A_LAYER, EVERYTHING = "1e-4", "1"  # GiB; a layer has 0.3 to 0.5 MB
+PROGRAMS = "vllm/vllm_programs.py"
+CPU = {"PS_DEVICE": "cpu"}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_a_fresh_start(
+    engine_host: EngineHost,
+    models: dict[str, Path],
+    sources: dict[tuple[str, int], Path],
+    tmp_path: Path,
+    kind: str,
+    tp: int,
+) -> None:
+    """There and back again: from sources of 1, 2 and 3 ranks, and from the servers' own memory."""
+    first, second = f"{kind}-1", f"{kind}-2"
+    expected = {n: engine_host.tokens_of_a_fresh_start(models[n], tp) for n in (first, second)}
+    assert expected[first] != expected[second]
+    engine_host.start(models[first], tp, load_format="dummy")
+    steps = [
+        {"name": first, "metas": str(sources[first, 1]), "bucket_gb": SMALLER_THAN_A_LAYER},
+        {"name": second, "metas": str(sources[second, 2]), "bucket_gb": EVERYTHING},
+        {"name": first, "metas": str(sources[first, 3]), "bucket_gb": SMALLER_THAN_A_LAYER},
+        {"name": second, "model": str(models[second]), "bucket_gb": SMALLER_THAN_A_LAYER},
+        {"name": first, "model": str(models[first]), "bucket_gb": EVERYTHING},
+    ]
+    ranks = torchrun(
+        tmp_path, tp, "updates", 150, CPU, script=PROGRAMS, url=engine_host.url, steps=steps
+    )
+    for step, seen in zip(steps, ranks[0], strict=True):
+        assert seen["tokens"] == expected[step["name"]], (step, engine_host.output())
+        for worker in seen["results"]:
+            assert worker["model"]["missing"] == []
+            assert worker["model"]["unused"] == []
+
+
+@pytest.mark.timeout(120)
+def test_layer_order_leaves_little_to_hold(
+    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """What had to be loaded before its layer was complete; the tokens are right all the same."""
+    expected = engine_host.tokens_of_a_fresh_start(models["dense-2"], 1)
+    engine_host.start(models["dense-1"], 1)
+    options = {"model": str(models["dense-2"]), "bucket_bytes": 131072}
+    (seen,) = torchrun(
+        tmp_path, 1, "orders", 60, CPU, script=PROGRAMS, url=engine_host.url, **options
+    )
+    reports = {order: seen[order]["results"][0]["model"] for order in seen}
+    for order, report in reports.items():
+        print(f"{order}: {report['held_bytes']} of {report['bytes']} bytes held")
+        assert seen[order]["tokens"] == expected
+    assert reports["layers"]["held_bytes"] < 0.2 * reports["layers"]["bytes"]
+    assert reports["layers"]["held_bytes"] < reports["shuffled"]["held_bytes"]

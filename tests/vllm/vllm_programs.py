@@ -1,0 +1,190 @@
+"""Server ranks of the vLLM tests: ``vllm_programs.py NAME ARGUMENTS OUTPUT_FOLDER``, under
+torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import load_file
+
+from checkpoint_engine.checkpoint_files import natural_key
+from checkpoint_engine.client import vllm_request
+from checkpoint_engine.data_types import align_up
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import Address, WorkerLink, open_context
+from checkpoint_engine.metas_file import decode_metas, encode_metas
+from checkpoint_engine.pipeline import Request, WorkerSession
+from checkpoint_engine.ps import ParameterServer, UpdateError
+from checkpoint_engine.wire import encode_bucket
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+TIMEOUT = timedelta(seconds=60)
+
+
+def tensors_of(model: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint in the order of its files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def my_part(model: Path) -> dict[str, torch.Tensor]:
+    """This rank's share of a checkpoint: every so many tensors."""
+    tensors = tensors_of(model)
+    return {name: tensors[name] for name in list(tensors)[RANK::WORLD_SIZE]}
+
+
+def source(folder: str, models: dict[str, str]) -> None:
+    """Own checkpoints for others to read, until there is a file ``finished``."""
+    ps = ParameterServer(auto_pg=False)
+    for name, model in models.items():
+        ps.register_checkpoint(name, named_tensors=my_part(Path(model)))
+        ps.gather_metas(name)
+        if RANK == 0:
+            target = Path(folder) / f"{name}-{WORLD_SIZE}.json"
+            target.with_suffix(".new").write_bytes(encode_metas(ps.get_metas()))
+            os.replace(target.with_suffix(".new"), target)
+    while not (Path(folder) / "finished").exists():
+        time.sleep(0.1)
+
+
+def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Updates of one engine, each followed by the tokens that it then generates."""
+    ps = ParameterServer(auto_pg=False)
+    seen = []
+    for step in steps:
+        os.environ["PS_MAX_BUCKET_SIZE_GB"] = step["bucket_gb"]
+        name = step["name"]
+        if "metas" not in step:
+            ps.register_checkpoint(name, named_tensors=my_part(Path(step["model"])))
+        results: list[Any] = []
+        ps.gather_metas(name)
+        ranks = None
+        if "metas" in step:
+            ps.load_metas(decode_metas(Path(step["metas"]).read_bytes()))
+            ranks = list(range(WORLD_SIZE))
+        report = ps.update(name, _request(url, results), ranks=ranks, timeout=TIMEOUT)
+        ps.unregister_checkpoint(name)
+        tokens = _post(url, "generate", {}) if RANK == 0 else []
+        ps.store_based_barrier()
+        seen.append({"tokens": tokens, "results": results, "buckets": report.buckets})
+    return seen
+
+
+def orders(url: str, model: str, bucket_bytes: int) -> dict[str, Any]:
+    """A sender of its own, which keeps to the order it is given."""
+    tensors = tensors_of(Path(model))
+    in_layers = sorted(tensors, key=natural_key)
+    shuffled = random.Random(1).sample(in_layers, len(in_layers))
+    seen = {}
+    for order, names in {"layers": in_layers, "shuffled": shuffled}.items():
+        results: list[Any] = []
+        _send_in_order(url, [(name, tensors[name]) for name in names], bucket_bytes, results)
+        seen[order] = {"tokens": _post(url, "generate", {}), "results": results}
+    return seen
+
+
+def _send_in_order(
+    url: str, tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int, results: list[Any]
+) -> None:
+    identity = DeviceManager("cpu").identity(0)
+    with (
+        open_context() as context,
+        contextlib.closing(WorkerLink(context, Address())) as link,
+        contextlib.closing(SharedBuffer(2 * bucket_bytes, DeviceManager("cpu"))) as buffer,
+        contextlib.closing(Request(_request(url, results), [(identity, link.url)])) as request,
+    ):
+        session = WorkerSession(link, request.check)
+        session.hand_over(buffer, TIMEOUT.total_seconds())
+        for number, bucket in enumerate(_buckets(tensors, bucket_bytes)):
+            position, message = number % 2 * bucket_bytes, []
+            for name, tensor in bucket:
+                flat = tensor.contiguous().view(-1).view(torch.uint8)
+                buffer.tensor[position : position + flat.numel()] = flat
+                entry = {"name": name, "dtype": tensor.dtype, "shape": tensor.shape}
+                message.append(entry | {"offset": position})
+                position += align_up(flat.numel())
+            session.begin_reload(encode_bucket(message))
+            session.await_reload("a bucket")
+        session.release()
+        session.finish()
+        request.join(request.check)
+
+
+def _buckets(
+    tensors: list[tuple[str, torch.Tensor]], size: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    bucket: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for name, tensor in tensors:
+        if filled + align_up(tensor.nbytes) > size:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, tensor))
+        filled += align_up(tensor.nbytes)
+    yield bucket
+
+
+def served(
+    url: str, steps: list[dict[str, Any]], pause: str | None, started: str
+) -> list[dict[str, Any]]:
+    """Updates of a vLLM server that is at work. Writes ``started`` before the first."""
+    ps = ParameterServer(auto_pg=False)
+    os.environ["PS_MAX_BUCKET_SIZE_GB"] = "1e-4"
+    ask = vllm_request(
+        url, inference_parallel_size=WORLD_SIZE, pause=pause, reset_prefix_cache=pause is not None
+    )
+    seen = []
+    for step in steps:
+        ps.register_checkpoint(step["name"], named_tensors=my_part(Path(step["model"])))
+        ps.gather_metas(step["name"])
+        Path(started).touch()
+        error = ""
+        try:
+            ps.update(step["name"], ask, timeout=TIMEOUT)
+        except UpdateError as failure:
+            error = str(failure)
+        seen.append({"error": error, "ended": time.time()})
+        ps.unregister_checkpoint(step["name"])
+    return seen
+
+
+def _request(url: str, results: list[Any]) -> Any:
+    def request(socket_paths: list[tuple[str, str]]) -> None:
+        if RANK == 0:
+            body = {
+                "method": "update_weights_from_ipc",
+                "args": [dict(socket_paths)],
+                "timeout": TIMEOUT.total_seconds(),
+            }
+            results.extend(_post(url, "collective_rpc", body)["results"])
+
+    return request
+
+
+def _post(url: str, route: str, body: dict[str, Any]) -> Any:
+    answer = httpx.post(f"{url}/{route}", json=body, timeout=90, trust_env=False)
+    if not answer.is_success:
+        raise RuntimeError(f"the engine answered {answer.status_code}: {answer.text}")
+    return answer.json()
+
+
+PROGRAMS = {f.__name__: f for f in (source, updates, orders, served)}
+
+if __name__ == "__main__":
+    program, arguments, output = sys.argv[1:]
+    result = PROGRAMS[program](**json.loads(arguments))
+    (Path(output) / f"{RANK}.json").write_text(json.dumps(result))
