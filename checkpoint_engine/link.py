@@ -141,8 +141,8 @@ class WorkerLink:
             self._raise_if_gone()
         self._unanswered += 1
 
-    def receive(self, check: Callable[[], None]) -> str | None:
-        """The worker's reply to the oldest unanswered message: ``None``, or what went wrong.
+    def receive(self, check: Callable[[], None]) -> bytes:
+        """The worker's reply to the oldest unanswered message.
 
         Raises:
             WireError: the worker is gone.
@@ -152,8 +152,7 @@ class WorkerLink:
             if self._watched.gone and not self._watched.wait(zmq.POLLIN, 0):
                 self._raise_if_gone()
         self._unanswered -= 1
-        reply = self._watched.socket.recv_multipart()[-1]
-        return None if reply == ACK else reply.decode(errors="replace")
+        return self._watched.socket.recv_multipart()[-1]
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""

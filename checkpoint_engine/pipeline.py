@@ -15,17 +15,24 @@ from typing import Any, Protocol
 import torch
 
 from checkpoint_engine.control import Operation
-from checkpoint_engine.deadline import poll
+from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.errors import WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
-from checkpoint_engine.wire import NOTHING_MORE, encode_bucket, encode_handle
+from checkpoint_engine.wire import (
+    ACK,
+    NOTHING_MORE,
+    decode_acceptance,
+    encode_bucket,
+    encode_handle,
+)
 
 _FAREWELL = 2.0  # seconds that a failed update waits for req_func to return
+_FAREWELL_OF_0_2 = 30.0  # the same where a worker of release 0.2 has left, perhaps in order
 
 SocketPaths = list[tuple[str, str]]
 RequestFunction = Callable[[SocketPaths], Any]
@@ -61,9 +68,13 @@ class Request:
         self._thread.join(_FAREWELL)
         self._error = None  # its traceback leads back here
 
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
     def join(self, check: Callable[[], None]) -> None:
         """Wait for ``req_func`` to return."""
-        poll(lambda: not self._thread.is_alive(), check)
+        poll(lambda: self.is_over, check)
         self.check()
 
 
@@ -73,31 +84,56 @@ class WorkerSession:
     def __init__(self, link: WorkerLink, check: Callable[[], None]) -> None:
         self._link = link
         self._check = check
+        self._extensions: dict[str, Any] = {}
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
-        self._exchange(encode_handle(*buffer.handle(), {"timeout": seconds_left}), "the handshake")
+        handle = encode_handle(*buffer.handle(), {"timeout": seconds_left})
+        self._link.send(handle, self._check)
+        reply = self._link.receive(self._check)
+        extensions = decode_acceptance(reply)
+        if extensions is None:
+            raise _failed("the handshake", reply)
+        self._extensions = extensions
 
     def begin_reload(self, message: bytes) -> None:
         self._link.send(message, self._check)
 
     def await_reload(self, what: str) -> None:
         """Raises ``WorkerError`` with the worker's traceback if it could not load the bucket."""
-        failure = self._link.receive(self._check)
-        if failure is not None:
-            raise WorkerError(f"the inference worker failed in {what}:\n{failure}")
+        reply = self._link.receive(self._check)
+        if reply != ACK:
+            raise _failed(what, reply)
 
     def release(self) -> None:
         """Have the worker drop the double buffer."""
         self._exchange(NOTHING_MORE, "the release of the buffer")
 
-    def finish(self) -> None:
-        """Have the worker run its post hook."""
-        self._exchange(NOTHING_MORE, "its post hook")
+    def finish(self, request: Request) -> None:
+        """Have the worker run its post hook; returns when the engine has answered too.
+
+        Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then
+        the engine's answer alone tells whether they succeeded.
+        """
+        try:
+            self._exchange(NOTHING_MORE, "its post hook")
+        except WireError:
+            if self._extensions:
+                raise
+            grace = Deadline(_FAREWELL_OF_0_2)
+            poll(lambda: request.is_over or grace.remaining() == 0.0, self._check)
+            if not request.is_over:
+                raise
+        request.join(self._check)
 
     def _exchange(self, message: bytes, what: str) -> None:
         self._link.send(message, self._check)
         self.await_reload(what)
+
+
+def _failed(what: str, reply: bytes) -> WorkerError:
+    traceback = reply.decode(errors="replace")
+    return WorkerError(f"the inference worker failed in {what}:\n{traceback}")
 
 
 class Streams(Protocol):

@@ -22,6 +22,9 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 
+_READS_OF_AN_UPDATE = 16
+_SMALLEST_READ = 32 << 20
+
 T = TypeVar("T")
 Metas = Mapping[int, MemoryBufferMetaList]
 Topology = Mapping[str, set[int]]
@@ -112,7 +115,8 @@ def plan_transfer(
     In every round each receiver has at most one bucket, so that all of them fetch their next one
     while the others' are being broadcast.
     """
-    buckets = gen_h2d_buckets(metas, size.bytes, local_topo, remote_topo, ranks)
+    nbytes = _bucket_to_read(metas, size.bytes) if ranks else size.bytes
+    buckets = gen_h2d_buckets(metas, nbytes, local_topo, remote_topo, ranks)
     rounds = _in_rounds(buckets)
     steps = tuple(
         Step(receiver, owner, bucket, slot=index % 2)
@@ -178,6 +182,13 @@ def assign_receiver_ranks(
         assigned.append((receivers[len(busy)], owner, bucket))
         busy.add(nic)
     return assigned
+
+
+def _bucket_to_read(metas: Metas, limit: int) -> int:
+    """Bytes of a P2P bucket: small enough that most reads go on while another bucket is loaded."""
+    total = sum(meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas)
+    share = align_up(total // _READS_OF_AN_UPDATE)
+    return min(limit, max(share, largest_tensor(metas), _SMALLEST_READ))
 
 
 def to_named_tensor(metas: Iterable[ParameterMeta], offset: int = 0) -> list[dict]:

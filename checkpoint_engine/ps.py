@@ -400,8 +400,7 @@ class ParameterServer:
             del pipeline, staging, loader
             buffer.close()
             operation.begin("post hook")
-            session.finish()
-            request.join(operation.check)
+            session.finish(request)
         return self._report(checkpoint_name, transfer, operation.seconds)
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:

@@ -75,6 +75,18 @@ def encode_handle(
     return pickle.dumps((rebuild, args)) + _EXTENSION_MARK + json.dumps(extensions).encode()
 
 
+def encode_acceptance(extensions: dict[str, Any]) -> bytes:
+    """A worker's reply to a handle that has extensions; to any other it replies ``ACK``."""
+    return _EXTENSION_MARK + json.dumps(extensions).encode()
+
+
+def decode_acceptance(reply: bytes) -> dict[str, Any] | None:
+    """The extensions of a worker that accepts, ``None`` if it refuses."""
+    if reply == ACK:
+        return {}
+    return _extensions_of(reply) if reply.startswith(_EXTENSION_MARK) else None
+
+
 def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:
     """A bucket's message, from what ``plan.to_named_tensor`` returns."""
     return pickle.dumps(list(tensors))

@@ -18,6 +18,7 @@ from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
 from checkpoint_engine.reload import EngineReload, NamedTensors
 from checkpoint_engine.wire import (
+    ACK,
     Abort,
     Bucket,
     FlattenedTensorMetadata,
@@ -25,6 +26,7 @@ from checkpoint_engine.wire import (
     NothingMore,
     decode_handle,
     decode_message,
+    encode_acceptance,
     encode_failure,
 )
 
@@ -92,7 +94,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(float(handle.extensions["timeout"]))
-    link.reply()
+    link.reply(encode_acceptance({"version": 1}) if handle.extensions else ACK)
     return handle, buffer
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -12,7 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
-from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
+from checkpoint_engine.client import (
+    fetch_metas,
+    lmdeploy_request,
+    request_inference_to_update,
+    sglang_request,
+    vllm_request,
+    wait_until_ready,
+)
 from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.metas_file import encode_metas
 
@@ -41,7 +48,8 @@ class Engine:
 
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
-                engine.bodies.append((self.path, json.loads(self.rfile.read(length))))
+                body = self.rfile.read(length)
+                engine.bodies.append((self.path, json.loads(body) if body else None))
                 self.answer()
 
             def address_string(self) -> str:
@@ -168,3 +176,136 @@ def test_a_url_that_serves_something_else_is_an_error(engine: Engine, url: str) 
     engine.text = "<html>"
     with pytest.raises(ValueError, match="not the metas of a checkpoint"):
         fetch_metas(url)
+
+
+# ---------------------------------------------------------------------- req_funcs, ready made
+
+WORLD = [(f"GPU-{rank}", f"ipc:///tmp/{rank}") for rank in range(4)]
+FIRST = dict(WORLD[:2])
+
+
+def paths_of(engine: Engine) -> list[str]:
+    return [path for path, _ in engine.bodies]
+
+
+def test_vllm_is_asked_once_for_all_its_workers(engine: Engine, url: str) -> None:
+    vllm_request(url, rank=0, inference_parallel_size=2, timeout=60)(WORLD)
+    ((path, body),) = engine.bodies
+    assert path == "/collective_rpc"
+    assert body.pop("timeout") == pytest.approx(60, abs=5)
+    assert body == {"method": "update_weights_from_ipc", "args": [FIRST]}
+
+
+def test_vllm_pauses_forgets_and_resumes(engine: Engine, url: str) -> None:
+    vllm_request(url, rank=0, pause="keep", reset_prefix_cache=True)(WORLD)
+    assert paths_of(engine) == [
+        "/pause?mode=keep",
+        "/collective_rpc",
+        "/reset_prefix_cache?reset_running_requests=true",
+        "/resume",
+    ]
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_vllm_is_resumed_after_a_failure(engine: Engine, url: str, resumes: bool) -> None:
+    engine.statuses = [200, 500, 200 if resumes else 500]
+    engine.text = "layer 3 is missing"
+    with pytest.raises(httpx.HTTPStatusError, match="/collective_rpc: layer 3 is missing"):
+        vllm_request(url, rank=0, pause="abort", reset_prefix_cache=True)(WORLD)
+    assert paths_of(engine) == ["/pause?mode=abort", "/collective_rpc", "/resume"]
+
+
+def test_a_pause_that_fails_ends_the_request(engine: Engine, url: str) -> None:
+    engine.statuses = [404]
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        vllm_request(url, rank=0, pause="wait")(WORLD)
+    assert paths_of(engine) == ["/pause?mode=wait", "/resume"]
+
+
+def test_a_resume_that_fails_is_an_error(engine: Engine, url: str) -> None:
+    engine.statuses = [200, 200, 500]
+    with pytest.raises(httpx.HTTPStatusError, match="/resume"):
+        vllm_request(url, rank=0, pause="wait")(WORLD)
+
+
+def test_a_prefix_cache_that_stays_is_an_error(engine: Engine, url: str) -> None:
+    engine.text = '{"success": false}'
+    with pytest.raises(RuntimeError, match=r"reset_prefix_cache.* did not succeed"):
+        vllm_request(url, rank=0, reset_prefix_cache=True)(WORLD)
+
+
+def test_sglang_gets_what_it_expects(engine: Engine, url: str) -> None:
+    engine.text = '{"success": true, "message": "ok"}'
+    sglang_request(url, rank=0, inference_parallel_size=2)(WORLD)
+    sglang_request(
+        url, rank=2, inference_parallel_size=2, flush_cache=False, weight_version="step-7"
+    )(WORLD)
+    route = "/update_weights_from_ipc"
+    assert engine.bodies == [
+        (route, {"zmq_handles": FIRST, "flush_cache": True, "weight_version": None}),
+        (
+            route,
+            {"zmq_handles": dict(WORLD[2:]), "flush_cache": False, "weight_version": "step-7"},
+        ),
+    ]
+
+
+def test_lmdeploy_gets_what_it_expects(engine: Engine, url: str) -> None:
+    lmdeploy_request(url, rank=0, inference_parallel_size=2)(WORLD)
+    assert engine.bodies == [("/update_weights_from_ipc", {"zmq_handles": FIRST})]
+
+
+REQUESTS = [vllm_request, sglang_request, lmdeploy_request]
+
+
+@pytest.mark.parametrize("make", [sglang_request, lmdeploy_request])
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_engine_that_says_it_failed(
+    engine: Engine, url: str, make: Callable[..., Any], status: int
+) -> None:
+    engine.statuses, engine.text = [status], '{"success": false, "message": "layer 3 is missing"}'
+    with pytest.raises((RuntimeError, httpx.HTTPStatusError), match="layer 3 is missing"):
+        make(url, rank=0)(WORLD)
+
+
+@pytest.mark.parametrize("make", REQUESTS)
+def test_only_the_first_rank_of_an_engine_asks(
+    engine: Engine, url: str, make: Callable[..., Any]
+) -> None:
+    for rank in (1, 3):
+        make(url, rank=rank, inference_parallel_size=2)(WORLD)
+    assert engine.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("members", "asks"), [([2, 3], {2: [2, 3]}), ([3], {3: [3]}), ([1, 2], {1: [1], 2: [2]})]
+)
+def test_ranks_outside_a_p2p_update_neither_ask_nor_are_asked_for(
+    engine: Engine, url: str, members: list[int], asks: dict[int, list[int]]
+) -> None:
+    partial = [pair if rank in members else (pair[0], "") for rank, pair in enumerate(WORLD)]
+    for rank in range(4):
+        lmdeploy_request(url, rank=rank, inference_parallel_size=2)(partial)
+    expected = [dict(WORLD[place] for place in served) for served in asks.values()]
+    assert [body["zmq_handles"] for _, body in engine.bodies] == expected
+
+
+def test_the_rank_comes_from_the_launcher(
+    engine: Engine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    sglang_request(url)(WORLD)
+    assert engine.bodies[0][1]["zmq_handles"] == dict(WORLD[1:2])
+
+
+@pytest.mark.parametrize("make", REQUESTS)
+@pytest.mark.parametrize("wrong", [{"inference_parallel_size": 0}, {"rank": -1}])
+def test_numbers_out_of_range_are_refused(make: Callable[..., Any], wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="so small"):
+        make("http://localhost", **{"rank": 0, **wrong})
+
+
+@pytest.mark.parametrize("make", REQUESTS)
+def test_engines_on_unix_sockets(engine: Engine, uds: str, make: Callable[..., Any]) -> None:
+    make("http://localhost", rank=0, uds=uds)(WORLD)
+    assert len(engine.bodies) == 1

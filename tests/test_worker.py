@@ -24,6 +24,7 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.wire import decode_acceptance, encode_handle
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, mixed_tensors
 
@@ -356,9 +357,8 @@ def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
     sender: Sender, engine: Engine, update: Future[None]
 ) -> None:
     """Ours always says it twice; it says so in the handle."""
-    from checkpoint_engine.wire import encode_handle
-
-    assert sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0})) == b""
+    reply = sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    assert decode_acceptance(reply) == {"version": 1}
     assert sender.say(None) == b""
     sender.leave()
     with pytest.raises(WireError, match="the parameter server closed"):
@@ -369,9 +369,8 @@ def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
 def test_a_server_that_stops_sending_is_given_up_at_its_own_deadline(
     sender: Sender, update: Future[None]
 ) -> None:
-    from checkpoint_engine.wire import encode_handle
-
-    assert sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 0.3})) == b""
+    reply = sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 0.3}))
+    assert decode_acceptance(reply) == {"version": 1}
     with pytest.raises(TimeoutError, match=r"gave up after 0\.3 s"):
         update.result(SOON)
 

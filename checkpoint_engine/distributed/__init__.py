@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.distributed.base import Distributed, Group, load_backend, register_backend
+from checkpoint_engine.distributed.torch_backend import TorchBackend
 
 __all__ = [
     "Distributed",
@@ -39,7 +40,7 @@ def use_backend(backend: str | None) -> None:
     global _backend
     if backend is None:
         return
-    if _backend.is_initialized():
+    if not isinstance(_backend, TorchBackend) and _backend.is_initialized():
         raise RuntimeError("destroy the current process group before choosing another backend")
     _backend = load_backend(backend)
 

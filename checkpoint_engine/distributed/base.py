@@ -56,7 +56,12 @@ class Distributed(ABC):
         """A group of just ``ranks``. Called by every rank."""
 
 
-_FACTORIES: dict[str, str] = {"torch": "checkpoint_engine.distributed.torch_backend:TorchBackend"}
+_SEPARATE = "checkpoint_engine.distributed.separate_backend:SeparateBackend"
+_FACTORIES: dict[str, str] = {
+    "torch": "checkpoint_engine.distributed.torch_backend:TorchBackend",
+    "vllm_nccl": _SEPARATE,
+    "vllm_hccl": _SEPARATE,
+}
 
 
 def register_backend(name: str, factory: str) -> None:

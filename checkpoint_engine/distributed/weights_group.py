@@ -85,7 +85,7 @@ def create_weights_group(
     """
     timeout = timedelta(seconds=max(1.0, deadline.remaining()))
     place, size = ranks.index(rank), len(ranks)
-    return WeightsGroup(ranks, _CREATE[backend](store, place, size, timeout, local_ip))
+    return WeightsGroup(ranks, CREATE[backend](store, place, size, timeout, local_ip))
 
 
 def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
@@ -114,4 +114,4 @@ def _create_hccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
     return ProcessGroupHCCL(store, rank, size, options)
 
 
-_CREATE = {"gloo": _create_gloo, "nccl": _create_nccl, "hccl": _create_hccl}
+CREATE = {"gloo": _create_gloo, "nccl": _create_nccl, "hccl": _create_hccl}

@@ -120,8 +120,7 @@ def _send_in_order(
             session.begin_reload(encode_bucket(message))
             session.await_reload("a bucket")
         session.release()
-        session.finish()
-        request.join(request.check)
+        session.finish(request)
 
 
 def _buckets(

@@ -1,0 +1,132 @@
+"""Communicators of our own beside torch's default group, which belongs to a trainer.
+
+Programs know this as ``vllm_nccl`` and ``vllm_hccl``, where release 0.4 took vLLM's communicators.
+"""
+
+from __future__ import annotations
+
+import pickle
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.device_utils import get_ip
+from checkpoint_engine.distributed.base import Distributed, Group
+from checkpoint_engine.distributed.weights_group import CREATE
+
+NOT_A_MEMBER = object()
+_DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
+
+
+class _Members:
+    """Some ranks, their communicator, and a store of their own."""
+
+    def __init__(
+        self, store: dist.Store, ranks: list[int], rank: int, options: tuple[str, timedelta]
+    ) -> None:
+        """``options``: torch's name of the backend, and the timeout of a call."""
+        self.store = store
+        self.ranks = ranks
+        self.rank = rank
+        self.options = options
+        self.groups_made = 0
+        self._objects_gathered = 0
+        backend, timeout = options
+        self.communicator: Any = CREATE[backend](
+            dist.PrefixStore("communicator", store),
+            ranks.index(rank),
+            len(ranks),
+            timeout,
+            get_ip(),
+        )
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every member's object, in the order of ``ranks``."""
+        self._objects_gathered += 1
+        mine = f"{self._objects_gathered}/{self.rank}"
+        self.store.set(mine, pickle.dumps(obj))  # type: ignore[arg-type]  # bytes are fine
+        keys = [f"{self._objects_gathered}/{rank}" for rank in self.ranks]
+        gathered = [pickle.loads(self.store.get(key)) for key in keys]
+        self.barrier()
+        self.store.delete_key(mine)
+        return gathered
+
+    def barrier(self) -> None:
+        device = torch.device(_DEVICES[self.options[0]])
+        token = torch.ones(1, device=device)
+        self.communicator.allreduce([token], dist.AllreduceOptions()).wait()
+        token.item()  # on an accelerator, ``wait`` only orders the stream
+
+
+class SeparateBackend(Distributed):
+    """Groups that torch's default group knows nothing of."""
+
+    def __init__(self) -> None:
+        self._world: _Members | None = None
+
+    def init_process_group(
+        self, rank: int, world_size: int, store: dist.Store, **kwargs: Any
+    ) -> None:
+        options = kwargs.get("backend", "nccl"), kwargs.get("timeout", timedelta(minutes=10))
+        self._world = _Members(store, list(range(world_size)), rank, options)
+
+    def destroy_process_group(self, group: Group = None) -> None:
+        members = self._members(group)
+        if hasattr(members.communicator, "shutdown"):
+            members.communicator.shutdown()
+        members.communicator = None
+        if members is self._world:
+            self._world = None
+
+    def is_initialized(self) -> bool:
+        return self._world is not None
+
+    def all_gather_object(self, object_list: list[Any], obj: Any, group: Group = None) -> None:
+        object_list[:] = self._members(group).gather(obj)
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, **kwargs: Any
+    ) -> Any:
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        work = self._members(group).communicator.allreduce([tensor], options)
+        return _finish(work, **kwargs)
+
+    def broadcast(
+        self, tensor: torch.Tensor, src: int = 0, group: Group = None, **kwargs: Any
+    ) -> Any:
+        members = self._members(group)
+        options = dist.BroadcastOptions()
+        options.rootRank = members.ranks.index(src)
+        options.rootTensor = 0
+        return _finish(members.communicator.broadcast([tensor], options), **kwargs)
+
+    def barrier(self, group: Group = None, **kwargs: Any) -> Any:
+        self._members(group).barrier()
+
+    def new_group(self, ranks: list[int], **kwargs: Any) -> Group:
+        """On a rank that is not in it, something that cannot be used."""
+        world = self._members(None)
+        world.groups_made += 1
+        if world.rank not in ranks:
+            return NOT_A_MEMBER
+        store = dist.PrefixStore(f"group-{world.groups_made}", world.store)
+        return _Members(store, list(ranks), world.rank, world.options)
+
+    def _members(self, group: Group) -> _Members:
+        members = self._world if group is None else group
+        if members is None:
+            raise RuntimeError("there is no process group: call init_process_group() first")
+        if members is NOT_A_MEMBER:
+            raise RuntimeError("this rank is not in the group")
+        return members
+
+
+def _finish(work: Any, async_op: bool = False) -> Any:
+    """As torch does: the work itself, or nothing once it is done."""
+    if async_op:
+        return work
+    work.wait()
+    return None
