@@ -106,11 +106,15 @@ class _Watched:
         """Whether the socket is ready for ``event`` (POLLIN, POLLOUT) by then, or its peer left."""
         self._poller.register(self.socket, event)
         ready = dict(self._poller.poll(timeout_ms))
+        self.look()
+        return self.socket in ready
+
+    def look(self) -> None:
+        """Learn what happened to the connection."""
         while self._monitor.poll(0):
             kind = recv_monitor_message(self._monitor)["event"]
             self.connected |= kind == _CONNECTED
             self.gone |= kind == _GONE and self.connected
-        return self.socket in ready
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -153,6 +157,11 @@ class WorkerLink:
                 self._raise_if_gone()
         self._unanswered -= 1
         return self._watched.socket.recv_multipart()[-1]
+
+    def check(self) -> None:
+        """Raise ``WireError`` if the worker is gone. For waits for something else."""
+        self._watched.look()
+        self._raise_if_gone()
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""

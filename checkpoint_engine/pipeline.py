@@ -96,6 +96,11 @@ class WorkerSession:
             raise _failed("the handshake", reply)
         self._extensions = extensions
 
+    def check(self) -> None:
+        """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
+        self._check()
+        self._link.check()
+
     def begin_reload(self, message: bytes) -> None:
         self._link.send(message, self._check)
 
@@ -277,20 +282,20 @@ class Pipeline:
         waiting = deque(self._plan.steps)
         count = len(waiting)
         operation.begin("transfer")
-        self._start_next(waiting, operation.check)
+        self._start_next(waiting, session.check)
         if self._queues:
-            self._start_next(waiting, operation.check)
+            self._start_next(waiting, session.check)
         for index in range(count):
             operation.begin("transfer")
             step, message, arrivals = self._in_flight.popleft()
-            self._await(step, arrivals, operation.check)
+            self._await(step, arrivals, session.check)
             operation.begin("reload")
             session.begin_reload(message)
             if not self._queues:
-                self._start_next(waiting, operation.check)
+                self._start_next(waiting, session.check)
             session.await_reload(f"bucket {index + 1} of {count}")
             if self._queues:
-                self._start_next(waiting, operation.check)
+                self._start_next(waiting, session.check)
 
     def _start_next(self, waiting: deque[Step], check: Callable[[], None]) -> None:
         """Start one bucket on its way into its half of the double buffer."""

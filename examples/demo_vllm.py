@@ -43,7 +43,7 @@ class VllmServer:
         command += ["--host=127.0.0.1", f"--model={model}", f"--tensor-parallel-size={TP}"]
         command += [f"--load-format={load_format}", f"--worker-extension-cls={EXTENSION}"]
         command += ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=256"]
-        command += ["--disable-uvicorn-access-log"]
+        command += ["--disable-uvicorn-access-log", "--enable-scale-out"]  # for tokens in and out
         with (model.parent / f"{model.name}-{port}.log").open("wb") as log:
             self.process = start(command, env={**ENVIRONMENT, **os.environ}, stderr=log)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)

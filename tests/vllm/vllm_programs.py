@@ -104,7 +104,7 @@ def _send_in_order(
     with (
         open_context() as context,
         contextlib.closing(WorkerLink(context, Address())) as link,
-        contextlib.closing(SharedBuffer(2 * bucket_bytes, DeviceManager("cpu"))) as buffer,
+        contextlib.closing(SharedBuffer(DeviceManager("cpu"), 0, 2 * bucket_bytes)) as buffer,
         contextlib.closing(Request(_request(url, results), [(identity, link.url)])) as request,
     ):
         session = WorkerSession(link, request.check)
