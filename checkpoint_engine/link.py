@@ -206,14 +206,15 @@ class ServerLink:
         """From now on all waits together may take this long."""
         self._deadline = Deadline(seconds)
 
-    def receive(self) -> bytes:
-        """The server's next message.
+    def receive(self, patience: float | None = None) -> bytes:
+        """The server's next message. ``patience``: seconds for it, from servers that set no
+        deadline.
 
         Raises:
             WireError: the server is gone, or was never there.
             TimeoutError: it is there but sends nothing.
         """
-        deadline = self._deadline or Deadline(self._timeout)
+        deadline = self._deadline or Deadline(self._timeout if patience is None else patience)
         connecting = Deadline(_CONNECT_SECONDS)
         while not self._watched.wait(zmq.POLLIN):
             if self._watched.gone and not self._watched.wait(zmq.POLLIN, 0):

@@ -35,6 +35,9 @@ __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_wei
 SERVER_TIMEOUT = 600.0
 """Seconds that a worker waits for the next message of a server that sets no deadline."""
 
+PATIENCE_WITH_0_2 = 30.0
+"""Seconds that a worker waits for a foreign server's second ``None``, before it does without."""
+
 
 def update_weights_from_ipc(
     zmq_ctx: zmq.Context,
@@ -174,10 +177,11 @@ def _acknowledge(link: ServerLink, failure: _Failure | None) -> None:
 
 
 def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:
-    """Whether the second ``None`` came. Senders of release 0.2 leave after the first."""
+    """Whether the second ``None`` came. Senders of release 0.2 leave after the first, or wait for
+    the engine to answer their request."""
     try:
-        received = link.receive()
-    except WireError:
+        received = link.receive(PATIENCE_WITH_0_2)
+    except (WireError, TimeoutError):
         if handle.extensions:  # a server of ours never leaves early unless it died
             raise
         return False

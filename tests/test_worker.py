@@ -353,6 +353,17 @@ def test_a_sender_that_dies(
     assert engine.hooks == 0
 
 
+def test_a_sender_that_says_none_once_and_waits_for_the_engine(
+    sender: Sender, engine: Engine, update: Future[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As release 0.2 does while its request is not answered."""
+    monkeypatch.setattr(worker, "PATIENCE_WITH_0_2", 0.2)
+    sender.hand_over()
+    assert sender.say(None) == b""
+    update.result(SOON)
+    assert engine.hooks == 1
+
+
 def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
     sender: Sender, engine: Engine, update: Future[None]
 ) -> None:
