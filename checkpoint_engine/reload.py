@@ -14,6 +14,7 @@ import gc
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,6 +64,11 @@ class ModelReport:
 class _Way(Protocol):
     """How an engine reloads one model."""
 
+    @property
+    def surroundings(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What loading happens in."""
+        ...
+
     def begin(self) -> None:
         """Before the first tensor."""
         ...
@@ -83,6 +89,8 @@ class _Way(Protocol):
 class _LoadOver:
     """Loads over the weights that are there, and repacks them: releases without layerwise
     reload."""
+
+    surroundings = staticmethod(nullcontext)
 
     def __init__(self, model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
         self._model = model
@@ -112,23 +120,23 @@ class _Layerwise:
     vLLM keeps what it is given until a layer is complete. Here that is memory which the next bucket
     but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
     now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
-    that this worker keeps.
+    that this worker keeps. Where a release cannot do that, the tensors are copied.
     """
 
-    def __init__(self, vllm: Any, model: torch.nn.Module, model_config: Any) -> None:
+    def __init__(
+        self, vllm: Any, model: torch.nn.Module, model_config: Any, device: torch.device
+    ) -> None:
         """``vllm``: the module that layerwise reload is in."""
         self._vllm = vllm
         self._model = model
         self._model_config = model_config
         self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
-        takes_info = len(inspect.signature(vllm.materialize_layer).parameters) > 1
-        self._materialize: Callable[[Any, Any], None] = (
-            vllm.materialize_layer
-            if takes_info
-            else lambda layer, info: vllm.materialize_layer(layer)
+        self._held: dict[torch.nn.Module, int] = {}
+        self._loads_early = _keeps_what_is_there(vllm)
+        self._repairs = CpuRepairs(model.modules() if device.type == "cpu" else ())
+        self.surroundings: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext if _knows_the_device(vllm) else lambda: device
         )
-        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        self._repairs = CpuRepairs(model.modules() if on_cpu else ())
 
     @staticmethod
     def offered_for(model: Any) -> Any:
@@ -148,17 +156,19 @@ class _Layerwise:
         self._repairs.begin()
 
     def after_bucket(self) -> int:
-        held = 0
+        nbytes = 0
         for layer, info in self._layers:
-            if not info.loaded_weights:
+            arrived = info.loaded_weights[self._held.get(layer, 0) :]
+            if not arrived:
                 continue
-            held += sum(_tensor_bytes(arguments) for _, arguments in info.loaded_weights)
-            if self._must_wait(layer, info):
-                for _, arguments in info.loaded_weights:
-                    _clone_tensors(arguments)
-            else:
+            nbytes += sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
+            if self._loads_early and not self._must_wait(layer, info):
                 self._load_now(layer, info)
-        return held
+                continue
+            for _, call in arrived:
+                call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
+            self._held[layer] = len(info.loaded_weights)
+        return nbytes
 
     def finish(self) -> None:
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
@@ -168,7 +178,7 @@ class _Layerwise:
         """Put the memory that the engine computes with back in its place."""
         self._repairs.end()
         for layer, info in self._layers:
-            if not info.can_load():
+            if info.load_numel_total is None:  # not waiting for weights
                 continue
             if info.kernel_tensors is not None:
                 self._vllm._place_kernel_tensors(layer, info)
@@ -182,13 +192,28 @@ class _Layerwise:
         return bool(buffers) or _is_deferred(self._vllm, layer)
 
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
-        self._materialize(layer, info)
-        for name, arguments in info.loaded_weights:
+        self._vllm.materialize_layer(layer, info)
+        for name, call in info.loaded_weights:
             parameter = getattr(layer, name)
-            if arguments.arguments["param"] is not parameter:  # otherwise it is in there already
-                arguments.arguments["param"] = parameter
-                self._vllm._get_original_loader(parameter)(*arguments.args, **arguments.kwargs)
+            if call.arguments["param"] is not parameter:  # otherwise it is in there already
+                call.arguments["param"] = parameter
+                self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
         info.loaded_weights.clear()
+
+
+def _knows_the_device(vllm: Any) -> bool:
+    """From 0.19 on; before, a layer is made on whatever is torch's default device."""
+    return len(inspect.signature(vllm.materialize_layer).parameters) > 1
+
+
+def _keeps_what_is_there(vllm: Any) -> bool:
+    """Whether a layer that has its parameters already keeps them, tried out: from 0.20 or so on."""
+    if not _knows_the_device(vllm):
+        return False
+    layer = torch.nn.Linear(1, 1, bias=False, device="cpu")
+    weight = layer.weight
+    vllm.materialize_layer(layer, vllm.get_layerwise_info(layer))
+    return layer.weight is weight
 
 
 def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
@@ -197,18 +222,13 @@ def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
     return callable(getattr(layer, "process_weights_after_loading", None))
 
 
-def _tensor_bytes(arguments: inspect.BoundArguments) -> int:
-    return sum(
-        value.nbytes
-        for name, value in arguments.arguments.items()
+def _tensors(call: inspect.BoundArguments) -> dict[str, torch.Tensor]:
+    """What a loader was given, by argument."""
+    return {
+        name: value
+        for name, value in call.arguments.items()
         if isinstance(value, torch.Tensor) and name != "param"
-    )
-
-
-def _clone_tensors(arguments: inspect.BoundArguments) -> None:
-    for name, value in arguments.arguments.items():
-        if isinstance(value, torch.Tensor) and name != "param":
-            arguments.arguments[name] = value.clone()
+    }
 
 
 @dataclass
@@ -233,7 +253,7 @@ class ModelReload:
         self._way: _Way = (
             _LoadOver(self._model, model_config, device)
             if vllm is None
-            else _Layerwise(vllm, self._model, model_config)
+            else _Layerwise(vllm, self._model, model_config, device)
         )
         self._loaded: set[str] | None = set()
         self._expected: set[str] = set()
@@ -247,7 +267,7 @@ class ModelReload:
         self.report.nbytes += sum(tensor.nbytes for _, tensor in weights)
         if self._habits.keeps_tensors:
             weights = [(name, tensor.clone()) for name, tensor in weights]
-        with self._noting_what_is_read(weights):
+        with self._way.surroundings(), self._noting_what_is_read(weights):
             loaded = self._model.load_weights(weights=weights)
         if loaded is None:
             self._loaded = None
@@ -265,7 +285,8 @@ class ModelReload:
         if self._loaded is not None:
             self.report.missing = self._expected - self._loaded
             self._refuse_incomplete(self._required - self._loaded)
-        self._way.finish()
+        with self._way.surroundings():
+            self._way.finish()
         self._begun = False
 
     def close(self) -> None:
@@ -435,9 +456,9 @@ class EngineReload:
             torch.set_default_dtype(default)
 
 
-def _current(vllm_config: Any) -> contextlib.AbstractContextManager[Any]:
+def _current(vllm_config: Any) -> AbstractContextManager[Any]:
     if vllm_config is None:
-        return contextlib.nullcontext()
+        return nullcontext()
     from vllm.config import set_current_vllm_config
 
     return set_current_vllm_config(vllm_config)

@@ -25,9 +25,12 @@ class Host:
     def __init__(self) -> None:
         self._engine: Any = None
 
-    def start(self, **options: Any) -> None:
+    def start(self, loads_early: bool = True, **options: Any) -> None:
+        """``loads_early`` false: as with releases that cannot."""
+        from checkpoint_engine import reload
         from vllm import LLM
 
+        reload._keeps_what_is_there = lambda _: loads_early
         self.stop()
         self._engine = LLM(
             enforce_eager=True,

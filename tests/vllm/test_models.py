@@ -49,12 +49,13 @@ def test_tokens_are_those_of_a_fresh_start(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("loads_early", [True, False])
 def test_layer_order_leaves_little_to_hold(
-    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path
+    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path, loads_early: bool
 ) -> None:
     """What had to be loaded before its layer was complete; the tokens are right all the same."""
     expected = engine_host.tokens_of_a_fresh_start(models["dense-2"], 1)
-    engine_host.start(models["dense-1"], 1)
+    engine_host.start(models["dense-1"], 1, loads_early=loads_early)
     options = {"model": str(models["dense-2"]), "bucket_bytes": 131072}
     (seen,) = torchrun(
         tmp_path, 1, "orders", 60, CPU, script=PROGRAMS, url=engine_host.url, **options
