@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.vllm_on_cpu import CpuRepairs
 
@@ -38,6 +39,8 @@ class ModelReport:
         held_bytes: of those, what had to be loaded before its layer was complete, because the layer
             was spread over buckets.
         missing: parameters that nothing was loaded into.
+        partial: layers of which a part was not loaded. Padding is such a part; so is what a
+            checkpoint lacks of a layer that is fused from several of its tensors.
         unused: tensors that this worker's loader did not read, as other workers' experts and
             stages, or what the model does not have.
     """
@@ -46,6 +49,7 @@ class ModelReport:
     nbytes: int = 0
     held_bytes: int = 0
     missing: set[str] = field(default_factory=set)
+    partial: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
 
     def summary(self) -> dict[str, Any]:
@@ -56,6 +60,8 @@ class ModelReport:
             "held_bytes": self.held_bytes,
             "missing_count": len(self.missing),
             "missing": sorted(self.missing)[:_SHOWN_NAMES],
+            "partial_count": len(self.partial),
+            "partial": sorted(self.partial)[:_SHOWN_NAMES],
             "unused_count": len(self.unused),
             "unused": sorted(self.unused)[:_SHOWN_NAMES],
         }
@@ -75,6 +81,10 @@ class _Way(Protocol):
 
     def after_bucket(self) -> int:
         """The bucket's memory is about to be overwritten. Returns the bytes that were held back."""
+        ...
+
+    def partial_layers(self) -> set[str]:
+        """The names of layers of which a part has not been loaded."""
         ...
 
     def finish(self) -> None:
@@ -103,6 +113,10 @@ class _LoadOver:
     def after_bucket(self) -> int:
         return 0
 
+    def partial_layers(self) -> set[str]:
+        """What was not loaded keeps its old weights; nothing tells which."""
+        return set()
+
     def finish(self) -> None:
         try:
             from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -130,6 +144,7 @@ class _Layerwise:
         self._vllm = vllm
         self._model = model
         self._model_config = model_config
+        self._names = {layer: name for name, layer in model.named_modules()}
         self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
         self._held: dict[torch.nn.Module, int] = {}
         self._loads_early = _keeps_what_is_there(vllm)
@@ -169,6 +184,14 @@ class _Layerwise:
                 call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
             self._held[layer] = len(info.loaded_weights)
         return nbytes
+
+    def partial_layers(self) -> set[str]:
+        return {
+            self._names[layer]
+            for layer, info in self._layers
+            if 0 < info.load_numel < (info.load_numel_total or 0)
+            and not _is_deferred(self._vllm, layer)
+        }
 
     def finish(self) -> None:
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
@@ -268,11 +291,11 @@ class ModelReload:
         if self._habits.keeps_tensors:
             weights = [(name, tensor.clone()) for name, tensor in weights]
         with self._way.surroundings(), self._noting_what_is_read(weights):
-            loaded = self._model.load_weights(weights=weights)
-        if loaded is None:
+            loaded = self._model.load_weights(weights)
+        if not isinstance(loaded, (set, frozenset)):  # not every engine's loader says
             self._loaded = None
         elif self._loaded is not None:
-            self._loaded |= set(loaded)
+            self._loaded |= loaded
         self.report.held_bytes += self._way.after_bucket()
 
     def finish(self) -> None:
@@ -282,6 +305,7 @@ class ModelReload:
             ValueError: the engine would not have started from such a checkpoint.
         """
         self._begin()
+        self.report.partial = self._way.partial_layers()
         if self._loaded is not None:
             self.report.missing = self._expected - self._loaded
             self._refuse_incomplete(self._required - self._loaded)
@@ -375,11 +399,10 @@ class _Readings(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not func.is_view:
-            self._addresses.update(
-                value.data_ptr()
-                for value in args
-                if isinstance(value, torch.Tensor) and not value.is_meta
-            )
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    with contextlib.suppress(RuntimeError):  # those without plain memory
+                        self._addresses.add(value.data_ptr())
         return func(*args, **(kwargs or {}))
 
 
@@ -447,7 +470,9 @@ class EngineReload:
     def _as_engine(self) -> Iterator[None]:
         """The surroundings in which the engine loaded the model at start-up."""
         default = torch.get_default_dtype()
-        dtype = getattr(getattr(self._runner, "model_config", None), "dtype", default)
+        dtype = getattr(getattr(self._runner, "model_config", None), "dtype", None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            dtype = default  # other engines name it otherwise
         torch.set_default_dtype(dtype)  # vLLM's own reload forgets it; int8 on CPUs needs it
         try:
             with _current(self._config):
@@ -470,8 +495,8 @@ def _nothing() -> None:
 
 def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
     """(role, model, its config): the model, and a drafter that came from the same checkpoint."""
-    yield "model", runner.model, getattr(runner, "model_config", None)
-    drafter = getattr(getattr(runner, "drafter", None), "model", None)
+    yield "model", _unwrapped(runner.model), getattr(runner, "model_config", None)
+    drafter = _unwrapped(getattr(getattr(runner, "drafter", None), "model", None))
     if drafter is None and hasattr(runner, "get_draft_model"):
         drafter = runner.get_draft_model()
     speculative = getattr(config, "speculative_config", None)
@@ -479,6 +504,15 @@ def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
     target = getattr(getattr(config, "model_config", None), "model", None)
     if hasattr(drafter, "load_weights") and getattr(drafted, "model", target) == target:
         yield "drafter", drafter, drafted or getattr(runner, "model_config", None)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model within what vLLM wraps it in for CUDA graphs, which is no module itself."""
+    while model is not None and callable(getattr(type(model), "unwrap", None)):
+        if isinstance(model, torch.nn.Module):
+            break
+        model = model.unwrap()
+    return model
 
 
 def _references(storage: torch.UntypedStorage) -> int:

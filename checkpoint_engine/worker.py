@@ -156,10 +156,14 @@ class _Failure(NamedTuple):
     @staticmethod
     def of(error: Exception) -> _Failure:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        link: BaseException | None = error
-        while link is not None:
-            link.__traceback__ = None
-            link = link.__cause__ or link.__context__
+        chain: list[BaseException | None] = [error]
+        seen: set[int] = set()
+        while chain:
+            link = chain.pop()
+            if link is not None and id(link) not in seen:
+                seen.add(id(link))
+                link.__traceback__ = None
+                chain += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
         error.__notes__ = [*getattr(error, "__notes__", []), text]
         return _Failure(error, text)
 

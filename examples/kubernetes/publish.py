@@ -62,8 +62,8 @@ def publish(pod: Pod, name: str, files: list[str], engine: str) -> None:
             list(pool.map(call, [method] * len(bodies), pod.ranks, steps, bodies))
 
         nothing = [None] * len(pod.ranks)
-        everywhere("POST", "/files", [pod.share(files, rank) for rank in pod.ranks])
         try:
+            everywhere("POST", "/files", [pod.share(files, rank) for rank in pod.ranks])
             everywhere("POST", "/gather-metas", nothing)
             everywhere("POST", "/update", [pod.request(rank, engine) for rank in pod.ranks])
         finally:

@@ -1,0 +1,155 @@
+"""Loading buckets into a model: engines of many habits, none of them vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_engine.reload import EngineReload, LoaderHabits, _unwrapped
+from checkpoint_engine.worker import _Failure
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+class Model(torch.nn.Module):
+    """Copies what it has a parameter for."""
+
+    def __init__(self, answer: Callable[[set[str]], Any] = set) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.b = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.answer = answer
+        self.kept: list[torch.Tensor] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        loaded = set()
+        for name, tensor in weights:
+            if name in ("a", "b"):
+                getattr(self, name).copy_(tensor)
+                loaded.add(name)
+        return self.answer(loaded)
+
+
+class Hoarder(Model):
+    """Loads only when it has everything, as layerwise reload does."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        for _, tensor in weights:
+            self.kept.append(tensor)
+            if len(self.kept) == 2:
+                self.a.copy_(self.kept[0])
+                self.b.copy_(self.kept[1])
+                self.kept.clear()
+        return None
+
+
+def worker_of(model: Any, dtype: Any = torch.float32) -> Any:
+    config = SimpleNamespace(dtype=dtype, quantization=None)
+    runner = SimpleNamespace(model=model, model_config=config)
+    return SimpleNamespace(device=torch.device("cpu"), model_runner=runner)
+
+
+def update(worker: Any, habits: dict[str, LoaderHabits], *buckets: dict[str, float]) -> Any:
+    """Every bucket overwrites the memory of the one before."""
+    memory = torch.empty(256, dtype=torch.uint8)
+    reload = EngineReload(worker, habits)
+    try:
+        for bucket in buckets:
+            weights: Weights = []
+            for place, (name, value) in enumerate(bucket.items()):
+                tensor = memory[64 * place : 64 * place + 16].view(torch.float32)
+                tensor.fill_(value)
+                weights.append((name, tensor))
+            del tensor
+            reload.load(weights)
+            memory.fill_(255)
+        reload.finish()
+    finally:
+        reload.close()
+    return reload.summary()["model"]
+
+
+@pytest.mark.parametrize(
+    "answer", [set, lambda _: None, lambda _: True, lambda names: (list(names), [[]])]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "auto", None])
+def test_engines_answer_as_they_like(answer: Callable[[set[str]], Any], dtype: Any) -> None:
+    model = Model(answer)
+    taken = update(worker_of(model, dtype), {}, {"a": 1.0}, {"b": 2.0})
+    assert model.a.tolist() == [1.0] * 4
+    assert model.b.tolist() == [2.0] * 4
+    assert (taken["tensors"], taken["bytes"], taken["held_bytes"]) == (2, 32, 0)
+    assert taken["missing"] == taken["partial"] == taken["unused"] == []
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_is_lacking_and_what_is_left_over_is_told() -> None:
+    habits: dict[str, LoaderHabits] = {}
+    worker = worker_of(Model())
+    for _ in range(2):  # the second time it is known already
+        taken = update(worker, habits, {"a": 1.0, "c": 3.0})
+        assert (taken["missing"], taken["unused"]) == (["b"], ["c"])
+        assert (taken["missing_count"], taken["unused_count"]) == (1, 1)
+
+
+def test_a_loader_that_keeps_tensors_gets_copies_from_then_on() -> None:
+    habits: dict[str, LoaderHabits] = {}
+    model = Hoarder()
+    worker = worker_of(model)
+    with pytest.raises(RuntimeError, match="update again"):
+        update(worker, habits, {"a": 1.0}, {"b": 2.0})
+    model.kept.clear()
+    update(worker, habits, {"a": 1.0}, {"b": 2.0})
+    assert model.a.tolist() == [1.0] * 4
+    assert model.b.tolist() == [2.0] * 4
+
+
+class Wrapper:
+    """As vLLM's for CUDA graphs: no module, but it passes everything on."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def unwrap(self) -> torch.nn.Module:
+        return self._model
+
+
+def test_the_model_is_found_within_its_wrappers() -> None:
+    model = Model()
+    assert _unwrapped(Wrapper(Wrapper(model))) is model  # type: ignore[arg-type]
+    assert _unwrapped(model) is model
+    assert _unwrapped(None) is None
+    update(worker_of(Wrapper(model)), {}, {"a": 5.0, "b": 6.0})
+    assert model.a.tolist() == [5.0] * 4
+
+
+def test_a_drafter_of_the_same_checkpoint_is_loaded_and_another_is_not() -> None:
+    for draft_checkpoint, expected in (("target", 7.0), ("eagle", 0.0)):
+        drafter = Model()
+        worker = worker_of(Model())
+        worker.model_runner.drafter = SimpleNamespace(model=drafter)
+        drafted = SimpleNamespace(model=draft_checkpoint, quantization=None)
+        habits: dict[str, LoaderHabits] = {}
+        reload = EngineReload(worker, habits)
+        assert set(reload.summary()) == {"model", "drafter"}
+        worker.vllm_config = SimpleNamespace(
+            speculative_config=SimpleNamespace(draft_model_config=drafted),
+            model_config=SimpleNamespace(model="target"),
+        )
+        roles = set(EngineReload(worker, habits).summary())
+        assert ("drafter" in roles) == bool(expected)
+
+
+def test_errors_that_cause_each_other_end() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__context__ = second, first
+    failure = _Failure.of(first)
+    assert failure.error is first
+    assert "second" in failure.text
