@@ -23,6 +23,7 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory, open_buffer
 from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.wire import ACK
 
 SHM = Path("/dev/shm")
 MINE = f"checkpoint-engine-{os.getuid()}-"
@@ -389,7 +390,7 @@ def exchange_once(address: Address) -> None:
             server.send(b"ping", bounded())
             assert worker.receive() == b"ping"
             worker.reply(b"pong")
-            assert server.receive(bounded()) == "pong"
+            assert server.receive(bounded()) == b"pong"
         finally:
             worker.close()
             server.close()
@@ -419,11 +420,11 @@ def test_messages_and_replies(pair: Pair) -> None:
         server.send(message, bounded())
         assert worker.receive() == message
         worker.reply()
-        assert server.receive(bounded()) is None
+        assert server.receive(bounded()) == ACK
     server.send(b"x", bounded())
     worker.receive()
     worker.reply(b"failed: \xff")
-    assert str(server.receive(bounded())).startswith("failed: ")
+    assert server.receive(bounded()).startswith(b"failed: ")
 
 
 def test_another_server_that_starts_beside_disturbs_nobody(pair: Pair) -> None:
@@ -432,7 +433,7 @@ def test_another_server_that_starts_beside_disturbs_nobody(pair: Pair) -> None:
     server.send(b"first", bounded())
     worker.receive()
     worker.reply()
-    assert server.receive(bounded()) is None
+    assert server.receive(bounded()) == ACK
     server.send(b"second", bounded())
     assert worker.receive() == b"second"
     new_address()
@@ -445,7 +446,7 @@ def test_another_server_that_starts_beside_disturbs_nobody(pair: Pair) -> None:
     with pytest.raises(InterruptedError):  # and not that the worker is gone
         server.receive(check)
     worker.reply()
-    assert server.receive(bounded()) is None
+    assert server.receive(bounded()) == ACK
 
 
 def test_a_worker_that_leaves_is_noticed_at_once(pair: Pair) -> None:
@@ -463,7 +464,7 @@ def test_a_reply_of_a_worker_that_left_is_still_read(pair: Pair) -> None:
     worker.receive()
     worker.reply()
     worker.close()
-    assert server.receive(bounded()) is None
+    assert server.receive(bounded()) == ACK
 
 
 def test_a_server_that_leaves_is_noticed_at_once(pair: Pair) -> None:
@@ -471,7 +472,7 @@ def test_a_server_that_leaves_is_noticed_at_once(pair: Pair) -> None:
     server.send(b"x", bounded())
     worker.receive()
     worker.reply()
-    assert server.receive(bounded()) is None
+    assert server.receive(bounded()) == ACK
     server.close()
     with pytest.raises(WireError, match="the parameter server closed"):
         worker.receive()

@@ -105,7 +105,7 @@ def sources(
             ranks,
             "source",
             {"PS_DEVICE": "cpu"},
-            script="vllm/vllm_programs.py",
+            script="with_vllm/vllm_programs.py",
             folder=str(folder),
             models=paths,
         )

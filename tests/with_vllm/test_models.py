@@ -11,7 +11,7 @@ from models import KINDS
 from torchrun import torchrun
 
 SMALLER_THAN_A_LAYER, EVERYTHING = "1e-4", "1"  # GiB; a layer has 0.3 to 0.5 MB
-PROGRAMS = "vllm/vllm_programs.py"
+PROGRAMS = "with_vllm/vllm_programs.py"
 CPU = {"PS_DEVICE": "cpu"}
 
 

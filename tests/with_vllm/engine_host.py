@@ -27,8 +27,9 @@ class Host:
 
     def start(self, loads_early: bool = True, **options: Any) -> None:
         """``loads_early`` false: as with releases that cannot."""
-        from checkpoint_engine import reload
         from vllm import LLM
+
+        from checkpoint_engine import reload
 
         reload._keeps_what_is_there = lambda _: loads_early
         self.stop()
@@ -48,9 +49,8 @@ class Host:
         gc.collect()
 
     def generate(self) -> list[list[int]]:
-        from vllm.inputs import TokensPrompt
-
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         outputs = self._engine.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in PROMPTS],
