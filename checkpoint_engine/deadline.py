@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+_LOOKS_PER_CHECK = 20
+
 
 class Deadline:
     """The point in time at which an operation gives up."""
@@ -31,10 +33,12 @@ class Deadline:
 def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
     """Wait until ``done()``; ``check()`` runs between looks and ends the wait by raising.
 
-    Looks often at first, for events that are microseconds away, then every 0.2 ms.
+    Looks often at first, for events that are microseconds away, then every 0.2 ms; ``check``, which
+    may ask around, less often.
     """
     looks = 0
     while not done():
-        check()
+        if looks % _LOOKS_PER_CHECK == 0:
+            check()
         looks += 1
-        time.sleep(0 if looks < 20 else 0.0002)
+        time.sleep(0 if looks < _LOOKS_PER_CHECK else 0.0002)

@@ -42,8 +42,17 @@ class Loader(Protocol):
         """Whether work queued later on the current stream waits for the bytes by itself."""
         ...
 
+    @property
+    def only_queues(self) -> bool:
+        """Whether buckets can be started without waiting for anything."""
+        ...
+
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         """Begin to write the bucket into ``target``, once ``after`` has happened."""
+        ...
+
+    def lying(self, step: Step) -> torch.Tensor | None:
+        """The bucket's bytes where they lie, if that is one piece of this rank's host memory."""
         ...
 
     def source_of(self, step: Step) -> str:
@@ -63,19 +72,39 @@ def copy_from_host(
         position += align_up(size)
 
 
+def lying_on_host(buffers: Sequence[MemoryBuffer], bucket: H2DBucket) -> torch.Tensor | None:
+    """A bucket's bytes in this rank's registered memory, if they are one piece of it."""
+    if len(bucket.ranges) != 1 or bucket.ranges[0].size != bucket.size:
+        return None
+    index, offset, size = bucket.ranges[0]
+    return [buffer.buffer for buffer in buffers if buffer.metas][index][offset : offset + size]
+
+
 class HostLoader:
     """Loads from this rank's own registered memory."""
 
-    blocks_stream = True
+    only_queues = True
 
-    def __init__(self, load: Callable[[H2DBucket, torch.Tensor], None], streams: Any) -> None:
+    def __init__(
+        self,
+        load: Callable[[H2DBucket, torch.Tensor], None],
+        lying: Callable[[H2DBucket], torch.Tensor | None],
+        streams: Any,
+    ) -> None:
         self._load = load
+        self._lying = lying
         self._streams = streams
 
+    @property
+    def blocks_stream(self) -> bool:
+        return bool(self._streams.are_queues)
+
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
-        self._streams.wait(after)
-        self._load(step.bucket, target)
-        return self._streams.event()
+        arrival: Arrival = self._streams.copy(lambda: self._load(step.bucket, target), after)
+        return arrival
+
+    def lying(self, step: Step) -> torch.Tensor | None:
+        return self._lying(step.bucket)
 
     def source_of(self, step: Step) -> str:
         return f"rank {step.owner}"
@@ -85,6 +114,7 @@ class RemoteLoader:
     """Loads from the owners' memory by P2P, in a thread, checking that they still hold it."""
 
     blocks_stream = False
+    only_queues = False
 
     def __init__(
         self,
@@ -111,6 +141,9 @@ class RemoteLoader:
 
         self._running = Transfer(read)
         return self._running
+
+    def lying(self, step: Step) -> torch.Tensor | None:
+        return None
 
     def source_of(self, step: Step) -> str:
         return f"{self._owners[step.owner].p2p_store_addr} (owner {step.owner})"
@@ -212,6 +245,7 @@ class MixedLoader:
     """Loads what this rank owns itself from its memory, and the rest by P2P."""
 
     blocks_stream = False
+    only_queues = False
 
     def __init__(self, own_rank: int | None, host: HostLoader, remote: RemoteLoader) -> None:
         """``own_rank``: the owner that is this very rank, if it is among the owners."""
@@ -222,6 +256,9 @@ class MixedLoader:
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         loader = self._host if step.owner == self._own_rank else self._remote
         return loader.start(step, target, after)
+
+    def lying(self, step: Step) -> torch.Tensor | None:
+        return self._host.lying(step) if step.owner == self._own_rank else None
 
     def source_of(self, step: Step) -> str:
         return self._remote.source_of(step)

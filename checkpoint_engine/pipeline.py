@@ -1,7 +1,8 @@
 """Executes a plan on one rank: host to device, broadcast and reload, each bucket behind the other.
 
 While the worker reloads one bucket, the next is being broadcast into the other half of the double
-buffer, and the owners copy the ones after that into staging.
+buffer, and the owners copy the ones after that into staging. The first buckets set out before the
+worker has answered at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +87,7 @@ class WorkerSession:
         self._link = link
         self._check = check
         self._extensions: dict[str, Any] = {}
+        self._end_announced = False
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
@@ -110,9 +113,17 @@ class WorkerSession:
         if reply != ACK:
             raise _failed(what, reply)
 
+    def announce_end(self) -> None:
+        """Let a worker of ours go on by itself from the last bucket to its post hook; it does not
+        go on after a failure. Workers of other releases wait to be told."""
+        if self._extensions:
+            self._link.send(NOTHING_MORE, self._check)
+            self._link.send(NOTHING_MORE, self._check)
+            self._end_announced = True
+
     def release(self) -> None:
         """Have the worker drop the double buffer."""
-        self._exchange(NOTHING_MORE, "the release of the buffer")
+        self._conclude("the release of the buffer")
 
     def finish(self, request: Request) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.
@@ -121,7 +132,7 @@ class WorkerSession:
         the engine's answer alone tells whether they succeeded.
         """
         try:
-            self._exchange(NOTHING_MORE, "its post hook")
+            self._conclude("its post hook")
         except WireError:
             if self._extensions:
                 raise
@@ -131,8 +142,9 @@ class WorkerSession:
                 raise
         request.join(self._check)
 
-    def _exchange(self, message: bytes, what: str) -> None:
-        self._link.send(message, self._check)
+    def _conclude(self, what: str) -> None:
+        if not self._end_announced:
+            self._link.send(NOTHING_MORE, self._check)
         self.await_reload(what)
 
 
@@ -146,13 +158,21 @@ class Streams(Protocol):
 
     @property
     def are_queues(self) -> bool:
-        """Whether calls only queue work."""
+        """Whether work that is queued later on the current stream waits by itself."""
         ...
 
     def copying(self) -> contextlib.AbstractContextManager[Any]: ...
     def broadcasting(self) -> contextlib.AbstractContextManager[Any]: ...
     def event(self) -> Arrival: ...
     def wait(self, event: Arrival) -> None: ...
+
+    def copy(self, action: Callable[[], None], after: Arrival) -> Arrival:
+        """Have ``action`` copy on the current stream, once ``after`` has happened."""
+        ...
+
+    def close(self) -> None:
+        """Return when no copy is under way on the host any more."""
+        ...
 
 
 class _AcceleratorStreams:
@@ -181,6 +201,14 @@ class _AcceleratorStreams:
         """The current stream goes on once ``event`` has happened; the host does not wait."""
         self._module.current_stream().wait_event(event)
 
+    def copy(self, action: Callable[[], None], after: Any) -> Any:
+        self.wait(after)
+        action()
+        return self.event()
+
+    def close(self) -> None:
+        """The device's own order protects memory that is freed."""
+
 
 class _Done:
     """The event of a device where every call has finished when it returns."""
@@ -189,8 +217,27 @@ class _Done:
         return True
 
 
+class _Copied:
+    """A copy in the host's copying thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def query(self) -> bool:
+        if not self._future.done():
+            return False
+        self._future.result()  # raises what went wrong
+        return True
+
+
 class _HostStreams:
+    """One thread that copies, beside the one that runs the update."""
+
     are_queues = False
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-copy")
 
     def copying(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -202,11 +249,26 @@ class _HostStreams:
         return _Done()
 
     def wait(self, event: Arrival) -> None:
-        """Nothing to wait for."""
+        poll(event.query, self._check)
+
+    def copy(self, action: Callable[[], None], after: Arrival) -> Arrival:
+        def wait_and_copy() -> None:
+            self.wait(after)
+            action()
+
+        return _Copied(self._thread.submit(wait_and_copy))
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _check(self) -> None:
+        if self._ended.is_set():
+            raise RuntimeError("the update has ended")
 
 
 def make_streams(device_manager: DeviceManager) -> Streams:
-    """The streams of one update on the current device."""
+    """The streams of one update on the current device. Close them before the memory is freed."""
     if device_manager.is_accelerator:
         return _AcceleratorStreams(device_manager.device_module)
     return _HostStreams()
@@ -247,6 +309,7 @@ class Pipeline:
     def __init__(
         self,
         plan: TransferPlan,
+        messages: Messages,
         rank: int,
         buffer: torch.Tensor,
         staging: torch.Tensor | None,
@@ -256,11 +319,13 @@ class Pipeline:
     ) -> None:
         """
         Args:
+            messages: what workers are told of the plan's buckets.
             buffer: the double buffer that this rank's worker maps.
             staging: as large as the largest bucket; ``None``: receive into ``buffer`` directly.
             group: ``None`` where this rank is the only one.
         """
         self._plan = plan
+        self._messages = messages
         self._rank = rank
         self._buffer = buffer
         self._group = group
@@ -269,51 +334,58 @@ class Pipeline:
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
-        self._in_flight: deque[tuple[Step, bytes, list[Arrival]]] = deque()
-        self._queues = loader.blocks_stream and streams.are_queues
+        self._waiting = deque(plan.steps)
+        self._in_flight: deque[tuple[Step, list[Arrival]]] = deque()
+
+    def begin(self, check: Callable[[], None]) -> None:
+        """Send the first buckets on their way, where that takes no waiting."""
+        if self._loader.only_queues:
+            self._start_next(check)
+            self._start_next(check)
 
     def run(self, operation: Operation, session: WorkerSession) -> None:
         """Move every bucket. Returns when the worker has loaded the last one.
 
         A half of the double buffer is free once its bucket is loaded. Where starting a bucket only
-        queues work, that is the moment to start the next in it; where it copies in this thread,
-        the worker is first given what has arrived, to load it meanwhile.
+        queues work, that is the moment to start the next in it; where it takes waiting, the worker
+        is first given what has arrived, to load it meanwhile.
         """
-        waiting = deque(self._plan.steps)
-        count = len(waiting)
+        count = len(self._plan.steps)
         operation.begin("transfer")
-        self._start_next(waiting, session.check)
-        if self._queues:
-            self._start_next(waiting, session.check)
+        if not self._in_flight:
+            self._start_next(session.check)
         for index in range(count):
             operation.begin("transfer")
-            step, message, arrivals = self._in_flight.popleft()
+            step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
             operation.begin("reload")
-            session.begin_reload(message)
-            if not self._queues:
-                self._start_next(waiting, session.check)
+            session.begin_reload(self._messages.of(index))
+            if index + 1 == count:
+                session.announce_end()
+            if not self._loader.only_queues:
+                self._start_next(session.check)
             session.await_reload(f"bucket {index + 1} of {count}")
-            if self._queues:
-                self._start_next(waiting, session.check)
+            if self._loader.only_queues:
+                self._start_next(session.check)
 
-    def _start_next(self, waiting: deque[Step], check: Callable[[], None]) -> None:
+    def _start_next(self, check: Callable[[], None]) -> None:
         """Start one bucket on its way into its half of the double buffer."""
-        if not waiting:
+        if not self._waiting:
             return
-        step = waiting.popleft()
+        step = self._waiting.popleft()
         start = step.slot * self._plan.bucket_bytes
         target = self._buffer[start : start + step.bucket.size]
         arrivals: list[Arrival] = []
         with self._streams.broadcasting():
+            payload = target
             if step.receiver == self._rank:
                 with self._naming_source(step):
-                    self._receive(step, target, check, arrivals)
+                    payload = self._receive(step, target, check, arrivals)
             if self._group is not None and step.bucket.size:
-                arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
+                arrivals.append(_Broadcast(self._group.broadcast(payload, step.receiver)))
             arrivals.append(self._streams.event())
-        message = encode_bucket(to_named_tensor(step.bucket.items, start))
-        self._in_flight.append((step, message, arrivals))
+        self._in_flight.append((step, arrivals))
+        self._messages.of(len(self._plan.steps) - len(self._waiting) - 1)  # while it travels
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
         with self._naming_source(step):
@@ -335,14 +407,36 @@ class Pipeline:
         target: torch.Tensor,
         check: Callable[[], None],
         arrivals: list[Arrival],
-    ) -> None:
+    ) -> torch.Tensor:
+        """Begin to fill ``target``; returns memory that holds the same bytes for a broadcast."""
         if self._staging is not None:
             self._staging.deliver(step, target, check)
-            return
+            return target
         arrival = self._loader.start(step, target, after=self._streams.event())
-        if self._group is not None and not self._loader.blocks_stream:
-            poll(arrival.query, check)  # only then may it be broadcast
         arrivals.append(arrival)
+        if self._group is None or self._loader.blocks_stream:
+            return target
+        lying = self._loader.lying(step)
+        if lying is None:
+            poll(arrival.query, check)  # only then may it be broadcast
+            return target
+        return lying
+
+
+class Messages:
+    """What workers are told of a plan's buckets, each encoded once, however often it is sent."""
+
+    def __init__(self, plan: TransferPlan) -> None:
+        self._plan = plan
+        self._encoded: dict[int, bytes] = {}
+
+    def of(self, index: int) -> bytes:
+        """The message of the plan's step ``index``."""
+        if index not in self._encoded:
+            step = self._plan.steps[index]
+            start = step.slot * self._plan.bucket_bytes
+            self._encoded[index] = encode_bucket(to_named_tensor(step.bucket.items, start))
+        return self._encoded[index]
 
 
 class _Broadcast:

@@ -22,8 +22,7 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 
-_READS_OF_AN_UPDATE = 16
-_SMALLEST_READ = 32 << 20
+_BUCKETS_OF_AN_UPDATE = 16
 
 T = TypeVar("T")
 Metas = Mapping[int, MemoryBufferMetaList]
@@ -37,6 +36,31 @@ class BucketSize:
 
     bytes: int
     staging: bool
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bytes between which a bucket is best chosen, if memory allows.
+
+    Nothing overlaps with the way of the first bucket and with the loading of the last, so buckets
+    should be many; but each costs a round trip to the workers.
+    """
+
+    smallest: int
+    largest: int
+
+    def bucket(self, total: int) -> int:
+        """Bytes of a bucket for an update of ``total`` bytes."""
+        share = align_up(total // _BUCKETS_OF_AN_UPDATE)
+        return min(max(share, self.smallest), self.largest)
+
+
+DEVICE_PACE = Pace(256 << 20, 1 << 30)
+"""At 50 GB/s to the device, 256 MiB take 5 ms, and a round trip to a worker a fraction of one."""
+HOST_PACE = Pace(16 << 20, 16 << 20)
+"""Shared memory is zeroed for every update, and small buckets stay in the processor's caches."""
+READ_PACE = Pace(32 << 20, 1 << 30)
+"""P2P reads over a network."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,11 @@ def largest_tensor(metas: Metas) -> int:
     )
 
 
+def total_bytes(metas: Metas) -> int:
+    """Bytes of all owners' tensors, padding included."""
+    return sum(meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas)
+
+
 def bucket_size(free_bytes: int, largest: int, cap: int) -> BucketSize:
     """Divide ``free_bytes`` of device memory into a double buffer and, where it fits, staging.
 
@@ -109,13 +138,20 @@ def plan_transfer(
     local_topo: Topology,
     remote_topo: Topology,
     ranks: Sequence[int] | None = None,
+    pace: Pace | None = None,
 ) -> TransferPlan:
     """The whole update as data: buckets cut, receivers assigned, dealt out in rounds.
 
     In every round each receiver has at most one bucket, so that all of them fetch their next one
     while the others' are being broadcast.
+
+    Args:
+        size: what memory and the user allow for a bucket.
+        pace: what is best for it; default: all that is allowed.
     """
-    nbytes = _bucket_to_read(metas, size.bytes) if ranks else size.bytes
+    nbytes = size.bytes
+    if pace is not None:
+        nbytes = min(nbytes, max(pace.bucket(total_bytes(metas)), largest_tensor(metas)))
     buckets = gen_h2d_buckets(metas, nbytes, local_topo, remote_topo, ranks)
     rounds = _in_rounds(buckets)
     steps = tuple(
@@ -182,13 +218,6 @@ def assign_receiver_ranks(
         assigned.append((receivers[len(busy)], owner, bucket))
         busy.add(nic)
     return assigned
-
-
-def _bucket_to_read(metas: Metas, limit: int) -> int:
-    """Bytes of a P2P bucket: small enough that most reads go on while another bucket is loaded."""
-    total = sum(meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas)
-    share = align_up(total // _READS_OF_AN_UPDATE)
-    return min(limit, max(share, largest_tensor(metas), _SMALLEST_READ))
 
 
 def to_named_tensor(metas: Iterable[ParameterMeta], offset: int = 0) -> list[dict]:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,10 +55,12 @@ from checkpoint_engine.loaders import (
     MixedLoader,
     RemoteLoader,
     copy_from_host,
+    lying_on_host,
 )
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.pipeline import (
+    Messages,
     Pipeline,
     Request,
     RequestFunction,
@@ -164,6 +166,7 @@ class ParameterServer:
         self._leases: dict[str, Lease] = {}
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
+        self._planned: _Planned | None = None
         self._weights_group: WeightsGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -378,20 +381,31 @@ class ParameterServer:
             operation.watch()
             stack.callback(self._leave_default_group)
             link = self._listen(stack)
-            socket_paths, transfer = self._agree(operation, checkpoint_name, link.url, members)
+            socket_paths, planned = self._agree(operation, checkpoint_name, link.url, members)
+            transfer = planned.transfer
             operation.begin("buffers")
-            streams = make_streams(self.device_manager)
             buffer = stack.enter_context(self._share_buffer(transfer))
+            streams = make_streams(self.device_manager)
+            stack.callback(streams.close)
             staging = self._make_staging(transfer, operation, remote=members is not None)
             loader = self._make_loader(checkpoint_name, members, streams, stack, buffer, staging)
             group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
-                transfer, self._rank, buffer.tensor, staging, group, loader, streams
+                transfer,
+                planned.messages,
+                self._rank,
+                buffer.tensor,
+                staging,
+                group,
+                loader,
+                streams,
             )
             operation.begin("handshake")
             request = stack.enter_context(contextlib.closing(Request(req_func, socket_paths)))
             stack.push(_give_up(operation, link))
-            session = WorkerSession(link, _both(operation.check, request.check))
+            check = _both(operation.check, request.check)
+            pipeline.begin(check)
+            session = WorkerSession(link, check)
             session.hand_over(buffer, operation.deadline.remaining())
             buffer.unlink()
             pipeline.run(operation, session)
@@ -427,7 +441,7 @@ class ParameterServer:
         checkpoint_name: str,
         address: str,
         members: list[int] | None,
-    ) -> tuple[SocketPaths, TransferPlan]:
+    ) -> tuple[SocketPaths, _Planned]:
         """Exchange what planning needs, and plan. The plan is the same on every rank."""
         operation.begin("plan")
         self._check_gathered(checkpoint_name, remote=members is not None)
@@ -449,14 +463,29 @@ class ParameterServer:
                 f"ranks {different} gathered other metas than rank {self._rank}: call "
                 f"gather_metas({checkpoint_name!r}), or load_metas(), on all ranks"
             )
-        transfer = plan.plan_transfer(
-            self._current_global_parameter_metas,
-            self._bucket_size(hellos),
-            _topology({one["rank"]: one["nic"] for one in hellos}),
-            self._remote_rdma_devices,
-            members,
-        )
-        return self._socket_paths(hellos), transfer
+        return self._socket_paths(hellos), self._plan_for(hellos, members)
+
+    def _plan_for(self, hellos: list[dict[str, Any]], members: list[int] | None) -> _Planned:
+        """The plan of the last update, if nothing that it depends on has changed."""
+        size = self._bucket_size(hellos)
+        topology = _topology({one["rank"]: one["nic"] for one in hellos})
+        basis = (self._gathered_digest, size, topology, members)
+        if self._planned is None or self._planned.basis != basis:
+            transfer = plan.plan_transfer(
+                self._current_global_parameter_metas,
+                size,
+                topology,
+                self._remote_rdma_devices,
+                members,
+                self._pace(remote=members is not None),
+            )
+            self._planned = _Planned(basis, transfer, Messages(transfer))
+        return self._planned
+
+    def _pace(self, remote: bool) -> plan.Pace:
+        if remote:
+            return plan.READ_PACE
+        return plan.DEVICE_PACE if self.device_manager.is_accelerator else plan.HOST_PACE
 
     def _socket_paths(self, hellos: list[dict[str, Any]]) -> SocketPaths:
         """Of every rank of the world, in order; a rank that takes no part has no address."""
@@ -508,7 +537,10 @@ class ParameterServer:
         def copy(bucket: H2DBucket, target: torch.Tensor) -> None:
             self._copy_to_buffer(checkpoint_name, bucket, target)
 
-        own = HostLoader(copy, streams)
+        def lying(bucket: H2DBucket) -> torch.Tensor | None:
+            return lying_on_host(self._memory_pool[checkpoint_name], bucket)
+
+        own = HostLoader(copy, lying, streams)
         if members is None:
             return own
         store = self._require_p2p()
@@ -680,6 +712,7 @@ class ParameterServer:
         return False
 
     def _set_global_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
+        self._planned = None
         owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
         self._current_global_parameter_metas = {
             rank: MemoryBufferMetaList.model_construct(
@@ -844,6 +877,14 @@ class ParameterServer:
             blobs = operation.all_gather("memory", json.dumps(mine).encode())
             size = self._bucket_size([json.loads(blob) for blob in blobs])
         return size.bytes, disable_h2d_buffer or not size.staging
+
+
+class _Planned(NamedTuple):
+    """A plan, kept for the next update; ``basis`` is what it was made from."""
+
+    basis: tuple[Any, ...]
+    transfer: TransferPlan
+    messages: Messages
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

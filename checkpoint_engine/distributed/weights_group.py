@@ -96,7 +96,7 @@ def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
         options._devices = [gloo.create_default_device()]
     else:
         options._devices = [gloo.create_device(hostname=local_ip)]
-    options._threads = 2
+    options._threads = 1
     return gloo(store, rank, size, options)
 
 
