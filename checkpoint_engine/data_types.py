@@ -7,7 +7,9 @@ metas written by one program are read by another.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -118,17 +120,20 @@ def make_metas(
         kinds: dtype, shape and aligned size.
         kind_of: of each name, the index of its kind.
     """
-    new, cls, metas = object.__new__, ParameterMeta, []
-    for name, kind in zip(names, kind_of, strict=True):
-        dtype, shape, aligned_size = kinds[kind]
-        meta = new(cls)
-        _set_dict(
-            meta, {"name": name, "dtype": dtype, "shape": shape, "aligned_size": aligned_size}
-        )
-        _set_fields_set(meta, _ALL_FIELDS)
-        _set_extra(meta, None)
-        _set_private(meta, None)
-        metas.append(meta)
+    every = list(zip(names, kind_of, strict=True))
+    metas = list(map(object.__new__, itertools.repeat(ParameterMeta, len(every))))
+    attributes = (
+        {"name": name, "dtype": dtype, "shape": shape, "aligned_size": aligned_size}
+        for name, kind in every
+        for dtype, shape, aligned_size in (kinds[kind],)
+    )
+    for set_slot, values in (
+        (_set_dict, attributes),
+        (_set_fields_set, itertools.repeat(_ALL_FIELDS)),
+        (_set_extra, itertools.repeat(None)),
+        (_set_private, itertools.repeat(None)),
+    ):
+        deque(map(set_slot, metas, values), maxlen=0)  # a loop that runs outside Python
     return metas
 
 

@@ -66,8 +66,7 @@ def decode_layout(blob: bytes) -> Layout:
     kinds = [
         (parse_dtype(dtype), torch.Size(shape), size) for dtype, shape, size in content["kinds"]
     ]
-    with _without_garbage_collection():
-        metas = make_metas(content["names"], kinds, content["kind_of"])
+    metas = make_metas(content["names"], kinds, content["kind_of"])
     layout, start = [], 0
     for count in content["counts"]:
         layout.append(metas[start : start + count])
@@ -137,7 +136,8 @@ class KnownLayouts:
 
     def update(self, places: Sequence[dict[str, Any]], received: dict[int, bytes]) -> list[Layout]:
         """The layout of every place; those that none of them has any more are forgotten."""
-        fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
+        with _without_garbage_collection():
+            fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
         known = self._layouts | fresh
         self._layouts = {place["layout"]: known[place["layout"]] for place in places}
         return [self._layouts[place["layout"]] for place in places]
