@@ -75,6 +75,18 @@ def _host_id() -> str:
     return hashlib.sha256(f"{machine}/{socket.gethostname()}".encode()).hexdigest()[:12]
 
 
+def _cpus_of_pci_device(address: str, devices: str = "/sys/bus/pci/devices") -> set[int] | None:
+    try:
+        listed = Path(devices, address, "local_cpulist").read_text().strip()
+    except OSError:
+        return None
+    cpus: set[int] = set()
+    for part in filter(None, listed.split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus or None
+
+
 def _cpu_free_memory() -> int:
     """What buffers may take: they are shared memory, which both figures limit."""
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
@@ -194,6 +206,17 @@ class DeviceManager:
     def identity(self, index: int) -> str:
         """The name under which server and worker of one device find each other."""
         return self._device.identity(index)
+
+    def nearby_cpus(self, index: int) -> set[int] | None:
+        """The processors on the NUMA node of device ``index``; ``None`` where nothing tells."""
+        if self.device_type != "cuda":
+            return None
+        properties = self.device_module.get_device_properties(index)
+        try:
+            place = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+        except AttributeError:  # torch before 2.8
+            return None
+        return _cpus_of_pci_device("{:04x}:{:02x}:{:02x}.0".format(*place))
 
     def free_memory(self) -> int:
         """Bytes that new buffers on the current device could take."""

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,12 +161,22 @@ class HostMemory:
     Args:
         device_type: "cuda", "npu" or "cpu".
         retain_bytes: how much released memory is kept, still pinned, for the next ``fill``;
-            0 gives all of it back to the system at once.
+            0 gives all of it back to the system at once. ``None``: as much as the largest ``fill``
+            has taken, so that one checkpoint after the other allocates nothing.
+        cpus: where threads that bring memory into being and fill it run, for its sake: the
+            processors of the device's own NUMA node. Default: anywhere.
     """
 
-    def __init__(self, device_type: str, retain_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        device_type: str,
+        retain_bytes: int | None = 0,
+        cpus: Set[int] | None = None,
+    ) -> None:
         self._device_type = device_type
         self._retain_bytes = retain_bytes
+        self._largest_fill = 0
+        self._cpus = cpus
         self._linger = _Linger()
         self._lent: dict[torch.Tensor, _Arena] = {}
         self._retained: list[_Arena] = []
@@ -207,8 +217,9 @@ class HostMemory:
         sizes = [max(packed_size(metas), ALIGNMENT) for metas in layout]
         with ExitStack() as undo:
             arenas = self._take(sizes, undo)
-            _fill_arenas(arenas, layout, sources)
+            _fill_arenas(arenas, layout, sources, self._cpus)
             undo.pop_all()
+        self._largest_fill = max(self._largest_fill, sum(arena.nbytes for arena in arenas))
         return [
             _memory_buffer(self._lend(arena, 0, size), metas, arena)
             for arena, size, metas in zip(arenas, sizes, layout, strict=True)
@@ -232,7 +243,8 @@ class HostMemory:
             for path in dict.fromkeys(part.path for part in parts.values()):
                 arenas[path] = _map_file(path, self._device_type, self._linger)
                 undo.callback(arenas[path].free)
-            _work({arena: _room(0, arena.nbytes) for arena in arenas.values()}, _Arena.pin)
+            room = {arena: _room(0, arena.nbytes) for arena in arenas.values()}
+            _work(room, _Arena.pin, self._cpus)
             undo.pop_all()
         for path in arenas:
             _unlink(path)
@@ -266,7 +278,7 @@ class HostMemory:
                 f"{len(buffers) - len(arenas)} of {len(buffers)} buffers to reuse are not lent out"
             )
         layout = pack_into(sources, [buffer.buffer.numel() for buffer in buffers])
-        _fill_arenas(arenas, layout, sources)
+        _fill_arenas(arenas, layout, sources, self._cpus)
         return [
             _memory_buffer(buffer.buffer, metas, arena)
             for buffer, metas, arena in zip(buffers, layout, arenas, strict=True)
@@ -295,7 +307,8 @@ class HostMemory:
         return best
 
     def _retire(self, arena: _Arena) -> None:
-        if arena.reusable and self.usage.retained + arena.nbytes <= self._retain_bytes:
+        limit = self._largest_fill if self._retain_bytes is None else self._retain_bytes
+        if arena.reusable and self.usage.retained + arena.nbytes <= limit:
             self._retained.append(arena)
         else:
             arena.free()
@@ -659,7 +672,10 @@ class _DeviceCopies:
 
 
 def _fill_arenas(
-    arenas: list[_Arena], layout: list[list[ParameterMeta]], sources: Mapping[str, TensorSource]
+    arenas: list[_Arena],
+    layout: list[list[ParameterMeta]],
+    sources: Mapping[str, TensorSource],
+    cpus: Set[int] | None,
 ) -> None:
     """Puts the tensors of each list into the arena of the same index, and pins the arenas.
 
@@ -677,7 +693,7 @@ def _fill_arenas(
                 copies.start(source.data, arena.memory[at : at + source.nbytes])
 
     try:
-        _work({arena: _pieces(where) for arena, where in places.items()}, finish)
+        _work({arena: _pieces(where) for arena, where in places.items()}, finish, cpus)
     finally:
         copies.finish()
 
@@ -693,16 +709,22 @@ def _places(
         at += meta.aligned_size
 
 
-def _work(pieces: Mapping[_Arena, Iterable[_Piece]], finish: Callable[[_Arena], None]) -> None:
+def _work(
+    pieces: Mapping[_Arena, Iterable[_Piece]],
+    finish: Callable[[_Arena], None],
+    cpus: Set[int] | None,
+) -> None:
     """Writes all pieces, by several threads, and in this one calls ``finish`` for each done arena.
 
     However it ends, no thread touches the memory any more.
     """
+    usable = os.sched_getaffinity(0) & cpus if cpus else os.sched_getaffinity(0)
+    usable = usable or os.sched_getaffinity(0)
     tasks = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
     left = Counter(arena for arena, _ in tasks)
-    crew = _Crew(tasks)
+    crew = _Crew(tasks, usable)
     try:
-        crew.start(min(MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks)))
+        crew.start(min(MAX_THREADS, len(usable), len(tasks)))
         for _ in tasks:
             arena = crew.wait_for_one()
             left[arena] -= 1
@@ -720,7 +742,8 @@ class _Crew:
     thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` can be relied on.
     """
 
-    def __init__(self, tasks: Iterable[tuple[_Arena, list[_Piece]]]) -> None:
+    def __init__(self, tasks: Iterable[tuple[_Arena, list[_Piece]]], cpus: Set[int]) -> None:
+        self._cpus = cpus
         self._tasks: SimpleQueue[tuple[_Arena, list[_Piece]]] = SimpleQueue()
         self._results: SimpleQueue[tuple[_Arena, BaseException | None]] = SimpleQueue()
         self._lock = threading.Lock()
@@ -759,6 +782,7 @@ class _Crew:
                 return
             self._busy += 1
         try:
+            os.sched_setaffinity(0, self._cpus)  # of this thread alone
             while not self._stopped:
                 arena, batch = self._tasks.get_nowait()
                 self._results.put((arena, _failure(arena, batch)))

@@ -144,7 +144,8 @@ class ParameterServer:
         if self._gpu_count < 1:
             raise ValueError(f"gpu_count must be at least 1, got {self._gpu_count}")
         self._local_rank = self._rank % self._gpu_count
-        self._mem_fraction = Settings.from_env(mem_fraction).mem_fraction
+        settings = Settings.from_env(mem_fraction)
+        self._mem_fraction = settings.mem_fraction
         self._auto_pg = auto_pg
         self._device_uuid = _get_physical_gpu_id(self.device_manager, self._local_rank)
         if self.device_manager.is_accelerator:
@@ -153,7 +154,11 @@ class ParameterServer:
         self._log = logger.bind(rank=self._rank)
         self._control = ControlPlane(self._rank, self._world_size, master_addr, master_port)
         self._host_ip = self._control.reachable_ip()
-        self._host_memory = HostMemory(self.device_manager.device_type)
+        self._host_memory = HostMemory(
+            self.device_manager.device_type,
+            retain_bytes=None if settings.retain_host_memory else 0,
+            cpus=self.device_manager.nearby_cpus(self._local_rank),
+        )
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
@@ -235,8 +240,12 @@ class ParameterServer:
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Free this rank's part of a checkpoint. This rank alone.
 
+        Its memory is kept for the next ``register_checkpoint``, as much as the largest checkpoint
+        so far took, unless ``PS_RETAIN_HOST_MEMORY=0``.
+
         Args:
-            force: for a checkpoint in the shared memory pool: free the pool's memory too.
+            force: give all memory that is kept back to the system, and that of the shared memory
+                pool if the checkpoint is in it.
 
         Raises:
             BusyError: an update is sending it.
@@ -256,11 +265,13 @@ class ParameterServer:
             self._encoded_layouts.pop(checkpoint_name, None)
             if checkpoint_name != self._pool_user:
                 self._free(checkpoint_name)
-                return
-            del self._memory_pool[checkpoint_name]
-            self._pool_user = None
+            else:
+                del self._memory_pool[checkpoint_name]
+                self._pool_user = None
+                if force:
+                    self._free(self.shared_memory_pool_name)
             if force:
-                self._free(self.shared_memory_pool_name)
+                self._host_memory.trim()
 
     def _free(self, place: str) -> None:
         """Give memory back; other ranks must not read it any more."""

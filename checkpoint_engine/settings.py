@@ -11,10 +11,16 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Settings:
-    """``max_bucket_bytes``: cap of a bucket. ``mem_fraction``: share of free device memory."""
+    """
+    Attributes:
+        max_bucket_bytes: cap of a bucket.
+        mem_fraction: share of free device memory.
+        retain_host_memory: whether memory of unregistered checkpoints is kept for the next.
+    """
 
     max_bucket_bytes: int
     mem_fraction: float
+    retain_host_memory: bool
 
     @staticmethod
     def from_env(mem_fraction: float | None = None) -> Settings:
@@ -29,7 +35,8 @@ class Settings:
         cap = _number("PS_MAX_BUCKET_SIZE_GB", 8.0)
         if not 0 < cap < math.inf:
             raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
-        return Settings(int(cap * GIB), fraction)
+        retain = integer("PS_RETAIN_HOST_MEMORY", 1) != 0
+        return Settings(int(cap * GIB), fraction, retain)
 
 
 def _number(variable: str, default: float) -> float:

@@ -236,3 +236,14 @@ def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     assert get_ip("nowhere.invalid") == get_ip()
+
+
+def test_processors_near_a_device(tmp_path: Path) -> None:
+    (tmp_path / "0000:18:00.0").mkdir()
+    (tmp_path / "0000:18:00.0" / "local_cpulist").write_text("0-2,8,10-11\n")
+    (tmp_path / "0000:19:00.0").mkdir()
+    (tmp_path / "0000:19:00.0" / "local_cpulist").write_text("\n")
+    near = device_utils._cpus_of_pci_device
+    assert near("0000:18:00.0", str(tmp_path)) == {0, 1, 2, 8, 10, 11}
+    assert near("0000:19:00.0", str(tmp_path)) is None
+    assert near("0000:1a:00.0", str(tmp_path)) is None

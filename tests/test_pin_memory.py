@@ -434,7 +434,7 @@ class TestFailuresLeaveNothing:
             memory.fill(sources)
 
     def test_stopping_goes_on_through_interrupts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        crew = pin_memory._Crew([])
+        crew = pin_memory._Crew([], os.sched_getaffinity(0))
         crew._busy = 1  # a thread that ends after the third look
         looks = []
 
@@ -592,6 +592,30 @@ class TestRetaining:
         memory.trim()
         assert memory.usage == MemoryUsage(0, 0)
         assert not any(map(is_mapped, arenas))
+
+    def test_as_much_as_the_largest_fill(self) -> None:
+        memory = HostMemory("cpu", retain_bytes=None)
+        first = memory.fill(tensor_sources({"w": torch.ones(5000)}))
+        second = memory.fill(tensor_sources({"w": torch.ones(5000)}))
+        memory.release(first + second)
+        assert memory.usage == MemoryUsage(0, 5 * 4096)
+        memory.trim()
+
+    def test_threads_run_near_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cpu = min(os.sched_getaffinity(0))
+        where = []
+        write = pin_memory._write_batch
+        monkeypatch.setattr(
+            pin_memory,
+            "_write_batch",
+            lambda *args: (where.append(os.sched_getaffinity(0)), write(*args)),
+        )
+        before = os.sched_getaffinity(0)
+        memory = HostMemory("cpu", cpus={cpu, 1 << 20})
+        memory.release(memory.fill(tensor_sources({"w": torch.ones(5000)})))
+        assert where
+        assert all(cpus == {cpu} for cpus in where)
+        assert os.sched_getaffinity(0) == before
 
     def test_cap(self) -> None:
         memory = HostMemory("cpu", retain_bytes=2 * 8192)

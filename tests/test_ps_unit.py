@@ -54,6 +54,41 @@ def in_use(server: ParameterServer) -> int:
     return server._host_memory.usage.in_use
 
 
+def test_the_next_step_allocates_nothing(server: ParameterServer) -> None:
+    addresses = set()
+    for step in range(3):
+        name = f"step-{step}"
+        server.register_checkpoint(name, named_tensors={"w": torch.full((5000,), step)})
+        addresses.add(server._memory_pool[name][0].buffer.data_ptr())
+        server.unregister_checkpoint(name)
+    assert len(addresses) == 1
+    assert server._host_memory.usage.retained >= 40000
+
+
+def test_memory_is_given_back_when_asked_for(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
+    server.unregister_checkpoint("a", force=True)
+    assert server._host_memory.usage == (0, 0)
+    monkeypatch.setenv("PS_RETAIN_HOST_MEMORY", "0")
+    frugal = ParameterServer(rank=0, world_size=1)
+    frugal.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
+    frugal.unregister_checkpoint("a")
+    assert frugal._host_memory.usage == (0, 0)
+
+
+def test_plans_are_kept_between_updates(server: ParameterServer) -> None:
+    server.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
+    received(server, "a")
+    planned = server._planned
+    assert received(server, "a").keys() == {"w"}
+    assert planned is not None
+    server.unregister_checkpoint("a")
+    server.register_checkpoint("a", named_tensors={"v": torch.ones(7)})
+    assert received(server, "a").keys() == {"v"}
+
+
 def received(server: ParameterServer, name: str, seconds: float = SOON) -> Weights:
     """What a worker gets when ``name`` is gathered and sent."""
     weights: Weights = {}
@@ -147,10 +182,10 @@ def test_a_bad_gpu_count(gpu_count: int) -> None:
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings.from_env() == Settings(8 * GIB, 0.9)
+    assert Settings.from_env() == Settings(8 * GIB, 0.9, True)
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "0.5")
     monkeypatch.setenv("PS_MEM_FRACTION", "1")
-    assert Settings.from_env() == Settings(GIB // 2, 1.0)
+    assert Settings.from_env() == Settings(GIB // 2, 1.0, True)
     assert Settings.from_env(0.25).mem_fraction == 0.25
 
 
