@@ -24,7 +24,7 @@ from loguru import logger
 from checkpoint_engine import control, distributed, plan, rdma
 from checkpoint_engine.checkpoint_files import open_files, tensor_sources
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.control import ControlPlane, Operation, connect_store
+from checkpoint_engine.control import ControlPlane, Operation
 from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
@@ -70,6 +70,7 @@ from checkpoint_engine.pipeline import (
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
+from checkpoint_engine.store import connect_store
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

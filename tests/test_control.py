@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint_engine import control
+from checkpoint_engine import control, store
 from checkpoint_engine.control import ControlPlane
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import UpdateError
@@ -153,7 +153,7 @@ def test_a_barrier_is_reusable_and_keys_do_not_pile_up() -> None:
         for i in range(50):
             assert me.exchange(f"-{i}") == me.everyone(f"-{i}")
             if me.rank == 0:
-                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(3, program)[0]
@@ -168,7 +168,7 @@ def test_keys_do_not_pile_up_over_failures() -> None:
             me.failing(lambda operation: fail_after_exchange(me, operation))
             me.exchange()
             if me.rank == 0:
-                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(2, program)[0]
@@ -475,13 +475,13 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"rank 0 cannot host the store at 127.0.0.1:{port}"):
-            control.connect_store(0, 2, "127.0.0.1", port)
+            store.connect_store(0, 2, "127.0.0.1", port)
 
 
 def test_rank_0_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(store, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(RuntimeError, match=rf"rank 0 .*127\.0\.0\.1:{port}"):
-        control.connect_store(1, 2, "127.0.0.1", port)
+        store.connect_store(1, 2, "127.0.0.1", port)
