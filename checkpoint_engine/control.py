@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,9 +23,8 @@ from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import get_ip
-from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.liveness import Peers
-from checkpoint_engine.store import NO_ANSWER, World, world_number
+from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.store import NO_ANSWER, Alone, World, world_number
 
 _SUCCESS = b"ok"
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
@@ -70,14 +69,12 @@ class ControlPlane:
         self._addr = addr
         self._port = port
         self._number = 0
-        self._world: World | None = None
-        self._local_store = dist.HashStore()
+        self._world: World | Alone | None = Alone() if world_size == 1 else None
         self._circles: dict[tuple[int, ...], _Circle] = {}
 
     def store(self) -> Any:
         """The world's store; a single rank needs none but its own memory."""
-        world = self._meet(Deadline(_MEETING_SECONDS))
-        return self._local_store if world is None else world.store
+        return self._meet(Deadline(_MEETING_SECONDS)).store
 
     def local_ip(self) -> str:
         """This host's address on the interface that leads to rank 0."""
@@ -125,15 +122,14 @@ class ControlPlane:
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if members not in self._circles:
             name = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
-            circle = self._circles[members] = _Circle(name, members)
-            self._connect(circle, world)
-            if circle.peers.replaces:
+            circle = self._circles[members] = _Circle(name, members, world)
+            if world.peers.replaces:
                 circle.join_late()
         return self._circles[members]
 
-    def _meet(self, deadline: Deadline) -> World | None:
-        """This rank's world, met anew where the last one is lost; ``None`` for a single rank."""
-        if self.world_size == 1 or (self._world is not None and not self._world.is_lost):
+    def _meet(self, deadline: Deadline) -> World | Alone:
+        """This rank's world, met anew where the last one is lost."""
+        if self._world is not None and not self._world.is_lost:
             return self._world
         addr, port = master_addr(self._addr), master_port(self._port)
         self._number = self._number or world_number(addr, port)
@@ -141,22 +137,17 @@ class ControlPlane:
         if lost is not None:  # whoever calls may try again; nobody shall wait for one that is dead
             deadline = Deadline(max(min(deadline.remaining(), _RETURN_SECONDS), 0.001))
         try:
-            self._world = World(self.rank, self.world_size, addr, port, self._number, deadline)
+            world = World(self.rank, self.world_size, addr, port, self._number, deadline)
         except (RuntimeError, TimeoutError) as error:
             if lost is None:
                 raise
             raise dist.DistNetworkError(str(error)) from error
-        if lost is None or lost.id != self._world.id:
+        if lost is None or lost.id != world.id:
             self._circles.clear()  # rank 0 was started again, and counts from 0
         for circle in self._circles.values():
-            self._connect(circle, self._world)
-        return self._world
-
-    def _connect(self, circle: _Circle, world: World | None) -> None:
-        if world is None:
-            circle.connect(self._local_store, self._local_store, Peers(), lambda: "")
-        else:
-            circle.connect(world.store, world.watched, world.peers, lambda: world.why_lost)
+            circle.world = world
+        self._world = world
+        return world
 
 
 class _Circle:
@@ -167,30 +158,26 @@ class _Circle:
     next, for it has not made that call.
     """
 
-    def __init__(self, name: str, members: tuple[int, ...]) -> None:
+    def __init__(self, name: str, members: tuple[int, ...], world: World | Alone) -> None:
         self.members = members
+        self.world = world
         self._name = name
         self._count = 0
         self._visits = 0
         self.old_keys: list[str] = []
 
-    def connect(self, store: Any, watched: Any, peers: Peers, why_lost: Callable[[], str]) -> None:
-        """Take these connections from now on. ``why_lost``: what is wrong where they fail."""
-        self.store = dist.PrefixStore(self._name, store)
-        self._watched = dist.PrefixStore(self._name, watched)
-        self.peers = peers
-        self._why_lost = why_lost
+    @property
+    def store(self) -> Any:
+        return dist.PrefixStore(self._name, self.world.store)
 
     @property
     def prefix(self) -> str:
         """Of the running operation's keys."""
         return str(self._count)
 
-    def stores(self) -> tuple[Any, Any]:
-        """The running operation's part of both connections."""
-        return dist.PrefixStore(self.prefix, self.store), dist.PrefixStore(
-            self.prefix, self._watched
-        )
+    def operations_part(self, store: Any) -> Any:
+        """The running operation's part of a store of the world."""
+        return dist.PrefixStore(self.prefix, dist.PrefixStore(self._name, store))
 
     def begin_operation(self, rank: int) -> None:
         self._count += 1
@@ -209,10 +196,10 @@ class _Circle:
 
     def gone(self) -> list[int]:
         """The members that are not there any more."""
-        return sorted(self.peers.gone.intersection(self.members))
+        return sorted(self.world.peers.gone.intersection(self.members))
 
     def describe(self, error: BaseException) -> str:
-        return _describe(error, self._why_lost())
+        return _describe(error, self.world.why_lost)
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for, if they did."""
@@ -254,13 +241,14 @@ class Operation:
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
-        self.store, self._watched = circle.stores()
+        self.store = circle.operations_part(circle.world.store)
+        self._watched = circle.operations_part(circle.world.watched)
         self._circle = circle
         self._rank = rank
         self._outcome: bytes | None = None
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
-        circle.peers.expect_end(deadline.remaining())
+        circle.world.peers.expect_end(deadline.remaining())
         if self._leads:
             self._keys += ["done", "left"]
             circle.store.add("started", 1)
@@ -269,6 +257,17 @@ class Operation:
     def members(self) -> tuple[int, ...]:
         """The ranks that take part, in order."""
         return self._circle.members
+
+    @contextlib.contextmanager
+    def store_to_block(self) -> Iterator[Any]:
+        """This operation's part of the store, for calls in C++ that wait by themselves; whoever is
+        still blocked when this is left by an error is freed."""
+        world = self._circle.world
+        try:
+            yield self._circle.operations_part(world.store_to_block(self.deadline))
+        except BaseException:
+            world.free_blocked()
+            raise
 
     @property
     def _leads(self) -> bool:
@@ -338,7 +337,7 @@ class Operation:
             else:
                 self._fail(exc)
         finally:
-            self._circle.peers.expect_end(None)
+            self._circle.world.peers.expect_end(None)
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
@@ -389,12 +388,28 @@ class Operation:
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
+        error = self._cause_of(error)
         missing = getattr(error, "missing_ranks", [])
         culprit = missing[0] if isinstance(error, GoneError) else self._rank
         mine = _Failure(culprit, self.phase, self._circle.describe(error), missing).encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             return self.store.compare_set("outcome", "", mine.decode())
         return mine
+
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """Where a broadcast fails, another rank knows why, or is gone itself."""
+        if not isinstance(error, GroupError):
+            return error
+        soon = Deadline(_FAREWELL / 2)
+        try:
+            poll(lambda: soon.remaining() == 0.0, self._look_around)
+        except (RuntimeError, TimeoutError) as cause:
+            return cause
+        return error
+
+    def _look_around(self) -> None:
+        self._look_for_outcome()
+        self.check()
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""

@@ -22,6 +22,14 @@ class UpdateError(RuntimeError):
         self.cause = cause
 
 
+class GroupError(RuntimeError):
+    """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
+
+
+class RequestError(RuntimeError):
+    """``req_func`` raised; the text says what."""
+
+
 class WireError(RuntimeError):
     """A message broke the protocol of ``wire.py``, or its sender is gone."""
 

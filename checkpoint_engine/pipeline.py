@@ -18,7 +18,7 @@ from checkpoint_engine.control import Operation
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup
-from checkpoint_engine.errors import WireError, WorkerError
+from checkpoint_engine.errors import GroupError, RequestError, WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, Loader
@@ -31,7 +31,7 @@ from checkpoint_engine.wire import (
     encode_handle,
 )
 
-_FAREWELL = 2.0  # seconds that a failed update waits for req_func to return
+_FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 _FAREWELL_OF_0_2 = 30.0  # the same where a worker of release 0.2 has left, perhaps in order
 
 SocketPaths = list[tuple[str, str]]
@@ -61,7 +61,7 @@ class Request:
         """Raise what ``req_func`` raised."""
         if self._error is not None:
             error = self._error
-            raise RuntimeError(f"req_func raised {type(error).__name__}: {error}") from error
+            raise RequestError(f"req_func raised {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         """After a failure: let the engine answer before the next update asks it again."""
@@ -354,5 +354,8 @@ class _Broadcast:
     def query(self) -> bool:
         if not self._work.is_completed():
             return False
-        self._work.wait()  # raises what went wrong
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise GroupError(f"a broadcast failed: {error}") from error
         return True

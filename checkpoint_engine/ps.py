@@ -751,14 +751,16 @@ class ParameterServer:
         return self._weights_group
 
     def _make_group(self, operation: Operation) -> WeightsGroup:
-        return create_weights_group(
-            self.device_manager.backend,
-            dist.PrefixStore("weights", operation.store),
-            list(operation.members),
-            self._rank,
-            self._control.local_ip(),
-            operation.deadline,
-        )
+        with operation.store_to_block() as store:
+            return create_weights_group(
+                self.device_manager.backend,
+                dist.PrefixStore("weights", store),
+                list(operation.members),
+                self._rank,
+                self._control.local_ip(),
+                self.device_manager.device(self._local_rank),
+                operation.check,
+            )
 
     def _leave_weights_group(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         """After a failure nothing in flight survives; otherwise ``auto_pg`` decides."""

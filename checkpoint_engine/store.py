@@ -31,8 +31,27 @@ _worlds: dict[tuple[str, int], int] = {}
 _stores_lock = threading.Lock()
 
 
+class Alone:
+    """The ties of a single rank: its own memory."""
+
+    peers = Peers()
+    id = ""
+    is_lost = False
+    why_lost = ""
+
+    def __init__(self) -> None:
+        self.store: Any = dist.HashStore()
+        self.watched = self.store
+
+    def store_to_block(self, deadline: Deadline) -> Any:
+        return self.store
+
+    def free_blocked(self) -> None:
+        """Nobody can be blocked."""
+
+
 class World:
-    """One rank's ties to its world: two connections to the store, and who is there.
+    """One rank's ties to its world: connections to the store, and who is there.
 
     Attributes:
         store: for requests.
@@ -50,17 +69,36 @@ class World:
             RuntimeError: the port is taken, or rank 0 does not answer.
             TimeoutError: it did not do so before the deadline.
         """
+        self._place = size, addr, port
+        self._prefix = f"checkpoint-engine/{number}"
         self._connections = [
             _connection(rank, size, addr, port, deadline),
-            _within(deadline, addr, port, lambda: _Connection(addr, port, size, hosted=False)),
+            self._another(deadline),
         ]
-        prefix = f"checkpoint-engine/{number}"
-        self.store, self.watched = (
-            dist.PrefixStore(prefix, connection.store) for connection in self._connections
-        )
+        self._to_block: _Connection | None = None
+        self.store, self.watched = map(self._part_of, self._connections)
         self.peers, self.id = _within(
             deadline, addr, port, lambda: self._meet(rank, addr, self.store)
         )
+
+    def store_to_block(self, deadline: Deadline) -> Any:
+        """By a connection of its own, for calls in C++ that wait by themselves."""
+        if self._to_block is None:
+            self._to_block = self._another(deadline)
+        return self._part_of(self._to_block)
+
+    def free_blocked(self) -> None:
+        """End the calls that wait for ``store_to_block``."""
+        if self._to_block is not None:
+            self._to_block.cut()
+            self._to_block = None
+
+    def _another(self, deadline: Deadline) -> _Connection:
+        size, addr, port = self._place
+        return _within(deadline, addr, port, lambda: _Connection(addr, port, size, hosted=False))
+
+    def _part_of(self, connection: _Connection) -> Any:
+        return dist.PrefixStore(self._prefix, connection.store)
 
     @property
     def is_lost(self) -> bool:
@@ -76,6 +114,7 @@ class World:
 
     def cut(self) -> None:
         """End every call that waits for the store; for when rank 0 does not answer."""
+        self.free_blocked()
         for connection in self._connections:
             connection.cut()
 
