@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -233,7 +233,11 @@ class _Circle:
 
 
 class Operation:
-    """One collective call on one rank: a deadline, what the ranks tell each other, one outcome."""
+    """One collective call on one rank: a deadline, what the ranks tell each other, one outcome.
+
+    Attributes:
+        state: what this rank's engine holds, for ``UpdateError.engines``.
+    """
 
     def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
         self.name = name
@@ -244,10 +248,11 @@ class Operation:
         self.store = circle.operations_part(circle.world.store)
         self._watched = circle.operations_part(circle.world.watched)
         self._circle = circle
-        self._rank = rank
+        self.rank = rank
         self._outcome: bytes | None = None
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
+        self.state: Callable[[], str] | None = None
         circle.world.peers.expect_end(deadline.remaining())
         if self._leads:
             self._keys += ["done", "left"]
@@ -271,7 +276,7 @@ class Operation:
 
     @property
     def _leads(self) -> bool:
-        return self._rank == self.members[0]
+        return self.rank == self.members[0]
 
     @property
     def _is_shared(self) -> bool:
@@ -314,13 +319,21 @@ class Operation:
 
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
         """The ``value`` of each of ``ranks``, which all ranks name alike. Called by all ranks."""
-        if self._rank in ranks:
-            self._put(f"{what}/{self._rank}", value)
-        if list(ranks) in ([], [self._rank]):
+        if self.rank in ranks:
+            self._put(f"{what}/{self.rank}", value)
+        if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
         keys = [f"{what}/{rank}" for rank in ranks]
         self._wait(keys)
         return self.store.multi_get(keys)
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Say something that other ranks may look for."""
+        self._put(key, value)
+
+    def is_told(self, key: str) -> bool:
+        """Whether some rank has said this."""
+        return bool(self.store.check([key]))
 
     def __enter__(self) -> Operation:
         return self
@@ -390,7 +403,7 @@ class Operation:
         outcome."""
         error = self._cause_of(error)
         missing = getattr(error, "missing_ranks", [])
-        culprit = missing[0] if isinstance(error, GoneError) else self._rank
+        culprit = getattr(error, "rank_at_fault", self.rank)
         mine = _Failure(culprit, self.phase, self._circle.describe(error), missing).encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             return self.store.compare_set("outcome", "", mine.decode())
@@ -414,12 +427,30 @@ class Operation:
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
         outcome = self.publish(error)
+        states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
+            states = self._exchange_states()
             self._leave(outcome, Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
+            error.engines = states
             raise error
         if isinstance(error, Exception):
-            raise _Failure.decode(outcome).error(self.name) from error
+            failure = _Failure.decode(outcome).error(self.name)
+            failure.engines = states
+            raise failure from error
+
+    def _exchange_states(self) -> dict[int, str]:
+        """What the engine of each rank holds; of those that say so soon."""
+        if self.state is None:
+            return {}
+        self._put(f"state/{self.rank}", self.state().encode())
+        there = [rank for rank in self.members if rank not in self._circle.gone()]
+        keys = [f"state/{rank}" for rank in there]
+        soon = Deadline(_FAREWELL)
+        with contextlib.suppress(TimeoutError):
+            poll(lambda: self.store.check(keys), lambda: soon.check("the other ranks' states"))
+        said = [rank for rank in there if self.store.check([f"state/{rank}"])]
+        return {rank: self.store.get(f"state/{rank}").decode() for rank in said}
 
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
         """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
@@ -463,6 +494,7 @@ class GoneError(RuntimeError):
             "off; start it again"
         )
         self.missing_ranks = ranks
+        self.rank_at_fault = ranks[0]
 
 
 class _Last(NamedTuple):

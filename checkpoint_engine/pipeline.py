@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
+from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.wire import (
     ACK,
     NOTHING_MORE,
@@ -78,17 +79,43 @@ class Request:
         self.check()
 
 
-class WorkerSession:
-    """One update as seen by this rank's worker: handle, buckets, release, finish."""
+class Session(Protocol):
+    """What an update tells the engine of this rank."""
 
-    def __init__(self, link: WorkerLink, check: Callable[[], None]) -> None:
+    @property
+    def state(self) -> str: ...
+    @property
+    def failed(self) -> Sequence[InstanceFailure]: ...
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None: ...
+    def check(self) -> None: ...
+    def begin_reload(self, message: bytes) -> None: ...
+    def await_reload(self, what: str) -> None: ...
+    def release(self) -> None: ...
+    def finish(self, request: Request) -> None: ...
+
+
+class WorkerSession:
+    """One update as seen by this rank's worker: handle, buckets, release, finish.
+
+    Attributes:
+        state: what the worker's model holds by now.
+        failed: of a session that fails, nothing is noted: it raises.
+    """
+
+    failed: Sequence[InstanceFailure] = ()
+
+    def __init__(self, link: WorkerLink, check: Callable[[], None], version: str) -> None:
         self._link = link
         self._check = check
+        self._version = version
         self._extensions: dict[str, Any] = {}
+        self.state = "untouched"
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
-        handle = encode_handle(*buffer.handle(), {"timeout": seconds_left})
+        handle = encode_handle(
+            *buffer.handle(), {"timeout": seconds_left, "weight_version": self._version}
+        )
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
         extensions = decode_acceptance(reply)
@@ -102,6 +129,7 @@ class WorkerSession:
         self._link.check()
 
     def begin_reload(self, message: bytes) -> None:
+        self.state = "partly written"
         self._link.send(message, self._check)
 
     def await_reload(self, what: str) -> None:
@@ -120,6 +148,7 @@ class WorkerSession:
         Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then
         the engine's answer alone tells whether they succeeded.
         """
+        self.state = "partly written"
         try:
             self._exchange(NOTHING_MORE, "its post hook")
         except WireError:
@@ -130,6 +159,7 @@ class WorkerSession:
             if not request.is_over:
                 raise
         request.join(self._check)
+        self.state = f"holds {self._version}"
 
     def _exchange(self, message: bytes, what: str) -> None:
         self._link.send(message, self._check)
@@ -272,7 +302,7 @@ class Pipeline:
         self._in_flight: deque[tuple[Step, bytes, list[Arrival]]] = deque()
         self._queues = loader.blocks_stream and streams.are_queues
 
-    def run(self, operation: Operation, session: WorkerSession) -> None:
+    def run(self, operation: Operation, session: Session) -> None:
         """Move every bucket. Returns when the worker has loaded the last one.
 
         A half of the double buffer is free once its bucket is loaded. Where starting a bucket only

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import threading
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ from checkpoint_engine.gather import (
     encode_place,
     join_place,
 )
+from checkpoint_engine.instances import Instance
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import Address, WorkerLink, open_context
 from checkpoint_engine.loaders import (
@@ -62,13 +64,14 @@ from checkpoint_engine.pipeline import (
     Pipeline,
     Request,
     RequestFunction,
+    Session,
     SocketPaths,
     Streams,
     WorkerSession,
     make_streams,
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.report import InstanceFailure, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
 from checkpoint_engine.store import connect_store
 
@@ -354,6 +357,8 @@ class ParameterServer:
         *,
         ranks: Sequence[int] | None = None,
         timeout: timedelta = _TEN_MINUTES,
+        version: str | None = None,
+        on_instance_failure: Literal["abort", "continue"] = "abort",
     ) -> UpdateReport:
         """Send a checkpoint to the inference workers of all ranks. All ranks.
 
@@ -362,6 +367,12 @@ class ParameterServer:
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
             ranks: P2P: send to the workers of these ranks only.
             timeout: of the whole call.
+            version: an id for what the workers hold then; default: a random one. Those of this
+                library say it on ``weight_version()``.
+            on_instance_failure: ``continue``: update the other engine instances, and name those
+                that failed in the report. The ranks whose ``req_func`` has an equal attribute
+                ``instance`` serve one instance (``client``'s functions have it); without, each
+                rank serves one. An engine that does not answer fails once half of the time is over.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
@@ -378,8 +389,11 @@ class ParameterServer:
         ):
             operation.watch()
             stack.callback(self._leave_default_group)
+            operation.state = lambda: "untouched"
             link = self._listen(stack)
-            socket_paths, transfer = self._agree(operation, checkpoint_name, link.url, members)
+            options = self._options(req_func, version, on_instance_failure)
+            hellos, transfer = self._agree(operation, checkpoint_name, link.url, members, options)
+            version = _agreed_version(hellos)
             operation.begin("buffers")
             streams = make_streams(self.device_manager)
             buffer = stack.enter_context(self._share_buffer(transfer))
@@ -390,9 +404,17 @@ class ParameterServer:
                 transfer, self._rank, buffer.tensor, staging, group, loader, streams
             )
             operation.begin("handshake")
-            request = stack.enter_context(contextlib.closing(Request(req_func, socket_paths)))
+            request = stack.enter_context(
+                contextlib.closing(Request(req_func, self._socket_paths(hellos)))
+            )
             stack.push(_give_up(operation, link))
-            session = WorkerSession(link, _both(operation.check, request.check))
+            session: Session
+            if on_instance_failure == "continue":
+                instances = [one["instance"] for one in hellos]
+                session = Instance(link, request, operation, instances, version)
+            else:
+                session = WorkerSession(link, _both(operation.check, request.check), version)
+            operation.state = lambda: session.state
             session.hand_over(buffer, operation.deadline.remaining())
             buffer.unlink()
             pipeline.run(operation, session)
@@ -402,7 +424,22 @@ class ParameterServer:
             buffer.close()
             operation.begin("post hook")
             session.finish(request)
-        return self._report(checkpoint_name, transfer, operation.seconds)
+        return self._report(checkpoint_name, transfer, operation.seconds, version, session.failed)
+
+    def _options(
+        self, req_func: RequestFunction, version: str | None, on_instance_failure: str
+    ) -> dict[str, Any]:
+        """What all ranks must agree on, or learn of each other, before an update."""
+        if on_instance_failure not in ("abort", "continue"):
+            raise ValueError(
+                f'on_instance_failure is "abort" or "continue", not {on_instance_failure!r}'
+            )
+        return {
+            "version": version,
+            "new version": uuid.uuid4().hex,
+            "instance": str(getattr(req_func, "instance", f"rank {self._rank}")),
+            "on instance failure": on_instance_failure,
+        }
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -428,7 +465,8 @@ class ParameterServer:
         checkpoint_name: str,
         address: str,
         members: list[int] | None,
-    ) -> tuple[SocketPaths, TransferPlan]:
+        options: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], TransferPlan]:
         """Exchange what planning needs, and plan. The plan is the same on every rank."""
         operation.begin("plan")
         self._check_gathered(checkpoint_name, remote=members is not None)
@@ -440,6 +478,7 @@ class ParameterServer:
             "cap": Settings.from_env().max_bucket_bytes,
             "digest": self._gathered_digest,
             "nic": (self._rdma_device or "", self._host_ip),
+            **options,
         }
         hellos = [
             json.loads(blob) for blob in operation.all_gather("hello", json.dumps(mine).encode())
@@ -457,7 +496,7 @@ class ParameterServer:
             self._remote_rdma_devices,
             members,
         )
-        return self._socket_paths(hellos), transfer
+        return hellos, transfer
 
     def _socket_paths(self, hellos: list[dict[str, Any]]) -> SocketPaths:
         """Of every rank of the world, in order; a rank that takes no part has no address."""
@@ -541,7 +580,12 @@ class ParameterServer:
         return self._rank if self._gathered_name == checkpoint_name else None
 
     def _report(
-        self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float]
+        self,
+        checkpoint_name: str,
+        transfer: TransferPlan,
+        phases: dict[str, float],
+        version: str | None = None,
+        failed: Sequence[InstanceFailure] = (),
     ) -> UpdateReport:
         report = UpdateReport(
             checkpoint_name=checkpoint_name,
@@ -553,6 +597,8 @@ class ParameterServer:
             bytes=transfer.total_bytes,
             seconds=sum(phases.values()),
             phases=phases,
+            version=version,
+            failed_instances=list(failed),
         )
         self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
         return report
@@ -847,6 +893,20 @@ class ParameterServer:
             blobs = operation.all_gather("memory", json.dumps(mine).encode())
             size = self._bucket_size([json.loads(blob) for blob in blobs])
         return size.bytes, disable_h2d_buffer or not size.staging
+
+
+def _agreed_version(hellos: list[dict[str, Any]]) -> str:
+    """The id of an update; the same on every rank.
+
+    Raises:
+        ValueError: the ranks want different things.
+    """
+    for what in ("version", "on instance failure"):
+        given = {one[what] for one in hellos if one[what] is not None}
+        if len(given) > 1:
+            raise ValueError(f"the ranks gave different values for {what!r}: {sorted(given)}")
+    versions = [one["version"] for one in hellos if one["version"] is not None]
+    return str(versions[0] if versions else hellos[0]["new version"])
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
