@@ -124,6 +124,8 @@ def _for_engine(
 ) -> RequestFunction:
     """Call ``ask`` on one rank of each engine, with the addresses of that engine's workers.
 
+    ``update`` reads the attribute ``instance``: the ranks of one engine succeed or fail together.
+
     A rank that takes no part in a P2P update has no address, and does not ask.
     """
     me = from_launcher(rank, "RANK")
@@ -137,6 +139,7 @@ def _for_engine(
         if members and members[0] == me:
             ask(dict(socket_paths[place] for place in members))
 
+    request.instance = f"engine {first // workers}"  # type: ignore[attr-defined]
     return request
 
 

@@ -11,10 +11,9 @@ import contextlib
 import ipaddress
 import json
 import os
-import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,15 +23,14 @@ from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import get_ip
-from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.store import NO_ANSWER, Alone, World, world_number
 
 _SUCCESS = b"ok"
-_CONNECT_TIMEOUT = timedelta(minutes=5)
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
-_FAREWELL = 2.0  # seconds that rank 0 waits for the others to read a failure
-_stores: dict[tuple[str, int], Any] = {}
-_worlds: dict[tuple[str, int], int] = {}
-_stores_lock = threading.Lock()
+_MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
+_RETURN_SECONDS = 2.0  # for a rank 0 that was lost to be there again
+_FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
 
 def master_port(port: int | None = None) -> int:
@@ -59,71 +57,24 @@ def master_addr(addr: str | None = None) -> str:
     return os.environ["MASTER_ADDR"]
 
 
-def connect_store(rank: int, world_size: int, addr: str, port: int) -> Any:
-    """The store of the world that meets at ``addr:port``; rank 0 hosts it.
-
-    One per process and meeting point, kept to the end of the process: a world's second server
-    object shares it.
-
-    Raises:
-        RuntimeError: the port is taken, or rank 0 does not answer.
-    """
-    with _stores_lock:
-        if (addr, port) not in _stores:
-            if rank > 0:
-                _await_port(addr, port)
-            try:
-                _stores[addr, port] = dist.TCPStore(
-                    addr,
-                    port,
-                    world_size,
-                    is_master=rank == 0,
-                    timeout=_CONNECT_TIMEOUT,
-                    wait_for_workers=False,
-                )
-            except Exception as error:
-                role = "host" if rank == 0 else "reach"
-                raise RuntimeError(
-                    f"rank {rank} cannot {role} the store at {addr}:{port}: {error}; is the "
-                    "port free, and master_addr rank 0's host?"
-                ) from error
-        return _stores[addr, port]
-
-
-def _await_port(addr: str, port: int) -> None:
-    """Until rank 0 listens. Torch's own waiting would not let go on Ctrl-C."""
-    deadline = Deadline(_CONNECT_TIMEOUT)
-    while True:
-        try:
-            socket.create_connection((addr, port), timeout=5).close()
-        except OSError as error:
-            if deadline.remaining() == 0.0:
-                raise RuntimeError(
-                    f"rank 0 does not listen at {addr}:{port}: {error}; is it running, and are "
-                    "master_addr and master_port the same on all ranks?"
-                ) from error
-            time.sleep(0.05)
-        else:
-            return
-
-
 class ControlPlane:
     """One rank's place in its world. Called by all ranks concerned, in the same order."""
 
     def __init__(self, rank: int, world_size: int, addr: str | None, port: int | None) -> None:
         """Nothing is connected before the first operation. ``addr``, ``port``: see
-        ``connect_store``.
+        ``store.connect_store``.
         """
         self.rank = rank
         self.world_size = world_size
         self._addr = addr
         self._port = port
-        self._connected: tuple[Any, Any] | None = None
+        self._number = 0
+        self._world: World | Alone | None = Alone() if world_size == 1 else None
         self._circles: dict[tuple[int, ...], _Circle] = {}
 
     def store(self) -> Any:
         """The world's store; a single rank needs none but its own memory."""
-        return self._stores()[0]
+        return self._meet(Deadline(_MEETING_SECONDS)).store
 
     def local_ip(self) -> str:
         """This host's address on the interface that leads to rank 0."""
@@ -142,12 +93,14 @@ class ControlPlane:
 
         ``ranks``: those ranks, sorted; default: the world.
         """
+        deadline = Deadline(timeout)
         try:
-            circle = self._circle(ranks)
+            circle = self._circle(ranks, deadline)
             circle.begin_operation(self.rank)
-            return Operation(circle, self.rank, name, Deadline(timeout))
+            return Operation(circle, self.rank, name, deadline)
         except dist.DistError as error:
-            raise UpdateError(name, self.rank, "start", _describe(error)) from error
+            lost = NO_ANSWER if self._world is None else self._world.why_lost
+            raise UpdateError(name, self.rank, "start", _describe(error, lost)) from error
 
     def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
         """Return when the operation of ``ranks`` that this rank has no part in is over; returns
@@ -160,38 +113,41 @@ class ControlPlane:
             TimeoutError: it did not end in time.
         """
         began = time.monotonic()
-        self._circle(ranks).visit(name, Deadline(timeout))
+        deadline = Deadline(timeout)
+        self._circle(ranks, deadline).visit(name, deadline)
         return time.monotonic() - began
 
-    def _circle(self, ranks: Sequence[int] | None) -> _Circle:
+    def _circle(self, ranks: Sequence[int] | None, deadline: Deadline) -> _Circle:
+        world = self._meet(deadline)
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if members not in self._circles:
-            store, watched = self._stores()
-            prefix = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
-            self._circles[members] = _Circle(
-                members, dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, watched)
-            )
+            name = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
+            circle = self._circles[members] = _Circle(name, members, world)
+            if world.peers.replaces:
+                circle.join_late()
         return self._circles[members]
 
-    def _stores(self) -> tuple[Any, Any]:
-        """Two connections to the store: one for requests, one to wait for outcomes."""
-        if self._connected is None:
-            self._connected = self._connect()
-        return self._connected
-
-    def _connect(self) -> tuple[Any, Any]:
-        if self.world_size == 1:
-            store = dist.HashStore()
-            return store, store
+    def _meet(self, deadline: Deadline) -> World | Alone:
+        """This rank's world, met anew where the last one is lost."""
+        if self._world is not None and not self._world.is_lost:
+            return self._world
         addr, port = master_addr(self._addr), master_port(self._port)
-        store = connect_store(self.rank, self.world_size, addr, port)
-        watched = dist.TCPStore(
-            addr, port, self.world_size, is_master=False, timeout=_CONNECT_TIMEOUT
-        )
-        with _stores_lock:
-            number = _worlds[addr, port] = _worlds.get((addr, port), 0) + 1
-        prefix = f"checkpoint-engine/{number}"
-        return dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, watched)
+        self._number = self._number or world_number(addr, port)
+        lost = self._world
+        if lost is not None:  # whoever calls may try again; nobody shall wait for one that is dead
+            deadline = Deadline(max(min(deadline.remaining(), _RETURN_SECONDS), 0.001))
+        try:
+            world = World(self.rank, self.world_size, addr, port, self._number, deadline)
+        except (RuntimeError, TimeoutError) as error:
+            if lost is None:
+                raise
+            raise dist.DistNetworkError(str(error)) from error
+        if lost is None or lost.id != world.id:
+            self._circles.clear()  # rank 0 was started again, and counts from 0
+        for circle in self._circles.values():
+            circle.world = world
+        self._world = world
+        return world
 
 
 class _Circle:
@@ -202,29 +158,48 @@ class _Circle:
     next, for it has not made that call.
     """
 
-    def __init__(self, members: tuple[int, ...], store: Any, watched: Any) -> None:
+    def __init__(self, name: str, members: tuple[int, ...], world: World | Alone) -> None:
         self.members = members
-        self.store = store
-        self._watched = watched
+        self.world = world
+        self._name = name
         self._count = 0
         self._visits = 0
         self.old_keys: list[str] = []
+
+    @property
+    def store(self) -> Any:
+        return dist.PrefixStore(self._name, self.world.store)
 
     @property
     def prefix(self) -> str:
         """Of the running operation's keys."""
         return str(self._count)
 
-    def stores(self) -> tuple[Any, Any]:
-        """The running operation's part of both connections."""
-        return dist.PrefixStore(self.prefix, self.store), dist.PrefixStore(
-            self.prefix, self._watched
-        )
+    def operations_part(self, store: Any) -> Any:
+        """The running operation's part of a store of the world."""
+        return dist.PrefixStore(self.prefix, dist.PrefixStore(self._name, store))
 
     def begin_operation(self, rank: int) -> None:
         self._count += 1
         while rank in self._missed_by():
             self._count += 1
+
+    def join_late(self) -> None:
+        """Go on where the others are: this process took another one's place."""
+        if self.store.check(["last"]):
+            self._count = _Last.decode(self.store.get("last")).number
+
+    def end_operation(self, outcome: bytes) -> None:
+        """Called by the first member, last of all."""
+        self.store.set("last", _Last(self._count, outcome).encode())
+        self.store.add("finished", 1)
+
+    def gone(self) -> list[int]:
+        """The members that are not there any more."""
+        return sorted(self.world.peers.gone.intersection(self.members))
+
+    def describe(self, error: BaseException) -> str:
+        return _describe(error, self.world.why_lost)
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for, if they did."""
@@ -240,9 +215,15 @@ class _Circle:
 
     def visit(self, name: str, deadline: Deadline) -> None:
         self._visits += 1
-        poll(self._is_over, lambda: deadline.check(f"{name} of ranks {list(self.members)}"))
+
+        def check() -> None:
+            deadline.check(f"{name} of ranks {list(self.members)}")
+            if (gone := self.gone()) and not self._is_over():
+                raise GoneError(gone, name)
+
+        poll(self._is_over, check)
         self._visits = self.store.add("finished", 0)
-        outcome = self.store.get("last outcome")
+        outcome = _Last.decode(self.store.get("last")).outcome
         if outcome != _SUCCESS:
             raise _Failure.decode(outcome).error(name)
 
@@ -252,7 +233,11 @@ class _Circle:
 
 
 class Operation:
-    """One collective call on one rank: a deadline, what the ranks tell each other, one outcome."""
+    """One collective call on one rank: a deadline, what the ranks tell each other, one outcome.
+
+    Attributes:
+        state: what this rank's engine holds, for ``UpdateError.engines``.
+    """
 
     def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
         self.name = name
@@ -260,12 +245,15 @@ class Operation:
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
-        self.store, self._watched = circle.stores()
+        self.store = circle.operations_part(circle.world.store)
+        self._watched = circle.operations_part(circle.world.watched)
         self._circle = circle
-        self._rank = rank
+        self.rank = rank
         self._outcome: bytes | None = None
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
+        self.state: Callable[[], str] | None = None
+        circle.world.peers.expect_end(deadline.remaining())
         if self._leads:
             self._keys += ["done", "left"]
             circle.store.add("started", 1)
@@ -275,9 +263,20 @@ class Operation:
         """The ranks that take part, in order."""
         return self._circle.members
 
+    @contextlib.contextmanager
+    def store_to_block(self) -> Iterator[Any]:
+        """This operation's part of the store, for calls in C++ that wait by themselves; whoever is
+        still blocked when this is left by an error is freed."""
+        world = self._circle.world
+        try:
+            yield self._circle.operations_part(world.store_to_block(self.deadline))
+        except BaseException:
+            world.free_blocked()
+            raise
+
     @property
     def _leads(self) -> bool:
-        return self._rank == self.members[0]
+        return self.rank == self.members[0]
 
     @property
     def _is_shared(self) -> bool:
@@ -290,7 +289,12 @@ class Operation:
         self.phase, self._began = phase, now
 
     def check(self) -> None:
-        """Raise if another rank failed or the time is up; every wait of the operation calls it."""
+        """Raise if another rank failed or is gone, or the time is up; every wait of the operation
+        calls it."""
+        if self._outcome is None and (gone := self._circle.gone()):
+            self._look_for_outcome()  # it may have ended in order
+            if self._outcome is None:
+                raise GoneError(gone, self.name)
         if self._outcome not in (None, _SUCCESS):
             raise _Failure.decode(self._outcome).error(self.name)
         self.deadline.check(f"{self.phase} of {self.name}")
@@ -315,13 +319,21 @@ class Operation:
 
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
         """The ``value`` of each of ``ranks``, which all ranks name alike. Called by all ranks."""
-        if self._rank in ranks:
-            self._put(f"{what}/{self._rank}", value)
-        if list(ranks) in ([], [self._rank]):
+        if self.rank in ranks:
+            self._put(f"{what}/{self.rank}", value)
+        if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
         keys = [f"{what}/{rank}" for rank in ranks]
         self._wait(keys)
         return self.store.multi_get(keys)
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Say something that other ranks may look for."""
+        self._put(key, value)
+
+    def is_told(self, key: str) -> bool:
+        """Whether some rank has said this."""
+        return bool(self.store.check([key]))
 
     def __enter__(self) -> Operation:
         return self
@@ -338,6 +350,7 @@ class Operation:
             else:
                 self._fail(exc)
         finally:
+            self._circle.world.peers.expect_end(None)
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
@@ -350,8 +363,8 @@ class Operation:
         """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
         pause = 0.0001
         while not self.store.check(keys):
-            if self._outcome is None and self.store.check(["outcome"]):
-                self._outcome = self.store.get("outcome")
+            if self._outcome is None:
+                self._look_for_outcome()
             if self.deadline.remaining() == 0.0:
                 missing = [int(k.rpartition("/")[2]) for k in keys if not self.store.check([k])]
                 raise MissingRanksError(
@@ -360,6 +373,10 @@ class Operation:
             self.check()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _look_for_outcome(self) -> None:
+        if self.store.check(["outcome"]):
+            self._outcome = self.store.get("outcome")
 
     def _succeed(self) -> None:
         """Return only once every rank has done its part."""
@@ -379,26 +396,61 @@ class Operation:
             self.check()
         except BaseException as error:
             self._fail(error)
+            raise
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
-        mine = _Failure(
-            self._rank, self.phase, _describe(error), getattr(error, "missing_ranks", [])
-        ).encode()
+        error = self._cause_of(error)
+        missing = getattr(error, "missing_ranks", [])
+        culprit = getattr(error, "rank_at_fault", self.rank)
+        mine = _Failure(culprit, self.phase, self._circle.describe(error), missing).encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             return self.store.compare_set("outcome", "", mine.decode())
         return mine
 
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """Where a broadcast fails, another rank knows why, or is gone itself."""
+        if not isinstance(error, GroupError):
+            return error
+        soon = Deadline(_FAREWELL / 2)
+        try:
+            poll(lambda: soon.remaining() == 0.0, self._look_around)
+        except (RuntimeError, TimeoutError) as cause:
+            return cause
+        return error
+
+    def _look_around(self) -> None:
+        self._look_for_outcome()
+        self.check()
+
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
         outcome = self.publish(error)
+        states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
+            states = self._exchange_states()
             self._leave(outcome, Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
+            error.engines = states
             raise error
         if isinstance(error, Exception):
-            raise _Failure.decode(outcome).error(self.name) from error
+            failure = _Failure.decode(outcome).error(self.name)
+            failure.engines = states
+            raise failure from error
+
+    def _exchange_states(self) -> dict[int, str]:
+        """What the engine of each rank holds; of those that say so soon."""
+        if self.state is None:
+            return {}
+        self._put(f"state/{self.rank}", self.state().encode())
+        there = [rank for rank in self.members if rank not in self._circle.gone()]
+        keys = [f"state/{rank}" for rank in there]
+        soon = Deadline(_FAREWELL)
+        with contextlib.suppress(TimeoutError):
+            poll(lambda: self.store.check(keys), lambda: soon.check("the other ranks' states"))
+        said = [rank for rank in there if self.store.check([f"state/{rank}"])]
+        return {rank: self.store.get(f"state/{rank}").decode() for rank in said}
 
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
         """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
@@ -406,13 +458,13 @@ class Operation:
             self.store.add("left", 1)
             return
         with contextlib.suppress(TimeoutError):
-            poll(
-                lambda: self.store.add("left", 0) >= len(self.members) - 1,
-                lambda: deadline.check("the other ranks to leave"),
-            )
+            poll(self._have_left, lambda: deadline.check("the other ranks to leave"))
             self._keys.append("outcome")  # otherwise it stays for those that come late
-        self._circle.store.set("last outcome", outcome)
-        self._circle.store.add("finished", 1)
+        self._circle.end_operation(outcome)
+
+    def _have_left(self) -> bool:
+        """Whether all others have; not waiting for those that never will."""
+        return self.store.add("left", 0) >= len(self.members) - 1 - len(self._circle.gone())
 
     def _await_outcome(self) -> None:
         try:
@@ -430,6 +482,34 @@ class MissingRanksError(TimeoutError):
     def __init__(self, why: str, operation: str, ranks: list[int]) -> None:
         super().__init__(f"{why}: ranks {ranks} did not join {operation}")
         self.missing_ranks = ranks
+
+
+class GoneError(RuntimeError):
+    """Ranks of an operation whose process has ended, or whose host is cut off."""
+
+    def __init__(self, ranks: list[int], operation: str) -> None:
+        one = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {ranks} are"
+        super().__init__(
+            f"{one} gone before {operation} was over: its process has ended, or its host is cut "
+            "off; start it again"
+        )
+        self.missing_ranks = ranks
+        self.rank_at_fault = ranks[0]
+
+
+class _Last(NamedTuple):
+    """The operation that a circle finished last: its number and outcome."""
+
+    number: int
+    outcome: bytes
+
+    def encode(self) -> str:
+        return f"{self.number} {self.outcome.decode()}"
+
+    @staticmethod
+    def decode(last: bytes) -> _Last:
+        number, _, outcome = last.partition(b" ")
+        return _Last(int(number), outcome)
 
 
 class _Failure(NamedTuple):
@@ -451,8 +531,9 @@ class _Failure(NamedTuple):
         return UpdateError(operation, self.rank, self.phase, self.cause)
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: BaseException, lost: str) -> str:
+    """An error as other ranks shall read it. ``lost``: what is wrong where the store fails."""
     if isinstance(error, dist.DistError):
-        return f"rank 0, which hosts the store of this world, is gone: {error}"
+        return f"{lost}: {str(error).splitlines()[0]}"
     plain = isinstance(error, (ValueError, RuntimeError, TimeoutError))
     return str(error) if plain else f"{type(error).__name__}: {error}"

@@ -11,7 +11,9 @@ class UpdateError(RuntimeError):
     """A collective call failed on some rank and was ended on all of them.
 
     The same text is raised on every rank. ``rank`` failed first, in ``phase``; ``cause`` is what it
-    said, a worker's remote traceback included.
+    said, a worker's remote traceback included. ``engines`` says of each rank of an update what its
+    engine holds now: ``untouched``, ``partly written`` or ``holds VERSION``. A rank that is
+    gone, or does not say so soon, is not in it.
     """
 
     def __init__(self, operation: str, rank: int, phase: str, cause: str) -> None:
@@ -20,6 +22,15 @@ class UpdateError(RuntimeError):
         self.rank = rank
         self.phase = phase
         self.cause = cause
+        self.engines: dict[int, str] = {}
+
+
+class GroupError(RuntimeError):
+    """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
+
+
+class RequestError(RuntimeError):
+    """``req_func`` raised; the text says what."""
 
 
 class WireError(RuntimeError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ from checkpoint_engine.control import Operation
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup
-from checkpoint_engine.errors import WireError, WorkerError
+from checkpoint_engine.errors import GroupError, RequestError, WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
+from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.wire import (
     ACK,
     NOTHING_MORE,
@@ -33,7 +34,7 @@ from checkpoint_engine.wire import (
     encode_handle,
 )
 
-_FAREWELL = 2.0  # seconds that a failed update waits for req_func to return
+_FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 _FAREWELL_OF_0_2 = 30.0  # the same where a worker of release 0.2 has left, perhaps in order
 
 SocketPaths = list[tuple[str, str]]
@@ -63,7 +64,7 @@ class Request:
         """Raise what ``req_func`` raised."""
         if self._error is not None:
             error = self._error
-            raise RuntimeError(f"req_func raised {type(error).__name__}: {error}") from error
+            raise RequestError(f"req_func raised {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         """After a failure: let the engine answer before the next update asks it again."""
@@ -80,18 +81,45 @@ class Request:
         self.check()
 
 
-class WorkerSession:
-    """One update as seen by this rank's worker: handle, buckets, release, finish."""
+class Session(Protocol):
+    """What an update tells the engine of this rank."""
 
-    def __init__(self, link: WorkerLink, check: Callable[[], None]) -> None:
+    @property
+    def state(self) -> str: ...
+    @property
+    def failed(self) -> Sequence[InstanceFailure]: ...
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None: ...
+    def check(self) -> None: ...
+    def begin_reload(self, message: bytes) -> None: ...
+    def await_reload(self, what: str) -> None: ...
+    def announce_end(self) -> None: ...
+    def release(self) -> None: ...
+    def finish(self, request: Request) -> None: ...
+
+
+class WorkerSession:
+    """One update as seen by this rank's worker: handle, buckets, release, finish.
+
+    Attributes:
+        state: what the worker's model holds by now.
+        failed: of a session that fails, nothing is noted: it raises.
+    """
+
+    failed: Sequence[InstanceFailure] = ()
+
+    def __init__(self, link: WorkerLink, check: Callable[[], None], version: str) -> None:
         self._link = link
         self._check = check
+        self._version = version
         self._extensions: dict[str, Any] = {}
         self._end_announced = False
+        self.state = "untouched"
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
-        handle = encode_handle(*buffer.handle(), {"timeout": seconds_left})
+        handle = encode_handle(
+            *buffer.handle(), {"timeout": seconds_left, "weight_version": self._version}
+        )
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
         extensions = decode_acceptance(reply)
@@ -105,6 +133,7 @@ class WorkerSession:
         self._link.check()
 
     def begin_reload(self, message: bytes) -> None:
+        self.state = "partly written"
         self._link.send(message, self._check)
 
     def await_reload(self, what: str) -> None:
@@ -131,6 +160,7 @@ class WorkerSession:
         Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then
         the engine's answer alone tells whether they succeeded.
         """
+        self.state = "partly written"
         try:
             self._conclude("its post hook")
         except WireError:
@@ -141,6 +171,7 @@ class WorkerSession:
             if not request.is_over:
                 raise
         request.join(self._check)
+        self.state = f"holds {self._version}"
 
     def _conclude(self, what: str) -> None:
         if not self._end_announced:
@@ -343,7 +374,7 @@ class Pipeline:
             self._start_next(check)
             self._start_next(check)
 
-    def run(self, operation: Operation, session: WorkerSession) -> None:
+    def run(self, operation: Operation, session: Session) -> None:
         """Move every bucket. Returns when the worker has loaded the last one.
 
         A half of the double buffer is free once its bucket is loaded. Where starting a bucket only
@@ -448,5 +479,8 @@ class _Broadcast:
     def query(self) -> bool:
         if not self._work.is_completed():
             return False
-        self._work.wait()  # raises what went wrong
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise GroupError(f"a broadcast failed: {error}") from error
         return True

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import threading
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from loguru import logger
 from checkpoint_engine import control, distributed, plan, rdma
 from checkpoint_engine.checkpoint_files import open_files, tensor_sources
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.control import ControlPlane, Operation, connect_store
+from checkpoint_engine.control import ControlPlane, Operation
 from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
@@ -47,6 +48,7 @@ from checkpoint_engine.gather import (
     encode_place,
     join_place,
 )
+from checkpoint_engine.instances import Instance
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import Address, WorkerLink, open_context
 from checkpoint_engine.loaders import (
@@ -64,14 +66,16 @@ from checkpoint_engine.pipeline import (
     Pipeline,
     Request,
     RequestFunction,
+    Session,
     SocketPaths,
     Streams,
     WorkerSession,
     make_streams,
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.report import InstanceFailure, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
+from checkpoint_engine.store import connect_store
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -367,6 +371,8 @@ class ParameterServer:
         *,
         ranks: Sequence[int] | None = None,
         timeout: timedelta = _TEN_MINUTES,
+        version: str | None = None,
+        on_instance_failure: Literal["abort", "continue"] = "abort",
     ) -> UpdateReport:
         """Send a checkpoint to the inference workers of all ranks. All ranks.
 
@@ -375,6 +381,12 @@ class ParameterServer:
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
             ranks: P2P: send to the workers of these ranks only.
             timeout: of the whole call.
+            version: an id for what the workers hold then; default: a random one. Those of this
+                library say it on ``weight_version()``.
+            on_instance_failure: ``continue``: update the other engine instances, and name those
+                that failed in the report. The ranks whose ``req_func`` has an equal attribute
+                ``instance`` serve one instance (``client``'s functions have it); without, each
+                rank serves one. An engine that does not answer fails once half of the time is over.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
@@ -391,9 +403,12 @@ class ParameterServer:
         ):
             operation.watch()
             stack.callback(self._leave_default_group)
+            operation.state = lambda: "untouched"
             link = self._listen(stack)
-            socket_paths, planned = self._agree(operation, checkpoint_name, link.url, members)
+            options = self._options(req_func, version, on_instance_failure)
+            hellos, planned = self._agree(operation, checkpoint_name, link.url, members, options)
             transfer = planned.transfer
+            version = _agreed_version(hellos)
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
             streams = make_streams(self.device_manager)
@@ -412,11 +427,18 @@ class ParameterServer:
                 streams,
             )
             operation.begin("handshake")
-            request = stack.enter_context(contextlib.closing(Request(req_func, socket_paths)))
+            request = stack.enter_context(
+                contextlib.closing(Request(req_func, self._socket_paths(hellos)))
+            )
             stack.push(_give_up(operation, link))
-            check = _both(operation.check, request.check)
-            pipeline.begin(check)
-            session = WorkerSession(link, check)
+            session: Session
+            if on_instance_failure == "continue":
+                instances = [one["instance"] for one in hellos]
+                session = Instance(link, request, operation, instances, version)
+            else:
+                session = WorkerSession(link, _both(operation.check, request.check), version)
+            operation.state = lambda: session.state
+            pipeline.begin(session.check)
             session.hand_over(buffer, operation.deadline.remaining())
             buffer.unlink()
             pipeline.run(operation, session)
@@ -426,7 +448,22 @@ class ParameterServer:
             buffer.close()
             operation.begin("post hook")
             session.finish(request)
-        return self._report(checkpoint_name, transfer, operation.seconds)
+        return self._report(checkpoint_name, transfer, operation.seconds, version, session.failed)
+
+    def _options(
+        self, req_func: RequestFunction, version: str | None, on_instance_failure: str
+    ) -> dict[str, Any]:
+        """What all ranks must agree on, or learn of each other, before an update."""
+        if on_instance_failure not in ("abort", "continue"):
+            raise ValueError(
+                f'on_instance_failure is "abort" or "continue", not {on_instance_failure!r}'
+            )
+        return {
+            "version": version,
+            "new version": uuid.uuid4().hex,
+            "instance": str(getattr(req_func, "instance", f"rank {self._rank}")),
+            "on instance failure": on_instance_failure,
+        }
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -452,7 +489,8 @@ class ParameterServer:
         checkpoint_name: str,
         address: str,
         members: list[int] | None,
-    ) -> tuple[SocketPaths, _Planned]:
+        options: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], _Planned]:
         """Exchange what planning needs, and plan. The plan is the same on every rank."""
         operation.begin("plan")
         self._check_gathered(checkpoint_name, remote=members is not None)
@@ -464,6 +502,7 @@ class ParameterServer:
             "cap": Settings.from_env().max_bucket_bytes,
             "digest": self._gathered_digest,
             "nic": (self._rdma_device or "", self._host_ip),
+            **options,
         }
         hellos = [
             json.loads(blob) for blob in operation.all_gather("hello", json.dumps(mine).encode())
@@ -474,7 +513,7 @@ class ParameterServer:
                 f"ranks {different} gathered other metas than rank {self._rank}: call "
                 f"gather_metas({checkpoint_name!r}), or load_metas(), on all ranks"
             )
-        return self._socket_paths(hellos), self._plan_for(hellos, members)
+        return hellos, self._plan_for(hellos, members)
 
     def _plan_for(self, hellos: list[dict[str, Any]], members: list[int] | None) -> _Planned:
         """The plan of the last update, if nothing that it depends on has changed."""
@@ -583,7 +622,12 @@ class ParameterServer:
         return self._rank if self._gathered_name == checkpoint_name else None
 
     def _report(
-        self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float]
+        self,
+        checkpoint_name: str,
+        transfer: TransferPlan,
+        phases: dict[str, float],
+        version: str | None = None,
+        failed: Sequence[InstanceFailure] = (),
     ) -> UpdateReport:
         report = UpdateReport(
             checkpoint_name=checkpoint_name,
@@ -595,6 +639,8 @@ class ParameterServer:
             bytes=transfer.total_bytes,
             seconds=sum(phases.values()),
             phases=phases,
+            version=version,
+            failed_instances=list(failed),
         )
         self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
         return report
@@ -794,14 +840,16 @@ class ParameterServer:
         return self._weights_group
 
     def _make_group(self, operation: Operation) -> WeightsGroup:
-        return create_weights_group(
-            self.device_manager.backend,
-            dist.PrefixStore("weights", operation.store),
-            list(operation.members),
-            self._rank,
-            self._control.local_ip(),
-            operation.deadline,
-        )
+        with operation.store_to_block() as store:
+            return create_weights_group(
+                self.device_manager.backend,
+                dist.PrefixStore("weights", store),
+                list(operation.members),
+                self._rank,
+                self._control.local_ip(),
+                self.device_manager.device(self._local_rank),
+                operation.check,
+            )
 
     def _leave_weights_group(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         """After a failure nothing in flight survives; otherwise ``auto_pg`` decides."""
@@ -896,6 +944,20 @@ class _Planned(NamedTuple):
     basis: tuple[Any, ...]
     transfer: TransferPlan
     messages: Messages
+
+
+def _agreed_version(hellos: list[dict[str, Any]]) -> str:
+    """The id of an update; the same on every rank.
+
+    Raises:
+        ValueError: the ranks want different things.
+    """
+    for what in ("version", "on instance failure"):
+        given = {one[what] for one in hellos if one[what] is not None}
+        if len(given) > 1:
+            raise ValueError(f"the ranks gave different values for {what!r}: {sorted(given)}")
+    versions = [one["version"] for one in hellos if one["version"] is not None]
+    return str(versions[0] if versions else hellos[0]["new version"])
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
 from checkpoint_engine.reload import EngineReload, NamedTensors
+from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
     Abort,
@@ -46,6 +47,7 @@ def update_weights_from_ipc(
     *,
     run: Callable[[NamedTensors], Any],
     post_hook: Callable[[], Any] | None = None,
+    version: WeightVersion | None = None,
 ) -> None:
     """Receive one update. Called by each inference worker, with its own address.
 
@@ -56,6 +58,7 @@ def update_weights_from_ipc(
         run: gets each bucket as ``[(name, tensor)]``. The tensors are views of memory that is
             overwritten as soon as it returns: copy what is kept.
         post_hook: called when all weights are loaded and the buffer is gone.
+        version: told what the model holds, before its first byte is written and at the end.
 
     Raises:
         WireError: the server is gone, or broke the protocol.
@@ -63,21 +66,36 @@ def update_weights_from_ipc(
         Exception: what ``run`` or ``post_hook`` raised, or the server's reason to abort. The
             weights are then partly written; another update repairs them.
     """
-    with contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link:
+    version = version or WeightVersion()
+    with (
+        contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link,
+        _failing_unless_complete(version),
+    ):
         handle, buffer = _receive_buffer(link, device_id)
         device_type = buffer.device.type
+        begin = partial(version.begin, handle.extensions.get("weight_version"))
         try:
-            failure = _load_buckets(link, buffer, run)
+            failure = _load_buckets(link, buffer, run, begin)
         finally:
             del buffer
             _release_device_memory(device_type)
         _acknowledge(link, failure)
         server_waits = _server_waits_for_post_hook(link, handle)
         failure = failure or _attempt(partial(_run_post_hook, post_hook, device_type))
+        if failure is None:
+            version.complete()
         if server_waits:
             _acknowledge(link, failure)
         if failure is not None:
             raise failure.error
+
+
+@contextlib.contextmanager
+def _failing_unless_complete(version: WeightVersion) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        version.fail()
 
 
 def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, torch.Tensor]:
@@ -102,11 +120,15 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
 
 
 def _load_buckets(
-    link: ServerLink, buffer: torch.Tensor, run: Callable[[NamedTensors], Any]
+    link: ServerLink,
+    buffer: torch.Tensor,
+    run: Callable[[NamedTensors], Any],
+    begin: Callable[[], None],
 ) -> _Failure | None:
     """Load buckets until there are no more. Returns the first failure; nothing is loaded after
-    it."""
+    it. ``begin``: called before anything is written."""
     failure: _Failure | None = None
+    begun = False
     while True:
         received = link.receive()
         try:
@@ -114,6 +136,9 @@ def _load_buckets(
         except WireError as error:  # the server waits for a reply to it all the same
             _acknowledge(link, _Failure.of(error))
             raise
+        if not begun and not isinstance(message, Abort):
+            begin()
+            begun = True
         if isinstance(message, NothingMore):
             return failure
         if isinstance(message, Abort):
@@ -250,5 +275,19 @@ class VllmColocateWorkerExtension:
                 device_id=self.device.index,
                 run=reload.load,
                 post_hook=reload.finish,
+                version=self._weight_version(),
             )
             return reload.summary()
+
+    def weight_version(self) -> dict[str, str | None]:
+        """Which weights this worker's model holds; callable over ``/collective_rpc``.
+
+        Returns:
+            ``state``: ``initial``, ``updating``, ``complete`` or ``failed`` (partly written).
+            ``version``: the id of the update, where it is complete and its server gave one.
+            ``updating``: the id of one that is, or was left, half-way.
+        """
+        return self._weight_version().describe()
+
+    def _weight_version(self) -> WeightVersion:
+        return self.__dict__.setdefault("_weights_held", WeightVersion())

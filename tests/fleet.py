@@ -16,6 +16,7 @@ import torch
 import zmq
 
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.worker import update_weights_from_ipc
 
 DTYPES = [
@@ -109,6 +110,7 @@ class _Engine:
         self._weights: dict[str, torch.Tensor] = {}
         self._buckets = 0
         self.post_hooks = 0
+        self._version = WeightVersion()
 
     def update(self, address: str, fault: str = "") -> None:
         """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process.
@@ -125,7 +127,11 @@ class _Engine:
                 self._device_index if device.is_accelerator else None,
                 run=lambda weights: self._load(weights, fault),
                 post_hook=lambda: self._post_hook(fault),
+                version=self._version,
             )
+
+    def version(self) -> dict[str, str | None]:
+        return self._version.describe()
 
     def digests(self) -> dict[str, str]:
         return digests(self._weights)

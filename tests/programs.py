@@ -134,6 +134,48 @@ def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seen": seen}
 
 
+def instances(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Updates that go on without the engines that fail; two ranks to an instance, or one."""
+    rank = Rank()
+    owners = set(range(WORLD_SIZE))
+    rank.publish("good", 1, owners)
+    seen = []
+    for number, case in enumerate(cases):
+        mine = case["fault"] if case["rank"] == RANK else ""
+        rank.worker.call("forget")
+
+        def ask(paths: list[tuple[str, str]], mine: str = mine) -> None:
+            if mine == "refuse":
+                raise ConnectionError("the engine is not up")
+            rank.worker.call("update", paths[RANK][1], mine)
+
+        ask.instance = f"engine {RANK // case['size']}"  # type: ignore[attr-defined]
+        one = _error_of(
+            lambda ask=ask, number=number: seen.append(
+                rank.ps.update(
+                    "good",
+                    ask,
+                    timeout=SHORT,
+                    version=f"version-{number}",
+                    on_instance_failure="continue",
+                ).model_dump()
+            )
+        )
+        if one["error"]:
+            seen.append(one)
+        seen[-1]["holds"] = rank.worker.call("version")
+        if seen[-1]["holds"]["version"] == f"version-{number}":
+            rank.check(1, owners)
+        rank.ps.store_based_barrier()
+    rank.worker.call("forget")
+    report = rank.update("good")
+    rank.check(1, owners)
+    held = rank.worker.call("version")
+    assert held == {"version": report["version"], "state": "complete", "updating": None}
+    rank.stop()
+    return {"seen": seen, **rank.resources()}
+
+
 def bad_calls() -> dict[str, Any]:
     """Mistakes of the caller, in turn on the same servers."""
     rank = Rank()
@@ -364,7 +406,8 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
 
 
 PROGRAMS = {
-    f.__name__: f for f in (updates, faults, bad_calls, process_groups, p2p, source, joiner)
+    f.__name__: f
+    for f in (updates, faults, instances, bad_calls, process_groups, p2p, source, joiner)
 }
 
 if __name__ == "__main__":

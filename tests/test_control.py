@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint_engine import control
+from checkpoint_engine import control, store
 from checkpoint_engine.control import ControlPlane
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import UpdateError
@@ -153,7 +154,7 @@ def test_a_barrier_is_reusable_and_keys_do_not_pile_up() -> None:
         for i in range(50):
             assert me.exchange(f"-{i}") == me.everyone(f"-{i}")
             if me.rank == 0:
-                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(3, program)[0]
@@ -168,7 +169,7 @@ def test_keys_do_not_pile_up_over_failures() -> None:
             me.failing(lambda operation: fail_after_exchange(me, operation))
             me.exchange()
             if me.rank == 0:
-                counts.append(control._stores["127.0.0.1", me.port].num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(2, program)[0]
@@ -475,13 +476,118 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"rank 0 cannot host the store at 127.0.0.1:{port}"):
-            control.connect_store(0, 2, "127.0.0.1", port)
+            store.connect_store(0, 2, "127.0.0.1", port)
 
 
 def test_rank_0_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(store, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(RuntimeError, match=rf"rank 0 .*127\.0\.0\.1:{port}"):
-        control.connect_store(1, 2, "127.0.0.1", port)
+        store.connect_store(1, 2, "127.0.0.1", port)
+
+
+# ---------------------------------------------------------------------- death
+
+
+def first_life(me: Rank, action: Callable[[], None]) -> None:
+    """Do ``action`` as a process that is killed then; this one takes its place after it."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            action()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def never(operation: Any) -> None:
+    operation.all_gather("v", b"")
+    operation.begin("loading")
+    wait(operation)
+
+
+@pytest.mark.parametrize("culprit", [1, 2])
+def test_a_killed_rank_is_noticed_at_once_and_may_be_started_again(culprit: int) -> None:
+    def die(me: Rank) -> None:
+        with me.plane.operation("work", LONG) as operation:
+            operation.all_gather("v", b"")
+
+            me.signals[1].set()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def program(me: Rank) -> Any:
+        if me.rank == culprit:
+            first_life(me, lambda: die(me))
+            me.signals[0].wait(LONG)  # the others have seen it, and called once more
+            return me.exchange()
+        seen = [me.failing(never)]
+        again = me.failing(never)
+        assert again[1] < SOON
+        if me.rank == 0:
+            me.signals[0].set()
+        while culprit in me.plane._world.peers.gone:
+            time.sleep(0.01)
+        assert me.exchange() == me.everyone()
+        return seen
+
+    for seen in (s for rank, s in enumerate(run_world(3, program)) if rank != culprit):
+        text, seconds, rank, _ = seen[0]
+        assert text.startswith(f"work failed on rank {culprit} during loading: rank {culprit} is")
+        assert rank == culprit
+        assert seconds < SOON
+
+
+def test_rank_0_may_be_started_again_too() -> None:
+    def die(me: Rank) -> None:
+        me.exchange()
+        me.signals[1].wait(SOON)
+
+    def program(me: Rank) -> Any:
+        if me.rank == 0:
+            first_life(me, lambda: die(me))
+            return me.exchange()
+        me.exchange()
+        me.signals[1].set()
+        text, seconds, *_ = me.failing(never)
+        assert "rank 0" in text
+        assert seconds < SOON
+        ends = Deadline(LONG)
+        while True:
+            try:
+                return me.exchange()
+            except UpdateError:
+                ends.check("rank 0 to be there again")
+
+    assert run_world(2, program) == [["0", "1"]] * 2
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_operation_at_its_deadline(stopped: int) -> None:
+    def program(me: Rank) -> Any:
+        assert me.exchange() == me.everyone()
+        if me.rank == stopped:
+            with contextlib.suppress(UpdateError), me.plane.operation("work", 1.5) as operation:
+                operation.all_gather("v", b"")
+                pid = os.getpid()
+                if os.fork() == 0:
+                    me.signals[0].wait(LONG)
+                    os.kill(pid, signal.SIGCONT)
+                    os._exit(0)
+                os.kill(pid, signal.SIGSTOP)
+            os.wait()
+            seen = ("", 0.0)
+        else:
+            seen = me.failing(never, timeout=1.5)[:2]
+            me.signals[0].set()
+        ends = Deadline(LONG)
+        while True:
+            try:
+                assert me.exchange() == me.everyone()
+                return seen
+            except UpdateError:
+                ends.check("the stopped rank")
+
+    text, seconds = run_world(2, program)[1 - stopped]
+    assert "gave up after 1.5 s" in text or "rank 0" in text
+    assert seconds < SOON

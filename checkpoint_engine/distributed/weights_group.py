@@ -4,17 +4,24 @@ belong to the caller, and can be aborted and made anew without touching that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.errors import GroupError
 
+_MEETING_TIME = timedelta(seconds=30)
+"""For what nothing ends: a peer that comes to the store, and then dies."""
+_NO_TIMEOUT = timedelta(days=1)
+"""Of a broadcast: the deadline of the update ends it."""
 _FAREWELL = 10.0  # seconds that the peers of an aborted group have to leave it
 _abandoned: list[tuple[list[Any], list[Any]]] = []
 """Groups with peers that never left. They cannot be destroyed."""
@@ -75,17 +82,87 @@ def _destroy(holder: list[Any], in_flight: list[Any]) -> None:
 
 
 def create_weights_group(
-    backend: str, store: dist.Store, ranks: list[int], rank: int, local_ip: str, deadline: Deadline
+    backend: str,
+    store: dist.Store,
+    ranks: list[int],
+    rank: int,
+    local_ip: str,
+    device: torch.device,
+    check: Callable[[], None],
 ) -> WeightsGroup:
     """The group of exactly ``ranks``. Called by each of them, with a store of its own.
 
+    Its members meet in a thread, because nothing else ends that where one of them does not come.
+
     Args:
         backend: ``nccl``, ``gloo`` or ``hccl``.
+        store: on a connection of its own, for the thread may block it.
         local_ip: where gloo listens, unless GLOO_SOCKET_IFNAME says otherwise.
+        check: called while waiting; ends that by raising.
     """
-    timeout = timedelta(seconds=max(1.0, deadline.remaining()))
-    place, size = ranks.index(rank), len(ranks)
-    return WeightsGroup(ranks, CREATE[backend](store, place, size, timeout, local_ip))
+    meeting = _Meeting(backend, store, (ranks.index(rank), len(ranks)), local_ip, device)
+    poll(lambda: meeting.is_over, check)
+    return WeightsGroup(ranks, meeting.group())
+
+
+class _Meeting:
+    """The members of a new group find each other, in a thread of each."""
+
+    def __init__(
+        self,
+        backend: str,
+        store: dist.Store,
+        place: tuple[int, int],
+        local_ip: str,
+        device: torch.device,
+    ) -> None:
+        self._error: BaseException | None = None
+        self._group: Any = None
+        # Not a daemon: Python kills those inside C++.
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(backend, store, place, local_ip, device),
+            name="checkpoint-engine-meet",
+        )
+        self._thread.start()
+
+    def _run(
+        self,
+        backend: str,
+        store: dist.Store,
+        place: tuple[int, int],
+        local_ip: str,
+        device: torch.device,
+    ) -> None:
+        try:
+            group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
+            if device.type != "cpu":
+                _connect_now(group, device)
+            if hasattr(group, "set_timeout"):
+                group.set_timeout(_NO_TIMEOUT)
+            self._group = group
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def group(self) -> Any:
+        if self._error is not None:
+            raise GroupError(f"the ranks cannot form a group: {self._error}") from self._error
+        return self._group
+
+
+def _connect_now(group: Any, device: torch.device) -> None:
+    """Have the communicator made here, and not in the first broadcast, which nothing could end."""
+    module = getattr(torch, device.type)
+    module.set_device(device)
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    work = group.broadcast([torch.zeros(1, device=device)], options)
+    while not work.is_completed():
+        time.sleep(0.001)
 
 
 def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
@@ -103,7 +180,25 @@ def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
 def _create_nccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+@contextlib.contextmanager
+def _environment(variable: str, value: str) -> Iterator[None]:
+    """So torch's watchdog leaves the process alive where a peer died: we end the group ourselves.
+
+    It reads the variable while a group is made, and there is no option for it.
+    """
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _create_hccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:

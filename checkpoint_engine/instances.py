@@ -1,0 +1,162 @@
+"""Updates that go on without the engine instances that fail.
+
+A rank whose engine failed sends it nothing more, but still feeds the other ranks. An instance is
+updated on all of its ranks, or failed on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from checkpoint_engine.control import Operation
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.errors import RequestError, WireError, WorkerError
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import WorkerLink
+from checkpoint_engine.pipeline import Request, WorkerSession
+from checkpoint_engine.report import InstanceFailure
+
+_LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
+
+
+class InstanceError(RuntimeError):
+    """This rank's engine is not updated, because of another rank of its instance or its time."""
+
+
+class NoInstanceLeftError(RuntimeError):
+    """Every instance failed."""
+
+    def __init__(self, failed: Sequence[InstanceFailure]) -> None:
+        first = failed[0]
+        super().__init__(f"no engine could be updated; the first: {first.error}")
+        self.rank_at_fault = first.rank
+
+
+class Instance:
+    """This rank's engine; takes the place of a ``WorkerSession``. Its failure is noted, not raised.
+
+    What this rank itself or another one fails in is raised.
+    """
+
+    def __init__(
+        self,
+        link: WorkerLink,
+        request: Request,
+        operation: Operation,
+        instances: Sequence[str],
+        version: str,
+    ) -> None:
+        """``instances``: the name of each member's instance."""
+        place = operation.members.index(operation.rank)
+        self._link = link
+        self._operation = operation
+        self._instances = instances
+        self._name = instances[place]
+        self._request = request
+        self._session = WorkerSession(link, self._check_engine, version)
+        self._patience: Deadline | None = None
+        self._looked = 0.0
+        self._failure: InstanceFailure | None = None
+        self.failed: list[InstanceFailure] = []
+
+    @property
+    def state(self) -> str:
+        return self._session.state
+
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
+        self._attempt(lambda: self._session.hand_over(buffer, seconds_left))
+
+    def check(self) -> None:
+        self._operation.check()
+        self._attempt(self._session.check, waits=False)
+
+    def begin_reload(self, message: bytes) -> None:
+        self._attempt(lambda: self._session.begin_reload(message))
+
+    def await_reload(self, what: str) -> None:
+        self._attempt(lambda: self._session.await_reload(what))
+
+    def announce_end(self) -> None:
+        """The post hook has to wait for the other ranks of this instance."""
+
+    def release(self) -> None:
+        self._attempt(self._session.release)
+
+    def finish(self, request: Request) -> None:
+        """Have the post hook run, unless another rank of this instance failed.
+
+        Raises:
+            NoInstanceLeftError: none is updated.
+        """
+        self._settle("loaded")
+        self._attempt(lambda: self._session.finish(request))
+        self._settle("finished")
+
+    def _settle(self, what: str) -> None:
+        """The ranks agree which instances have failed."""
+        mine = b"" if self._failure is None else self._failure.model_dump_json().encode()
+        told = self._operation.all_gather(what, mine)
+        failures = [InstanceFailure.model_validate_json(blob) for blob in told if blob]
+        self.failed = [
+            next(failure for failure in failures if failure.instance == name)
+            for name in dict.fromkeys(failure.instance for failure in failures)
+        ]
+        if len(self.failed) == len(set(self._instances)):
+            raise NoInstanceLeftError(self.failed)
+        self._attempt(self._check_instance, waits=False)
+
+    def _check_instance(self) -> None:
+        for failure in self.failed:
+            if failure.instance == self._name:
+                raise InstanceError(f"rank {failure.rank} of this instance failed")
+
+    def _attempt(self, action: Callable[[], Any], waits: bool = True) -> None:
+        """``waits``: for the engine, which may take half of the time that is left: the other
+        instances need some, too."""
+        if self._failure is not None:
+            self._operation.check()
+            return
+        self._patience = Deadline(max(self._operation.deadline.remaining() / 2, 1e-3))
+        self._patience = self._patience if waits else None
+        try:
+            action()
+        except (WireError, WorkerError, RequestError, InstanceError) as error:
+            self._fail(error)
+        finally:
+            self._patience = None
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = InstanceFailure(
+            instance=self._name,
+            ranks=[
+                rank
+                for rank, name in zip(self._operation.members, self._instances, strict=True)
+                if name == self._name
+            ],
+            rank=self._operation.rank,
+            phase=self._operation.phase,
+            error=str(error),
+        )
+        self._operation.tell(self._key, json.dumps(str(error)).encode())
+        self._link.abort(str(error) or type(error).__name__)
+
+    def _check_engine(self) -> None:
+        self._operation.check()
+        self._request.check()
+        if self._patience is not None and self._patience.remaining() == 0.0:
+            raise InstanceError(
+                f"the engine took more than {self._patience.seconds:.3g} s, half of the time that "
+                "was left"
+            )
+        now = time.monotonic()
+        if self._instances.count(self._name) > 1 and now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if self._operation.is_told(self._key):
+                raise InstanceError("another rank of this instance failed")
+
+    @property
+    def _key(self) -> str:
+        return f"engine/{self._name}"

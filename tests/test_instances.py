@@ -1,0 +1,79 @@
+"""Updates that go on without the engine instances that fail, and what workers say they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint_engine.versions import WeightVersion
+from test_update import ON_EVERY_DEVICE, SMALL_BUCKETS, environment
+from torchrun import torchrun
+
+CASES = [
+    {"fault": "refuse", "rank": 1, "size": 1, "phase": "handshake", "says": "is not up"},
+    {"fault": "bucket:1", "rank": 0, "size": 1, "phase": "reload", "says": "bucket 1"},
+    {"fault": "bucket:3", "rank": 2, "size": 1, "phase": "reload", "says": "bucket 3"},
+    {"fault": "bucket:last", "rank": 3, "size": 1, "phase": "reload", "says": "for bucket"},
+    {"fault": "hook", "rank": 0, "size": 1, "phase": "post hook", "says": "cannot repack"},
+    {"fault": "bucket:2", "rank": 1, "size": 2, "phase": "reload", "says": "bucket 2"},
+    {"fault": "refuse", "rank": 2, "size": 2, "phase": "handshake", "says": "is not up"},
+    {"fault": "hook", "rank": 3, "size": 2, "phase": "post hook", "says": "cannot repack"},
+]
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+def test_other_instances_are_updated(tmp_path: Path, device: str) -> None:
+    env = environment(device, 4) | SMALL_BUCKETS
+    results = torchrun(tmp_path, 4, "instances", env=env, cases=CASES)
+    for number, case in enumerate(CASES):
+        seen = [result["seen"][number] for result in results]
+        instance = case["rank"] // case["size"]
+        lost = list(range(instance * case["size"], (instance + 1) * case["size"]))
+        for rank, one in enumerate(seen):
+            (failure,) = one["failed_instances"]
+            assert failure["ranks"] == lost
+            assert failure["instance"] == f"engine {instance}"
+            assert case["says"] in failure["error"] or "another rank" in failure["error"]
+            holds = one["holds"]
+            if rank not in lost:
+                assert holds == {"version": f"version-{number}", "state": "complete"} | UPDATED
+            elif case["fault"] != "hook" or rank == case["rank"]:
+                assert holds["version"] != f"version-{number}"
+                assert holds["state"] == "failed" or case["fault"] == "refuse"
+        failures = [one["failed_instances"] for one in seen]
+        assert failures.count(failures[0]) == 4
+        assert failures[0][0]["phase"] == case["phase"] or case["size"] > 1
+    for result in results:
+        assert result["sockets"] == 0
+        assert result["shared"] == []
+
+
+UPDATED: dict[str, Any] = {"updating": None}
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+def test_an_update_of_no_instance_is_an_error(tmp_path: Path, device: str) -> None:
+    env = environment(device, 2) | SMALL_BUCKETS
+    cases = [{"fault": "bucket:2", "rank": 1, "size": 2}]
+    for result in torchrun(tmp_path, 2, "instances", env=env, cases=cases):
+        (seen,) = result["seen"]
+        assert "no engine could be updated" in seen["error"]
+        assert seen["holds"]["state"] == "failed"
+        assert seen["holds"]["updating"] == "version-0"
+
+
+def test_a_version_is_held_only_when_it_is_whole() -> None:
+    version = WeightVersion()
+    assert version.describe() == {"version": None, "state": "initial", "updating": None}
+    version.fail()
+    assert version.describe()["state"] == "initial"
+    version.begin("a")
+    assert version.describe() == {"version": None, "state": "updating", "updating": "a"}
+    version.fail()
+    assert version.describe() == {"version": None, "state": "failed", "updating": "a"}
+    version.begin("a")
+    version.complete()
+    version.fail()
+    assert version.describe() == {"version": "a", "state": "complete", "updating": None}
