@@ -114,7 +114,7 @@ class P2PStore:
         """Take that back; returns how many of ``names`` were registered.
 
         Raises:
-            P2PError: the engine refused one; the others are unregistered all the same.
+            P2PError: the engine refused some, which stay registered; the others do not.
         """
         refused = []
         count = 0
@@ -122,10 +122,11 @@ class P2PStore:
             if name not in self._registered:
                 continue
             code = self._engine.unregister_memory(self._registered[name][0])
-            count += 1
-            del self._registered[name]
             if code != 0:
                 refused.append((name, code))
+                continue
+            count += 1
+            del self._registered[name]
         if refused:
             raise P2PError(f"{self.addr} cannot unregister {refused[:3]} (name, code)")
         return count
@@ -194,11 +195,13 @@ class P2PStore:
 
     def close(self) -> None:
         """Unregister everything and let the engine go, which ends what is under way."""
-        self.unregister_named_tensors(list(self._registered))
         kept = [read.memory for read in self._unfinished]
-        self._unfinished = []
-        self._engine = None
-        del kept  # only now can nothing be written any more
+        try:
+            self.unregister_named_tensors(list(self._registered))
+        finally:
+            self._unfinished = []
+            self._engine = None
+            del kept  # only now can nothing be written any more
 
     def _keep_until_over(self, read: _Read) -> None:
         """Hold on to what a read that is given up may still write into; drop what is over."""

@@ -280,10 +280,12 @@ class ParameterServer:
     def _free(self, place: str) -> None:
         """Give memory back; other ranks must not read it any more."""
         buffers = self._memory_pool.pop(place)
-        if self._p2p_store is not None:
-            names = [f"{place}/{index}" for index in range(len(buffers))]
-            self._p2p_store.unregister_named_tensors(names)
-        self._host_memory.release(buffers)
+        try:
+            if self._p2p_store is not None:
+                names = [f"{place}/{index}" for index in range(len(buffers))]
+                self._p2p_store.unregister_named_tensors(names)
+        finally:
+            self._host_memory.release(buffers)
 
     # ------------------------------------------------------------------ who owns what
 
@@ -321,7 +323,15 @@ class ParameterServer:
         without = [rank for rank, owned in owners.items() if not owned.p2p_store_addr]
         if without:
             raise ValueError(
-                f"owner ranks {without} have no P2P address: their world runs without P2P"
+                f"owner ranks {without} have no P2P address: they run without P2P, or could not "
+                "register this checkpoint for it (see their logs)"
+            )
+        unleased = [rank for rank, owned in owners.items() if owned.lease is None]
+        if unleased:
+            self._log.warning(
+                "owner ranks {} gave no lease, as releases of the original do: if they change or "
+                "drop the checkpoint while it is read, nobody notices",
+                unleased,
             )
         self._set_global_metas(owners)
         self._gathered_name = None
@@ -414,7 +424,8 @@ class ParameterServer:
             streams = make_streams(self.device_manager)
             stack.callback(streams.close)
             staging = self._make_staging(transfer, operation, remote=members is not None)
-            loader = self._make_loader(checkpoint_name, members, streams, stack, buffer, staging)
+            reading = stack.enter_context(ExitStack())
+            loader = self._make_loader(checkpoint_name, members, streams, reading, buffer, staging)
             group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
                 transfer,
@@ -444,6 +455,7 @@ class ParameterServer:
             pipeline.run(operation, session)
             operation.begin("release")
             session.release()
+            reading.close()  # NICs let go of the memory before it is given back
             del pipeline, staging, loader
             buffer.close()
             operation.begin("post hook")
@@ -721,17 +733,20 @@ class ParameterServer:
         return self._encoded_layouts[checkpoint_name]
 
     def _what_i_own(self, checkpoint_name: str) -> DataToGather:
+        owned = [
+            MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size)
+            for b in self._memory_pool.get(checkpoint_name, [])
+            if b.metas
+        ]
+        lease = self._leases.get(checkpoint_name)
+        unreadable = self._p2p_store is None or (owned and lease is None)
         return DataToGather(
-            memory_buffer_metas_list=[
-                MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size)
-                for b in self._memory_pool.get(checkpoint_name, [])
-                if b.metas
-            ],
-            p2p_store_addr=None if self._p2p_store is None else self._p2p_store.addr,
+            memory_buffer_metas_list=owned,
+            p2p_store_addr=None if unreadable else self._require_p2p().addr,
             rdma_device="" if self._rdma_device is None else self._rdma_device,
             host_ip=self._host_ip,
             device_uuid=self._device_uuid,
-            lease=self._leases.get(checkpoint_name),
+            lease=lease,
         )
 
     def _offer(self, checkpoint_name: str, new_memory: bool) -> None:
@@ -797,6 +812,13 @@ class ParameterServer:
             raise RuntimeError(
                 f"checkpoint {checkpoint_name!r} changed on this rank since its metas were "
                 "gathered: call gather_metas() again on all ranks"
+            )
+        metas = self._current_global_parameter_metas
+        unreadable = [rank for rank, owned in metas.items() if not owned.p2p_store_addr]
+        if remote and unreadable:
+            raise RuntimeError(
+                f"ranks {unreadable} own parts of {checkpoint_name!r} that cannot be read by P2P: "
+                "they run without it, or could not register the memory (see their logs)"
             )
 
     def _init_default_group(

@@ -195,6 +195,7 @@ class _Layerwise:
 
     def finish(self) -> None:
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        self._repairs.pack_tied()
         self._repairs.end()
 
     def abandon(self) -> None:

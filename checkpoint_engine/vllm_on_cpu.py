@@ -1,7 +1,8 @@
 """What vLLM's layerwise reload leaves wrong on CPUs, mended for the time of one update.
 
 Seen with vLLM 0.32.0, whose own ``reload_weights`` gives other tokens than a fresh start for
-mixtures of experts and for int8 models.
+mixtures of experts, for int8 models, and, on processors for which oneDNN packs weights, for tied
+embeddings.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import torch
 
 
 class CpuRepairs:
-    """Call ``begin`` when the layers wait for their weights, ``end`` when none does any more."""
+    """Made while the layers hold their weights. Call ``begin`` when they wait for new ones, ``end``
+    when none does any more, and before that ``pack_tied`` if all have been loaded."""
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
+        layers = list(layers)
         self._methods = [
             method
             for layer in layers
             if (method := getattr(layer, "quant_method", None)) is not None
         ]
+        self._tied = _with_parameters_of_others(layers)
         self._kernels: list[tuple[Any, Any]] = []
 
     def begin(self) -> None:
@@ -34,6 +38,14 @@ class CpuRepairs:
                     method.process_weights_after_loading
                 )
 
+    def pack_tied(self) -> None:
+        """A head that has its weights from the embedding was not loaded, and computes with what
+        was packed from the old ones."""
+        for layer in self._tied:
+            if hasattr(layer, "cpu_linear"):
+                method: Any = layer.quant_method
+                method.process_weights_after_loading(layer)
+
     def end(self) -> None:
         for method in self._methods:
             vars(method).pop("process_weights_after_loading", None)
@@ -41,6 +53,18 @@ class CpuRepairs:
             if method.moe_kernel is None:  # its layer was not loaded
                 method.moe_kernel = kernel
         self._kernels.clear()
+
+
+def _with_parameters_of_others(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The layers that share a parameter with one before them."""
+    seen: set[torch.nn.Parameter] = set()
+    tied = []
+    for layer in layers:
+        own = {parameter for parameter in layer._parameters.values() if parameter is not None}
+        if own & seen:
+            tied.append(layer)
+        seen |= own
+    return tied
 
 
 def _keeping_inputs(process: Any) -> Any:

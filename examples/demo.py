@@ -66,9 +66,9 @@ class HasUrl(Protocol):
 class Engine:
     """A mini_engine.py of our own, for as long as the ``with`` block lasts."""
 
-    def __init__(self, model: Path, load_format: str) -> None:
+    def __init__(self, model: Path, load_format: str, tp: int = TP) -> None:
         command = [sys.executable, str(EXAMPLES / "mini_engine.py"), f"--model={model}"]
-        command += [f"--tp={TP}", "--port=0", f"--load-format={load_format}"]
+        command += [f"--tp={tp}", "--port=0", f"--load-format={load_format}"]
         self.process = start(command)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
         self.url = ""

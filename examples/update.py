@@ -107,7 +107,7 @@ class Job:
         self.ps.register_checkpoint(self.args.checkpoint_name)
         self.gather()
         self.ps.load_metas(read_metas(self.args))
-        self.update("p2p", self.first_engine())
+        self.update("p2p", list(range(self.world_size)))
 
     def gather(self) -> None:
         """Learn who owns what, once the engines are up: this is where ranks start to wait."""

@@ -8,9 +8,11 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 import zmq
@@ -113,7 +115,8 @@ class _Engine:
         self._version = WeightVersion()
 
     def update(self, address: str, fault: str = "") -> None:
-        """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process.
+        """``fault``: ``bucket:N`` and ``hook`` raise there, ``die:N`` kills the process, and
+        ``meet:N:FOLDER:NUMBER`` has another world change something there.
 
         ``bucket:last`` is the last one of the update before.
         """
@@ -151,6 +154,8 @@ class _Engine:
             raise ValueError(f"no parameter for bucket {self._buckets}")
         if fault == f"die:{self._buckets}":
             os._exit(1)
+        if fault.startswith(f"meet:{self._buckets}:"):
+            _meet(*fault.split(":")[2:])
         for name, tensor in weights:
             self._weights[name] = tensor.clone()
 
@@ -173,6 +178,16 @@ def _serve(pipe: Connection, device_index: int) -> None:
             pipe.send((True, getattr(engine, method)(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _meet(folder: str, number: str) -> None:
+    """Ask for a change, and wait until it has been made."""
+    Path(folder, f"want-{number}").touch()
+    ends = time.monotonic() + 40
+    while not Path(folder, f"done-{number}").exists():
+        if time.monotonic() > ends:
+            raise TimeoutError("nothing has changed")
+        time.sleep(0.01)
 
 
 def request_of(

@@ -312,6 +312,8 @@ def source(folder: str, changes: list[str]) -> dict[str, Any]:
             rank.update("good")
             rank.check(1, owners)
             updates += 1
+        if change == "die":
+            _die(here, number)
         _change(rank, change)
         rank.ps.store_based_barrier()
         if RANK == 0:
@@ -343,12 +345,18 @@ def _change(rank: Rank, change: str) -> None:
         rank.ps.register_checkpoint(
             "next", named_tensors=mixed_tensors(2, RANK), use_shared_memory_pool=True
         )
-    if change == "die":
-        os._exit(0)
+
+
+def _die(here: Path, number: int) -> None:
+    if RANK == 0:
+        _await(lambda: not any(_lives(here / f"pid-{other}") for other in range(1, WORLD_SIZE)))
+        (here / f"done-{number}").touch()
+    os._exit(0)
 
 
 def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
-    """A world that takes its weights from a source's memory, before and after it changed."""
+    """A world that takes its weights from a source's memory: before a change, while it is made
+    between two buckets, and after it."""
     rank, here = Rank(), Path(folder)
     _await_file(here / "metas.json")
     rank.ps.gather_metas("good")
@@ -362,16 +370,13 @@ def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
         if RANK in members:
             rank.check(1, set(range(sources)))
     seen = []
-    for number, change in enumerate(changes):
+    for number in range(len(changes)):
         rank.ps.store_based_barrier()
-        (here / f"want-{number}").touch()
-        if change == "die":
-            _await(lambda: not any(_lives(here / f"pid-{rank}") for rank in range(sources)))
-        else:
-            _await(lambda number=number: (here / f"done-{number}").exists())
-        seen.append(
-            _error_of(lambda: rank.ps.update("good", request, ranks=everyone, timeout=SHORT))
-        )
+        meet = f"meet:1:{here}:{number}" if RANK == 0 else ""
+        for ask in (request_of(rank.worker, RANK, meet), request):
+            seen.append(
+                _error_of(lambda a=ask: rank.ps.update("good", a, ranks=everyone, timeout=SHORT))
+            )
     rank.ps.store_based_barrier()
     (here / "finished").touch()
     rank.stop()

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from checkpoint_engine.p2p_store import P2PError
+from checkpoint_engine.ps import ParameterServer, UpdateError
 from test_update import SMALL_BUCKETS
 from torchrun import HERE, MOONCAKE_ADVICE, Run, free_port_pair, mooncake_works, torchrun
 
@@ -42,7 +45,10 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
 def test_a_world_joins_and_never_takes_stale_weights(
     tmp_path: Path, change: str, says: str
 ) -> None:
-    """Two worlds: three owners that go on with their own updates, and two ranks that join."""
+    """Two worlds: three owners that go on with their own updates, and two ranks that join.
+
+    The change is made while an update of theirs is between two buckets; another one follows.
+    """
     owners = Run(tmp_path / "a", 3, "source", CPU, folder=str(tmp_path), changes=[change])
     try:
         joined = torchrun(
@@ -54,12 +60,47 @@ def test_a_world_joins_and_never_takes_stale_weights(
         raise AssertionError(f"{error}\nthe owners: {owners.output()}") from None
     finally:
         owners.kill()
+    sources = json.loads((tmp_path / "metas.json").read_text()).values()
     for result in joined:
-        assert min(result["buckets"]) >= 0
+        assert result["buckets"][0] >= 6  # some of them not read yet at the change
         assert result["sockets"] == 0
+        assert len(result["seen"]) == 2
         for seen in result["seen"]:
+            print(f"{change}: {seen['error']}")
             assert says in seen["error"]
+            assert any(source["p2p_store_addr"] in seen["error"] for source in sources)
             assert seen["seconds"] < 15
+
+
+@pytest.mark.parametrize("refuses", ["register_named_tensors", "grant"])
+def test_what_could_not_be_registered_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    """It can be broadcast, and nobody reads it unguarded."""
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    server = ParameterServer(rank=0, world_size=1)
+    store = server._p2p_store
+    assert store is not None
+
+    def refuse(*arguments: object) -> None:
+        raise P2PError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, refuses, refuse)
+        server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
+    server.gather_metas("c")
+    metas = server.get_metas()
+    assert metas[0].p2p_store_addr is None
+    with pytest.raises(ValueError, match=r"owner ranks \[0\] have no P2P address"):
+        server.load_metas(metas)
+    with pytest.raises(UpdateError, match=r"ranks \[0\] own parts of 'c' that cannot be read"):
+        server.update("c", print, ranks=[0])
+    server.unregister_checkpoint("c")
+    server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
+    server.gather_metas("c")
+    assert server.get_metas()[0].p2p_store_addr == store.addr
+    server.unregister_checkpoint("c")
+    store.close()
 
 
 def test_twenty_updates_leave_no_more_than_one(tmp_path: Path) -> None:

@@ -136,8 +136,7 @@ def refusing(store: P2PStore, monkeypatch: pytest.MonkeyPatch, **codes: list[int
 
         def unregister_memory(self, ptr: int) -> int:
             seen.append(-ptr)
-            code = int(engine.unregister_memory(ptr))
-            return codes["unregister"].pop(0) or code
+            return codes["unregister"].pop(0) or int(engine.unregister_memory(ptr))
 
     monkeypatch.setattr(store, "_engine", Refusing())
     return seen
@@ -176,7 +175,9 @@ def test_what_is_not_given_back_is_named_and_the_rest_is(
         refusing(store, patch, unregister=[0, -7, 0])
         with pytest.raises(P2PError, match=r"cannot unregister \[\('b', -7\)\]"):
             store.unregister_named_tensors("abc")
-    assert store.unregister_named_tensors("abc") == 0
+    with pytest.raises(ValueError, match=r"\['b'\] are registered"):
+        store.register_named_tensors({"b": torch.zeros(4096)})
+    assert store.unregister_named_tensors("abc") == 1
 
 
 # ---------------------------------------------------------------------- leases

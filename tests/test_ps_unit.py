@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from checkpoint_engine import ps
-from checkpoint_engine.data_types import MemoryBufferMetaList
+from checkpoint_engine.data_types import Lease, MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.settings import Settings
@@ -512,6 +512,19 @@ def test_loading_metas(server: ParameterServer) -> None:
     other.load_metas({2: metas[0]})
     assert set(other.get_metas()) == {2}
     assert list(other._remote_rdma_devices.values()) == [{2}]
+
+
+def test_metas_without_leases_are_warned_about(server: ParameterServer) -> None:
+    """As releases of the original write them."""
+    metas = metas_of(server, "10.0.0.9:777")
+    with patch.object(server, "_log") as log:
+        server.load_metas(metas)
+        server.load_metas(
+            {0: metas[0].model_copy(update={"lease": Lease(ptr=1, id="ab")})},
+        )
+    ((text, ranks),) = [call.args for call in log.warning.call_args_list]
+    assert "gave no lease" in text
+    assert ranks == [0]
 
 
 @pytest.mark.parametrize("address", [None, ""])
