@@ -26,7 +26,7 @@ demo-vllm: $(VLLM_INSTALLED) ## the main job with a real vLLM, on CPUs
 	@$(VLLM_BIN)/python examples/demo_vllm.py
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with real vLLM engines, on CPUs
-	@$(VLLM_BIN)/python -m pytest tests/with_vllm $(PYTEST_ARGS)
+	@$(VLLM_BIN)/python -m pytest tests/with_vllm $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

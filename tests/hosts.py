@@ -80,8 +80,10 @@ def _child_of(pid: int) -> int:
 class Host:
     """One host of a ``Network``."""
 
-    def __init__(self, number: int, switch: _Namespaces, names: Path, network: ExitStack) -> None:
-        self.address = f"{_NETWORK}.{number}"
+    def __init__(
+        self, address: str, number: int, switch: _Namespaces, names: Path, network: ExitStack
+    ) -> None:
+        self.address = address
         self._plug = f"host-{number}"
         self._switch = switch
         self._inside = _Namespaces(("net", "uts", "mount", "pid"), owner=_owner(switch))
@@ -91,8 +93,8 @@ class Host:
             f"ip link set {self._plug} master lan up"
         )
         self._inside.shell(
-            f"hostname host-{number}; ip link set lo up; ip addr add {self.address}/24 dev eth0; "
-            f"ip link set eth0 up; ip route add default via {_GATEWAY}; "
+            f"hostname host-{number}; ip link set lo up; {_address(address)}; ip link set eth0 up; "
+            f"{'' if ':' in address else f'ip route add default via {_GATEWAY}; '}"
             f"mount --bind {names} /etc/hosts; mount --bind /dev/null /etc/resolv.conf"
         )
 
@@ -123,6 +125,12 @@ class Host:
         raise AssertionError(f"{self._plug} has no eth0")
 
 
+def _address(address: str) -> str:
+    if ":" in address:
+        return f"ip addr add {address}/64 dev eth0 nodad"
+    return f"ip addr add {address}/24 dev eth0"
+
+
 def _owner(switch: _Namespaces) -> _Namespaces | None:
     return None if os.geteuid() == 0 else switch
 
@@ -130,8 +138,9 @@ def _owner(switch: _Namespaces) -> _Namespaces | None:
 class Network:
     """Hosts joined by a bridge; nothing of them can be seen from outside, or outlives this."""
 
-    def __init__(self, hosts: int) -> None:
-        """Raises ``HostsUnavailableError`` where the machine cannot make them."""
+    def __init__(self, hosts: int, ipv6: bool = False) -> None:
+        """``ipv6``: and no other. Raises ``HostsUnavailableError`` where the machine cannot make
+        them."""
         missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
         if missing:
             raise HostsUnavailableError(
@@ -145,10 +154,11 @@ class Network:
                 f"ip addr add {_GATEWAY}/24 dev lan"
             )
             names = Path(stack.enter_context(tempfile.TemporaryDirectory()), "hosts")
-            numbers = range(1, hosts + 1)
-            entries = [f"{_NETWORK}.{number} host-{number}\n" for number in numbers]
+            prefix = "fd77::" if ipv6 else f"{_NETWORK}."
+            addresses = {number: f"{prefix}{number}" for number in range(1, hosts + 1)}
+            entries = [f"{address} host-{number}\n" for number, address in addresses.items()]
             names.write_text("".join(["127.0.0.1 localhost\n", *entries]))
-            self.hosts = [Host(number, switch, names, stack) for number in numbers]
+            self.hosts = [Host(a, number, switch, names, stack) for number, a in addresses.items()]
             self._stack = stack.pop_all()
 
     def __enter__(self) -> list[Host]:

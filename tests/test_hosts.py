@@ -22,16 +22,16 @@ CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 SLOW = 8  # Mbit/s: the few MB of a rank take seconds
 IN_THE_MIDDLE = 1 << 20  # bytes; more than metas and leases, less than a rank has
 
-MakeHosts = Callable[[int], list[Host]]
+MakeHosts = Callable[..., list[Host]]
 
 
 @pytest.fixture
 def make_hosts() -> Iterator[MakeHosts]:
     with ExitStack() as stack:
 
-        def make(count: int) -> list[Host]:
+        def make(count: int, ipv6: bool = False) -> list[Host]:
             try:
-                return stack.enter_context(Network(count))
+                return stack.enter_context(Network(count, ipv6))
             except HostsUnavailableError as error:
                 pytest.skip(str(error))
 
@@ -89,30 +89,32 @@ def test_a_broadcast_reaches_every_host(tmp_path: Path, make_hosts: MakeHosts, c
 
 
 @pytest.mark.parametrize(
-    ("source_hosts", "ranks_each"),
+    ("source_hosts", "ranks_each", "ipv6"),
     [
-        pytest.param(1, 1, id="one source rank"),
-        pytest.param(1, 2, id="two source ranks"),
-        pytest.param(2, 1, id="sources on two hosts"),
+        pytest.param(1, 1, False, id="one source rank"),
+        pytest.param(1, 2, False, id="two source ranks"),
+        pytest.param(2, 1, False, id="sources on two hosts"),
+        pytest.param(2, 1, True, id="over IPv6"),
     ],
 )
 def test_instances_on_another_host_join(
-    tmp_path: Path, make_hosts: MakeHosts, source_hosts: int, ranks_each: int
+    tmp_path: Path, make_hosts: MakeHosts, source_hosts: int, ranks_each: int, ipv6: bool
 ) -> None:
     """The sources go on with updates of their own until the joiner has what it wants."""
-    *sources, last = make_hosts(source_hosts + 1)
+    *sources, last = make_hosts(source_hosts + 1, ipv6)
     shared: dict[str, Any] = {"folder": str(tmp_path), "changes": ["unregister"]}
     source = start(sources, tmp_path / "a", "source", ranks_each, **shared)
     count = source_hosts * ranks_each
     joined = start([last], tmp_path / "b", "joiner", 2, sources=count, **shared).wait()
     owners = source.wait()
     check_clean(joined + owners)
-    expected = [host.address for host in sources for _ in range(ranks_each)]
+    addresses = [f"[{host.address}]" if ipv6 else host.address for host in sources]
+    expected = [address for address in addresses for _ in range(ranks_each)]
     assert owner_hosts(tmp_path / "metas.json") == expected
     assert min(result["updates"] for result in owners) > 0
     for result in joined:
         assert result["buckets"][0] > 1
-        assert "has unregistered or replaced the checkpoint" in result["seen"][0]["error"]
+        assert "has unregistered or replaced the checkpoint" in result["seen"][-1]["error"]
 
 
 @pytest.mark.parametrize(

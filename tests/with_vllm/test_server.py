@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
+import dying_worker
 from conftest import ENGINE_ENV
 from test_models import CPU, PROGRAMS
 
+import demo_vllm
 from demo_vllm import TP, VllmServer
-from torchrun import Run, torchrun
+from torchrun import Run
 
 
 @contextmanager
 def running(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmServer]:
-    for name, value in ENGINE_ENV.items():
+    path = os.pathsep.join([ENGINE_ENV["PYTHONPATH"], str(Path(__file__).parent)])
+    for name, value in (ENGINE_ENV | {"PYTHONPATH": path}).items():
         monkeypatch.setenv(name, value)
     with VllmServer(model) as server:
         server.wait_until_healthy()
@@ -60,6 +63,34 @@ class Clients:
                 return
 
 
+class Servers:
+    """Parameter-server ranks that have started and wait to be told to go on."""
+
+    def __init__(self, folder: Path, server: VllmServer, **options: Any) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._run = Run(
+            folder / "run",
+            TP,
+            "served",
+            CPU,
+            PROGRAMS,
+            url=server.url,
+            folder=str(folder),
+            **options,
+        )
+        ends = time.monotonic() + 60
+        while len(list(folder.glob("ready-*"))) < TP:
+            assert self._run.is_running(), self._run.output()
+            assert time.monotonic() < ends, self._run.output()
+            time.sleep(0.05)
+
+    def go(self) -> list[Any]:
+        """What each rank saw, when all is done."""
+        (self._folder / "go").touch()
+        return self._run.wait(100)
+
+
 @pytest.mark.timeout(240)
 def test_requests_go_on_and_never_mix_weights(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,19 +99,9 @@ def test_requests_go_on_and_never_mix_weights(
     steps = [{"name": name, "model": str(models[name])} for name in names]
     with running(models["dense-1"], monkeypatch) as server:
         before = server.generate()
+        servers = Servers(tmp_path / "servers", server, steps=steps, pause="wait")
         with Clients(server) as clients:
-            ranks = torchrun(
-                tmp_path,
-                TP,
-                "served",
-                100,
-                CPU,
-                script=PROGRAMS,
-                url=server.url,
-                steps=steps,
-                pause="wait",
-                started=str(tmp_path / "started"),
-            )
+            ranks = servers.go()
         after = server.generate()
     assert [seen["error"] for seen in ranks[0]] == ["", "", ""]
     assert clients.failures == []
@@ -89,49 +110,20 @@ def test_requests_go_on_and_never_mix_weights(
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_worker_fails_the_update_and_a_new_engine_is_updated(
+def test_a_worker_killed_in_the_middle_fails_the_update_and_a_new_engine_is_updated(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = [{"name": "dense-2", "model": str(models["dense-2"])}]
-    options = {"steps": steps, "pause": None, "script": PROGRAMS}
-    started = tmp_path / "a" / "started"
+    options = {"steps": [{"name": "dense-2", "model": str(models["dense-2"])}], "pause": None}
+    killed_at = tmp_path / "killed"
+    monkeypatch.setattr(demo_vllm, "EXTENSION", "dying_worker.DyingWorker")
+    monkeypatch.setenv(dying_worker.KILLED_AT, str(killed_at))
     with running(models["dense-1"], monkeypatch) as server:
-        victim = _workers_of(server.process.pid)[-1]
-        os.kill(victim, signal.SIGSTOP)  # so that the update is under way when it dies
-        update = Run(
-            tmp_path / "a", TP, "served", CPU, url=server.url, started=str(started), **options
-        )
-        while not started.exists():
-            assert update.is_running(), update.output()
-            time.sleep(0.01)
-        time.sleep(1)
-        os.kill(victim, signal.SIGKILL)
-        killed = time.time()
-        failed = update.wait(60)
+        failed = Servers(tmp_path / "a", server, **options).go()
     for (seen,) in failed:
-        assert "update failed on rank" in seen["error"]
-        assert seen["ended"] - killed < 10
+        assert "update failed on rank 1 during reload" in seen["error"]
+        assert seen["ended"] - float(killed_at.read_text()) < 10
     with running(models["dense-1"], monkeypatch) as server:
         before = server.generate()
-        ended = torchrun(
-            tmp_path / "b", TP, "served", 60, CPU, url=server.url, started=str(started), **options
-        )
+        ended = Servers(tmp_path / "b", server, **options).go()
         assert [seen["error"] for (seen,) in ended] == ["", ""]
         assert server.generate() != before
-
-
-def _workers_of(pid: int) -> list[int]:
-    """vLLM's worker processes below ``pid``, by their titles."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            content = path.read_text()
-        except OSError:
-            continue
-        number, _, rest = content.partition(" (")
-        title, _, fields = rest.rpartition(") ")
-        parents[int(number)] = (int(fields.split()[1]), title)
-    below = {pid}
-    while more := {child for child, (parent, _) in parents.items() if parent in below} - below:
-        below |= more
-    return sorted(child for child in below if "Worker_TP" in parents[child][1])

@@ -138,19 +138,21 @@ def _buckets(
 
 
 def served(
-    url: str, steps: list[dict[str, Any]], pause: str | None, started: str
+    url: str, steps: list[dict[str, Any]], pause: str | None, folder: str
 ) -> list[dict[str, Any]]:
-    """Updates of a vLLM server that is at work. Writes ``started`` before the first."""
+    """Updates of a vLLM server that is at work. Says ``ready``, and waits to be told ``go``."""
     ps = ParameterServer(auto_pg=False)
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = "1e-4"
     ask = vllm_request(
         url, inference_parallel_size=WORLD_SIZE, pause=pause, reset_prefix_cache=pause is not None
     )
+    (Path(folder) / f"ready-{RANK}").touch()
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.05)
     seen = []
     for step in steps:
         ps.register_checkpoint(step["name"], named_tensors=my_part(Path(step["model"])))
         ps.gather_metas(step["name"])
-        Path(started).touch()
         error = ""
         try:
             ps.update(step["name"], ask, timeout=TIMEOUT)
