@@ -8,7 +8,6 @@ over what is there and repack again.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import gc
 import importlib
@@ -19,12 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from checkpoint_engine.learned_loader import (
+    KEEPS_TENSORS,
+    Delivery,
+    Host,
+    InPlace,
+    LearnedLoader,
+    Session,
+)
+from checkpoint_engine.recording import NamedTensors, Recorder, Slot
+from checkpoint_engine.replay import summary, version_of
 from checkpoint_engine.vllm_on_cpu import CpuRepairs
-
-NamedTensors = list[tuple[str, torch.Tensor]]
 
 _SHOWN_NAMES = 20
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
@@ -42,7 +47,8 @@ class ModelReport:
         partial: layers of which a part was not loaded. Padding is such a part; so is what a
             checkpoint lacks of a layer that is fused from several of its tensors.
         unused: tensors that this worker's loader did not read, as other workers' experts and
-            stages, or what the model does not have.
+            stages, or what the model does not have; not known of plain updates.
+        replay: what of it was replayed, and why the rest was not; see ``replay.summary``.
     """
 
     tensors: int = 0
@@ -51,6 +57,7 @@ class ModelReport:
     missing: set[str] = field(default_factory=set)
     partial: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
+    replay: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """As plain data, with the first names of long lists."""
@@ -64,10 +71,11 @@ class ModelReport:
             "partial": sorted(self.partial)[:_SHOWN_NAMES],
             "unused_count": len(self.unused),
             "unused": sorted(self.unused)[:_SHOWN_NAMES],
+            "replay": self.replay,
         }
 
 
-class _Way(Protocol):
+class _Way(Host, Protocol):
     """How an engine reloads one model."""
 
     @property
@@ -96,16 +104,20 @@ class _Way(Protocol):
         ...
 
 
-class _LoadOver:
+class _LoadOver(InPlace):
     """Loads over the weights that are there, and repacks them: releases without layerwise
     reload."""
 
     surroundings = staticmethod(nullcontext)
 
-    def __init__(self, model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
+        super().__init__(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
         self._model = model
         self._model_config = model_config
         self._device = device
+
+    def cannot(self) -> str:
+        return "" if isinstance(self._model, torch.nn.Module) else "it is no torch.nn.Module"
 
     def begin(self) -> None:
         """Nothing to prepare."""
@@ -145,6 +157,7 @@ class _Layerwise:
         self._model = model
         self._model_config = model_config
         self._names = {layer: name for name, layer in model.named_modules()}
+        self._by_name = {name: layer for layer, name in self._names.items()}
         self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
         self._held: dict[torch.nn.Module, int] = {}
         self._loads_early = _keeps_what_is_there(vllm)
@@ -184,6 +197,76 @@ class _Layerwise:
                 call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
             self._held[layer] = len(info.loaded_weights)
         return nbytes
+
+    is_persistent = False
+
+    def cannot(self) -> str:
+        return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
+
+    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Of the layers that wait for weights."""
+        for layer, info in self._layers:
+            if info.load_numel_total is not None:
+                for name, tensor in self._vllm.get_layer_tensors(layer).items():
+                    yield Slot(self._names[layer], name), tensor
+
+    def refuses(self, slot: Slot) -> str | None:
+        layer = self._by_name[slot.owner]
+        if _is_deferred(self._vllm, layer):
+            return "vLLM loads attention last of all"
+        if slot.name in layer._buffers:
+            return "vLLM recognises loaded buffers by the calls that it keeps"
+        return None
+
+    @contextlib.contextmanager
+    def watching(self, recorder: Recorder) -> Iterator[None]:
+        """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
+        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
+
+        def process_unseen(layer: torch.nn.Module, info: Any) -> None:
+            with recorder.paused():
+                process(layer, info)
+
+        self._vllm.get_numel_loaded = lambda *args: recorder.count(lambda: count(*args))
+        self._vllm._layerwise_process = process_unseen
+        try:
+            yield
+        finally:
+            self._vllm.get_numel_loaded, self._vllm._layerwise_process = count, process
+
+    @contextlib.contextmanager
+    def checking(self, check: Callable[[str], None]) -> Iterator[None]:
+        process = self._vllm._layerwise_process
+
+        def check_and_process(layer: torch.nn.Module, info: Any) -> None:
+            self._load_now(layer, info)
+            check(self._names[layer])
+            process(layer, info)
+
+        self._vllm._layerwise_process = check_and_process
+        try:
+            yield
+        finally:
+            self._vllm._layerwise_process = process
+
+    def open(self, owner: str) -> None:
+        layer = self._by_name[owner]
+        self._vllm.materialize_layer(layer, self._vllm.get_layerwise_info(layer))
+
+    def memory(self, slot: Slot) -> torch.Tensor:
+        memory = getattr(self._by_name[slot.owner], slot.name)
+        return memory.data  # vLLM's own kinds of parameters are slow to look at
+
+    def delivered(self, owner: str, numel: int) -> bool:
+        """What vLLM's wrapped loaders do once a tensor is in."""
+        layer = self._by_name[owner]
+        info = self._vllm.get_layerwise_info(layer)
+        info.load_numel_total = self._vllm.get_layer_size(layer)
+        info.load_numel += numel
+        if info.load_numel < info.load_numel_total:
+            return False
+        self._vllm._layerwise_process(layer, info)
+        return True
 
     def partial_layers(self) -> set[str]:
         return {
@@ -260,9 +343,7 @@ class LoaderHabits:
     """What one model's loader was seen to do; kept from update to update."""
 
     model: Any
-    keeps_tensors: bool = False
-    unused: dict[str, bool] = field(default_factory=dict)
-    """By tensor name, whether the loader left it alone."""
+    learned: LearnedLoader = field(default_factory=LearnedLoader)
 
 
 class ModelReload:
@@ -271,7 +352,7 @@ class ModelReload:
     def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
         self.report = ModelReport()
         self._model = habits.model
-        self._habits = habits
+        self._learned = habits.learned
         self._model_config = model_config
         vllm = _Layerwise.offered_for(self._model)
         self._way: _Way = (
@@ -279,25 +360,27 @@ class ModelReload:
             if vllm is None
             else _Layerwise(vllm, self._model, model_config, device)
         )
-        self._loaded: set[str] | None = set()
+        self._session: Session | None = None
         self._expected: set[str] = set()
         self._required: set[str] = set()
-        self._begun = False
 
-    def load(self, weights: NamedTensors) -> None:
-        """Give a bucket to the model's loader."""
-        self._begin()
-        self.report.tensors += len(weights)
-        self.report.nbytes += sum(tensor.nbytes for _, tensor in weights)
-        if self._habits.keeps_tensors:
-            weights = [(name, tensor.clone()) for name, tensor in weights]
-        with self._way.surroundings(), self._noting_what_is_read(weights):
-            loaded = self._model.load_weights(weights)
-        if not isinstance(loaded, (set, frozenset)):  # not every engine's loader says
-            self._loaded = None
-        elif self._loaded is not None:
-            self._loaded |= loaded
-        self.report.held_bytes += self._way.after_bucket()
+    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
+        """Load a bucket; ``delivery``: where its tensors lie."""
+        session = self._begun()
+        with self._way.surroundings():
+            session.load(weights, self._model.load_weights, delivery)
+        self._end_bucket(session)
+
+    def knows(self, message: bytes) -> bool:
+        """Whether a bucket with this message can be replayed as it is."""
+        return self._learned.recognises(message) and self._begun().knows(message)
+
+    def replay(self, delivery: Delivery) -> None:
+        """Load a bucket whose message is known."""
+        session = self._begun()
+        with self._way.surroundings():
+            session.replay(delivery, self._model.load_weights)
+        self._end_bucket(session)
 
     def finish(self) -> None:
         """Everything has arrived.
@@ -305,36 +388,54 @@ class ModelReload:
         Raises:
             ValueError: the engine would not have started from such a checkpoint.
         """
-        self._begin()
-        self.report.partial = self._way.partial_layers()
-        if self._loaded is not None:
-            self.report.missing = self._expected - self._loaded
-            self._refuse_incomplete(self._required - self._loaded)
+        session = self._begun()
+        session.finish()
+        self._fill_report(session)
+        self._refuse_incomplete(self.report.missing & self._required)
         with self._way.surroundings():
             self._way.finish()
-        self._begun = False
+        session.commit()
+        self.report.replay = summary(session, self._learned)
+        self._session = None
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        if self._begun:
-            self._begun = False
+        if self._session is not None:
+            self._session = None
             self._way.abandon()
 
-    def _begin(self) -> None:
-        if self._begun:
+    def _begun(self) -> Session:
+        """The session of this update, begun with the first bucket."""
+        if self._session is None:
+            tied = _tied(self._model)
+            self._way.begin()
+            self._session = Session(self._learned, self._way)  # what close() needs
+            self._session = self._learned.begin(self._way, version_of(self._model))
+            self._note_what_is_expected(tied)
+        return self._session
+
+    def _end_bucket(self, session: Session) -> None:
+        self.report.held_bytes += self._way.after_bucket()
+        session.settle()
+
+    def _fill_report(self, session: Session) -> None:
+        self.report.tensors, self.report.nbytes = session.tensors, session.nbytes
+        self.report.held_bytes += session.held_bytes
+        self.report.partial = self._way.partial_layers()
+        self.report.unused = session.unused()
+        loaded = session.loaded()
+        if loaded is not None:
+            self.report.missing = self._expected - loaded
+
+    def _note_what_is_expected(self, tied: set[str]) -> None:
+        if not isinstance(self._model, torch.nn.Module):
             return
-        self._begun = True
-        tied = _tied(self._model)
-        self._way.begin()
-        if isinstance(self._model, torch.nn.Module):
-            names = {
-                name.replace(".base_layer.", ".") for name, _ in self._model.named_parameters()
-            }
-            names -= tied
-            quantised = getattr(self._model_config, "quantization", None) is not None
-            exempt = _may_be_missing(self._model, quantised)
-            self._expected = names - exempt if quantised else names
-            self._required = set() if quantised else names - exempt
+        names = {name.replace(".base_layer.", ".") for name, _ in self._model.named_parameters()}
+        names -= tied
+        quantised = getattr(self._model_config, "quantization", None) is not None
+        exempt = _may_be_missing(self._model, quantised)
+        self._expected = names - exempt if quantised else names
+        self._required = set() if quantised else names - exempt
 
     def _refuse_incomplete(self, missing: set[str]) -> None:
         if missing:
@@ -342,18 +443,6 @@ class ModelReload:
                 f"the checkpoint lacks {len(missing)} parameters without which this model would "
                 f"not start: {sorted(missing)[:_SHOWN_NAMES]}"
             )
-
-    @contextlib.contextmanager
-    def _noting_what_is_read(self, weights: NamedTensors) -> Iterator[None]:
-        """Watch the loader when it sees a tensor for the first time."""
-        unused = self._habits.unused
-        if all(name in unused for name, _ in weights):
-            yield
-        else:
-            with _Readings() as readings:
-                yield
-            unused.update((name, not readings.saw(tensor)) for name, tensor in weights)
-        self.report.unused |= {name for name, tensor in weights if unused[name] and tensor.numel()}
 
 
 def _tied(model: Any) -> set[str]:
@@ -379,36 +468,11 @@ def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str]:
     return exempt
 
 
-class _Readings(TorchDispatchMode):
-    """Notes where operations read, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._addresses: set[int] = set()
-        self._in_order: list[int] = []
-
-    def saw(self, tensor: torch.Tensor) -> bool:
-        """Whether something was read that begins in ``tensor``'s memory."""
-        if len(self._in_order) != len(self._addresses):
-            self._in_order = sorted(self._addresses)
-        start = tensor.data_ptr()
-        next_one = bisect.bisect_left(self._in_order, start)
-        found = self._in_order[next_one : next_one + 1]
-        return bool(found) and found[0] < start + tensor.nbytes
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not func.is_view:
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, torch.Tensor) and not value.is_meta:
-                    with contextlib.suppress(RuntimeError):  # those without plain memory
-                        self._addresses.add(value.data_ptr())
-        return func(*args, **(kwargs or {}))
-
-
 class EngineReload:
-    """One update of an inference worker: its model, and its drafter's where it has one."""
+    """One update of an inference worker: its model, and its drafter's where it has one.
+
+    A ``worker.BucketLoader``.
+    """
 
     def __init__(self, worker: Any, habits: dict[str, LoaderHabits]) -> None:
         """
@@ -426,7 +490,7 @@ class EngineReload:
                 habits[role] = LoaderHabits(model)
             self._models[role] = ModelReload(habits[role], model_config, worker.device)
 
-    def load(self, weights: NamedTensors) -> None:
+    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
 
         Raises:
@@ -438,17 +502,28 @@ class EngineReload:
         before = _references(storage) - len(weights)
         with self._as_engine():
             for model in self._models.values():
-                model.load(weights)
+                model.load(weights, delivery)
         weights.clear()
         if _references(storage) > before:
             gc.collect()
         if _references(storage) > before:
             for habits in self._habits.values():
-                habits.keeps_tensors = True
-            raise RuntimeError(
-                "the model's loader keeps tensors that it was given, whose memory the next buckets "
-                "overwrite: update again, it will be given copies from now on"
-            )
+                habits.learned.keeps_tensors = True
+            raise RuntimeError(KEEPS_TENSORS)
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        """Load a bucket, and remember its message."""
+        self.load(weights, Delivery(message, buffer))
+
+    def knows(self, message: bytes) -> bool:
+        with self._as_engine():
+            return all(model.knows(message) for model in self._models.values())
+
+    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+        """Load a bucket whose message is known."""
+        with self._as_engine():
+            for model in self._models.values():
+                model.replay(Delivery(message, buffer))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
@@ -459,9 +534,12 @@ class EngineReload:
             getattr(self._runner, cache, _nothing)()
 
     def close(self) -> None:
+        """Clean up after a failed update; nothing after a finished one."""
         with self._as_engine():
             for model in self._models.values():
                 model.close()
+
+    abandon = close
 
     def summary(self) -> dict[str, Any]:
         """By role, what each model took."""

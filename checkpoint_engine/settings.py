@@ -75,3 +75,18 @@ def from_launcher(value: int | None, variable: str) -> int:
     if variable not in os.environ:
         raise ValueError(f"give {variable.lower()}=, or set {variable} as torchrun does")
     return integer(variable, 0)
+
+
+REPLAY_MODES = ("on", "off", "verify")
+
+
+def replay_mode() -> str:
+    """``PS_REPLAY``: whether workers replay what they learned of a loader; see ``replay.py``.
+
+    Raises:
+        ValueError: it is none of ``on``, ``off``, ``verify``.
+    """
+    mode = os.environ.get("PS_REPLAY", "on")
+    if mode not in REPLAY_MODES:
+        raise ValueError(f"PS_REPLAY must be one of {', '.join(REPLAY_MODES)}, got {mode!r}")
+    return mode

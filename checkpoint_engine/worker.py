@@ -6,7 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import zmq
@@ -16,7 +16,8 @@ from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
-from checkpoint_engine.reload import EngineReload, NamedTensors
+from checkpoint_engine.recording import NamedTensors
+from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
@@ -45,7 +46,7 @@ def update_weights_from_ipc(
     zmq_handle: str,
     device_id: int | None,
     *,
-    run: Callable[[NamedTensors], Any],
+    run: Callable[[NamedTensors], Any] | BucketLoader,
     post_hook: Callable[[], Any] | None = None,
     version: WeightVersion | None = None,
 ) -> None:
@@ -56,7 +57,8 @@ def update_weights_from_ipc(
         zmq_handle: where this worker's server rank listens.
         device_id: this worker's device, as this process counts them.
         run: gets each bucket as ``[(name, tensor)]``. The tensors are views of memory that is
-            overwritten as soon as it returns: copy what is kept.
+            overwritten as soon as it returns: copy what is kept. ``replay.replayed(run)`` learns it
+            in the first update and replays it in later ones.
         post_hook: called when all weights are loaded and the buffer is gone.
         version: told what the model holds, before its first byte is written and at the end.
 
@@ -67,21 +69,23 @@ def update_weights_from_ipc(
             weights are then partly written; another update repairs them.
     """
     version = version or WeightVersion()
+    loader = run if isinstance(run, BucketLoader) else _DecodedBuckets(run)
     with (
         contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link,
         _failing_unless_complete(version),
+        _abandoned_on_failure(loader),
     ):
         handle, buffer = _receive_buffer(link, device_id)
         device_type = buffer.device.type
         begin = partial(version.begin, handle.extensions.get("weight_version"))
         try:
-            failure = _load_buckets(link, buffer, run, begin)
+            failure = _load_buckets(link, buffer, loader, begin)
         finally:
             del buffer
             _release_device_memory(device_type)
         _acknowledge(link, failure)
         server_waits = _server_waits_for_post_hook(link, handle)
-        failure = failure or _attempt(partial(_run_post_hook, post_hook, device_type))
+        failure = failure or _attempt(partial(_finish, loader, post_hook, device_type))
         if failure is None:
             version.complete()
         if server_waits:
@@ -96,6 +100,65 @@ def _failing_unless_complete(version: WeightVersion) -> Iterator[None]:
         yield
     finally:
         version.fail()
+
+
+@runtime_checkable
+class BucketLoader(Protocol):
+    """A ``run`` that recognises buckets by their messages, which then need not be decoded.
+
+    ``reload.EngineReload`` and ``replay.Replayed`` are such; any other gets every bucket decoded.
+    """
+
+    def knows(self, message: bytes) -> bool:
+        """Whether a bucket with this message can be replayed."""
+        ...
+
+    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+        """Load such a bucket out of the double buffer."""
+        ...
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        """Load any other one; nothing may refer to the tensors afterwards."""
+        ...
+
+    def finish(self) -> None:
+        """All buckets are loaded, and the buffer is gone."""
+        ...
+
+    def abandon(self) -> None:
+        """The update failed. Also called after ``finish``, when something later fails."""
+        ...
+
+
+class _DecodedBuckets:
+    """Any callable as a ``BucketLoader``."""
+
+    def __init__(self, run: Callable[[NamedTensors], Any]) -> None:
+        self._run = run
+
+    def knows(self, message: bytes) -> bool:
+        return False
+
+    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+        raise RuntimeError("it knows no message")
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        self._run(weights)
+
+    def finish(self) -> None:
+        """It is not told."""
+
+    def abandon(self) -> None:
+        """It is not told."""
+
+
+@contextlib.contextmanager
+def _abandoned_on_failure(loader: BucketLoader) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        loader.abandon()
+        raise
 
 
 def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, torch.Tensor]:
@@ -120,10 +183,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
 
 
 def _load_buckets(
-    link: ServerLink,
-    buffer: torch.Tensor,
-    run: Callable[[NamedTensors], Any],
-    begin: Callable[[], None],
+    link: ServerLink, buffer: torch.Tensor, loader: BucketLoader, begin: Callable[[], None]
 ) -> _Failure | None:
     """Load buckets until there are no more. Returns the first failure; nothing is loaded after
     it. ``begin``: called before anything is written."""
@@ -131,6 +191,16 @@ def _load_buckets(
     begun = False
     while True:
         received = link.receive()
+        known = False
+        if failure is None:
+            known, failure = _knows(loader, received)
+        if known:
+            if not begun:
+                begin()
+                begun = True
+            failure = _attempt(partial(_replay, received, buffer, loader))
+            _acknowledge(link, failure)
+            continue
         try:
             message = decode_message(received)
         except WireError as error:  # the server waits for a reply to it all the same
@@ -143,16 +213,29 @@ def _load_buckets(
             return failure
         if isinstance(message, Abort):
             raise message.error from (failure and failure.error)
-        failure = failure or _attempt(partial(_load, message.tensors, buffer, run))
+        failure = failure or _attempt(partial(_load, message.tensors, received, buffer, loader))
         _acknowledge(link, failure)
+
+
+def _knows(loader: BucketLoader, message: bytes) -> tuple[bool, _Failure | None]:
+    try:
+        return loader.knows(message), None
+    except Exception as error:
+        return False, _Failure.of(error)
+
+
+def _replay(message: bytes, buffer: torch.Tensor, loader: BucketLoader) -> None:
+    loader.replay(message, buffer)
+    _synchronize(buffer.device.type)
 
 
 def _load(
     tensors: list[FlattenedTensorMetadata],
+    message: bytes,
     buffer: torch.Tensor,
-    run: Callable[[NamedTensors], Any],
+    loader: BucketLoader,
 ) -> None:
-    run(extract_weights(tensors, buffer))
+    loader.load_bucket(extract_weights(tensors, buffer), message, buffer)
     _synchronize(buffer.device.type)
 
 
@@ -222,7 +305,8 @@ def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:
     return True
 
 
-def _run_post_hook(post_hook: Callable[[], Any] | None, device_type: str) -> None:
+def _finish(loader: BucketLoader, post_hook: Callable[[], Any] | None, device_type: str) -> None:
+    loader.finish()
     if post_hook is not None:
         post_hook()
     _synchronize(device_type)
@@ -273,8 +357,7 @@ class VllmColocateWorkerExtension:
                 context,
                 zmq_handles[identity],
                 device_id=self.device.index,
-                run=reload.load,
-                post_hook=reload.finish,
+                run=reload,
                 version=self._weight_version(),
             )
             return reload.summary()

@@ -1,0 +1,149 @@
+"""Learn an engine's loader once, replay it ever after.
+
+The first update of a model goes through the engine's own loader while it is watched. What it did
+becomes a plan: copies from regions of the checkpoint's tensors to regions of the model's. Later
+updates execute those copies, a few per layer and bucket, without a look at single tensors. Whatever
+could not be put into copies stays with the loader, and is named.
+
+    from checkpoint_engine.replay import replayed
+    update_weights_from_ipc(context, address, device_id, run=replayed(model.load_weights))
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from checkpoint_engine.learned_loader import (
+    KEEPS_TENSORS,
+    Delivery,
+    InPlace,
+    LearnedLoader,
+    Plainly,
+    Session,
+)
+from checkpoint_engine.recording import NamedTensors
+from checkpoint_engine.replay_plan import Plan
+
+_SHOWN_NAMES = 20
+
+
+class Replayed:
+    """A ``load_weights`` that learns; see ``replayed``."""
+
+    def __init__(self, load_weights: Plainly, model: torch.nn.Module, learned: LearnedLoader):
+        self.report: dict[str, Any] = {}
+        self._load_weights = load_weights
+        self._model = model
+        self._learned = learned
+        self._session: Session | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was learned, if anything."""
+        return self._learned.plan
+
+    def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load some tensors of an update; the first one begins it."""
+        self._load(list(weights), None)
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        """Called by ``worker.update_weights_from_ipc`` for a bucket that is new."""
+        self._load(weights, Delivery(message, buffer))
+
+    def knows(self, message: bytes) -> bool:
+        return self._learned.recognises(message) and self._begun().knows(message)
+
+    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+        self._begun().replay(Delivery(message, buffer), self._load_weights)
+
+    def finish(self) -> None:
+        """The update is complete: keep what was learned, and fill in ``report``."""
+        session = self._begun()
+        session.finish()
+        session.commit()
+        self.report = summary(session, self._learned)
+        self._session = None
+
+    def abandon(self) -> None:
+        """The update failed: nothing is learned from it."""
+        self._session = None
+
+    def __enter__(self) -> Replayed:
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        self.finish() if exc is None else self.abandon()
+
+    def _begun(self) -> Session:
+        if self._session is None:
+            self._session = self._learned.begin(InPlace(self._model), version_of(self._model))
+        return self._session
+
+    def _load(self, weights: NamedTensors, delivery: Delivery | None) -> None:
+        session = self._begun()
+        with torch.no_grad():
+            session.load(weights, self._load_weights, delivery)
+        kept = session.settle()
+        if kept and delivery is not None and not self._learned.keeps_tensors:
+            self._learned.keeps_tensors = True
+            raise RuntimeError(KEEPS_TENSORS)
+
+
+_learned_loaders: weakref.WeakKeyDictionary[torch.nn.Module, LearnedLoader]
+_learned_loaders = weakref.WeakKeyDictionary()
+
+
+def replayed(load_weights: Plainly, model: torch.nn.Module | None = None) -> Replayed:
+    """``load_weights``, learned in the first update of a model and replayed in later ones.
+
+    Pass it as ``run`` to ``worker.update_weights_from_ipc``, which says when an update ends. Other
+    callers use it in a ``with`` block for each update, and call it with lists of (name, tensor).
+
+    Args:
+        model: whose parameters and buffers it fills; default: the module that it is a method of.
+
+    Raises:
+        TypeError: it is no method of a module, and no ``model`` is given.
+    """
+    model = getattr(load_weights, "__self__", None) if model is None else model
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{load_weights!r} is no method of a torch.nn.Module: give model=")
+    learned = _learned_loaders.setdefault(model, LearnedLoader())
+    return Replayed(load_weights, model, learned)
+
+
+def version_of(model: Any) -> str:
+    """Of the package that the model's class is from."""
+    package = sys.modules.get(type(model).__module__.partition(".")[0])
+    return str(getattr(package, "__version__", ""))
+
+
+def summary(session: Session, learned: LearnedLoader) -> dict[str, Any]:
+    """What an update made of a plan, as plain data with the first names of long lists."""
+    plan = learned.plan
+    report: dict[str, Any] = {
+        "loaded": session.how,
+        "replayed": session.replayed,
+        "reason": session.reason or learned.why_not,
+    }
+    if plan is None:
+        return report
+    recording = plan.recording
+    needed = plan.needed()
+    needed_bytes = sum(one.nbytes for one in needed)
+    return report | {
+        "fallback_count": len(recording.plain),
+        "fallback": {
+            recording.sources[number].name: recording.plain[number]
+            for number in sorted(recording.plain)[:_SHOWN_NAMES]
+        },
+        "needed_tensors": len(needed),
+        "needed_bytes": needed_bytes,
+        "needed_share": needed_bytes / max(1, plan.total_bytes),
+        "plan_bytes": plan.memory(),
+    }
