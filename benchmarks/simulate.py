@@ -27,15 +27,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.data_types import ParameterMeta
-from checkpoint_engine.simulate import (
-    Algorithm,
-    Cluster,
-    Costs,
-    Prediction,
-    make_plan,
-    predict,
-    share_out,
-)
+from checkpoint_engine.simulate.checkpoint import make_plan, share_out
+from checkpoint_engine.simulate.cluster import Algorithm, Cluster, Costs
+from checkpoint_engine.simulate.update import Prediction, predict
 
 GIB = 1 << 30
 SPARE = 40 * GIB
@@ -187,13 +181,14 @@ def here() -> None:
         print(
             f"{world} ranks: " + ", ".join(f"{name} {value:.3g}" for name, value in inputs.items())
         )
-        for layers, bucket_gb in ((1, 0.125), (2, 0.125), (2, 0.25)):
+        for layers, bucket_gb in ((1, 0.0625), (1, 0.125), (2 // world, 0.25)):
             script = str(Path(__file__).with_name("update.py"))
             options = ["--layers", str(layers), "--bucket-gb", str(bucket_gb), "--repeats", "7"]
             phases = launch(world, [script, *options])["phases"]
             measured = next(one["seconds"] for one in phases if one["phase"] == "update")
             found = simulate(layers_of(layers), cluster, costs, cap=bucket_gb * GIB)
             off = found.seconds / measured - 1
+            print(f"{work_of(found)}: {measured:.3f} s, {found}", flush=True)
             rows.append(
                 [str(world), work_of(found), f"{measured:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
             )

@@ -93,6 +93,7 @@ def test_metadata(installed: Installed) -> None:
     assert found["Requires-Python"] == ">=3.10"
     required = [text for text in found.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(required) == [
+        "click>=8.1",
         "fastapi",
         "httpx",
         "loguru",
@@ -125,4 +126,7 @@ def test_public_names_can_be_imported(installed: Installed) -> None:
 
 
 def test_console_script(installed: Installed) -> None:
-    assert "--uds PATH" in run(installed.venv / "bin" / "checkpoint-engine", "--help")
+    script = installed.venv / "bin" / "checkpoint-engine"
+    assert "doctor" in run(script, "--help")
+    assert "--uds PATH" in run(script, "serve", "--help")
+    assert "--uds PATH" in run(installed.venv / "bin" / "python", "-m", "checkpoint_engine", "-h")

@@ -10,18 +10,10 @@ from safetensors.torch import save_file
 
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.plan import Step
-from checkpoint_engine.simulate import (
-    Cluster,
-    Costs,
-    Prediction,
-    Simulation,
-    Span,
-    make_plan,
-    predict,
-    read_headers,
-    share_out,
-)
-from checkpoint_engine.simulate.engine import critical_path
+from checkpoint_engine.simulate.checkpoint import make_plan, read_headers, share_out
+from checkpoint_engine.simulate.cluster import Cluster, Costs
+from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.simulate.update import Prediction, predict
 
 MB = 1 << 20
 FREE = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=1e9)
