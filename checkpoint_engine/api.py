@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI, Path, Request
+from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from loguru import logger
 from pydantic import BaseModel, Field
 
+from checkpoint_engine import __version__
 from checkpoint_engine.access import Access
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.errors import AccessError, BusyError
+from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.metas_file import Metas, encode_metas
+from checkpoint_engine.observe import make_router
+from checkpoint_engine.report import UpdateReport
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -31,6 +35,21 @@ Ranks = Annotated[list[int], Field(max_length=65_536)]
 ShortText = Annotated[str, Field(max_length=4096)]
 Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
+Wait = Annotated[
+    bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
+]
+WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
+
+_LONG_CALL: dict[int | str, dict[str, Any]] = {
+    200: {"description": "It is done. Empty, unless a report was asked for."},
+    202: {"model": Job, "description": "It has begun; only with wait=false."},
+    403: {"model": str, "description": "The service was told not to touch that file or engine."},
+    409: {"model": str, "description": "It conflicts with a call that is still running."},
+    500: {"model": str, "description": "It failed; the error's text."},
+}
+_DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
+update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
+are a JSON string, as the original's; those of the others an object with code, message and hint."""
 _LONGEST_UPDATE = 30 * 86_400.0
 _SHOWN_ERRORS = 10
 
@@ -38,22 +57,35 @@ _SHOWN_ERRORS = 10
 class RegisterRequest(BaseModel):
     """The files whose tensors this rank shall own."""
 
-    files: Annotated[list[ShortText], Field(max_length=65_536)]
+    files: Annotated[list[ShortText], Field(max_length=65_536)] = Field(
+        description="safetensors files, or .npy files with their .meta, on the server's host.",
+        examples=[["/models/step-1/model-00001-of-00008.safetensors"]],
+    )
 
 
 class UpdateRequest(BaseModel):
     """Which ranks take part, and which engine this rank asks to receive, if any."""
 
-    ranks: Ranks = []
-    """Empty: broadcast to all. Otherwise P2P to these."""
-    update_url: ShortText | None = None
-    """The engine's ``/collective_rpc``; null on ranks that are not the first of their engine."""
-    inference_group_ranks: Ranks = []
-    """The global ranks of that engine's workers. Empty: all."""
-    timeout: float = Field(default=300.0, gt=0, le=_LONGEST_UPDATE)
-    """Seconds that the whole update may take."""
-    uds: ShortText | None = None
-    """Path of the Unix socket that the engine listens on, where it is not TCP."""
+    ranks: Ranks = Field(default=[], description="Empty: broadcast to all. Otherwise P2P to these.")
+    update_url: ShortText | None = Field(
+        default=None,
+        description="The engine's /collective_rpc; null on ranks that are not the first of their "
+        "engine.",
+        examples=["http://localhost:19730/collective_rpc"],
+    )
+    inference_group_ranks: Ranks = Field(
+        default=[], description="The global ranks of that engine's workers. Empty: all."
+    )
+    timeout: float = Field(
+        default=300.0,
+        gt=0,
+        le=_LONGEST_UPDATE,
+        description="Seconds that the whole update may take.",
+    )
+    uds: ShortText | None = Field(
+        default=None,
+        description="Path of the Unix socket that the engine listens on, where it is not TCP.",
+    )
 
 
 def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
@@ -64,42 +96,68 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     run in threads, so that a long call does not hold up others.
     """
     rules = Access() if access is None else access
-    app = FastAPI(title="checkpoint-engine")
+    app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
     app.add_exception_handler(RequestValidationError, _explain)
+    journal = Journal()
+    app.include_router(make_router(ps, journal), tags=["observe"])
 
-    @app.get("/v1/healthz")
+    def do(call: str, name: str, action: Callable[[], object], wait: bool) -> Response:
+        if wait:
+            return _answer(lambda: journal.run(call, name, action))
+        job = journal.start(call, name, action)
+        return JSONResponse(job.model_dump(mode="json"), status_code=202)
+
+    @app.get("/v1/healthz", summary="Whether this rank answers, also during an update")
     async def healthz() -> Response:
         return Response()
 
-    @app.post("/v1/checkpoints/{name}/files")
-    def register_files(name: Name, request: RegisterRequest) -> Response:
-        if rules.folders is None:
-            return _answer(lambda: ps.register_checkpoint(name, files=request.files))
-        return _answer(
-            lambda: ps.register_checkpoint(name, files=request.files, allowed_folders=rules.folders)
-        )
+    @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
+    def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
+        def register() -> None:
+            if rules.folders is None:
+                ps.register_checkpoint(name, files=request.files)
+            else:
+                ps.register_checkpoint(name, files=request.files, allowed_folders=rules.folders)
 
-    @app.delete("/v1/checkpoints/{name}")
+        return do("register", name, register, wait)
+
+    @app.delete("/v1/checkpoints/{name}", summary="Free this rank's part of a checkpoint")
     def unregister_checkpoint(name: Name) -> Response:
-        return _answer(lambda: ps.unregister_checkpoint(name))
+        return do("unregister", name, lambda: ps.unregister_checkpoint(name), wait=True)
 
-    @app.post("/v1/checkpoints/{name}/gather-metas")
-    def gather_metas(name: Name) -> Response:
-        return _answer(lambda: ps.gather_metas(name))
+    @app.post(
+        "/v1/checkpoints/{name}/gather-metas",
+        summary="Learn who owns what; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def gather_metas(name: Name, wait: Wait = True) -> Response:
+        return do("gather", name, lambda: ps.gather_metas(name), wait)
 
-    @app.post("/v1/checkpoints/{name}/update")
-    def update(name: Name, request: UpdateRequest) -> Response:
-        timeout = timedelta(seconds=request.timeout)
+    @app.post(
+        "/v1/checkpoints/{name}/update",
+        summary="Send a checkpoint to the engines; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def update(
+        name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
+    ) -> Response:
         ask_engine = _requester(request, rules)
-        return _answer(lambda: ps.update(name, ask_engine, ranks=request.ranks, timeout=timeout))
+        timeout = timedelta(seconds=request.timeout)
 
-    @app.get("/v1/metas", response_model=Metas)
+        def send() -> UpdateReport:
+            return ps.update(name, ask_engine, ranks=request.ranks, timeout=timeout)
+
+        if wait and report:
+            return _answer(lambda: journal.run("update", name, send).model_dump_json().encode())
+        return do("update", name, send, wait)
+
+    @app.get("/v1/metas", response_model=Metas, summary="Who owns what, as gathered last")
     def get_metas() -> Response:
         return _answer(lambda: encode_metas(ps.get_metas()))
 
-    @app.post("/v1/metas")
+    @app.post("/v1/metas", summary="Take over another world's metas, to read its memory by P2P")
     def load_metas(metas: Metas) -> Response:
-        return _answer(lambda: ps.load_metas(metas))
+        return do("load metas", "", lambda: ps.load_metas(metas), wait=True)
 
     return app
 

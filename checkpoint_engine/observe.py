@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Path
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -33,7 +33,9 @@ def make_router(ps: ParameterServer, journal: Journal) -> APIRouter:
     """Routes over what ``ps`` holds and ``journal`` remembers."""
     router = APIRouter()
     metrics = _make_metrics(ps, journal)
-    unknown = {404: {"model": ErrorAnswer, "description": "There is no such job."}}
+    unknown: dict[int | str, dict[str, Any]] = {
+        404: {"model": ErrorAnswer, "description": "There is no such job."}
+    }
 
     @router.get("/v1/status", summary="What this rank holds, does and did")
     def status() -> Status:

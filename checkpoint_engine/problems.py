@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.errors import BusyError, UpdateError
+from checkpoint_engine.errors import AccessError, BusyError, UpdateError
 
 
 class Problem(BaseModel):
@@ -21,6 +21,7 @@ _HINTS = {
     "busy": "wait for the call that is running: GET /v1/status shows it",
     "update_failed": "everything is released; mend the cause that the message names and update "
     "again, healthy ranks and engines need no restart",
+    "forbidden": "this service was started with --allow-path or --allow-update-url",
     "not_found": "see that the path is the same on the server's host and readable by its user",
     "out_of_memory": "free host memory, or unregister a checkpoint first",
     "timeout": "look at the rank or engine that the message names, or raise the timeout",
@@ -39,6 +40,7 @@ def code_of(error: BaseException) -> str:
     kinds: list[tuple[type[BaseException], str]] = [
         (BusyError, "busy"),
         (UpdateError, "update_failed"),
+        (AccessError, "forbidden"),
         (FileNotFoundError, "not_found"),
         (MemoryError, "out_of_memory"),
         (TimeoutError, "timeout"),

@@ -73,6 +73,7 @@ from checkpoint_engine.pipeline import (
     make_streams,
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
+from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import InstanceFailure, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
 from checkpoint_engine.store import connect_store
@@ -182,6 +183,7 @@ class ParameterServer:
         self._memory_lock = threading.Lock()
         self._collective_lock = threading.Lock()
         self._running = ""
+        self.progress: Progress | None = None
         self._rdma_device: str | None = None
         self._p2p_store: P2PStore | None = None
         self._p2p_missing = ""

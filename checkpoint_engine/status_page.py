@@ -108,7 +108,7 @@ def _timeline(job: Job, longest: float) -> str:
         bar = _bar({"failed": job.seconds}, longest)
     else:
         rate = job.report.bytes / 1e9 / job.seconds if job.seconds else 0.0
-        figures = f"{job.seconds:.3f} s, {_bytes(job.report.bytes)}, {rate:.1f} GB/s"
+        figures = f"{job.seconds:.3f} s, {_bytes(job.report.bytes)}, {rate:.3g} GB/s"
         bar = _bar(job.report.phases, longest)
     return (
         f'<li class="{job.state}"><div><time>{when}</time> <b>{escape(job.checkpoint)}</b> '
@@ -135,13 +135,17 @@ def _class(phase: str) -> str:
 def _failure(job: Job) -> str:
     assert job.error is not None
     when = time.strftime("%H:%M:%S", time.localtime(job.began))
-    first, _, rest = job.error.message.partition("\n")
-    more = f"<details><summary>whole text</summary><pre>{escape(rest)}</pre></details>"
+    lines = [line for line in job.error.message.splitlines() if line.strip()]
+    short = "\n".join(
+        lines if len(lines) < 3 else [lines[0], "...", lines[-1]]
+    )  # the cause is last
+    whole = escape(job.error.message)
+    more = f"<details><summary>whole text</summary><pre>{whole}</pre></details>"
     hint = f"<p>{escape(job.error.hint)}</p>" if job.error.hint else ""
     return (
         f'<article class="failure"><h3><time>{when}</time> {escape(job.call)} '
         f"{escape(job.checkpoint)}: {escape(job.error.code)}</h3>"
-        f"<pre>{escape(first)}</pre>{more if rest else ''}{hint}</article>"
+        f"<pre>{escape(short)}</pre>{more if len(lines) > 2 else ''}{hint}</article>"
     )
 
 

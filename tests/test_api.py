@@ -240,6 +240,10 @@ def test_openapi_describes_every_route(api: httpx.Client) -> None:
         "/v1/checkpoints/{name}/gather-metas": ["post"],
         "/v1/checkpoints/{name}/update": ["post"],
         "/v1/metas": ["get", "post"],
+        "/v1/status": ["get"],
+        "/v1/jobs": ["get"],
+        "/v1/jobs/{id}": ["get"],
+        "/metrics": ["get"],
     }
 
 

@@ -156,7 +156,8 @@ def test_more_engine_workers_than_ranks(server: list[str], registered: str) -> N
 
 def test_status(server: list[str]) -> None:
     found = json_of("status", *server)
-    assert [one["up"] for one in found["servers"]] == [True, True]
+    assert [(one["up"], one["rank"]) for one in found["servers"]] == [(True, 0), (True, 1)]
+    assert "rank 1 of 2, cpu" in run("status", *server).stdout
 
 
 def test_status_of_a_server_that_is_down(sockets: Path, tmp_path: Path) -> None:

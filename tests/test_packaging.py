@@ -78,7 +78,7 @@ def metadata(wheel: Path) -> Message:
 
 
 def test_wheel_holds_every_source_file(installed: Installed) -> None:
-    sources = [path for path in PACKAGE.rglob("*") if path.suffix == ".py"]
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".html")]
     expected = {str(path.relative_to(ROOT)) for path in [*sources, PACKAGE / "py.typed"]}
     with zipfile.ZipFile(installed.wheel) as archive:
         names = archive.namelist()

@@ -17,6 +17,7 @@ from checkpoint_engine.cli.output import (
     FAILED,
     UNREACHABLE,
     fail,
+    gigabytes,
     json_option,
     show,
 )
@@ -205,17 +206,27 @@ def unregister(servers: list[Server], name: str, as_json: bool) -> None:
 @click.command()
 @service_command
 def status(servers: list[Server], as_json: bool) -> None:
-    """Whether every rank's server answers. Ends with 3 if one does not."""
+    """What every rank's server holds and does. Ends with 3 if one does not answer."""
     states = [_state(server) for server in servers]
-    text = "\n".join(f"{one['server']}: {'up' if one['up'] else one['error']}" for one in states)
-    show({"servers": states}, text, as_json)
+    show({"servers": states}, "\n".join(map(_one_line, states)), as_json)
     if not all(one["up"] for one in states):
         raise click.exceptions.Exit(UNREACHABLE)
 
 
 def _state(server: Server) -> dict[str, Any]:
     try:
-        server.ask("GET", "/v1/healthz", _SHORT)
+        found = server.ask("GET", "/v1/status", _SHORT)
     except ServiceError as error:
         return {"server": server.place, "up": False, "error": str(error)}
-    return {"server": server.place, "up": True}
+    return {"server": server.place, "up": True, **found}
+
+
+def _one_line(state: dict[str, Any]) -> str:
+    if not state["up"]:
+        return str(state["error"])
+    jobs = state["jobs"]
+    doing = f"{jobs[0]['call']} {jobs[0]['checkpoint']} {jobs[0]['state']}" if jobs else "idle"
+    return (
+        f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
+        f"{len(state['checkpoints'])} checkpoints, {gigabytes(state['pinned_bytes'])}, {doing}"
+    )
