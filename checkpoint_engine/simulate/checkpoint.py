@@ -12,8 +12,17 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
     ParameterMeta,
 )
-from checkpoint_engine.plan import TransferPlan, bucket_size, largest_tensor, plan_transfer
-from checkpoint_engine.simulate.cluster import Cluster
+from checkpoint_engine.plan import (
+    DEVICE_PACE,
+    HOST_PACE,
+    READ_PACE,
+    Pace,
+    TransferPlan,
+    bucket_size,
+    largest_tensor,
+    plan_transfer,
+)
+from checkpoint_engine.simulate.cluster import Algorithm, Cluster
 
 Metas = dict[int, MemoryBufferMetaList]
 
@@ -62,6 +71,7 @@ def make_plan(
     free_device_bytes: int,
     cap: int,
     receivers: Sequence[int] | None = None,
+    algorithm: Algorithm = "pipelined",
 ) -> TransferPlan:
     """The plan that the ranks would cut.
 
@@ -69,13 +79,22 @@ def make_plan(
         free_device_bytes: that the buffers may take on the fullest device.
         cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         receivers: P2P to these ranks. ``None``: broadcast to all.
+        algorithm: the original fills its buckets up to ``cap``.
 
     Raises:
         ValueError: the largest tensor does not fit.
     """
     size = bucket_size(free_device_bytes, largest_tensor(metas), cap)
     local, remote = _on_nics(range(cluster.gpus), cluster), _on_nics(metas, cluster)
-    return plan_transfer(metas, size, local, remote, receivers)
+    pace = _pace(cluster, receivers) if algorithm == "pipelined" else None
+    return plan_transfer(metas, size, local, remote, receivers, pace)
+
+
+def _pace(cluster: Cluster, receivers: Sequence[int] | None) -> Pace:
+    """As ``ParameterServer`` chooses it."""
+    if receivers is not None:
+        return READ_PACE
+    return DEVICE_PACE if cluster.cores is None else HOST_PACE
 
 
 def _on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:

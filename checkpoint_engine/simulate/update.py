@@ -70,14 +70,14 @@ def predict(
     """
     ranks = list(range(cluster.gpus)) if members is None else sorted(members)
     model = _Model(plan, cluster, costs, ranks, remote)
+    staged = plan.staging and len(ranks) > 1 and (remote or cluster.cores is None)
     if algorithm == "original":
         model.add_rounds()
-    elif cluster.cores is None:
-        model.add_queued()
+    elif staged:
+        model.add_staged()
     else:
-        model.add_in_thread()
+        model.add_direct()
     spans = model.simulation.run()
-    staging = plan.staging and len(ranks) > 1
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
     once = costs.per_update + costs.per_buffer_gb * double_buffer / GB
     critical = {"fetch": 0.0, "deliver": 0.0, "broadcast": 0.0, "reload": 0.0, "once": once}
@@ -89,7 +89,7 @@ def predict(
         tensors=plan.tensor_count,
         buckets=len(plan.steps),
         bucket_bytes=plan.bucket_bytes,
-        device_bytes=double_buffer + plan.bucket_bytes * staging,
+        device_bytes=double_buffer + plan.bucket_bytes * staged,
         critical=critical,
         spans=tuple(spans),
     )
@@ -112,40 +112,34 @@ class _Model:
 
     # ------------------------------------------------------------------ the orders of work
 
-    def add_queued(self) -> None:
-        """``pipeline.py`` on an accelerator: two buckets are under way, the next ones of every
-        receiver are in staging."""
-        staged = self._plan.staging and len(self._ranks) > 1
+    def add_staged(self) -> None:
+        """Several ranks: the next bucket of each receiver is fetched into staging, while those of
+        others are broadcast. Two buckets are in the double buffer."""
         delivered: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
         for step in self._plan.steps:
             slot_free = reloads[-2]
-            if staged:
-                fetched = self._fetch(step, [delivered[step.receiver]])
-                arrived = self._deliver(step, [fetched, slot_free, broadcast])
-                delivered[step.receiver] = arrived
-            else:
-                arrived = self._fetch(step, [slot_free, broadcast])
-            broadcast = self._broadcast(step, [arrived, broadcast, slot_free])
+            fetched = self._fetch(step, [delivered[step.receiver]])
+            arrived = delivered[step.receiver] = self._deliver(
+                step, [fetched, slot_free, broadcast]
+            )
+            broadcast = self._broadcast(step, [arrived])
             reloads = [reloads[-1], self._reload(step, [broadcast, reloads[-1]])]
 
-    def add_in_thread(self) -> None:
-        """``pipeline.py`` where copies block: the next bucket is copied while one is loaded."""
-        staged = self._plan.staging and len(self._ranks) > 1 and self._remote
-        delivered: defaultdict[int, int | None] = defaultdict(lambda: None)
+    def add_direct(self) -> None:
+        """Without staging a bucket is fetched into the double buffer. Host memory is broadcast from
+        where it lies, beside the copy."""
+        in_place = self._cluster.cores is not None and not self._remote
+        fetches: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
-        reload: int | None = None
-        before: int | None = None
+        reloads: list[int | None] = [None, None]
         for step in self._plan.steps:
-            begin = [broadcast, before]  # once the last has arrived and the one before is loaded
-            if staged:
-                fetched = self._fetch(step, [delivered[step.receiver]])
-                arrived = delivered[step.receiver] = self._deliver(step, [fetched, *begin])
-            else:
-                arrived = self._fetch(step, begin)
-            broadcast = self._broadcast(step, [arrived])
-            before, reload = reload, self._reload(step, [broadcast, reload])
+            slot_free = reloads[-2]
+            before = fetches[step.receiver] if in_place else broadcast
+            fetched = fetches[step.receiver] = self._fetch(step, [slot_free, before])
+            broadcast = self._broadcast(step, [slot_free, broadcast, None if in_place else fetched])
+            reloads = [reloads[-1], self._reload(step, [fetched, broadcast, reloads[-1]])]
 
     def add_rounds(self) -> None:
         """The original, as far as its documentation and its timings tell."""
