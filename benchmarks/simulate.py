@@ -236,21 +236,35 @@ def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
     dist.init_process_group("gloo")
     inputs: dict[str, float] = {}
     buffer = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
+    # As large as a checkpoint: what is copied was not in a cache before.
+    memory = torch.ones(_COLD * nbytes, dtype=torch.uint8)
+    pieces = list(memory.split(nbytes))
     if dist.get_rank() == 0:
-        source = torch.ones(nbytes, dtype=torch.uint8)
-        inputs["copy"] = nbytes / 1e9 / fastest(lambda: buffer.copy_(source))
-        inputs |= measure_loader(buffer) | measure_buffers(32 << 20)
+        inputs["copy"] = nbytes / 1e9 / each(lambda piece: buffer.copy_(piece), pieces)
+        inputs |= measure_loader(buffer, pieces) | measure_buffers(2 * nbytes)
     dist.barrier()
     if dist.get_world_size() > 1:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        began = time.perf_counter()
-        seconds = fastest(lambda: dist.broadcast(buffer, 0))
-        wall = time.perf_counter() - began
-        now = resource.getrusage(resource.RUSAGE_SELF)
-        cores = (now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime) / wall
+        began, used = time.perf_counter(), cpu_seconds()
+        # The owner sends what lies in its memory; the others receive into their buffer.
+        mine = pieces if dist.get_rank() == 0 else [buffer] * len(pieces)
+        seconds = each(lambda piece: dist.broadcast(piece, 0), mine)
+        cores = (cpu_seconds() - used) / (time.perf_counter() - began)
         inputs |= {"broadcast": nbytes / 1e9 / seconds, "broadcast_cores": cores}
     dist.destroy_process_group()
     return inputs | measure_messages()
+
+
+_COLD = 60
+
+
+def each(action: Callable[[torch.Tensor], Any], pieces: list[torch.Tensor]) -> float:
+    """Seconds of one call, over all pieces; the fastest of several rounds."""
+    return fastest(lambda: [action(piece) for piece in pieces], repeats=5) / len(pieces)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def measure_messages() -> dict[str, float]:
@@ -299,15 +313,18 @@ def start_sink(rank: int) -> Callable[[str], None]:
     return receive
 
 
-def measure_loader(buffer: torch.Tensor) -> dict[str, float]:
-    """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones."""
+def measure_loader(buffer: torch.Tensor, pieces: list[torch.Tensor]) -> dict[str, float]:
+    """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones. The
+    bucket has just been written, the parameters have not been touched for long."""
     size = 3 << 20
     views = list(buffer[: len(buffer) // size * size].split(size))
-    parameters = [view.clone() for view in views]
     empty = [torch.empty(0, dtype=torch.uint8) for _ in range(1000)]
     per_tensor = fastest(lambda: torch._foreach_copy_(empty, empty)) / 1000
-    seconds = fastest(lambda: torch._foreach_copy_(parameters, views))
-    return {"load": len(views) * size / 1e9 / seconds, "per_tensor": per_tensor}
+
+    def load(piece: torch.Tensor) -> None:
+        torch._foreach_copy_(list(piece[: len(views) * size].split(size)), views)
+
+    return {"load": len(views) * size / 1e9 / each(load, pieces), "per_tensor": per_tensor}
 
 
 def measure_buffers(nbytes: int) -> dict[str, float]:
