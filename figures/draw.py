@@ -66,7 +66,8 @@ class Drawing:
 
     def bar(self, x: float, y: float, w: float, h: float, colour: str, label: str) -> None:
         self._parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(w, 0.5):.2f}" height="{h}" fill="{colour}" rx="2">'
+            f'<rect x="{x:.2f}" y="{y}" width="{max(w, 0.5):.2f}" height="{h}" rx="2" '
+            f'fill="{colour}">'
             f"<title>{escape(label)}</title></rect>"
         )
 
