@@ -5,18 +5,25 @@ Every rank serves its own; a collective call (gather, update) is posted to all o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from loguru import logger
 from pydantic import BaseModel, Field
 
+from checkpoint_engine import __version__
+from checkpoint_engine.access import Access
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.errors import BusyError
+from checkpoint_engine.errors import AccessError, BusyError
+from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.metas_file import Metas, encode_metas
+from checkpoint_engine.observe import make_router
+from checkpoint_engine.report import UpdateReport
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -24,67 +31,133 @@ if TYPE_CHECKING:
 __all__ = ["_init_api", "request_inference_to_update"]
 
 SocketPaths = list[tuple[str, str]]
+Ranks = Annotated[list[int], Field(max_length=65_536)]
+ShortText = Annotated[str, Field(max_length=4096)]
+Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+Wait = Annotated[
+    bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
+]
+WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
+
+_LONG_CALL: dict[int | str, dict[str, Any]] = {
+    200: {"description": "It is done. Empty, unless a report was asked for."},
+    202: {"model": Job, "description": "It has begun; only with wait=false."},
+    403: {"model": str, "description": "The service was told not to touch that file or engine."},
+    409: {"model": str, "description": "It conflicts with a call that is still running."},
+    500: {"model": str, "description": "It failed; the error's text."},
+}
+_DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
+update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
+are a JSON string, as the original's; those of the others an object with code, message and hint."""
+_LONGEST_UPDATE = 30 * 86_400.0
+_SHOWN_ERRORS = 10
 
 
 class RegisterRequest(BaseModel):
     """The files whose tensors this rank shall own."""
 
-    files: list[str]
+    files: Annotated[list[ShortText], Field(max_length=65_536)] = Field(
+        description="safetensors files, or .npy files with their .meta, on the server's host.",
+        examples=[["/models/step-1/model-00001-of-00008.safetensors"]],
+    )
 
 
 class UpdateRequest(BaseModel):
     """Which ranks take part, and which engine this rank asks to receive, if any."""
 
-    ranks: list[int] = []
-    """Empty: broadcast to all. Otherwise P2P to these."""
-    update_url: str | None = None
-    """The engine's ``/collective_rpc``; null on ranks that are not the first of their engine."""
-    inference_group_ranks: list[int] = []
-    """The global ranks of that engine's workers. Empty: all."""
-    timeout: float = Field(default=300.0, gt=0)
-    """Seconds that the whole update may take."""
-    uds: str | None = None
-    """Path of the Unix socket that the engine listens on, where it is not TCP."""
+    ranks: Ranks = Field(default=[], description="Empty: broadcast to all. Otherwise P2P to these.")
+    update_url: ShortText | None = Field(
+        default=None,
+        description="The engine's /collective_rpc; null on ranks that are not the first of their "
+        "engine.",
+        examples=["http://localhost:19730/collective_rpc"],
+    )
+    inference_group_ranks: Ranks = Field(
+        default=[], description="The global ranks of that engine's workers. Empty: all."
+    )
+    timeout: float = Field(
+        default=300.0,
+        gt=0,
+        le=_LONGEST_UPDATE,
+        description="Seconds that the whole update may take.",
+    )
+    uds: ShortText | None = Field(
+        default=None,
+        description="Path of the Unix socket that the engine listens on, where it is not TCP.",
+    )
 
 
-def _init_api(ps: ParameterServer) -> FastAPI:
+def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """The HTTP service of one rank's server.
 
-    A call that fails answers 500, one that conflicts with a running call 409, both with the error's
-    text as a JSON string. The handlers run in threads, so that a long call does not hold up others.
+    A call that fails answers 500, one that conflicts with a running call 409, one that names files
+    that ``access`` does not allow 403, each with the error's text as a JSON string. The handlers
+    run in threads, so that a long call does not hold up others.
     """
-    app = FastAPI(title="checkpoint-engine")
+    rules = Access() if access is None else access
+    app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
+    app.add_exception_handler(RequestValidationError, _explain)
+    journal = Journal()
+    app.include_router(make_router(ps, journal), tags=["observe"])
 
-    @app.get("/v1/healthz")
+    def do(call: str, name: str, action: Callable[[], object], wait: bool) -> Response:
+        if wait:
+            return _answer(lambda: journal.run(call, name, action))
+        job = journal.start(call, name, action)
+        return JSONResponse(job.model_dump(mode="json"), status_code=202)
+
+    @app.get("/v1/healthz", summary="Whether this rank answers, also during an update")
     async def healthz() -> Response:
         return Response()
 
-    @app.post("/v1/checkpoints/{name}/files")
-    def register_files(name: str, request: RegisterRequest) -> Response:
-        return _answer(lambda: ps.register_checkpoint(name, files=request.files))
+    @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
+    def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
+        def register() -> None:
+            if rules.folders is None:
+                ps.register_checkpoint(name, files=request.files)
+            else:
+                ps.register_checkpoint(name, files=request.files, allowed_folders=rules.folders)
 
-    @app.delete("/v1/checkpoints/{name}")
-    def unregister_checkpoint(name: str) -> Response:
-        return _answer(lambda: ps.unregister_checkpoint(name))
+        return do("register", name, register, wait)
 
-    @app.post("/v1/checkpoints/{name}/gather-metas")
-    def gather_metas(name: str) -> Response:
-        return _answer(lambda: ps.gather_metas(name))
+    @app.delete("/v1/checkpoints/{name}", summary="Free this rank's part of a checkpoint")
+    def unregister_checkpoint(name: Name) -> Response:
+        return do("unregister", name, lambda: ps.unregister_checkpoint(name), wait=True)
 
-    @app.post("/v1/checkpoints/{name}/update")
-    def update(name: str, request: UpdateRequest) -> Response:
+    @app.post(
+        "/v1/checkpoints/{name}/gather-metas",
+        summary="Learn who owns what; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def gather_metas(name: Name, wait: Wait = True) -> Response:
+        return do("gather", name, lambda: ps.gather_metas(name), wait)
+
+    @app.post(
+        "/v1/checkpoints/{name}/update",
+        summary="Send a checkpoint to the engines; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def update(
+        name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
+    ) -> Response:
+        ask_engine = _requester(request, rules)
         timeout = timedelta(seconds=request.timeout)
-        return _answer(
-            lambda: ps.update(name, _requester(request), ranks=request.ranks, timeout=timeout)
-        )
 
-    @app.get("/v1/metas", response_model=Metas)
+        def send() -> UpdateReport:
+            return ps.update(name, ask_engine, ranks=request.ranks, timeout=timeout)
+
+        if wait and report:
+            return _answer(lambda: journal.run("update", name, send).model_dump_json().encode())
+        return do("update", name, send, wait)
+
+    @app.get("/v1/metas", response_model=Metas, summary="Who owns what, as gathered last")
     def get_metas() -> Response:
         return _answer(lambda: encode_metas(ps.get_metas()))
 
-    @app.post("/v1/metas")
+    @app.post("/v1/metas", summary="Take over another world's metas, to read its memory by P2P")
     def load_metas(metas: Metas) -> Response:
-        return _answer(lambda: ps.load_metas(metas))
+        return do("load metas", "", lambda: ps.load_metas(metas), wait=True)
 
     return app
 
@@ -94,21 +167,45 @@ def _answer(call: Callable[[], object]) -> Response:
     try:
         result = call()
     except BusyError as error:
-        return JSONResponse(str(error), status_code=409)
+        return _failed(409, error)
+    except AccessError as error:
+        logger.warning("refused: {}", error)
+        return _failed(403, error)
     except Exception as error:
         logger.exception("a request failed")
-        return JSONResponse(str(error) or repr(error), status_code=500)
+        return _failed(500, error)
     if isinstance(result, bytes):
         return Response(result, media_type="application/json")
     return Response()
 
 
-def _requester(request: UpdateRequest) -> Callable[[SocketPaths], None]:
-    """The ``req_func`` that asks the engine named in the request; without one it asks nobody."""
+def _failed(status: int, error: Exception) -> Response:
+    text = str(error) or repr(error)
+    return JSONResponse(text.encode(errors="replace").decode(), status_code=status)
+
+
+def _explain(request: Request, error: Exception) -> Response:
+    """What is wrong with a body, without sending it back."""
+    assert isinstance(error, RequestValidationError)
+    shown = [
+        {key: problem[key] for key in ("loc", "msg", "type")}
+        for problem in error.errors()[:_SHOWN_ERRORS]
+    ]
+    text = json.dumps({"detail": shown}, default=repr)  # ASCII: nothing in it fails to encode
+    return Response(text, status_code=422, media_type="application/json")
+
+
+def _requester(request: UpdateRequest, rules: Access) -> Callable[[SocketPaths], None]:
+    """The ``req_func`` that asks the engine named in the request; without one it asks nobody.
+
+    An engine that may not be asked fails the update, on all ranks, rather than this request alone:
+    the other ranks would wait for this one.
+    """
 
     def ask_engine(socket_paths: SocketPaths) -> None:
         if request.update_url is None:
             return
+        rules.check_engine(request.update_url, request.uds)
         sockets = dict(_choose(socket_paths, request.inference_group_ranks))
         request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)
 

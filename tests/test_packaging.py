@@ -78,7 +78,7 @@ def metadata(wheel: Path) -> Message:
 
 
 def test_wheel_holds_every_source_file(installed: Installed) -> None:
-    sources = [path for path in PACKAGE.rglob("*") if path.suffix == ".py"]
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".html")]
     expected = {str(path.relative_to(ROOT)) for path in [*sources, PACKAGE / "py.typed"]}
     with zipfile.ZipFile(installed.wheel) as archive:
         names = archive.namelist()
@@ -93,6 +93,7 @@ def test_metadata(installed: Installed) -> None:
     assert found["Requires-Python"] == ">=3.10"
     required = [text for text in found.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(required) == [
+        "click>=8.1",
         "fastapi",
         "httpx",
         "loguru",
@@ -125,4 +126,7 @@ def test_public_names_can_be_imported(installed: Installed) -> None:
 
 
 def test_console_script(installed: Installed) -> None:
-    assert "--uds PATH" in run(installed.venv / "bin" / "checkpoint-engine", "--help")
+    script = installed.venv / "bin" / "checkpoint-engine"
+    assert "doctor" in run(script, "--help")
+    assert "--uds PATH" in run(script, "serve", "--help")
+    assert "--uds PATH" in run(installed.venv / "bin" / "python", "-m", "checkpoint_engine", "-h")

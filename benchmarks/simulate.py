@@ -1,0 +1,371 @@
+"""The simulator's figures beside measured and published ones.
+
+    python benchmarks/simulate.py            # published tables, one H200, larger clusters
+    python benchmarks/simulate.py --here     # updates on this machine's cores, measured now
+
+What is assumed of each cluster and of the software stands below in capitals. ``--here`` measures
+its inputs (copy, broadcast, loader, buffers) one by one, then whole updates with ``update.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.simulate.checkpoint import make_plan, share_out
+from checkpoint_engine.simulate.cluster import Algorithm, Cluster, Costs
+from checkpoint_engine.simulate.update import Prediction, predict
+
+GIB = 1 << 30
+SPARE = 40 * GIB
+"""Device memory that the buffers may take in the clusters below."""
+
+# The wires of the published clusters: what a fully overlapped broadcast gets there.
+H800 = Cluster(nodes=1, host_to_device=50.0, nvlink=165.0, nic=45.0)
+H20 = Cluster(nodes=2, host_to_device=50.0, nvlink=400.0, nic=45.0)
+H20_256 = Cluster(nodes=32, host_to_device=50.0, nvlink=400.0, nic=45.0)
+ORIGINAL_020 = Costs(per_tensor=80e-6, per_bucket=10e-3, per_update=1.0)
+"""One set for all rows: loader, vote and synchronisation of a bucket, process group of an update;
+with them no stage overlaps but loading and the next broadcast."""
+PLAIN = Costs(per_tensor=60e-6)
+"""This library, and an engine's ``load_weights`` as measured on one H200 (54-74 us)."""
+REPLAYED = Costs(per_tensor=5e-6)
+"""This library, and a loader that only copies."""
+
+
+@dataclass(frozen=True)
+class Published:
+    model: models.MixtureOfExperts
+    cluster: Cluster
+    machines: str
+    members: int
+    broadcast: float
+    p2p: float
+
+
+PUBLISHED = [
+    Published(models.GLM_45_AIR, H800, "8xH800", 8, 3.47, 4.12),
+    Published(models.QWEN3_235B, H800, "8xH800", 8, 6.22, 7.10),
+    Published(models.DEEPSEEK_V31, H20, "16xH20", 16, 10.19, 11.80),
+    Published(models.KIMI_K2, H20, "16xH20", 16, 14.36, 17.49),
+    Published(models.DEEPSEEK_V31, H20_256, "256xH20", 16, 11.33, 11.81),
+    Published(models.KIMI_K2, H20_256, "256xH20", 16, 16.04, 16.75),
+]
+
+
+def simulate(
+    tensors: list[ParameterMeta],
+    cluster: Cluster,
+    costs: Costs,
+    *,
+    owners: int | None = None,
+    members: int | None = None,
+    cap: float = 8 * GIB,
+    algorithm: Algorithm = "pipelined",
+) -> Prediction:
+    """``members``: P2P to the first so many ranks, which read from all owners' memory."""
+    metas = share_out(tensors, range(owners or cluster.gpus))
+    ranks = None if members is None else range(members)
+    plan = make_plan(
+        metas,
+        cluster,
+        free_device_bytes=SPARE,
+        cap=int(cap),
+        receivers=ranks,
+        algorithm=algorithm,
+    )
+    return predict(plan, cluster, costs, ranks, remote=ranks is not None, algorithm=algorithm)
+
+
+def show(columns: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown."""
+    print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def published() -> None:
+    rows = []
+    for row in PUBLISHED:
+        tensors = row.model.tensors()
+        theirs = simulate(tensors, row.cluster, ORIGINAL_020, algorithm="original")
+        pulled = simulate(
+            tensors, row.cluster, ORIGINAL_020, members=row.members, algorithm="original"
+        )
+        plain, replayed = (simulate(tensors, row.cluster, costs) for costs in (PLAIN, REPLAYED))
+        joined = simulate(tensors, row.cluster, REPLAYED, members=row.members)
+        rows.append(
+            [
+                f"{row.model.name}, {theirs.total_bytes / 1e9:.0f} GB in {len(tensors):,}",
+                row.machines,
+                f"{row.broadcast:.2f}",
+                f"{theirs.seconds:.2f} ({theirs.seconds / row.broadcast - 1:+.0%})",
+                f"{row.p2p:.2f}",
+                f"{pulled.seconds:.2f} ({pulled.seconds / row.p2p - 1:+.0%})",
+                f"{plain.seconds:.2f} ({plain.bound_by})",
+                f"{replayed.seconds:.2f} ({replayed.bound_by})",
+                f"{joined.seconds:.2f} ({joined.bound_by})",
+            ]
+        )
+    show(
+        [
+            "model", "machines", "broadcast, published", "simulated", "P2P, published",
+            "simulated", "ours, plain loader", "ours, replayed", "ours, P2P, replayed",
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def scaled() -> None:
+    """Kimi-K2 on H20 nodes; owners: on every rank, or on the ranks of so many nodes."""
+    rows = []
+    tensors = models.KIMI_K2.tensors()
+    for nodes in (1, 8, 32, 128, 512):
+        cluster = Cluster(nodes=nodes, nvlink=400.0, host_to_device=50.0, nic=45.0)
+        cells = [f"{cluster.gpus:,}"]
+        for owners in (cluster.gpus, min(cluster.gpus, 64)):
+            found = simulate(tensors, cluster, REPLAYED, owners=owners)
+            cells.append(f"{found.seconds:.2f} ({found.buckets} buckets, {found.bound_by})")
+        theirs = simulate(tensors, cluster, ORIGINAL_020, algorithm="original")
+        rows.append([*cells, f"{theirs.seconds:.1f}"])
+    show(["GPUs", "ours, every rank owns", "ours, 64 ranks own", "the original's"], rows)
+
+
+# ---------------------------------------------------------------------- one H200, as measured
+
+H200 = Cluster(nodes=1, gpus_per_node=1, nics_per_node=1, host_to_device=55.3, device_memory=2000.0)
+H200_COSTS = Costs(per_tensor=3e-6, per_bucket=300e-6, per_update=8e-3)
+"""``update.py``'s worker copies with one call for all tensors of a bucket."""
+
+
+def h200() -> None:
+    rows = []
+    for layers, measured in ((11, 0.265), (1, 0.035)):
+        found = simulate(layers_of(layers), H200, H200_COSTS, cap=2 * GIB)
+        off = found.seconds / measured - 1
+        rows.append([work_of(found), f"{measured:.3f}", f"{found.seconds:.3f} ({off:+.0%})"])
+    show(["one H200, README's figures", "measured, s", "simulated, s"], rows)
+
+
+def layers_of(count: int) -> list[ParameterMeta]:
+    from update import layer_shapes
+
+    return [
+        ParameterMeta(name=name, dtype=torch.bfloat16, shape=torch.Size(shape))
+        for layer in range(count)
+        for name, shape in layer_shapes(layer).items()
+    ]
+
+
+def work_of(found: Prediction) -> str:
+    return f"{found.total_bytes / 1e9:.2f} GB in {found.tensors:,} tensors, {found.buckets} buckets"
+
+
+# ---------------------------------------------------------------------- this machine's cores
+
+
+def here() -> None:
+    """Each world size: the inputs, then whole updates, in the same minute. The fastest of several
+    of each, since nothing else is alike from one second to the next on a machine that is shared."""
+    rows = []
+    for world in (1, 2):
+        inputs = launch(world, [__file__, "--inputs"])
+        cluster, costs = describe(inputs, world)
+        print(f"{world} ranks: " + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items()))
+        for layers in (1, 2):
+            script = str(Path(__file__).with_name("update.py"))
+            options = ["--layers", str(layers), "--repeats", "15"]
+            phases = launch(world, [script, *options])["phases"]
+            measured = min(*next(one["all"] for one in phases if one["phase"] == "update"))
+            found = simulate(layers_of(layers), cluster, costs)
+            off = found.seconds / measured - 1
+            rows.append(
+                [str(world), work_of(found), f"{measured:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
+            )
+            print(rows[-1], found, flush=True)
+    show(["ranks", "update on this machine", "measured, s", "simulated, s"], rows)
+
+
+def launch(world: int, command: list[str]) -> dict[str, Any]:
+    """Run a script on so many ranks; what rank 0 writes to its ``--json``."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "output.json")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        run = [*torchrun, f"--nproc-per-node={world}", *command, "--json", str(output)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PS_DEVICE": "cpu"}
+        subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
+        return json.loads(output.read_text())
+
+
+def describe(inputs: dict[str, float], world: int) -> tuple[Cluster, Costs]:
+    cluster = Cluster(
+        gpus_per_node=world,
+        nics_per_node=1,
+        host_to_device=inputs["copy"],
+        nvlink=inputs.get("broadcast", 1.0),
+        cores=os.cpu_count(),
+        broadcast_cores=inputs.get("broadcast_cores", 0.0),
+    )
+    costs = Costs(
+        per_tensor=inputs["per_tensor"],
+        per_bucket=inputs["per_bucket"],
+        per_update=inputs["per_update"],
+        load=inputs["load"],
+        per_buffer_gb=inputs["per_buffer_gb"],
+    )
+    return cluster, costs
+
+
+def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
+    """On every rank at once only the broadcast; the rest on rank 0 alone."""
+    dist.init_process_group("gloo")
+    inputs: dict[str, float] = {}
+    buffer = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
+    # As large as a checkpoint: what is copied was not in a cache before.
+    memory = torch.ones(_COLD * nbytes, dtype=torch.uint8)
+    pieces = list(memory.split(nbytes))
+    if dist.get_rank() == 0:
+        inputs["copy"] = nbytes / 1e9 / each(lambda piece: buffer.copy_(piece), pieces)
+        inputs |= measure_loader(buffer, pieces) | measure_buffers(2 * nbytes)
+    dist.barrier()
+    if dist.get_world_size() > 1:
+        began, used = time.perf_counter(), cpu_seconds()
+        # The owner sends what lies in its memory; the others receive into their buffer.
+        mine = pieces if dist.get_rank() == 0 else [buffer] * len(pieces)
+        seconds = each(lambda piece: dist.broadcast(piece, 0), mine)
+        cores = (cpu_seconds() - used) / (time.perf_counter() - began)
+        inputs |= {"broadcast": nbytes / 1e9 / seconds, "broadcast_cores": cores}
+    dist.destroy_process_group()
+    return inputs | measure_messages()
+
+
+_COLD = 60
+
+
+def each(action: Callable[[torch.Tensor], Any], pieces: list[torch.Tensor]) -> float:
+    """Seconds of one call, over all pieces; the fastest of several rounds."""
+    return fastest(lambda: [action(piece) for piece in pieces], repeats=5) / len(pieces)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def measure_messages() -> dict[str, float]:
+    """Updates of next to no bytes, in few and in many buckets."""
+    from checkpoint_engine.ps import ParameterServer
+
+    ps = ParameterServer()
+    worker = start_sink(int(os.environ["RANK"]))
+    seconds = {}
+    for buckets in (2, 66):
+        tensors = {f"{i}": torch.zeros(256) for i in range(buckets)}
+        os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(1024 / GIB)
+        ps.register_checkpoint(f"{buckets}", named_tensors=tensors if ps._rank == 0 else {})
+        ps.gather_metas(f"{buckets}")
+
+        def update(name: str = f"{buckets}") -> None:
+            ps.update(name, lambda paths: worker(paths[ps._rank][1]))
+
+        seconds[buckets] = fastest(update)
+    per_bucket = (seconds[66] - seconds[2]) / 64
+    return {"per_bucket": per_bucket, "per_update": seconds[2] - 2 * per_bucket}
+
+
+def start_sink(rank: int) -> Callable[[str], None]:
+    """A worker in a process of its own that drops what it gets."""
+    import multiprocessing
+
+    import zmq
+
+    from checkpoint_engine.worker import update_weights_from_ipc
+
+    ours, theirs = multiprocessing.Pipe()
+
+    def serve() -> None:
+        with zmq.Context() as context:
+            while True:
+                update_weights_from_ipc(context, theirs.recv(), rank, run=lambda weights: None)
+                theirs.send(None)
+
+    multiprocessing.get_context("fork").Process(target=serve, daemon=True).start()
+
+    def receive(address: str) -> None:
+        ours.send(address)
+        ours.recv()
+
+    return receive
+
+
+def measure_loader(buffer: torch.Tensor, pieces: list[torch.Tensor]) -> dict[str, float]:
+    """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones. The
+    bucket has just been written, the parameters have not been touched for long."""
+    size = 3 << 20
+    views = list(buffer[: len(buffer) // size * size].split(size))
+    empty = [torch.empty(0, dtype=torch.uint8) for _ in range(1000)]
+    per_tensor = fastest(lambda: torch._foreach_copy_(empty, empty)) / 1000
+
+    def load(piece: torch.Tensor) -> None:
+        torch._foreach_copy_(list(piece[: len(views) * size].split(size)), views)
+
+    return {"load": len(views) * size / 1e9 / each(load, pieces), "per_tensor": per_tensor}
+
+
+def measure_buffers(nbytes: int) -> dict[str, float]:
+    """Shared memory made by one process and mapped once more, as a worker does, then dropped."""
+    from checkpoint_engine.device_utils import DeviceManager
+    from checkpoint_engine.ipc import SharedBuffer
+
+    def make() -> None:
+        buffer = SharedBuffer(DeviceManager("cpu"), 0, nbytes)
+        buffer.unlink()
+        buffer.close()
+
+    return {"per_buffer_gb": fastest(make) / (nbytes / 1e9)}
+
+
+def fastest(action: Callable[[], Any], repeats: int = 9) -> float:
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--here", action="store_true", help="measure on this machine's cores")
+    parser.add_argument("--inputs", action="store_true", help="for --here: under torchrun")
+    parser.add_argument("--json", help="for --inputs: where they go")
+    arguments = parser.parse_args()
+    if arguments.inputs:
+        inputs = measure_inputs()
+        if int(os.environ["RANK"]) == 0:
+            Path(arguments.json).write_text(json.dumps(inputs))
+    elif arguments.here:
+        here()
+    else:
+        published()
+        h200()
+        scaled()
+
+
+if __name__ == "__main__":
+    main()

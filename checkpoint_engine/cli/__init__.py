@@ -1,0 +1,42 @@
+"""``checkpoint-engine``: serve, ask a running service, plan without a GPU, look at a machine.
+
+Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 wrong usage; 3 no server
+answers; 4 the server is busy. With ``--json`` every command writes one JSON document to stdout, and
+a failure writes ``{"error": {"code", "message", "hint"}}``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from checkpoint_engine.cli.doctor import doctor
+from checkpoint_engine.cli.plan import plan
+from checkpoint_engine.cli.serve import serve
+from checkpoint_engine.cli.service import metas, register, status, unregister, update
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="checkpoint-engine")
+def commands() -> None:
+    """Move new weights into running inference engines.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no server answers, 4 busy.
+
+    Completion for bash: eval "$(_CHECKPOINT_ENGINE_COMPLETE=bash_source checkpoint-engine)"; zsh
+    and fish likewise.
+    """
+
+
+for command in (serve, register, update, metas, status, unregister, plan, doctor):
+    commands.add_command(command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script. ``checkpoint-engine --uds PATH`` is short for ``serve --uds PATH``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].partition("=")[0] == "--uds":
+        arguments.insert(0, "serve")
+    commands(arguments, prog_name="checkpoint-engine")

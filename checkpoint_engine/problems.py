@@ -1,0 +1,49 @@
+"""What went wrong, for programs: a code, the text, and a hint what to do."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from checkpoint_engine.errors import AccessError, BusyError, UpdateError
+
+
+class Problem(BaseModel):
+    """A failed call."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str = Field(description="One of a few words that do not change.", examples=["busy"])
+    message: str = Field(description="The error's text, a worker's traceback included.")
+    hint: str = Field(default="", description="What to do about it.")
+
+
+_HINTS = {
+    "busy": "wait for the call that is running: GET /v1/status shows it",
+    "update_failed": "everything is released; mend the cause that the message names and update "
+    "again, healthy ranks and engines need no restart",
+    "forbidden": "this service was started with --allow-path or --allow-update-url",
+    "not_found": "see that the path is the same on the server's host and readable by its user",
+    "out_of_memory": "free host memory, or unregister a checkpoint first",
+    "timeout": "look at the rank or engine that the message names, or raise the timeout",
+    "invalid": "mend the request: the message names the value",
+    "failed": "",
+}
+
+
+def describe(error: BaseException) -> Problem:
+    """The problem that an exception stands for."""
+    code = code_of(error)
+    return Problem(code=code, message=str(error) or repr(error), hint=_HINTS[code])
+
+
+def code_of(error: BaseException) -> str:
+    kinds: list[tuple[type[BaseException], str]] = [
+        (BusyError, "busy"),
+        (UpdateError, "update_failed"),
+        (AccessError, "forbidden"),
+        (FileNotFoundError, "not_found"),
+        (MemoryError, "out_of_memory"),
+        (TimeoutError, "timeout"),
+        (ValueError, "invalid"),
+    ]
+    return next((code for kind, code in kinds if isinstance(error, kind)), "failed")

@@ -1,0 +1,22 @@
+"""How far a call has come: for bars, pages and the caller's own callback."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Progress(BaseModel):
+    """A call that is running on this rank."""
+
+    model_config = ConfigDict(frozen=True)
+
+    call: str = Field(examples=["update"])
+    checkpoint: str
+    phase: str = Field(description="What this rank does or waits for.", examples=["reload"])
+    done_bytes: int = Field(description="That this rank's worker has loaded, or that are filled.")
+    total_bytes: int = Field(description="0 while it is not known yet.")
+    seconds: dict[str, float] = Field(default={}, description="Spent in the phases before.")
+
+    @property
+    def fraction(self) -> float:
+        return self.done_bytes / self.total_bytes if self.total_bytes else 0.0

@@ -1,0 +1,104 @@
+"""A checkpoint as its owners would hold it, and the plan of its update, without its bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from checkpoint_engine.checkpoint_files import natural_key, open_files
+from checkpoint_engine.data_types import (
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+)
+from checkpoint_engine.plan import (
+    DEVICE_PACE,
+    HOST_PACE,
+    READ_PACE,
+    Pace,
+    TransferPlan,
+    bucket_size,
+    largest_tensor,
+    plan_transfer,
+)
+from checkpoint_engine.simulate.cluster import Algorithm, Cluster
+
+Metas = dict[int, MemoryBufferMetaList]
+
+
+def read_headers(checkpoint: Path) -> list[ParameterMeta]:
+    """The tensors of a safetensors file, or of all in a folder; only headers are read.
+
+    Raises:
+        ValueError: there is none, or one cannot be used; names it.
+    """
+    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
+    if not files:
+        raise ValueError(f"{checkpoint} holds no *.safetensors files")
+    return [
+        ParameterMeta(name=source.name, dtype=source.dtype, shape=source.shape)
+        for source in open_files(files).values()
+    ]
+
+
+def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
+    """Deal the tensors to the owners, in natural order and by bytes, as ``examples/update.py``
+    does."""
+    in_order = sorted(tensors, key=lambda meta: natural_key(meta.name))
+    total = max(sum(meta.aligned_size for meta in in_order), 1)
+    shares: defaultdict[int, list[ParameterMeta]] = defaultdict(list)
+    begin = 0
+    for meta in in_order:
+        place = min(begin * len(owners) // total, len(owners) - 1)
+        shares[owners[place]].append(meta)
+        begin += meta.aligned_size
+    return {owner: _owned(share) for owner, share in shares.items()}
+
+
+def _owned(metas: list[ParameterMeta]) -> MemoryBufferMetaList:
+    size = sum(meta.aligned_size for meta in metas)
+    buffer = MemoryBufferMetas.model_construct(metas=metas, ptr=0, size=size)
+    return MemoryBufferMetaList.model_construct(
+        p2p_store_addr=None, memory_buffer_metas_list=[buffer], rdma_device="", lease=None
+    )
+
+
+def make_plan(
+    metas: Metas,
+    cluster: Cluster,
+    *,
+    free_device_bytes: int,
+    cap: int,
+    receivers: Sequence[int] | None = None,
+    algorithm: Algorithm = "pipelined",
+) -> TransferPlan:
+    """The plan that the ranks would cut.
+
+    Args:
+        free_device_bytes: that the buffers may take on the fullest device.
+        cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
+        receivers: P2P to these ranks. ``None``: broadcast to all.
+        algorithm: the original fills its buckets up to ``cap``.
+
+    Raises:
+        ValueError: the largest tensor does not fit.
+    """
+    size = bucket_size(free_device_bytes, largest_tensor(metas), cap)
+    local, remote = _on_nics(range(cluster.gpus), cluster), _on_nics(metas, cluster)
+    pace = _pace(cluster, receivers) if algorithm == "pipelined" else None
+    return plan_transfer(metas, size, local, remote, receivers, pace)
+
+
+def _pace(cluster: Cluster, receivers: Sequence[int] | None) -> Pace:
+    """As ``ParameterServer`` chooses it."""
+    if receivers is not None:
+        return READ_PACE
+    return DEVICE_PACE if cluster.cores is None else HOST_PACE
+
+
+def _on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
+    topology: defaultdict[str, set[int]] = defaultdict(set)
+    for rank in ranks:
+        topology[cluster.nic_of(rank)].add(rank)
+    return dict(topology)

@@ -1,0 +1,103 @@
+"""What a prediction starts from: the machines, and what work costs on them.
+
+All rates are GB/s (10^9 bytes), all costs seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are all alike. The defaults are a node with eight H100 and a NIC for each.
+
+    Attributes:
+        host_to_device: pinned memory to one device (PCIe); on a machine without devices, one
+            thread's copy.
+        host_memory: what all devices of a node together can read of it.
+        nvlink: a broadcast among the devices of one node.
+        nic: one NIC, each way.
+        device_memory: a copy within a device, counted once.
+        hop: what each further node of a broadcast's ring adds before its last byte arrives.
+        cores: only where copies and broadcasts take the cores that the engine needs: how many a
+            node has. ``None``: devices and NICs do the work.
+        broadcast_cores: cores that each rank of a broadcast keeps busy, where ``cores`` count.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    nics_per_node: int = 8
+    host_to_device: float = 55.0
+    host_memory: float = 300.0
+    nvlink: float = 200.0
+    nic: float = 45.0
+    device_memory: float = 1500.0
+    hop: float = 20e-6
+    cores: int | None = None
+    broadcast_cores: float = 0.0
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
+        if wrong:
+            raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive")
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def across_nodes(self) -> float:
+        """What all NICs of a node carry together."""
+        return self.nic * self.nics_per_node
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.gpus_per_node
+
+    def nic_of(self, rank: int) -> str:
+        """The name of a rank's NIC; ranks and NICs are paired in contiguous blocks."""
+        place = rank % self.gpus_per_node
+        return f"nic{place * self.nics_per_node // self.gpus_per_node}@node{self.node_of(rank)}"
+
+    def broadcast(self, nodes: int) -> float:
+        """The rate of a broadcast over ranks on so many nodes."""
+        return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
+
+
+_POSITIVE = (
+    "nodes",
+    "gpus_per_node",
+    "nics_per_node",
+    "host_to_device",
+    "host_memory",
+    "nvlink",
+    "nic",
+    "device_memory",
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the software takes.
+
+    Attributes:
+        per_tensor: the engine's loader, for each tensor of a bucket.
+        per_bucket: message, synchronisation and answer between two buckets.
+        per_update: everything that happens once: plan, buffers, handshake, release, post hook.
+        load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
+        per_buffer_gb: making and dropping a rank's double buffer, for each GB of it. Next to
+            nothing on a device; shared memory is cleared page by page.
+    """
+
+    per_tensor: float = 60e-6
+    per_bucket: float = 300e-6
+    per_update: float = 0.01
+    load: float | None = None
+    per_buffer_gb: float = 0.0
+
+
+Algorithm = Literal["pipelined", "original"]
+"""``pipelined``: this library. ``original``: the rounds of the original, see ``update.py``."""

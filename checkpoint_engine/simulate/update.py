@@ -1,0 +1,245 @@
+"""Predicts an update: the plan that the ranks would execute, turned into tasks on a cluster's
+links.
+
+The plan is the real one. Ranks that only receive behave alike and are simulated as one: a bucket is
+loaded by all workers in the same time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.simulate.cluster import GB, Algorithm, Cluster, Costs
+from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an update would take.
+
+    Attributes:
+        seconds: of the whole call.
+        critical: the seconds, by what the update waited for: a bucket's ``fetch`` into a device,
+            its way from staging (``deliver``), its ``broadcast``, its ``reload``, and what happens
+            ``once``.
+        device_bytes: double buffer and staging on a receiver's device.
+        spans: when each stage of each bucket ran.
+    """
+
+    seconds: float
+    total_bytes: int
+    tensors: int
+    buckets: int
+    bucket_bytes: int
+    device_bytes: int
+    critical: dict[str, float]
+    spans: tuple[Span, ...] = field(repr=False)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.total_bytes / GB / self.seconds
+
+    @property
+    def bound_by(self) -> str:
+        """What the update waited for longest."""
+        return max(self.critical, key=lambda stage: self.critical[stage])
+
+
+def predict(
+    plan: TransferPlan,
+    cluster: Cluster,
+    costs: Costs,
+    members: Sequence[int] | None = None,
+    *,
+    remote: bool = False,
+    algorithm: Algorithm = "pipelined",
+) -> Prediction:
+    """Predict one update.
+
+    Args:
+        members: the ranks that receive, by place in the cluster. ``None``: all.
+        remote: buckets are read out of the owners' memory by P2P. The owners then are ranks of the
+            cluster beyond its last node, or among the members.
+        algorithm: ``original`` stands for what is known of the original's: all owners of a round
+            copy their bucket at once, after the last round is through; the round's buckets are
+            then broadcast one after the other, into alternate halves; loading one overlaps the
+            broadcast of the next.
+    """
+    ranks = list(range(cluster.gpus)) if members is None else sorted(members)
+    model = _Model(plan, cluster, costs, ranks, remote)
+    staged = plan.staging and len(ranks) > 1 and (remote or cluster.cores is None)
+    if algorithm == "original":
+        model.add_rounds()
+    elif staged:
+        model.add_staged()
+    else:
+        model.add_direct()
+    spans = model.simulation.run()
+    double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
+    once = costs.per_update + costs.per_buffer_gb * double_buffer / GB
+    critical = {"fetch": 0.0, "deliver": 0.0, "broadcast": 0.0, "reload": 0.0, "once": once}
+    for span in critical_path(spans):
+        critical[span.kind] += span.end - span.begin
+    return Prediction(
+        seconds=sum(critical.values()),
+        total_bytes=plan.total_bytes,
+        tensors=plan.tensor_count,
+        buckets=len(plan.steps),
+        bucket_bytes=plan.bucket_bytes,
+        device_bytes=double_buffer + plan.bucket_bytes * staged,
+        critical=critical,
+        spans=tuple(spans),
+    )
+
+
+class _Model:
+    """The tasks of one update. Each method adds those of one stage of one step."""
+
+    def __init__(
+        self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: list[int], remote: bool
+    ) -> None:
+        self._plan = plan
+        self._cluster = cluster
+        self._costs = costs
+        self._ranks = ranks
+        self._remote = remote
+        self._nodes = len({cluster.node_of(rank) for rank in ranks})
+        self._on_one_node = -(-len(ranks) // self._nodes)
+        self.simulation = Simulation(self._links())
+
+    # ------------------------------------------------------------------ the orders of work
+
+    def add_staged(self) -> None:
+        """Several ranks: the next bucket of each receiver is fetched into staging, while those of
+        others are broadcast. Two buckets are in the double buffer."""
+        delivered: defaultdict[int, int | None] = defaultdict(lambda: None)
+        broadcast: int | None = None
+        reloads: list[int | None] = [None, None]
+        for step in self._plan.steps:
+            slot_free = reloads[-2]
+            fetched = self._fetch(step, [delivered[step.receiver]])
+            arrived = delivered[step.receiver] = self._deliver(
+                step, [fetched, slot_free, broadcast]
+            )
+            broadcast = self._broadcast(step, [arrived])
+            reloads = [reloads[-1], self._reload(step, [broadcast, reloads[-1]])]
+
+    def add_direct(self) -> None:
+        """Without staging a bucket is fetched into the double buffer. Host memory is broadcast from
+        where it lies, beside the copy."""
+        in_place = self._cluster.cores is not None and not self._remote
+        fetches: defaultdict[int, int | None] = defaultdict(lambda: None)
+        broadcast: int | None = None
+        reloads: list[int | None] = [None, None]
+        for step in self._plan.steps:
+            slot_free = reloads[-2]
+            before = fetches[step.receiver] if in_place else broadcast
+            fetched = fetches[step.receiver] = self._fetch(step, [slot_free, before])
+            broadcast = self._broadcast(step, [slot_free, broadcast, None if in_place else fetched])
+            reloads = [reloads[-1], self._reload(step, [fetched, broadcast, reloads[-1]])]
+
+    def add_rounds(self) -> None:
+        """The original, as far as its documentation and its timings tell."""
+        broadcast: int | None = None
+        reloads: list[int | None] = [None, None]
+        for steps in _rounds(self._plan.steps):
+            fetched = [self._fetch(step, [broadcast]) for step in steps]
+            for step in steps:
+                broadcast = self._broadcast(step, [*fetched, broadcast, reloads[-2]])
+                reloads = [reloads[-1], self._reload(step, [broadcast, reloads[-1]])]
+
+    # ------------------------------------------------------------------ the stages
+
+    def _fetch(self, step: Step, after: list[int | None]) -> int:
+        nbytes = step.bucket.size / GB
+        if self._remote and step.owner != step.receiver:
+            amounts = {
+                f"out {self._cluster.nic_of(step.owner)}": nbytes,
+                f"in {self._cluster.nic_of(step.receiver)}": nbytes,
+            }
+        else:
+            node = self._cluster.node_of(step.receiver)
+            amounts = {f"pcie {step.receiver}": nbytes, f"memory {node}": nbytes}
+        if self._cluster.cores is not None:
+            amounts["cores"] = nbytes / self._cluster.host_to_device
+        return self._add("fetch", step, amounts, after, lane=f"rank {step.receiver}")
+
+    def _deliver(self, step: Step, after: list[int | None]) -> int:
+        """From staging into the double buffer."""
+        nbytes = step.bucket.size / GB
+        if self._cluster.cores is None:
+            amounts = {f"device {step.receiver}": nbytes}
+        else:
+            amounts = {
+                f"pcie {step.receiver}": nbytes,
+                "cores": nbytes / self._cluster.host_to_device,
+            }
+        return self._add("deliver", step, amounts, after, lane=f"rank {step.receiver}")
+
+    def _broadcast(self, step: Step, after: list[int | None]) -> int:
+        nbytes = step.bucket.size / GB
+        if len(self._ranks) == 1 or not step.bucket.size:
+            return self._add("broadcast", step, {}, after)
+        rate = self._cluster.broadcast(self._nodes)
+        amounts = {"fabric": nbytes}
+        if self._nodes > 1 and self._remote:
+            receivers = {each.receiver for each in self._plan.steps}
+            share = nbytes / self._cluster.nics_per_node
+            amounts |= {f"in {self._cluster.nic_of(rank)}": share for rank in receivers}
+        if self._cluster.cores is not None:
+            busy = self._cluster.broadcast_cores * self._on_one_node
+            amounts["cores"] = busy * nbytes / rate
+        fixed = self._cluster.hop * (self._nodes - 1)
+        return self._add("broadcast", step, amounts, after, fixed=fixed)
+
+    def _reload(self, step: Step, after: list[int | None]) -> int:
+        """All workers load a bucket: Python for each tensor, then the bytes that they need."""
+        copying = step.bucket.size / GB / (self._costs.load or self._cluster.device_memory)
+        seconds = len(step.bucket.items) * self._costs.per_tensor + copying
+        amounts = {"workers": seconds}
+        if self._cluster.cores is not None:
+            amounts["cores"] = seconds * self._on_one_node
+        return self._add("reload", step, amounts, after, fixed=self._costs.per_bucket)
+
+    def _add(
+        self,
+        kind: str,
+        step: Step,
+        amounts: dict[str, float],
+        after: list[int | None],
+        lane: str = "",
+        fixed: float = 0.0,
+    ) -> int:
+        return self.simulation.task(
+            kind, lane=lane or kind, fixed=fixed, amounts=amounts, after=after
+        )
+
+    def _links(self) -> dict[str, float]:
+        """GB/s of every link that a step may use; seconds per second of workers and cores."""
+        cluster = self._cluster
+        links = {"fabric": cluster.broadcast(self._nodes), "workers": 1.0}
+        if cluster.cores is not None:
+            links["cores"] = float(cluster.cores)
+        for step in self._plan.steps:
+            links[f"pcie {step.receiver}"] = cluster.host_to_device
+            links[f"device {step.receiver}"] = cluster.device_memory
+            links[f"memory {cluster.node_of(step.receiver)}"] = cluster.host_memory
+            links[f"out {cluster.nic_of(step.owner)}"] = cluster.nic
+            links[f"in {cluster.nic_of(step.receiver)}"] = cluster.nic
+        return links
+
+
+def _rounds(steps: Sequence[Step]) -> list[list[Step]]:
+    """The plan cut where a receiver comes up again."""
+    rounds: list[list[Step]] = []
+    seen: set[int] = set()
+    for step in steps:
+        if not rounds or step.receiver in seen:
+            rounds.append([])
+            seen = set()
+        rounds[-1].append(step)
+        seen.add(step.receiver)
+    return rounds

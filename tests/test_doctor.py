@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from checkpoint_engine import doctor, rdma
+from checkpoint_engine.cli import commands
+from checkpoint_engine.doctor import Finding
+
+
+def findings_of(check: object) -> list[Finding]:
+    return doctor._run(check)  # type: ignore[arg-type]
+
+
+def test_this_machine_is_examined_within_seconds() -> None:
+    findings = doctor.examine()
+    subjects = {finding.subject for finding in findings}
+    assert {"libibverbs", "Mooncake", "memlock", "huge pages", "/dev/shm", "CPUs"} <= subjects
+    assert any("GB/s" in finding.seen for finding in findings)
+    for finding in findings:
+        off = finding.level in ("warning", "broken")
+        assert not off or (finding.cost and finding.mend), finding
+
+
+def test_a_device_that_is_not_there_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_DEVICE", "abacus")
+    (finding,) = findings_of(doctor._devices)
+    assert finding.level == "broken"
+    assert "abacus" in finding.seen
+
+
+@pytest.fixture
+def nics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kernel with one NIC that is up, one that is down; libibverbs sees both."""
+    for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        port = tmp_path / name / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(state)
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    usable = rdma.usable_devices
+    monkeypatch.setattr(rdma, "SYSFS", str(tmp_path))
+    monkeypatch.setattr(rdma, "usable_devices", lambda found: usable(found, str(tmp_path)))
+    monkeypatch.setattr(rdma, "list_devices", lambda: (["mlx5_0", "mlx5_1"], []))
+    monkeypatch.delenv(rdma.DEVICES_VARIABLE, raising=False)
+    monkeypatch.delenv(rdma.HCA_VARIABLE, raising=False)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("nics")
+def test_nics_are_told_with_their_state() -> None:
+    found = findings_of(doctor._nics)
+    up = next(one for one in found if one.subject == "NIC mlx5_0")
+    down = next(one for one in found if "mlx5_1" in one.seen)
+    assert (up.level, down.level) == ("ok", "warning")
+    assert "400 Gb/sec" in up.seen
+    assert "port 1 is 1: DOWN" in down.seen
+
+
+def test_a_nic_that_only_the_kernel_sees(nics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rdma, "list_devices", lambda: (["mlx5_0"], []))
+    (unseen,) = [one for one in findings_of(doctor._nics) if one.subject == "NIC mlx5_1"]
+    assert "/dev/infiniband" in unseen.mend
+
+
+def test_a_missing_libibverbs_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise OSError("libibverbs.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(rdma, "_load_verbs", missing)
+    found = next(one for one in findings_of(doctor._nics) if one.subject == "libibverbs")
+    assert found.level == "warning"
+    assert "P2P is off" in found.cost
+    assert "libibverbs1" in found.mend
+
+
+def test_a_memlock_limit_matters_where_there_is_rdma(
+    nics: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 << 20, 8 << 20))
+    (finding,) = findings_of(doctor._memory_limits)
+    assert finding.level == "warning"
+    assert "memlock=-1" in finding.mend
+
+
+def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(total=64 << 20, used=0, free=64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (finding,) = findings_of(doctor._shared_memory)
+    assert finding.level == "warning"
+    assert "--shm-size" in finding.mend
+
+
+def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version_of", lambda name: None)
+    (finding,) = findings_of(doctor._mooncake)
+    assert finding.level == "warning"
+    wheel = "mooncake-transfer-engine" + ("" if torch.cuda.is_available() else "-non-cuda")
+    assert finding.mend == f"pip install {wheel}"
+
+
+def test_a_slow_copy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_rate", lambda action: 1.5)
+    (finding,) = findings_of(doctor._copy_rates)
+    assert (finding.level, finding.seen.split()[0]) == ("warning", "1.5")
+
+
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on() -> None:
+    def _broken_thing() -> Iterator[Finding]:
+        yield Finding("ok", "first", "seen")
+        raise OSError("no such file")
+
+    (finding,) = findings_of(_broken_thing)
+    assert finding.subject == "broken thing"
+    assert "no such file" in finding.seen
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def run_doctor(
+    monkeypatch: pytest.MonkeyPatch, *options: str, found: list[Finding]
+) -> tuple[int, str]:
+    monkeypatch.setattr(doctor, "examine", lambda measure: found)
+    result = CliRunner().invoke(commands, ["doctor", *options])
+    return result.exit_code, result.stdout
+
+
+WARNING = Finding("warning", "Mooncake", "not installed", "P2P is off", "pip install it")
+BROKEN = Finding("broken", "device", "none", "nothing starts", "buy one")
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "code"),
+    [([], [], 0), ([WARNING], [], 0), ([WARNING], ["--strict"], 1), ([WARNING, BROKEN], [], 1)],
+)
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, found: list[Finding], options: list[str], code: int
+) -> None:
+    assert run_doctor(monkeypatch, *options, found=found)[0] == code
+
+
+def test_it_says_what_it_costs_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text = run_doctor(monkeypatch, found=[WARNING])
+    assert "costs: P2P is off" in text
+    assert "mend:  pip install it" in text
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text = run_doctor(monkeypatch, "--json", found=[WARNING])
+    assert json.loads(text) == {"healthy": True, "findings": [vars(WARNING)]}

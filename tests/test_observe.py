@@ -1,0 +1,352 @@
+# ruff: noqa: F811  (fixtures that test_service.py has, too)
+"""Jobs, status, metrics and the page of a real service of two ranks."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from checkpoint_engine.errors import AccessError, BusyError, UpdateError
+from checkpoint_engine.journal import Job, Journal
+from checkpoint_engine.observe import make_router
+from checkpoint_engine.problems import Problem, describe
+from checkpoint_engine.progress import Progress
+from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.status import Checkpoint, Rank, Status
+from checkpoint_engine.status_page import render_page
+from test_service import (  # noqa: F401
+    RANKS,
+    ROOT,
+    WEIGHTS,
+    Engine,
+    World,
+    assert_good,
+    engine,
+    registered,
+    url,
+    world,
+)
+
+REPORT = UpdateReport(
+    checkpoint_name="c",
+    rank=0,
+    world_size=1,
+    tensors=3,
+    buckets=1,
+    bucket_bytes=256,
+    bytes=2_000_000_000,
+    seconds=0.5,
+    phases={"plan": 0.1, "reload": 0.4},
+)
+
+
+# ---------------------------------------------------------------------- journal
+
+
+def test_a_job_that_is_waited_for() -> None:
+    journal = Journal()
+    assert journal.run("update", "c", lambda: REPORT) is REPORT
+    (job,) = journal.jobs()
+    assert (job.call, job.checkpoint, job.state, job.report) == ("update", "c", "done", REPORT)
+
+
+def test_a_job_that_fails_raises_and_is_remembered() -> None:
+    journal = Journal()
+    with pytest.raises(BusyError):
+        journal.run("update", "c", lambda: raising(BusyError("another one runs")))
+    (job,) = journal.jobs()
+    assert job.state == "failed"
+    assert job.error is not None
+    assert (job.error.code, job.error.message) == ("busy", "another one runs")
+
+
+def test_a_job_that_is_not_waited_for() -> None:
+    journal, go_on = Journal(), threading.Event()
+    job = journal.start("gather", "c", lambda: go_on.wait(20))
+    assert job.state == "running"
+    assert until(lambda: journal.find(job.id), lambda found: found.seconds > 0).state == "running"
+    go_on.set()
+    assert until(lambda: journal.find(job.id), lambda found: found.state == "done")
+
+
+def test_only_the_last_jobs_are_remembered_and_none_that_runs_is_forgotten() -> None:
+    journal, go_on = Journal(), threading.Event()
+    running = journal.start("update", "slow", lambda: go_on.wait(20))
+    for number in range(150):
+        journal.run("gather", str(number), lambda: None)
+    jobs = journal.jobs()
+    assert jobs[0].checkpoint == "149"
+    assert len(jobs) <= 102
+    assert journal.find(running.id) is not None
+    go_on.set()
+
+
+def raising(error: Exception) -> Any:
+    raise error
+
+
+def until(look: Callable[[], Any], condition: Callable[[Any], bool], seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while not condition(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.005)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BusyError("x"), "busy"),
+        (UpdateError("update", 1, "reload", "x"), "update_failed"),
+        (AccessError("x"), "forbidden"),
+        (FileNotFoundError("x"), "not_found"),
+        (MemoryError("x"), "out_of_memory"),
+        (TimeoutError("x"), "timeout"),
+        (ValueError("x"), "invalid"),
+        (KeyError("x"), "failed"),
+    ],
+)
+def test_codes_of_errors(error: Exception, code: str) -> None:
+    problem = describe(error)
+    assert problem.code == code
+    assert problem.hint or code == "failed"
+
+
+# ---------------------------------------------------------------------- a real service
+
+
+def poll_jobs(world: World, ids: list[str]) -> list[dict[str, Any]]:
+    return [
+        until(
+            lambda client=client, id=id: client.get(f"/v1/jobs/{id}").json(),
+            lambda job: job["state"] != "running",
+        )
+        for client, id in zip(world.clients, ids, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_update_as_a_job(world: World, engine: Engine, url: str) -> None:
+    bodies = ({"update_url": url, "timeout": 40}, {"timeout": 40})
+    answers = world.post("/v1/checkpoints/c/update?wait=false", *bodies)
+    assert [answer.status_code for answer in answers] == [202] * RANKS
+    jobs = poll_jobs(world, [answer.json()["id"] for answer in answers])
+    assert [job["state"] for job in jobs] == ["done"] * RANKS
+    assert jobs[0]["report"]["tensors"] == len(WEIGHTS)
+    assert len(engine.weights) == RANKS
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_failed_job_has_code_and_hint(world: World, engine: Engine, url: str) -> None:
+    engine.refusal = "layer 7 does not fit"
+    bodies = ({"update_url": url, "timeout": 40}, {"timeout": 40})
+    answers = world.post("/v1/checkpoints/c/update?wait=false", *bodies)
+    for job in poll_jobs(world, [answer.json()["id"] for answer in answers]):
+        assert job["state"] == "failed"
+        assert job["error"]["code"] == "update_failed"
+        assert "layer 7 does not fit" in job["error"]["message"]
+        assert job["error"]["hint"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_report_when_asked_for(world: World, url: str) -> None:
+    bodies = ({"update_url": url, "timeout": 40}, {"timeout": 40})
+    for rank, answer in enumerate(world.post("/v1/checkpoints/c/update?report=true", *bodies)):
+        report = UpdateReport.model_validate_json(answer.content)
+        assert (report.rank, report.tensors) == (rank, len(WEIGHTS))
+
+
+def test_an_unknown_job(world: World) -> None:
+    answer = world.clients[0].get("/v1/jobs/none")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.usefixtures("registered")
+def test_status_tells_what_each_rank_holds(world: World) -> None:
+    for rank, client in enumerate(world.clients):
+        status = client.get("/v1/status").json()
+        assert (status["rank"], status["world_size"], status["device"]) == (rank, RANKS, "cpu")
+        assert [one["tensors"] for one in status["checkpoints"]] == [4]
+        assert status["pinned_bytes"] == status["checkpoints"][0]["bytes"]
+        assert [one["tensors"] for one in status["ranks"]] == [4, 4]
+        assert status["jobs"][0]["call"] == "gather"
+
+
+def figures(world: World) -> dict[tuple[str, ...], float]:
+    answer = world.clients[0].get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.usefixtures("registered")
+def test_metrics_count_what_happened(world: World, engine: Engine, url: str) -> None:
+    before = figures(world)
+    assert_good(world.update(url))
+    engine.refusal = "no"
+    world.update(url)
+    after = figures(world)
+
+    def rise(*key: str) -> float:
+        return after[key] - before.get(key, 0.0)
+
+    assert rise("checkpoint_engine_calls_total", "update", "done") == 1
+    assert rise("checkpoint_engine_failures_total", "update", "update_failed") == 1
+    moved = sum(weight.nbytes for weight in WEIGHTS.values())
+    assert moved <= rise("checkpoint_engine_updated_bytes_total") <= moved + 256 * len(WEIGHTS)
+    assert rise("checkpoint_engine_phase_seconds_total", "reload") > 0
+    assert after["checkpoint_engine_checkpoints",] == 1
+    assert after["checkpoint_engine_pinned_bytes",] > 0
+    assert any(key[:2] == ("checkpoint_engine_served", "c") for key in after)
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_page_while_an_update_runs(world: World, engine: Engine, url: str) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def on_bucket() -> None:
+        inside.set()
+        go_on.wait(30)
+
+    engine.on_bucket = on_bucket
+    bodies = ({"update_url": url, "timeout": 40}, {"timeout": 40})
+    try:
+        answers = world.post("/v1/checkpoints/c/update?wait=false", *bodies)
+        assert inside.wait(30)
+        page = world.clients[0].get("/")
+        assert "Now: update <b>c</b>" in page.text
+    finally:
+        go_on.set()
+    poll_jobs(world, [answer.json()["id"] for answer in answers])
+    body = world.clients[0].get("/?part=body").text
+    assert "Now:" not in body
+    assert "<html" not in body
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def status_with(**changes: Any) -> Status:
+    status = Status(
+        version="0",
+        rank=0,
+        world_size=1,
+        device="cpu",
+        device_uuid="CPU-0",
+        nic=None,
+        p2p=True,
+        pinned_bytes=0,
+        checkpoints=[],
+        ranks=[],
+        progress=None,
+        jobs=[],
+    )
+    return status.model_copy(update=changes)
+
+
+def job(**changes: Any) -> Job:
+    made = Job(id="1", call="update", checkpoint="c", state="done", began=0.0, seconds=0.5)
+    return made.model_copy(update=changes)
+
+
+def test_nothing_of_others_becomes_markup() -> None:
+    """Names and errors come from callers and engines."""
+    evil = '<script>alert("1")</script>'
+    error = Problem(code="failed", message=f"{evil}\n{evil}", hint=evil)
+    page = render_page(
+        status_with(
+            checkpoints=[Checkpoint(name=evil, tensors=1, bytes=1)],
+            ranks=[Rank(rank=0, nic=evil, tensors=1, bytes=1, p2p=evil)],
+            nic=evil,
+            device_uuid=evil,
+            progress=Progress(
+                call=evil, checkpoint=evil, phase=evil, done_bytes=1, total_bytes=2,
+                seconds={evil: 1.0},
+            ),
+            jobs=[
+                job(checkpoint=evil, call=evil, state="running"),
+                job(checkpoint=evil, state="failed", error=error),
+                job(checkpoint=evil, report=REPORT.model_copy(update={"phases": {evil: 1.0}})),
+            ],
+        )
+    )  # fmt: skip
+    assert evil not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_page_asks_no_other_host(world: World) -> None:
+    answer = world.clients[0].get("/")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", answer.text)
+
+
+def test_timelines_share_one_scale() -> None:
+    half = job(seconds=0.5, report=REPORT)
+    whole = job(seconds=1.0, state="failed", error=Problem(code="failed", message="x"))
+    page = render_page(status_with(jobs=[half, whole]))
+    assert 'title="reload: 0.4000 s"' in page
+    assert 'style="width:40.000%"' in page  # of one second
+    assert 'class="failed" style="width:100.000%"' in page
+
+
+def test_progress_is_drawn() -> None:
+    progress = Progress(call="update", checkpoint="c", phase="reload", done_bytes=3, total_bytes=4)
+    page = render_page(status_with(progress=progress, jobs=[job(state="running")]))
+    assert 'aria-valuenow="75"' in page
+
+
+# ---------------------------------------------------------------------- the dashboard
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_dashboard_asks_for_figures_that_there_are(world: World, url: str) -> None:
+    assert_good(world.update(url))
+    names = {key[0] for key in figures(world)} | {"checkpoint_engine_failures_total"}
+    dashboard = ROOT / "examples" / "grafana" / "checkpoint-engine.json"
+    asked = set(re.findall(r"checkpoint_engine_\w+", dashboard.read_text()))
+    assert asked <= names
+    assert len(asked) > 5
+
+
+# ---------------------------------------------------------------------- without the extra
+
+
+@pytest.fixture
+def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
+    importer = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("prometheus_client"):
+            raise ImportError(name)
+        return importer(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+@pytest.mark.usefixtures("no_prometheus")
+def test_metrics_name_the_extra_that_they_need() -> None:
+    router = make_router(SimpleNamespace(), Journal())  # type: ignore[arg-type]
+    (endpoint,) = [one.endpoint for one in router.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
+    answer = endpoint()
+    assert answer.status_code == 501
+    assert "checkpoint-engine[metrics]" in json.loads(answer.body)["error"]["hint"]
+
+
+def test_the_page_is_part_of_the_package() -> None:
+    import checkpoint_engine
+
+    assert (Path(checkpoint_engine.__file__).parent / "status_page.html").is_file()

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.plan import Step
+from checkpoint_engine.simulate.checkpoint import make_plan, read_headers, share_out
+from checkpoint_engine.simulate.cluster import Cluster, Costs
+from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.simulate.update import Prediction, predict
+
+MB = 1 << 20
+FREE = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=1e9)
+"""Software that takes no time."""
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def test_a_task_takes_its_fixed_time_and_the_time_of_its_slowest_link() -> None:
+    simulation = Simulation({"fast": 10.0, "slow": 2.0})
+    simulation.task("copy", fixed=0.5, amounts={"fast": 10.0, "slow": 4.0})
+    assert simulation.run() == [Span("copy", "", 0.0, 2.5)]
+
+
+def test_tasks_that_share_a_link_slow_each_other_down() -> None:
+    """Two at half speed until the short one is done, then the other at full speed."""
+    simulation = Simulation({"link": 1.0})
+    simulation.task("short", amounts={"link": 1.0})
+    simulation.task("long", amounts={"link": 3.0})
+    short, long = simulation.run()
+    assert short.end == pytest.approx(2.0)
+    assert long.end == pytest.approx(4.0)
+
+
+def test_what_tasks_cannot_use_another_gets() -> None:
+    """Two hold each other up on a narrow link: the third has the rest of the wide one."""
+    simulation = Simulation({"wide": 10.0, "narrow": 2.0})
+    for _ in range(2):
+        simulation.task("both", amounts={"wide": 2.0, "narrow": 2.0})
+    simulation.task("wide", amounts={"wide": 10.0})
+    ends = [span.end for span in simulation.run()]
+    assert ends == pytest.approx([2.0, 2.0, 1.25])
+
+
+def test_tasks_on_other_links_are_left_alone() -> None:
+    simulation = Simulation({"a": 1.0, "b": 1.0})
+    for link in "ab":
+        simulation.task(link, amounts={link: 5.0})
+    assert [span.end for span in simulation.run()] == pytest.approx([5.0, 5.0])
+
+
+def test_a_task_begins_when_the_last_of_its_predecessors_has_ended() -> None:
+    simulation = Simulation({})
+    first = simulation.task("first", fixed=1.0)
+    second = simulation.task("second", fixed=3.0)
+    simulation.task("third", fixed=1.0, after=[first, second, None])
+    spans = simulation.run()
+    assert (spans[2].begin, spans[2].after) == (3.0, second)
+    assert [span.kind for span in critical_path(spans)] == ["second", "third"]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> list[tuple[float, dict[str, float], set[int]]]:
+    amounts = st.dictionaries(st.sampled_from("abc"), st.floats(0, 10), max_size=3)
+    listed = []
+    for number in range(draw(st.integers(1, 12))):
+        after = draw(st.sets(st.integers(0, number - 1))) if number else set()
+        listed.append((draw(st.floats(0, 2)), draw(amounts), after))
+    return listed
+
+
+@settings(deadline=None, max_examples=150)
+@given(jobs(), st.tuples(*[st.floats(0.5, 5)] * 3))
+def test_no_link_carries_more_than_it_can(
+    listed: list[tuple[float, dict[str, float], set[int]]], rates: tuple[float, float, float]
+) -> None:
+    links = dict(zip("abc", rates, strict=True))
+    simulation = Simulation(links)
+    for fixed, amounts, after in listed:
+        simulation.task("job", fixed=fixed, amounts=amounts, after=sorted(after))
+    spans = simulation.run()
+    for span, (fixed, amounts, after) in zip(spans, listed, strict=True):
+        alone = max((amount / links[link] for link, amount in amounts.items()), default=0.0)
+        assert span.end - span.begin >= (fixed + alone) * (1 - 1e-6) - 1e-9
+        assert span.begin == pytest.approx(max((spans[one].end for one in after), default=0.0))
+    end = max(span.end for span in spans)
+    for link, rate in links.items():
+        assert sum(amounts.get(link, 0.0) for _, amounts, _ in listed) <= rate * end * (1 + 1e-6)
+    path = critical_path(spans)
+    assert sum(span.end - span.begin for span in path) == pytest.approx(end)
+
+
+# ---------------------------------------------------------------------- updates
+
+
+def tensors(count: int, nbytes: int = 16 * MB) -> list[ParameterMeta]:
+    return [
+        ParameterMeta(name=f"layer.{i}", dtype=torch.uint8, shape=torch.Size([nbytes]))
+        for i in range(count)
+    ]
+
+
+def update(
+    cluster: Cluster,
+    costs: Costs = FREE,
+    *,
+    count: int = 64,
+    cap: int = 64 * MB,
+    receivers: list[int] | None = None,
+    free: int = 1 << 40,
+    original: bool = False,
+) -> Prediction:
+    metas = share_out(tensors(count), range(cluster.gpus))
+    plan = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=receivers)
+    return predict(
+        plan,
+        cluster,
+        costs,
+        receivers,
+        remote=receivers is not None,
+        algorithm="original" if original else "pipelined",
+    )
+
+
+ONE = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0)
+EIGHT = Cluster(gpus_per_node=8, host_to_device=10.0, nvlink=40.0, device_memory=1e9)
+
+
+def test_a_single_rank_runs_at_the_speed_of_its_copies() -> None:
+    found = update(ONE)
+    assert found.gigabytes_per_second == pytest.approx(10.0, rel=0.01)
+    assert found.bound_by == "fetch"
+    assert found.device_bytes == 2 * 64 * MB
+
+
+def test_copies_of_the_owners_overlap_and_the_broadcast_decides() -> None:
+    found = update(EIGHT)
+    first_copy = 64 * MB / 1e9 / 10.0
+    assert found.seconds == pytest.approx(64 * 16 * MB / 1e9 / 40.0 + first_copy, rel=0.01)
+    assert found.bound_by == "broadcast"
+    assert found.device_bytes == 3 * 64 * MB
+
+
+def test_a_slow_loader_decides_and_is_paid_for_every_tensor() -> None:
+    found = update(EIGHT, Costs(per_tensor=0.01, per_bucket=0.0, per_update=0.5))
+    assert found.bound_by == "reload"
+    assert 64 * 0.01 + 0.5 < found.seconds < 64 * 0.01 + 0.5 + 0.05
+
+
+def test_nodes_are_joined_by_their_nics() -> None:
+    slow = Cluster(nodes=4, nics_per_node=1, nic=5.0, nvlink=40.0, host_to_device=10.0)
+    assert update(slow).gigabytes_per_second == pytest.approx(5.0, rel=0.1)
+
+
+def test_latency_counts_for_every_bucket_on_many_nodes() -> None:
+    cluster = Cluster(nodes=64, hop=1e-3)
+    assert update(cluster, count=512).seconds > 512 * 63e-3 * 0.9
+
+
+def test_owners_share_their_hosts_memory() -> None:
+    wide = Cluster(host_memory=1000.0, host_to_device=10.0, nvlink=1000.0, device_memory=1e9)
+    narrow = Cluster(host_memory=20.0, host_to_device=10.0, nvlink=1000.0, device_memory=1e9)
+    assert update(wide).gigabytes_per_second == pytest.approx(80.0, rel=0.05)
+    assert update(narrow).gigabytes_per_second == pytest.approx(20.0, rel=0.05)
+
+
+def test_memory_that_is_short_leaves_no_staging_and_costs_time() -> None:
+    roomy, short = update(EIGHT), update(EIGHT, free=40 * MB)
+    assert short.device_bytes < 40 * MB
+    assert short.seconds > roomy.seconds * 1.2
+
+
+def test_p2p_reads_are_bound_by_the_receivers_nics() -> None:
+    cluster = Cluster(nodes=4, nics_per_node=1, nic=2.0, nvlink=1000.0, device_memory=1e9)
+    found = update(cluster, receivers=list(range(8)))
+    # One rank reads for all, through its node's NIC, but for its own part.
+    assert found.gigabytes_per_second == pytest.approx(2.0 * 32 / 31, rel=0.02)
+    assert found.bound_by == "fetch"
+
+
+def test_the_originals_rounds_take_longer_than_the_pipeline() -> None:
+    cluster = Cluster(host_to_device=5.0, nvlink=40.0, device_memory=1e9)
+    ours, theirs = (update(cluster, count=256, original=original) for original in (False, True))
+    assert theirs.seconds > 1.5 * ours.seconds
+
+
+def test_on_cores_everything_shares_them() -> None:
+    """One copies while the other loads; with one core they take turns."""
+    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0)
+    two = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=2)
+    one = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=1)
+    ratio = update(one, costs).seconds / update(two, costs).seconds
+    assert ratio == pytest.approx(2.0, rel=0.1)
+
+
+def test_buckets_arrive_once_each_and_in_order() -> None:
+    found = update(EIGHT)
+    broadcasts = [span for span in found.spans if span.kind == "broadcast"]
+    assert len(broadcasts) == found.buckets
+    ends = [span.end for span in broadcasts]
+    assert ends == sorted(ends)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([16, 32, 128]), st.booleans())
+def test_a_faster_wire_is_never_slower(nodes: int, count: int, cap: int, p2p: bool) -> None:
+    receivers = list(range(8)) if p2p else None
+    slow, fast = (
+        update(Cluster(nodes=nodes, nic=nic), count=count, cap=cap * MB, receivers=receivers)
+        for nic in (10.0, 20.0)
+    )
+    assert fast.seconds <= slow.seconds * (1 + 1e-6)
+    assert slow.total_bytes == count * 16 * MB
+    assert sum(slow.critical.values()) == slow.seconds
+
+
+def test_a_cluster_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="nodes, nic must be positive"):
+        Cluster(nodes=0, nic=0.0)
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def test_headers_are_read_and_shared_out_by_bytes(tmp_path: Path) -> None:
+    half = {f"layer.{i}.weight": torch.zeros(1000, dtype=torch.bfloat16) for i in range(12)}
+    save_file(half, tmp_path / "model-1.safetensors")
+    save_file({"head": torch.zeros(3000, dtype=torch.float32)}, tmp_path / "model-2.safetensors")
+    found = read_headers(tmp_path)
+    assert {meta.name for meta in found} == {*half, "head"}
+    shares = share_out(found, [4, 5, 6])
+    names = {owner: [m.name for b in s.memory_buffer_metas_list for m in b.metas]
+             for owner, s in shares.items()}  # fmt: skip
+    # An owner's share ends with the tensor that begins in it.
+    assert names[4] == ["head", "layer.0.weight"]
+    assert names[5] + names[6] == [f"layer.{i}.weight" for i in range(1, 12)]
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
+        read_headers(tmp_path)
+
+
+def test_a_tensor_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="largest tensor"):
+        update(EIGHT, free=20 * MB)
+
+
+def steps_of(receivers: list[int] | None) -> tuple[Step, ...]:
+    metas = share_out(tensors(32), range(16))
+    cluster = Cluster(nodes=2)
+    return make_plan(
+        metas, cluster, free_device_bytes=1 << 40, cap=64 * MB, receivers=receivers
+    ).steps
+
+
+def test_p2p_plans_name_members_as_receivers_on_their_nics() -> None:
+    assert {step.receiver for step in steps_of([1, 2, 3])} == {1, 2, 3}
+    assert {step.receiver for step in steps_of(None)} == set(range(16))
