@@ -1,131 +1,89 @@
-"""``checkpoint-engine --uds PATH``: serve this rank's ``ParameterServer`` on a Unix socket."""
+"""``checkpoint-engine --uds PATH``: serve this rank's ``ParameterServer`` over HTTP."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import os
-import signal
-import socket
-import stat
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
-_SHUTDOWN_SECONDS = 5
+from checkpoint_engine.access import Access
+from checkpoint_engine.service import (
+    MAX_BODY_BYTES,
+    TOKEN_VARIABLE,
+    ServeOptions,
+    read_token,
+    serve,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM. Called by every rank, or alone as a world of one.
 
-    The ranks come from the launcher's environment. Exits with status 1 if ``PATH`` cannot be used.
+    The ranks come from the launcher's environment. Exits with status 1 if the socket cannot be
+    used, with 2 if the options make no sense.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    path = _parse(argv).uds.replace("{rank}", str(rank))
+    parser = _parser()
+    args = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        listener = listen(path)
+        options = _options(args, rank)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        serve(options, rank=rank)
     except OSError as error:
-        sys.exit(f"rank {rank} cannot serve on {path}: {error}")
-    with _removed_at_exit(path, listener):
-        serve(listener, rank, world_size)
+        sys.exit(f"rank {rank} cannot serve on {options.where}: {error}")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="checkpoint-engine",
-        description="Serve a rank's ParameterServer over HTTP on a Unix socket.",
+        description="Serve a rank's ParameterServer over HTTP on a Unix socket, or on TCP.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--uds",
-        required=True,
         metavar="PATH",
         help="the socket; {rank} in it becomes the rank, so that under torchrun each has its own",
     )
-    return parser.parse_args(argv)
-
-
-def listen(path: str) -> socket.socket:
-    """A listening socket at ``path`` that only this user can reach.
-
-    A socket that a dead server left there is replaced.
-
-    Raises:
-        OSError: a live server or another kind of file is there, or the path cannot be used.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # The file that bind makes inherits this mode, so it is never open to others.
-        os.fchmod(listener.fileno(), 0o600)
-        with _folder_locked(path):
-            _remove_stale(path)
-            listener.bind(path)
-            listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-@contextlib.contextmanager
-def _folder_locked(path: str) -> Iterator[None]:
-    """Keep other servers from testing and replacing the socket at the same time."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError("a file that is not a socket is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise FileExistsError(
-        "another server listens there; give each rank its own path, for example with {rank} in it"
+    add("--host", default="127.0.0.1", help="for --port: the address to listen on")
+    add("--port", type=int, help="listen on TCP; under torchrun, local rank r on PORT + r")
+    add(
+        "--token-file",
+        metavar="FILE",
+        help=f"holds the bearer token that callers must send; default: {TOKEN_VARIABLE}",
     )
-
-
-@contextlib.contextmanager
-def _removed_at_exit(path: str, listener: socket.socket) -> Iterator[None]:
-    # uvicorn shuts down on SIGTERM, then raises it again: without this the process would end there.
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _exit(signum: int, _frame: object) -> NoReturn:
-    sys.exit(128 + signum)
-
-
-def serve(listener: socket.socket, rank: int, world_size: int) -> None:
-    """Make this rank's server and answer requests on ``listener`` until a signal ends it."""
-    import uvicorn
-
-    from checkpoint_engine.api import _init_api
-    from checkpoint_engine.ps import ParameterServer
-
-    app = _init_api(ParameterServer(rank=rank, world_size=world_size, auto_pg=True))
-    config = uvicorn.Config(
-        app, loop="asyncio", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, log_level="warning"
+    add("--no-token", action="store_true", help="serve TCP to everybody who can connect")
+    add(
+        "--allow-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="only files below it may be registered, symbolic links resolved; repeatable",
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    add(
+        "--allow-update-url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="only engines at or below it may be asked; unix:PATH for a socket; repeatable",
+    )
+    add("--max-body", type=int, default=MAX_BODY_BYTES, metavar="BYTES", help="of one request")
+    return parser
+
+
+def _options(args: argparse.Namespace, rank: int) -> ServeOptions:
+    port = args.port
+    return ServeOptions(
+        uds=None if args.uds is None else args.uds.replace("{rank}", str(rank)),
+        host=args.host,
+        port=port + int(os.environ.get("LOCAL_RANK", "0")) if port else port,
+        token=None if args.no_token else read_token(args.token_file),
+        allow_anyone=args.no_token,
+        access=Access.of(args.allow_path, args.allow_update_url),
+        max_body_bytes=args.max_body,
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import math
 import os
 import pickle
 import re
+import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 
 from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.errors import AccessError
 
 _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
@@ -57,17 +59,26 @@ _REPLICATED = -1
 """The ``tp_concat_dim`` of a tensor that every tensor-parallel rank holds whole."""
 
 
+Folders = tuple[str, ...] | None
+"""Where files must lie; ``None``: anywhere."""
+
+
 class MissingFileError(FileNotFoundError, ValueError):
     """A checkpoint file, or the ``.meta`` beside it, does not exist."""
 
 
+Inode = tuple[int, int]
+"""What a path led to: device and inode number."""
+
+
 @dataclass(frozen=True)
 class FileSlice:
-    """``nbytes`` bytes at ``offset`` of the file ``path``."""
+    """``nbytes`` bytes at ``offset`` of the file ``path``, which was ``inode`` when looked at."""
 
     path: str
     offset: int
     nbytes: int
+    inode: Inode | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,20 +114,29 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
-def open_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, TensorSource]:
+def open_files(
+    files: Iterable[str | os.PathLike[str]], allowed_folders: Sequence[str] | None = None
+) -> dict[str, TensorSource]:
     """The tensors of safetensors files and of ``.npy`` files with their ``.meta``, by name.
 
     Reads headers only; the files must stay as they are until their bytes have been read.
 
+    Args:
+        allowed_folders: real paths; files that lie elsewhere, symbolic links resolved, are refused.
+
     Raises:
+        AccessError: a file lies outside ``allowed_folders``.
         ValueError: a file is missing (also a ``FileNotFoundError``), truncated, of another format,
             or lies about its tensors; a dtype is unknown here; two files hold the same tensor; a
             tensor-parallel shard is missing, duplicated or does not match the others. Names the
             file and the tensor.
     """
     paths = [os.fspath(file) for file in files]
+    allowed = None if allowed_folders is None else tuple(allowed_folders)
     found: dict[str, tuple[TensorSource, str]] = {}
-    for source, path in itertools.chain(_safetensors_sources(paths), _npy_sources(paths)):
+    for source, path in itertools.chain(
+        _safetensors_sources(paths, allowed), _npy_sources(paths, allowed)
+    ):
         if source.name in found:
             raise ValueError(
                 f"tensor {source.name!r} is in both {found[source.name][1]} and {path}"
@@ -167,26 +187,37 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         return False
 
 
+def check_same_file(path: str, fd: int, inode: Inode | None) -> None:
+    """Whoever opens a file again calls this, so that header and bytes are of the same one.
+
+    Raises:
+        ValueError: ``path`` leads to another file by now.
+    """
+    if inode is not None and inode != _inode(fd):
+        raise ValueError(f"{path} was replaced by another file while it was being registered")
+
+
 # safetensors
 
 
-def _safetensors_sources(paths: list[str]) -> Iterator[tuple[TensorSource, str]]:
+def _safetensors_sources(paths: list[str], allowed: Folders) -> Iterator[tuple[TensorSource, str]]:
     for path in paths:
         if path.endswith(".safetensors"):
-            for source in _open_safetensors(path):
+            for source in _open_safetensors(path, allowed):
                 yield source, path
         elif not path.endswith(".npy"):
             raise ValueError(f"{path}: not a checkpoint file; known are .safetensors and .npy")
 
 
-def _open_safetensors(path: str) -> list[TensorSource]:
-    with _open(path) as file:
+def _open_safetensors(path: str, allowed: Folders) -> list[TensorSource]:
+    with _open(path, allowed) as file:
         file_size = os.fstat(file.fileno()).st_size
         header, data_start = _read_safetensors_header(file, path, file_size)
-    header.pop("__metadata__", None)
-    layout = [_parse_header_entry(path, *item, data_start) for item in header.items()]
-    _check_no_gaps([(name, part) for name, _, _, part in layout], path, data_start, file_size)
-    _check_with_library(path, set(header))
+        header.pop("__metadata__", None)
+        whole = FileSlice(path, data_start, file_size - data_start, _inode(file.fileno()))
+        layout = [_parse_header_entry(whole, *item) for item in header.items()]
+        _check_no_gaps([(name, part) for name, _, _, part in layout], path, data_start, file_size)
+        _check_with_library(path, file, set(header))
     return [
         TensorSource(name, dtype, shape, FileParts((part,))) for name, dtype, shape, part in layout
     ]
@@ -221,8 +252,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_header_entry(
-    path: str, name: str, entry: Any, data_start: int
+    whole: FileSlice, name: str, entry: Any
 ) -> tuple[str, torch.dtype, torch.Size, FileSlice]:
+    """``whole``: the part of the file that ``entry``'s offsets count from."""
+    path = whole.path
     match entry:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             dtype, size = _parse_dtype_and_shape(path, name, code, shape)
@@ -234,7 +267,7 @@ def _parse_header_entry(
             f"{path}: tensor {name!r} ({code}, shape {shape}) takes {nbytes} bytes, "
             f"but its header says bytes {begin} to {end}"
         )
-    return name, dtype, size, FileSlice(path, data_start + begin, nbytes)
+    return name, dtype, size, FileSlice(path, whole.offset + begin, nbytes, whole.inode)
 
 
 def _parse_dtype_and_shape(
@@ -282,11 +315,12 @@ def _check_no_gaps(
         raise ValueError(f"{path}: {file_size - end} bytes behind the last tensor belong to none")
 
 
-def _check_with_library(path: str, names: set[str]) -> None:
-    """What we accept, the safetensors library must accept too."""
+def _check_with_library(path: str, file: IO[bytes], names: set[str]) -> None:
+    """What we accept, the safetensors library must accept too: of the same file, whatever is at
+    ``path`` by now."""
     try:
-        with safe_open(path, framework="pt") as file:
-            differing = names.symmetric_difference(file.keys())
+        with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as opened:
+            differing = names.symmetric_difference(opened.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: refused by the safetensors library: {error}") from error
     if differing:
@@ -307,7 +341,7 @@ class _Shard(NamedTuple):
     family: str
 
 
-def _npy_sources(paths: list[str]) -> Iterator[tuple[TensorSource, str]]:
+def _npy_sources(paths: list[str], allowed: Folders) -> Iterator[tuple[TensorSource, str]]:
     paths = [path for path in paths if path.endswith(".npy")]
     if not paths:
         return
@@ -319,7 +353,7 @@ def _npy_sources(paths: list[str]) -> Iterator[tuple[TensorSource, str]]:
     for path in paths:
         rank, family = _tp_rank(path)
         tp_sizes[family] = max(tp_sizes[family], rank + 1)
-        for name, shard in _open_npy(path, rank, family):
+        for name, shard in _open_npy(path, allowed, rank, family):
             if rank in shards[name]:
                 raise ValueError(
                     f"{path}: tensor {name!r} of tensor-parallel rank {rank} is in "
@@ -344,9 +378,9 @@ def _tp_rank(path: str) -> tuple[int, str]:
     return int(pieces[2]), os.path.join(folder, ".".join(pieces[:2] + pieces[3:]))
 
 
-def _open_npy(path: str, rank: int, family: str) -> Iterator[tuple[str, _Shard]]:
-    metas = _read_npy_meta(f"{path}.meta")
-    with _open(path) as file:
+def _open_npy(path: str, allowed: Folders, rank: int, family: str) -> Iterator[tuple[str, _Shard]]:
+    metas = _read_npy_meta(f"{path}.meta", allowed)
+    with _open(path, allowed) as file:
         file_size = os.fstat(file.fileno()).st_size
         for name, dtype, shape, dim in metas:
             part = _next_array(file, path, name, tensor_nbytes(dtype, shape), file_size)
@@ -380,7 +414,7 @@ def _next_array(file: IO[bytes], path: str, name: str, nbytes: int, file_size: i
             f"the file at {file_size}"
         )
     file.seek(nbytes, os.SEEK_CUR)
-    return FileSlice(path, offset, nbytes)
+    return FileSlice(path, offset, nbytes, _inode(file.fileno()))
 
 
 class _MetaUnpickler(pickle.Unpickler):
@@ -397,8 +431,8 @@ class _MetaUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's .meta")
 
 
-def _read_npy_meta(path: str) -> list[tuple[str, torch.dtype, torch.Size, int]]:
-    with _open(path) as file:
+def _read_npy_meta(path: str, allowed: Folders) -> list[tuple[str, torch.dtype, torch.Size, int]]:
+    with _open(path, allowed) as file:
         try:
             metas = _MetaUnpickler(file).load()
         except Exception as error:  # a broken pickle can raise anything
@@ -483,10 +517,36 @@ def _without(shape: torch.Size, dim: int) -> list[int]:
     return [n for i, n in enumerate(shape) if i != dim]
 
 
-def _open(path: str) -> IO[bytes]:
+def _open(path: str, allowed: Folders) -> IO[bytes]:
+    """Opens a regular file.
+
+    The second check is of what was opened: a link that changes after the first changes nothing.
+    """
+    _check_below(path, os.path.realpath(path), allowed)
     try:
-        return open(path, "rb")
+        # Without O_NONBLOCK, a FIFO would wait for somebody to write to it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise MissingFileError(f"checkpoint file {path} does not exist") from None
     except OSError as error:
         raise ValueError(f"checkpoint file {path} cannot be opened: {error.strerror}") from error
+    try:
+        _check_below(path, os.readlink(f"/proc/self/fd/{fd}"), allowed)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"checkpoint file {path} cannot be opened: it is no regular file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check_below(path: str, real_path: str, allowed: Folders) -> None:
+    if allowed is None:
+        return
+    if not any(real_path.startswith(f"{folder.rstrip('/')}/") for folder in allowed):
+        raise AccessError(f"{path} does not lie in a folder that may be registered from")
+
+
+def _inode(fd: int) -> Inode:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino

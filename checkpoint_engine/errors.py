@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class AccessError(RuntimeError):
+    """A file or an engine was named that this server may not touch."""
+
+
 class BusyError(RuntimeError):
     """A call was refused because it conflicts with one that is still running on this rank."""
 

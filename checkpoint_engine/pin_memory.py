@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ from loguru import logger
 from checkpoint_engine.checkpoint_files import (
     FileParts,
     FileSlice,
+    Inode,
     TensorSource,
+    check_same_file,
     natural_key,
     open_files,
 )
@@ -214,7 +216,11 @@ class HostMemory:
             for arena, size, metas in zip(arenas, sizes, layout, strict=True)
         ]
 
-    def pin_in_place(self, files: Iterable[str | os.PathLike[str]]) -> list[MemoryBuffer]:
+    def pin_in_place(
+        self,
+        files: Iterable[str | os.PathLike[str]],
+        allowed_folders: Sequence[str] | None = None,
+    ) -> list[MemoryBuffer]:
         """Takes over safetensors files in shared memory: maps and pins them, then deletes them.
 
         Every tensor is a buffer of its own. Its ``size`` is its padded size, so its last bytes may
@@ -225,17 +231,18 @@ class HostMemory:
             RuntimeError: a file cannot be mapped or pinned.
             On any of them, and when interrupted, no file is deleted.
         """
-        sources = open_files(files)
+        sources = open_files(files, allowed_folders)
         parts = {name: _shm_slice(source) for name, source in sources.items()}
+        inodes = {part.path: part.inode for part in parts.values()}
         arenas: dict[str, _Arena] = {}
         with ExitStack() as undo:
-            for path in dict.fromkeys(part.path for part in parts.values()):
-                arenas[path] = _map_file(path, self._device_type, self._linger)
+            for path, inode in inodes.items():
+                arenas[path] = _map_file(path, inode, self._device_type, self._linger)
                 undo.callback(arenas[path].free)
             _work({arena: _room(0, arena.nbytes) for arena in arenas.values()}, _Arena.pin)
             undo.pop_all()
-        for path in arenas:
-            _unlink(path)
+        for path, inode in inodes.items():
+            _unlink(path, inode)
         return [self._lend_part(source, parts[name], arenas) for name, source in sources.items()]
 
     def release(self, buffers: Iterable[MemoryBuffer]) -> None:
@@ -378,12 +385,13 @@ def _npu_arena(nbytes: int) -> _Arena:
     return _Arena(memory, "npu", undo, undo.close, fresh=False, pinned=True)
 
 
-def _map_file(path: str, device_type: str, linger: _Linger) -> _Arena:
+def _map_file(path: str, inode: Inode | None, device_type: str, linger: _Linger) -> _Arena:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise RuntimeError(f"{path} cannot be pinned in place: {error}") from error
     try:
+        check_same_file(path, fd, inode)
         nbytes = align_up(os.fstat(fd).st_size, mmap.PAGESIZE)
         address = _map(nbytes, mmap.MAP_SHARED, fd)
         return _arena_at(address, nbytes, device_type, linger, reusable=False)
@@ -550,6 +558,7 @@ class _FileRun(_Piece):
 
     tensor: str
     path: str
+    inode: Inode | None
     offset: int
 
     def write(self, memory: torch.Tensor, files: _Reader) -> None:
@@ -611,13 +620,13 @@ class _Reader:
         """Fills ``out`` from ``run.offset`` of its file.
 
         Raises:
-            ValueError: the file ends too early.
+            ValueError: the file ends too early, or is another than the one that was opened first.
             RuntimeError: it cannot be read.
         """
         left, offset = out.numpy().data, run.offset
         while left:
             try:
-                count = os.preadv(self._open(run.path), [left], offset)
+                count = os.preadv(self._open(run), [left], offset)
             except OSError as error:
                 raise RuntimeError(f"{run.path}: tensor {run.tensor!r}: {error}") from error
             if count == 0:
@@ -628,11 +637,12 @@ class _Reader:
                 )
             left, offset = left[count:], offset + count
 
-    def _open(self, path: str) -> int:
-        if path != self._path:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def _open(self, run: _FileRun) -> int:
+        if run.path != self._path:
+            fd = os.open(run.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self.__exit__()
-            self._path, self._fd = path, fd
+            self._path, self._fd = run.path, fd
+            check_same_file(run.path, fd, run.inode)
         return self._fd
 
 
@@ -833,6 +843,7 @@ def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
                 nbytes=rows * stride,
                 tensor=name,
                 path=part.path,
+                inode=part.inode,
                 offset=part.offset + row * width,
                 rows=rows,
                 column=column,
@@ -847,7 +858,7 @@ def _file_runs(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
         width = part.nbytes // data.rows
         for piece in _room(at, width):
             offset = part.offset + row * width + piece.at - at
-            yield _FileRun(piece.at, piece.nbytes, name, part.path, offset)
+            yield _FileRun(piece.at, piece.nbytes, name, part.path, part.inode, offset)
         at += width
 
 
@@ -897,11 +908,16 @@ def _shm_slice(source: TensorSource) -> FileSlice:
             f"{part.path}: only .safetensors files in {SHM_DIR} can be pinned in place; "
             f"register it without use_inplace_pin_memory"
         )
-    return FileSlice(path, part.offset, part.nbytes)
+    return FileSlice(path, part.offset, part.nbytes, part.inode)
 
 
-def _unlink(path: str) -> None:
+def _unlink(path: str, inode: Inode | None) -> None:
+    """Deletes a file that was pinned, but not one that has taken its place since."""
     try:
-        os.unlink(path)
+        found = os.lstat(path)
+        if (found.st_dev, found.st_ino) == inode:
+            os.unlink(path)
+        else:
+            logger.warning("{} is another file than the one that was pinned: it is kept", path)
     except OSError as error:
         logger.warning("{} was pinned in place, but cannot be deleted: {}", path, error)

@@ -185,6 +185,7 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        allowed_folders: Sequence[str] | None = None,
     ) -> None:
         """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
 
@@ -197,8 +198,10 @@ class ParameterServer:
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
                 instead of copying them, and then DELETE them. The shared memory pool copies.
+            allowed_folders: real paths; refuse files that lie elsewhere, symbolic links resolved.
 
         Raises:
+            AccessError: a file lies outside ``allowed_folders``; nothing is kept.
             ValueError: the name is taken, or a file or tensor cannot be used; nothing is kept.
             MemoryError: there is not enough host memory; nothing is kept.
             RuntimeError: memory cannot be pinned, or a file cannot be read; nothing is kept.
@@ -208,13 +211,16 @@ class ParameterServer:
             in_place, copied = _split_in_place(
                 files, use_inplace_pin_memory and not use_shared_memory_pool
             )
-            sources = {**open_files(copied), **tensor_sources(named_tensors or {})}
+            sources = {
+                **open_files(copied, allowed_folders),
+                **tensor_sources(named_tensors or {}),
+            }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
             buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
-                buffers += self._pin_in_place(in_place, taken, overridden, buffers)
+                buffers += self._pin_in_place(in_place, allowed_folders, taken, overridden, buffers)
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
@@ -594,16 +600,17 @@ class ParameterServer:
     def _pin_in_place(
         self,
         files: list[str],
+        allowed_folders: Sequence[str] | None,
         taken: Set[str],
         overridden: Set[str],
         copied: list[MemoryBuffer],
     ) -> list[MemoryBuffer]:
         """Pin files where they are; on failure release what was copied beside them."""
         try:
-            clashes = sorted(set(open_files(files)) & taken)
+            clashes = sorted(set(open_files(files, allowed_folders)) & taken)
             if clashes:
                 raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
-            pinned = self._host_memory.pin_in_place(files)
+            pinned = self._host_memory.pin_in_place(files, allowed_folders)
         except BaseException:
             self._host_memory.release(copied)
             raise

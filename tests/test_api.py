@@ -13,10 +13,10 @@ import httpx
 import pytest
 import uvicorn
 
-from checkpoint_engine.__main__ import listen
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError
+from checkpoint_engine.service import ServeOptions, listen, uvicorn_config
 
 METAS = {
     "3": {
@@ -78,7 +78,7 @@ def server() -> Server:
 @contextlib.contextmanager
 def serving(ps: Any, path: str) -> Iterator[httpx.Client]:
     """A real HTTP server on a Unix socket, and a client of it."""
-    config = uvicorn.Config(_init_api(ps), log_level="warning")
+    config = uvicorn_config(_init_api(ps), ServeOptions(uds=path))
     server = uvicorn.Server(config)
     with listen(path) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

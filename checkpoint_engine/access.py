@@ -1,0 +1,103 @@
+"""What a caller of the HTTP service may name: pure rules, made from the command line's options."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from checkpoint_engine.errors import AccessError
+
+_UNIX = "unix:"
+_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class UrlPrefix:
+    """Engines that may be asked: one origin, and paths from ``path`` on, segment by segment."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @staticmethod
+    def parse(text: str) -> UrlPrefix:
+        """Raises ``ValueError`` on what is no plain http URL, or hides where it leads."""
+        import httpx  # the parser of the client that will make the request: no second opinion
+
+        try:
+            url = httpx.URL(text)
+        except (httpx.InvalidURL, TypeError, ValueError) as error:
+            raise ValueError(f"{text!r:.200} is not a URL: {error}") from error
+        if url.scheme not in _PORTS or not url.host:
+            raise ValueError(f"{text!r:.200} is not an http:// or https:// URL with a host")
+        if url.userinfo:
+            raise ValueError(f"{text!r:.200}: user names and passwords do not belong into URLs")
+        path = unquote(url.path)
+        hides = (
+            "\\" in path or "//" in path or posixpath.normpath(path) != (path.rstrip("/") or "/")
+        )
+        if hides or not path.isprintable():
+            raise ValueError(f"{text!r:.200}: its path is not in its plain form")
+        return UrlPrefix(url.scheme, url.host.rstrip("."), url.port or _PORTS[url.scheme], path)
+
+    def covers(self, other: UrlPrefix) -> bool:
+        same_origin = (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
+        folder = self.path.rstrip("/")
+        return same_origin and (other.path == folder or other.path.startswith(f"{folder}/"))
+
+
+@dataclass(frozen=True)
+class Access:
+    """``None`` allows everything; an empty tuple, nothing.
+
+    Attributes:
+        folders: real paths; only files in or below them may be registered.
+        engines: only these may be asked to receive over TCP.
+        sockets: only on these Unix sockets may an engine be asked.
+    """
+
+    folders: tuple[str, ...] | None = None
+    engines: tuple[UrlPrefix, ...] | None = None
+    sockets: tuple[str, ...] | None = None
+
+    @staticmethod
+    def of(allow_paths: Sequence[str] = (), allow_update_urls: Sequence[str] = ()) -> Access:
+        """The rules of the options ``--allow-path`` and ``--allow-update-url``.
+
+        Args:
+            allow_paths: folders; none: every file.
+            allow_update_urls: URLs that an ``update_url`` must be equal to or below, and
+                ``unix:PATH`` for an engine on a Unix socket; none: every engine.
+
+        Raises:
+            ValueError: one is no folder, or no URL.
+        """
+        missing = [path for path in allow_paths if not os.path.isdir(path)]
+        if missing:
+            raise ValueError(f"--allow-path {missing[0]}: there is no such folder")
+        folders = tuple(os.path.realpath(path) for path in allow_paths) or None
+        if not allow_update_urls:
+            return Access(folders)
+        sockets = [url.removeprefix(_UNIX) for url in allow_update_urls if url.startswith(_UNIX)]
+        engines = [UrlPrefix.parse(url) for url in allow_update_urls if not url.startswith(_UNIX)]
+        return Access(folders, tuple(engines), tuple(sockets))
+
+    def check_engine(self, url: str, uds: str | None) -> None:
+        """Raises ``AccessError`` if that engine may not be asked. Of an engine on a Unix socket
+        the URL says no more than the path."""
+        if self.engines is None or self.sockets is None:
+            return
+        if uds is not None:
+            if uds not in self.sockets:
+                raise AccessError(f"no engine may be asked through {uds!r:.200} here")
+            return
+        try:
+            asked = UrlPrefix.parse(url)
+        except ValueError as error:
+            raise AccessError(str(error)) from error
+        if not any(prefix.covers(asked) for prefix in self.engines):
+            raise AccessError(f"no engine may be asked at {url!r:.200} here")

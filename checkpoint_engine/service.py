@@ -1,0 +1,239 @@
+"""Serve one rank's ``ParameterServer`` over HTTP: on a Unix socket, or on TCP with a token."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loguru import logger
+
+from checkpoint_engine.access import Access
+from checkpoint_engine.deadline import Deadline
+
+MAX_BODY_BYTES = 64 << 20
+"""Room for the metas of half a million tensors."""
+TOKEN_VARIABLE = "PS_HTTP_TOKEN"
+
+_SHUTDOWN_SECONDS = 5
+_LOCK_SECONDS = 10.0
+_MIN_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where to serve, and to whom. Either ``uds`` or ``port``.
+
+    Attributes:
+        uds: path of a Unix socket that only this user can reach.
+        host, port: TCP. 0: any free port.
+        token: what callers have to present as their bearer token; see ``read_token``. Over TCP it
+            is needed, unless ``allow_anyone``.
+        allow_anyone: serve TCP without a token.
+        access: which files may be registered, and which engines asked.
+        max_body_bytes: of a request.
+    """
+
+    uds: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    token: str | None = field(default=None, repr=False)
+    allow_anyone: bool = False
+    access: Access = field(default_factory=Access)
+    max_body_bytes: int = MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        if (self.uds is None) == (self.port is None):
+            raise ValueError("serve either on a Unix socket or on a TCP port")
+        if self.port is not None and not 0 <= self.port < 1 << 16:
+            raise ValueError(f"{self.port} is no TCP port")
+        if self.port is not None and self.token is None and not self.allow_anyone:
+            raise ValueError(
+                f"TCP can be reached by other users: give a token ({TOKEN_VARIABLE} or a token "
+                "file), or say explicitly that none is wanted"
+            )
+        if self.token is not None:
+            _check_token(self.token)
+
+    @property
+    def where(self) -> str:
+        return self.uds if self.uds is not None else f"{self.host}:{self.port}"
+
+
+def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
+    """The bearer token from ``token_file``, or else from ``PS_HTTP_TOKEN``; ``None`` without both.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if token_file is None:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    path = Path(token_file)
+    try:
+        token = path.read_text(encoding="ascii", errors="replace").strip()
+        if path.stat().st_mode & stat.S_IROTH:
+            logger.warning("every user of this machine can read the token in {}", path)
+    except OSError as error:
+        raise ValueError(f"the token file cannot be read: {error}") from error
+    return token
+
+
+def _check_token(token: str) -> None:
+    if len(token) < _MIN_TOKEN or not all("!" <= letter <= "~" for letter in token):
+        raise ValueError(
+            f"a token has at least {_MIN_TOKEN} printable ASCII characters and no blanks: "
+            "make one with `openssl rand -hex 32`"
+        )
+
+
+def serve(options: ServeOptions, *, rank: int | None = None, world_size: int | None = None) -> None:
+    """Make this rank's server and answer requests until SIGINT or SIGTERM, which exit.
+
+    Called in the main thread of its own process, by every rank, or alone as a world of one.
+
+    Args:
+        rank, world_size: default: ``RANK``, ``WORLD_SIZE``, else a world of one.
+
+    Raises:
+        OSError: the socket or port cannot be had.
+    """
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    # uvicorn shuts down on SIGTERM, then raises it again: without this the process would end there.
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        with _listening(options) as listener:
+            _answer(rank, world_size, options, listener)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _exit(signum: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _answer(rank: int, world_size: int, options: ServeOptions, listener: socket.socket) -> None:
+    import uvicorn
+
+    from checkpoint_engine.api import _init_api
+    from checkpoint_engine.ps import ParameterServer
+
+    app = _init_api(ParameterServer(rank=rank, world_size=world_size, auto_pg=True), options.access)
+    uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
+
+
+def uvicorn_config(app: Any, options: ServeOptions) -> Any:
+    """uvicorn's configuration for ``app`` behind the limits of ``options``."""
+    import uvicorn
+
+    from checkpoint_engine.http_guard import Guard, ImpatientProtocol
+
+    return uvicorn.Config(
+        Guard(app, options.token, options.max_body_bytes),
+        http=ImpatientProtocol,
+        ws="none",
+        loop="asyncio",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        log_level="warning",
+    )
+
+
+@contextlib.contextmanager
+def _listening(options: ServeOptions) -> Iterator[socket.socket]:
+    if options.uds is None:
+        with listen_tcp(options.host, options.port or 0) as listener:
+            logger.info("serving on {}:{}", *listener.getsockname()[:2])
+            yield listener
+        return
+    listener = listen(options.uds)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(options.uds)
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A listening TCP socket, IPv4 or IPv6 as ``host`` says."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at ``path`` that only this user can reach.
+
+    A socket that a dead server left there is replaced.
+
+    Raises:
+        OSError: a live server or another kind of file is there, or the path cannot be used.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # The file that bind makes inherits this mode, so it is never open to others.
+        os.fchmod(listener.fileno(), 0o600)
+        with _folder_locked(path):
+            _remove_stale(path)
+            listener.bind(path)
+            listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+@contextlib.contextmanager
+def _folder_locked(path: str) -> Iterator[None]:
+    """Keep other servers from testing and replacing the socket at the same time.
+
+    Anybody who can read the folder can hold this lock: nobody is waited for long.
+    """
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    deadline = Deadline(_LOCK_SECONDS)
+    try:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            deadline.check("whoever holds a lock on the socket's folder")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError("a file that is not a socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_LOCK_SECONDS)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise FileExistsError(
+        "another server listens there; give each rank its own path, for example with {rank} in it"
+    )
