@@ -64,6 +64,7 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     run in threads, so that a long call does not hold up others.
     """
     rules = Access() if access is None else access
+    ps.allowed_folders = rules.folders
     app = FastAPI(title="checkpoint-engine")
     app.add_exception_handler(RequestValidationError, _explain)
 
@@ -73,11 +74,7 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
 
     @app.post("/v1/checkpoints/{name}/files")
     def register_files(name: Name, request: RegisterRequest) -> Response:
-        if rules.folders is None:
-            return _answer(lambda: ps.register_checkpoint(name, files=request.files))
-        return _answer(
-            lambda: ps.register_checkpoint(name, files=request.files, allowed_folders=rules.folders)
-        )
+        return _answer(lambda: ps.register_checkpoint(name, files=request.files))
 
     @app.delete("/v1/checkpoints/{name}")
     def unregister_checkpoint(name: Name) -> Response:

@@ -25,9 +25,11 @@ from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.wire import (
     ACK,
+    JSON_BUCKETS,
     NOTHING_MORE,
     decode_acceptance,
     encode_bucket,
+    encode_bucket_as_json,
     encode_handle,
 )
 
@@ -88,13 +90,19 @@ class WorkerSession:
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
-        handle = encode_handle(*buffer.handle(), {"timeout": seconds_left})
+        offered = {"timeout": seconds_left, JSON_BUCKETS: True}
+        handle = encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
         extensions = decode_acceptance(reply)
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
+
+    @property
+    def encode_bucket(self) -> Callable[[Any], bytes]:
+        """How this worker reads buckets."""
+        return encode_bucket_as_json if self._extensions.get(JSON_BUCKETS) else encode_bucket
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -271,6 +279,7 @@ class Pipeline:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
         self._in_flight: deque[tuple[Step, bytes, list[Arrival]]] = deque()
         self._queues = loader.blocks_stream and streams.are_queues
+        self._encode: Callable[[Any], bytes] = encode_bucket
 
     def run(self, operation: Operation, session: WorkerSession) -> None:
         """Move every bucket. Returns when the worker has loaded the last one.
@@ -279,6 +288,7 @@ class Pipeline:
         queues work, that is the moment to start the next in it; where it copies in this thread,
         the worker is first given what has arrived, to load it meanwhile.
         """
+        self._encode = session.encode_bucket
         waiting = deque(self._plan.steps)
         count = len(waiting)
         operation.begin("transfer")
@@ -312,7 +322,7 @@ class Pipeline:
             if self._group is not None and step.bucket.size:
                 arrivals.append(_Broadcast(self._group.broadcast(target, step.receiver)))
             arrivals.append(self._streams.event())
-        message = encode_bucket(to_named_tensor(step.bucket.items, start))
+        message = self._encode(to_named_tensor(step.bucket.items, start))
         self._in_flight.append((step, message, arrivals))
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
