@@ -96,6 +96,7 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     run in threads, so that a long call does not hold up others.
     """
     rules = Access() if access is None else access
+    ps.allowed_folders = rules.folders
     app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
     app.add_exception_handler(RequestValidationError, _explain)
     journal = Journal()
@@ -114,10 +115,7 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
     def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
         def register() -> None:
-            if rules.folders is None:
-                ps.register_checkpoint(name, files=request.files)
-            else:
-                ps.register_checkpoint(name, files=request.files, allowed_folders=rules.folders)
+            ps.register_checkpoint(name, files=request.files)
 
         return do("register", name, register, wait)
 

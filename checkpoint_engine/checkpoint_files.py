@@ -9,10 +9,10 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
+import reprlib
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -22,8 +22,9 @@ import torch
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 
-from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.data_types import is_shape, tensor_nbytes
 from checkpoint_engine.errors import AccessError
+from checkpoint_engine.plain_pickle import PlainPickleError, Vocabulary, read_pickle
 
 _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
@@ -49,7 +50,10 @@ _SAFETENSORS_DTYPES = {
 }
 _MAX_SAFETENSORS_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
-_MAX_DIMENSION = 2**63 - 1
+_MAX_NPY_HEADER = 10_000
+"""Bytes; numpy's own limit."""
+_MAX_NPY_META = 1 << 30
+"""Bytes of a ``.meta`` file: room for millions of arrays."""
 _NPY_HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -187,6 +191,10 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         return False
 
 
+_short = reprlib.repr
+"""Of what came out of a file: not even its printed form may be large."""
+
+
 def check_same_file(path: str, fd: int, inode: Inode | None) -> None:
     """Whoever opens a file again calls this, so that header and bytes are of the same one.
 
@@ -245,8 +253,7 @@ def _read_safetensors_header(
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} is in it twice")
     return result
 
@@ -260,7 +267,7 @@ def _parse_header_entry(
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             dtype, size = _parse_dtype_and_shape(path, name, code, shape)
         case _:
-            raise ValueError(f"{path}: tensor {name!r}: malformed header entry {entry!r:.200}")
+            raise ValueError(f"{path}: tensor {name!r}: malformed header entry {_short(entry)}")
     nbytes = tensor_nbytes(dtype, size)
     if not 0 <= begin <= end or end - begin != nbytes:
         raise ValueError(
@@ -280,19 +287,13 @@ def _parse_dtype_and_shape(
         raise ValueError(
             f"{path}: tensor {name!r} has dtype {code!r}, unknown to torch {torch.__version__}"
         )
-    if not _is_shape(shape):
-        raise ValueError(f"{path}: tensor {name!r} has the impossible shape {shape!r:.100}")
+    if not is_shape(shape):
+        raise ValueError(f"{path}: tensor {name!r} has the impossible shape {_short(shape)}")
     if code == "F4":  # torch counts pairs of 4-bit numbers
         if not shape or shape[-1] % 2:
             raise ValueError(f"{path}: tensor {name!r}: F4 needs an even last dimension: {shape}")
         shape = [*shape[:-1], shape[-1] // 2]
     return dtype, torch.Size(shape)
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        type(n) is int and 0 <= n <= _MAX_DIMENSION for n in value
-    )
 
 
 def _check_no_gaps(
@@ -370,7 +371,7 @@ def _tp_rank(path: str) -> tuple[int, str]:
     pieces = base.split(".")
     if len(pieces) <= 3:
         return 0, path
-    if not re.fullmatch(r"[0-9]+", pieces[2]):
+    if not re.fullmatch(r"[0-9]{1,6}", pieces[2]):
         raise ValueError(
             f"{path}: the third dot-separated part of the file's name must be the "
             f"tensor-parallel rank, not {pieces[2]!r}"
@@ -396,6 +397,7 @@ def _next_array(file: IO[bytes], path: str, name: str, nbytes: int, file_size: i
     """Reads one array's header and skips its data. Its own dtype may be a stand-in: bytes count."""
     try:
         version = np.lib.format.read_magic(file)
+        _check_npy_header_length(file, version)
         shape, fortran, dtype = _NPY_HEADER_READERS[version](file)
     except (ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{path}: no readable array for tensor {name!r}: {error}") from error
@@ -417,43 +419,53 @@ def _next_array(file: IO[bytes], path: str, name: str, nbytes: int, file_size: i
     return FileSlice(path, offset, nbytes, _inode(file.fileno()))
 
 
-class _MetaUnpickler(pickle.Unpickler):
-    """Knows torch's dtypes and ``torch.Size``; tensor and array types are names without powers."""
+def _check_npy_header_length(file: IO[bytes], version: tuple[int, int]) -> None:
+    """numpy would first allocate what the length says, and then look at it."""
+    width = 2 if version == (1, 0) else 4
+    at = file.tell()
+    length = int.from_bytes(file.read(width), "little")
+    file.seek(at)
+    if length > _MAX_NPY_HEADER:
+        raise ValueError(f"its header has {length} bytes")
 
-    def find_class(self, module: str, name: str) -> Any:
+
+class _MetaWords(Vocabulary):
+    """Tensor and array types are names without powers."""
+
+    strange = "is not allowed in a checkpoint's .meta"
+
+    def find(self, module: str, name: str) -> Any:
         if (module, name) in (("torch", "Tensor"), ("numpy", "ndarray")):
             return f"{module}.{name}"
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's .meta")
+        return super().find(module, name)
 
 
 def _read_npy_meta(path: str, allowed: Folders) -> list[tuple[str, torch.dtype, torch.Size, int]]:
     with _open(path, allowed) as file:
-        try:
-            metas = _MetaUnpickler(file).load()
-        except Exception as error:  # a broken pickle can raise anything
-            raise ValueError(f"{path}: cannot be unpickled: {error}") from error
+        data = file.read(_MAX_NPY_META + 1)
+    if len(data) > _MAX_NPY_META:
+        raise ValueError(f"{path}: has more than {_MAX_NPY_META} bytes")
+    try:
+        metas = read_pickle(data, _MetaWords())
+    except PlainPickleError as error:
+        raise ValueError(f"{path}: cannot be unpickled: {error}") from error
     if not isinstance(metas, list):
-        raise ValueError(f"{path}: should hold a list, one entry per array, not {metas!r:.100}")
+        raise ValueError(f"{path}: should hold a list, one entry per array, not {_short(metas)}")
     return [_parse_npy_meta(path, meta) for meta in metas]
 
 
 def _parse_npy_meta(path: str, meta: Any) -> tuple[str, torch.dtype, torch.Size, int]:
     if not isinstance(meta, dict) or set(meta) != _NPY_META_KEYS:
-        raise ValueError(f"{path}: an entry should have {sorted(_NPY_META_KEYS)}: {meta!r:.200}")
+        raise ValueError(f"{path}: an entry should have {sorted(_NPY_META_KEYS)}: {_short(meta)}")
     name, dtype, shape, dim = (meta[key] for key in ("key", "dtype", "shape", "tp_concat_dim"))
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: a tensor's key is a non-empty string, not {name!r:.100}")
+        raise ValueError(f"{path}: a tensor's key is a non-empty string, not {_short(name)}")
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r:.100}, not a torch.dtype")
-    if not _is_shape(shape):
-        raise ValueError(f"{path}: tensor {name!r} has the impossible shape {shape!r:.100}")
+        raise ValueError(f"{path}: tensor {name!r} has dtype {_short(dtype)}, not a torch.dtype")
+    if not is_shape(shape):
+        raise ValueError(f"{path}: tensor {name!r} has the impossible shape {_short(shape)}")
     if type(dim) is not int:
-        raise ValueError(f"{path}: tensor {name!r} has tp_concat_dim {dim!r:.100}, not an integer")
+        raise ValueError(f"{path}: tensor {name!r} has tp_concat_dim {_short(dim)}, not an integer")
     return name, dtype, torch.Size(shape), dim
 
 
@@ -509,6 +521,8 @@ def _concatenate(name: str, shards: list[_Shard]) -> TensorSource:
             _check_same(name, "shape", first, shard)
     shape = list(first.shape)
     shape[dim] = sum(shard.shape[dim] for shard in shards)
+    if not is_shape(shape):
+        raise ValueError(f"tensor {name!r} would have the impossible shape {_short(shape)}")
     parts = FileParts(tuple(shard.part for shard in shards), rows=math.prod(shape[:dim]))
     return TensorSource(name, first.dtype, torch.Size(shape), parts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +27,12 @@ from pydantic import (
 
 ALIGNMENT = 256
 """Every tensor starts at a multiple of this many bytes, in host buffers and in buckets."""
+
+
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+"""By their names in torch, as ``bfloat16``."""
+_MAX_DIMENSIONS = 64
+_MAX_LENGTH = 2**63 - 1
 
 
 def align_up(size: int, alignment: int = ALIGNMENT) -> int:
@@ -46,17 +53,24 @@ def parse_dtype(value: Any) -> torch.dtype:
     """
     if isinstance(value, torch.dtype):
         return value
-    dtype = getattr(torch, str(value).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch {torch.__version__} has no dtype {value!r}")
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if dtype is None:
+        raise ValueError(f"torch {torch.__version__} has no dtype {reprlib.repr(value)}")
     return dtype
 
 
+def is_shape(value: Any) -> bool:
+    """Whether torch could have a tensor of this shape: a list or tuple from anywhere."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n <= _MAX_LENGTH for n in value)
+    )
+
+
 def _parse_shape(value: Any) -> torch.Size:
-    if isinstance(value, torch.Size):
-        return value
-    if not isinstance(value, (list, tuple)) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"a shape is a list of non-negative integers, not {value!r}")
+    if not is_shape(value):
+        raise ValueError(f"a shape is a list of non-negative integers, not {reprlib.repr(value)}")
     return torch.Size(value)
 
 

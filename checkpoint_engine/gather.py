@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,14 @@ from checkpoint_engine.data_types import (
     Lease,
     MemoryBufferMetas,
     ParameterMeta,
+    is_shape,
     make_metas,
     parse_dtype,
 )
+
+_MAX_EXPANSION = 200
+"""No tensor without a name of its own: real layouts are 10 to 30 times as large as compressed."""
+_MIN_EXPANDED = 1 << 20
 
 Layout = list[list[ParameterMeta]]
 """The tensors of each host buffer."""
@@ -61,17 +67,66 @@ def encode_layout(buffers: Sequence[Sequence[ParameterMeta]]) -> EncodedLayout:
 
 
 def decode_layout(blob: bytes) -> Layout:
-    """The inverse of ``encode_layout``."""
-    content = json.loads(zlib.decompress(blob))
-    kinds = [
-        (parse_dtype(dtype), torch.Size(shape), size) for dtype, shape, size in content["kinds"]
-    ]
-    metas = make_metas(content["names"], kinds, content["kind_of"])
+    """The inverse of ``encode_layout``.
+
+    Raises:
+        ValueError: it is something else, or far larger than its compressed form can be.
+    """
+    content = _parse(_decompress(blob))
+    try:
+        kinds = [_kind(*kind) for kind in content["kinds"]]
+        names, kind_of, counts = content["names"], content["kind_of"], content["counts"]
+        _check_layout(names, kind_of, counts, len(kinds))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a layout: {error!r:.100}") from error
+    metas = make_metas(names, kinds, kind_of)
     layout, start = [], 0
-    for count in content["counts"]:
+    for count in counts:
         layout.append(metas[start : start + count])
         start += count
     return layout
+
+
+def _decompress(blob: bytes) -> bytes:
+    limit = _MAX_EXPANSION * len(blob) + _MIN_EXPANDED
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(blob, limit)
+    except zlib.error as error:
+        raise ValueError(f"not a layout: {error}") from error
+    if not stream.eof or stream.unused_data:
+        raise ValueError(f"not a layout: {len(blob)} bytes that are cut off, or hold too much")
+    return content
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error!r:.100}") from error
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _kind(dtype: Any, shape: Any, size: Any) -> tuple[torch.dtype, torch.Size, int]:
+    if not is_shape(shape) or not _is_size(size):
+        raise ValueError(f"not a kind of tensor: {reprlib.repr((dtype, shape, size))}")
+    return parse_dtype(dtype), torch.Size(shape), size
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 96  # also of tensors that nobody could have
+
+
+def _check_layout(names: Any, kind_of: Any, counts: Any, kinds: int) -> None:
+    """All types at once, and not one by one: a large model has hundreds of thousands."""
+    if not set(map(type, names)) <= {str} or not set(map(type, [*kind_of, *counts])) <= {int}:
+        raise ValueError("not a layout: names are strings, kinds and counts integers")
+    if len(names) != len(kind_of) or sum(counts) != len(names) or min(counts, default=0) < 0:
+        raise ValueError(f"not a layout: {len(names)} names, {len(kind_of)} of a kind")
+    if min(kind_of, default=0) < 0 or max(kind_of, default=-1) >= kinds:
+        raise ValueError(f"not a layout: of the {kinds} kinds one is missing")
 
 
 @contextmanager
@@ -102,8 +157,38 @@ def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
     ).encode()
 
 
+def decode_place(data: bytes) -> dict[str, Any]:
+    """What ``encode_place`` sent, for ``join_place``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    place = _parse(data)
+    match place:
+        case {
+            "store": str() | None,
+            "device": str(),
+            "host": str(),
+            "uuid": str(),
+            "lease": None | [int(), str()],
+            "buffers": [*buffers],
+            "layout": str(),
+            "known": str(),
+        } if all(_is_buffer(buffer) for buffer in buffers):
+            return place
+    raise ValueError(f"not a rank's part of a checkpoint: {reprlib.repr(place)}")
+
+
+def _is_buffer(buffer: Any) -> bool:
+    return isinstance(buffer, list) and len(buffer) == 2 and all(map(_is_size, buffer))
+
+
 def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:
-    """A rank's whole part, from what ``encode_place`` sent and its layout."""
+    """A rank's whole part, from what ``encode_place`` sent and its layout.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
     return DataToGather.model_construct(
         p2p_store_addr=place["store"],
         memory_buffer_metas_list=[

@@ -16,7 +16,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import RequestError, WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
-from checkpoint_engine.pipeline import Request, WorkerSession
+from checkpoint_engine.pipeline import BucketEncoder, Request, WorkerSession
 from checkpoint_engine.report import InstanceFailure
 
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
@@ -65,6 +65,10 @@ class Instance:
     @property
     def state(self) -> str:
         return self._session.state
+
+    @property
+    def encode_bucket(self) -> BucketEncoder:
+        return self._session.encode_bucket
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         self._attempt(lambda: self._session.hand_over(buffer, seconds_left))

@@ -28,9 +28,11 @@ from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.wire import (
     ACK,
+    JSON_BUCKETS,
     NOTHING_MORE,
     decode_acceptance,
     encode_bucket,
+    encode_bucket_as_json,
     encode_handle,
 )
 
@@ -39,6 +41,7 @@ _FAREWELL_OF_0_2 = 30.0  # the same where a worker of release 0.2 has left, perh
 
 SocketPaths = list[tuple[str, str]]
 RequestFunction = Callable[[SocketPaths], Any]
+BucketEncoder = Callable[[list[dict[str, Any]]], bytes]
 
 
 class Request:
@@ -88,6 +91,8 @@ class Session(Protocol):
     def state(self) -> str: ...
     @property
     def failed(self) -> Sequence[InstanceFailure]: ...
+    @property
+    def encode_bucket(self) -> BucketEncoder: ...
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None: ...
     def check(self) -> None: ...
     def begin_reload(self, message: bytes) -> None: ...
@@ -117,15 +122,19 @@ class WorkerSession:
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         """Share the double buffer; returns when the worker has mapped it."""
-        handle = encode_handle(
-            *buffer.handle(), {"timeout": seconds_left, "weight_version": self._version}
-        )
+        offered = {"timeout": seconds_left, "weight_version": self._version, JSON_BUCKETS: True}
+        handle = encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
         extensions = decode_acceptance(reply)
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
+
+    @property
+    def encode_bucket(self) -> BucketEncoder:
+        """How this worker reads buckets."""
+        return encode_bucket_as_json if self._extensions.get(JSON_BUCKETS) else encode_bucket
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -390,11 +399,13 @@ class Pipeline:
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
             operation.begin("reload")
-            session.begin_reload(self._messages.of(index))
+            session.begin_reload(self._messages.of(index, session.encode_bucket))
             if index + 1 == count:
                 session.announce_end()
             if not self._loader.only_queues:
                 self._start_next(session.check)
+            if index + 1 < count:
+                self._messages.of(index + 1, session.encode_bucket)  # while the worker loads
             session.await_reload(f"bucket {index + 1} of {count}")
             if self._loader.only_queues:
                 self._start_next(session.check)
@@ -416,7 +427,6 @@ class Pipeline:
                 arrivals.append(_Broadcast(self._group.broadcast(payload, step.receiver)))
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
-        self._messages.of(len(self._plan.steps) - len(self._waiting) - 1)  # while it travels
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
         with self._naming_source(step):
@@ -459,15 +469,15 @@ class Messages:
 
     def __init__(self, plan: TransferPlan) -> None:
         self._plan = plan
-        self._encoded: dict[int, bytes] = {}
+        self._encoded: dict[tuple[BucketEncoder, int], bytes] = {}
 
-    def of(self, index: int) -> bytes:
+    def of(self, index: int, encode: BucketEncoder) -> bytes:
         """The message of the plan's step ``index``."""
-        if index not in self._encoded:
+        if (encode, index) not in self._encoded:
             step = self._plan.steps[index]
             start = step.slot * self._plan.bucket_bytes
-            self._encoded[index] = encode_bucket(to_named_tensor(step.bucket.items, start))
-        return self._encoded[index]
+            self._encoded[encode, index] = encode(to_named_tensor(step.bucket.items, start))
+        return self._encoded[encode, index]
 
 
 class _Broadcast:

@@ -40,10 +40,12 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup, create_weights_group
+from checkpoint_engine.door import KnownWorker
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import (
     EncodedLayout,
     KnownLayouts,
+    decode_place,
     encode_layout,
     encode_place,
     join_place,
@@ -156,6 +158,9 @@ class ParameterServer:
         if self.device_manager.is_accelerator:
             self.device_manager.device_module.set_device(self._local_rank)
 
+        self.allowed_folders: Sequence[str] | None = None
+        """Real paths of the folders that files may be registered from, symbolic links resolved;
+        ``None``: from anywhere."""
         self._log = logger.bind(rank=self._rank)
         self._control = ControlPlane(self._rank, self._world_size, master_addr, master_port)
         self._host_ip = self._control.reachable_ip()
@@ -177,6 +182,7 @@ class ParameterServer:
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
         self._planned: _Planned | None = None
+        self._known_worker = KnownWorker()
         self._weights_group: WeightsGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -199,7 +205,6 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
-        allowed_folders: Sequence[str] | None = None,
     ) -> None:
         """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
 
@@ -212,10 +217,9 @@ class ParameterServer:
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
                 instead of copying them, and then DELETE them. The shared memory pool copies.
-            allowed_folders: real paths; refuse files that lie elsewhere, symbolic links resolved.
 
         Raises:
-            AccessError: a file lies outside ``allowed_folders``; nothing is kept.
+            AccessError: a file is outside ``allowed_folders``; nothing is kept.
             ValueError: the name is taken, or a file or tensor cannot be used; nothing is kept.
             MemoryError: there is not enough host memory; nothing is kept.
             RuntimeError: memory cannot be pinned, or a file cannot be read; nothing is kept.
@@ -226,7 +230,7 @@ class ParameterServer:
                 files, use_inplace_pin_memory and not use_shared_memory_pool
             )
             sources = {
-                **open_files(copied, allowed_folders),
+                **open_files(copied, self.allowed_folders),
                 **tensor_sources(named_tensors or {}),
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
@@ -234,7 +238,7 @@ class ParameterServer:
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
-                buffers += self._pin_in_place(in_place, allowed_folders, taken, overridden, buffers)
+                buffers += self._pin_in_place(in_place, taken, overridden, buffers)
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
@@ -501,7 +505,9 @@ class ParameterServer:
 
     def _listen(self, stack: ExitStack) -> WorkerLink:
         context = stack.enter_context(open_context())
-        return stack.enter_context(contextlib.closing(WorkerLink(context, Address())))
+        return stack.enter_context(
+            contextlib.closing(WorkerLink(context, Address(), self._known_worker))
+        )
 
     def _agree(
         self,
@@ -703,17 +709,16 @@ class ParameterServer:
     def _pin_in_place(
         self,
         files: list[str],
-        allowed_folders: Sequence[str] | None,
         taken: Set[str],
         overridden: Set[str],
         copied: list[MemoryBuffer],
     ) -> list[MemoryBuffer]:
         """Pin files where they are; on failure release what was copied beside them."""
         try:
-            clashes = sorted(set(open_files(files, allowed_folders)) & taken)
+            clashes = sorted(set(open_files(files, self.allowed_folders)) & taken)
             if clashes:
                 raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
-            pinned = self._host_memory.pin_in_place(files, allowed_folders)
+            pinned = self._host_memory.pin_in_place(files, self.allowed_folders)
         except BaseException:
             self._host_memory.release(copied)
             raise
@@ -726,7 +731,7 @@ class ParameterServer:
         sent = operation.all_gather(
             "places", encode_place(mine, layout.digest, self._known_layouts.digest)
         )
-        places = [json.loads(place) for place in sent]
+        places = [decode_place(place) for place in sent]
         missing = self._known_layouts.missing(places)
         blobs = operation.gather_from(missing, "layouts", layout.blob)
         layouts = self._known_layouts.update(places, dict(zip(missing, blobs, strict=True)))

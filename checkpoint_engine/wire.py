@@ -4,28 +4,35 @@ Server to worker: a handle, then buckets, then twice ``None`` (release the buffe
 any time an abort. Worker to server: ``ACK``, or the UTF-8 text of a traceback. The bytes are those
 of the original's release 0.4, so either end also talks to the original's other end.
 
-What comes from the other process is unpickled with a reader that knows only the types of these
-messages and calls nothing but ``torch.Size`` and exception classes.
+What comes from the other process is read by ``plain_pickle``, with the types of these messages for
+a vocabulary; nothing but ``torch.Size`` and exception classes is called. Between our own two ends
+buckets are JSON.
 """
 
 from __future__ import annotations
 
 import builtins
 import importlib
-import io
 import json
+import math
 import pickle
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 
+from checkpoint_engine.data_types import is_shape, parse_dtype
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.plain_pickle import PlainPickleError, Vocabulary, read_pickle
 
 ACK = b""
 NOTHING_MORE = pickle.dumps(None)
 """Sent twice: first drop the buffer, then run the post hook."""
+
+JSON_BUCKETS = "json buckets"
+"""An extension that the server offers by naming it ``True``, and a worker accepts likewise."""
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
@@ -92,6 +99,61 @@ def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:
     return pickle.dumps(list(tensors))
 
 
+def encode_bucket_as_json(tensors: Iterable[dict[str, Any]]) -> bytes:
+    """The same for a worker that accepted ``JSON_BUCKETS``. Dtypes and shapes, of which a model
+    has few, stand there once."""
+    kinds: dict[tuple[torch.dtype, torch.Size], int] = {}
+    rows = [
+        (
+            entry["name"],
+            entry["offset"],
+            kinds.setdefault((entry["dtype"], entry["shape"]), len(kinds)),
+        )
+        for entry in tensors
+    ]
+    names, offsets, kind_of = zip(*rows, strict=True) if rows else ((), (), ())
+    content = {
+        "kinds": [(str(dtype), list(shape)) for dtype, shape in kinds],
+        "names": names,
+        "offsets": offsets,
+        "kind_of": kind_of,
+    }
+    return _EXTENSION_MARK + json.dumps(content, separators=(",", ":")).encode()
+
+
+def _decode_json_bucket(text: bytes) -> Bucket:
+    try:
+        match _parse(text):
+            case {
+                "kinds": [*kinds],
+                "names": [*names],
+                "offsets": [*offsets],
+                "kind_of": [*kind_of],
+            } if len(names) == len(offsets) == len(kind_of):
+                known = dict(
+                    enumerate((parse_dtype(dtype), _size(shape)) for dtype, shape in kinds)
+                )
+            case content:
+                raise WireError(f"expected a bucket, got {_shown(content)}")
+        tensors = []
+        for name, offset, kind in zip(names, offsets, kind_of, strict=True):
+            dtype, shape = known[kind]
+            if type(name) is not str or type(offset) is not int or offset < 0:
+                raise ValueError(f"{reprlib.repr(name)} at {reprlib.repr(offset)}")
+            tensors.append(
+                FlattenedTensorMetadata(name=name, shape=shape, dtype=dtype, offset=offset)
+            )
+        return Bucket(tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a bucket cannot be read: {error!r:.200}") from error
+
+
+def _size(shape: Any) -> torch.Size:
+    if not is_shape(shape):
+        raise ValueError(f"{reprlib.repr(shape)} is no shape")
+    return torch.Size(shape)
+
+
 def encode_abort(reason: str) -> bytes:
     return pickle.dumps(RuntimeError(reason))
 
@@ -115,6 +177,8 @@ def decode_handle(message: bytes) -> Handle | Abort:
 
 def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
     """Any message after the handle. Raises ``WireError`` on what is none of them."""
+    if message.startswith(_EXTENSION_MARK):
+        return _decode_json_bucket(message[len(_EXTENSION_MARK) :])
     content = _load(message)
     if content is None:
         return NothingMore()
@@ -134,11 +198,20 @@ def _extensions_of(message: bytes) -> dict[str, Any]:
     _, mark, tail = message.rpartition(_EXTENSION_MARK)
     if not mark:
         return {}
+    extensions = _parse(tail)
+    if not isinstance(extensions, dict):
+        raise WireError(f"expected extensions, got {_shown(extensions)}")
+    seconds = extensions.get("timeout", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise WireError(f"the time left is {_shown(seconds)}")
+    return extensions
+
+
+def _parse(text: bytes) -> Any:
     try:
-        extensions = json.loads(tail)
-    except ValueError as error:
-        raise WireError(f"the handle's extensions are not JSON: {error}") from error
-    return extensions if isinstance(extensions, dict) else {}
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a message of {len(text)} bytes is not JSON: {error!r:.200}") from error
 
 
 def _is_tensor_metadata(entry: Any) -> bool:
@@ -147,14 +220,14 @@ def _is_tensor_metadata(entry: Any) -> bool:
         and isinstance(entry.get("name"), str)
         and isinstance(entry.get("dtype"), torch.dtype)
         and isinstance(entry.get("shape"), tuple)
-        and all(type(length) is int and length >= 0 for length in entry["shape"])
+        and is_shape(entry["shape"])
         and type(entry.get("offset")) is int
         and entry["offset"] >= 0
     )
 
 
 def _shown(content: Any) -> str:
-    return f"{type(content).__name__} {content!r:.200}"
+    return f"{type(content).__name__} {reprlib.repr(content)}"
 
 
 _REBUILD_FUNCTIONS = {
@@ -170,11 +243,15 @@ _ARGUMENTS = {
 }
 
 
-class _Global(NamedTuple):
-    """Stands for a function or class named in a message, so that unpickling cannot call it.
+_EXCEPTIONS = {
+    name: value
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, Exception)
+}
 
-    A named tuple, because nothing in a message can change one.
-    """
+
+class _Global(NamedTuple):
+    """Stands for a function or class named in a message, so that reading it cannot call it."""
 
     module: str
     name: str
@@ -185,25 +262,47 @@ class _Global(NamedTuple):
         return getattr(importlib.import_module(self.module), self.name)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+class _Words(Vocabulary):
+    """Of these only exceptions may be called."""
+
+    strange = "is no part of the protocol"
+    shared_types = (*Vocabulary.shared_types, _Global)
+
+    def find(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILD_FUNCTIONS | _ARGUMENTS:
             return _Global(module, name)
-        if module == "torch":
-            value = getattr(torch, name, None)
-            if value is torch.Size or isinstance(value, torch.dtype):
-                return value
-        if module == "builtins":
-            value = getattr(builtins, name, None)
-            if isinstance(value, type) and issubclass(value, Exception):
-                return value
-        raise WireError(f"a message names {module}.{name}, which is no part of the protocol")
+        if module == "builtins" and name in _EXCEPTIONS:
+            return _EXCEPTIONS[name]
+        return super().find(module, name)
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        if isinstance(function, type) and issubclass(function, Exception):
+            return _make_exception(function, args)
+        return super().call(function, args)
+
+    def set_state(self, made: Any, state: Any) -> None:
+        if not isinstance(made, Exception):
+            super().set_state(made, state)
+        # Its notes and other attributes are left out: nobody needs them here.
+
+
+_WORDS = _Words()
+_PLAIN = (str, bytes, int, float, type(None))
+
+
+def _make_exception(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
+    """Also one whose arguments do not suit it has a text."""
+    plain = [arg if isinstance(arg, _PLAIN) else reprlib.repr(arg) for arg in args]
+    try:
+        made = cls(*plain)
+        str(made), repr(made)
+    except Exception:
+        return RuntimeError(f"{cls.__name__}{reprlib.repr(tuple(plain))}")
+    return made
 
 
 def _load(message: bytes) -> Any:
     try:
-        return _Unpickler(io.BytesIO(message)).load()
-    except WireError:
-        raise
-    except Exception as error:
-        raise WireError(f"a message of {len(message)} bytes cannot be read: {error!r}") from error
+        return read_pickle(message, _WORDS)
+    except PlainPickleError as error:
+        raise WireError(f"a message of {len(message)} bytes cannot be read: {error}") from error

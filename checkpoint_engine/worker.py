@@ -21,6 +21,7 @@ from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
+    JSON_BUCKETS,
     Abort,
     Bucket,
     FlattenedTensorMetadata,
@@ -177,8 +178,9 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
             link.receive()  # the server's reason to abort, whatever it says
         raise
     if "timeout" in handle.extensions:
-        link.set_deadline(float(handle.extensions["timeout"]))
-    link.reply(encode_acceptance({"version": 1}) if handle.extensions else ACK)
+        link.set_deadline(handle.extensions["timeout"])
+    accepted = {"version": 1, **{key: True for key in (JSON_BUCKETS,) if key in handle.extensions}}
+    link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
     return handle, buffer
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from checkpoint_engine.device_utils import get_ip
 from checkpoint_engine.distributed.base import Distributed, Group
 from checkpoint_engine.distributed.weights_group import CREATE
+from checkpoint_engine.plain_pickle import ModelWords, read_pickle
 
 NOT_A_MEMBER = object()
 _DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
@@ -43,12 +44,16 @@ class _Members:
         )
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every member's object, in the order of ``ranks``."""
+        """Every member's object, in the order of ``ranks``: plain data, or of our data types.
+
+        Raises:
+            ValueError: a member sent something else.
+        """
         self._objects_gathered += 1
         mine = f"{self._objects_gathered}/{self.rank}"
         self.store.set(mine, pickle.dumps(obj))  # type: ignore[arg-type]  # bytes are fine
         keys = [f"{self._objects_gathered}/{rank}" for rank in self.ranks]
-        gathered = [pickle.loads(self.store.get(key)) for key in keys]
+        gathered = [read_pickle(self.store.get(key), ModelWords()) for key in keys]
         self.barrier()
         self.store.delete_key(mine)
         return gathered
