@@ -68,7 +68,7 @@ class Door:
         self._proof = b""
         self._users = {os.geteuid(), 0, *admitted_users()}
         self._waiting: list[Peer] = []
-        self._patience = Deadline(0)
+        self._patience = Deadline(_WAIT)
         self._socket: zmq.Socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(_ZAP)
