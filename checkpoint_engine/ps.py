@@ -289,14 +289,14 @@ class ParameterServer:
 
     # ------------------------------------------------------------------ who owns what
 
-    def gather_metas(self, checkpoint_name: str) -> None:
+    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = _TEN_MINUTES) -> None:
         """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
         ranks.
 
         Raises:
             UpdateError: no rank has registered it, or a rank did not come.
         """
-        with self._collective("gather_metas", checkpoint_name, _TEN_MINUTES) as operation:
+        with self._collective("gather_metas", checkpoint_name, timeout) as operation:
             gathered, digest = self._gather(operation, checkpoint_name)
             known = any(one.memory_buffer_metas_list for one in gathered)
             known = known or self._is_registered_somewhere(operation, checkpoint_name, gathered)
