@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from checkpoint_engine.checksum import Checksums
 from checkpoint_engine.control import Operation
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
@@ -31,6 +32,7 @@ from checkpoint_engine.wire import (
     NOTHING_MORE,
     decode_acceptance,
     encode_bucket,
+    encode_extensions,
     encode_handle,
 )
 
@@ -87,6 +89,8 @@ class Session(Protocol):
     @property
     def state(self) -> str: ...
     @property
+    def worker_checks_sums(self) -> bool: ...
+    @property
     def failed(self) -> Sequence[InstanceFailure]: ...
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None: ...
     def check(self) -> None: ...
@@ -126,6 +130,11 @@ class WorkerSession:
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
+
+    @property
+    def worker_checks_sums(self) -> bool:
+        """Whether the worker looks at checksums itself, right before it loads."""
+        return bool(self._extensions.get("checksum"))
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -347,10 +356,12 @@ class Pipeline:
         group: WeightsGroup | None,
         loader: Loader,
         streams: Streams,
+        checksums: Checksums,
     ) -> None:
         """
         Args:
             messages: what workers are told of the plan's buckets.
+            checksums: what their bytes must add up to.
             buffer: the double buffer that this rank's worker maps.
             staging: as large as the largest bucket; ``None``: receive into ``buffer`` directly.
             group: ``None`` where this rank is the only one.
@@ -362,6 +373,7 @@ class Pipeline:
         self._group = group
         self._loader = loader
         self._streams = streams
+        self._checksums = checksums
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
@@ -390,7 +402,7 @@ class Pipeline:
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
             operation.begin("reload")
-            session.begin_reload(self._messages.of(index))
+            session.begin_reload(self._messages.of(index) + self._sum(step, session))
             if index + 1 == count:
                 session.announce_end()
             if not self._loader.only_queues:
@@ -417,6 +429,21 @@ class Pipeline:
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
         self._messages.of(len(self._plan.steps) - len(self._waiting) - 1)  # while it travels
+
+    def _sum(self, step: Step, session: Session) -> bytes:
+        """What follows the message of a bucket, for workers that check its bytes themselves. They
+        are checked here for those that do not, such as the original's."""
+        expected = self._checksums.of(step.owner, step.bucket)
+        if expected is None:
+            return b""
+        start = step.slot * self._plan.bucket_bytes
+        if session.worker_checks_sums:
+            return encode_extensions({"checksum": [start, step.bucket.size, *expected]})
+        expected.check(
+            self._buffer[start : start + step.bucket.size],
+            f"a bucket from {self._loader.source_of(step)}",
+        )
+        return b""
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
         with self._naming_source(step):

@@ -16,7 +16,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -53,6 +53,7 @@ class Bucket:
     """Tensors that are now in the double buffer."""
 
     tensors: list[FlattenedTensorMetadata]
+    extensions: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:
     return pickle.dumps(list(tensors))
 
 
+def encode_extensions(extensions: dict[str, Any]) -> bytes:
+    """What may follow a bucket's message, where readers of 0.4 do not look."""
+    return _EXTENSION_MARK + json.dumps(extensions).encode()
+
+
 def encode_abort(reason: str) -> bytes:
     return pickle.dumps(RuntimeError(reason))
 
@@ -121,7 +127,7 @@ def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
     if isinstance(content, Exception):
         return Abort(content)
     if isinstance(content, list) and all(_is_tensor_metadata(entry) for entry in content):
-        return Bucket(content)
+        return Bucket(content, _extensions_of(message))
     raise WireError(f"expected a bucket, an abort or None, got {_shown(content)}")
 
 

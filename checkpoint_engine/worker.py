@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import zmq
 
+from checkpoint_engine.checksum import Expected
 from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
@@ -115,7 +116,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(float(handle.extensions["timeout"]))
-    link.reply(encode_acceptance({"version": 1}) if handle.extensions else ACK)
+    link.reply(encode_acceptance({"version": 1, "checksum": True}) if handle.extensions else ACK)
     return handle, buffer
 
 
@@ -129,22 +130,37 @@ def _load_buckets(
     it. ``begin``: called before anything is written."""
     failure: _Failure | None = None
     begun = False
-    while True:
-        received = link.receive()
-        try:
-            message = decode_message(received)
-        except WireError as error:  # the server waits for a reply to it all the same
-            _acknowledge(link, _Failure.of(error))
-            raise
-        if not begun and not isinstance(message, Abort):
-            begin()
-            begun = True
-        if isinstance(message, NothingMore):
-            return failure
-        if isinstance(message, Abort):
-            raise message.error from (failure and failure.error)
-        failure = failure or _attempt(partial(_load, message.tensors, buffer, run))
-        _acknowledge(link, failure)
+    try:
+        while True:
+            received = link.receive()
+            try:
+                message = decode_message(received)
+            except WireError as error:  # the server waits for a reply to it all the same
+                _acknowledge(link, _Failure.of(error))
+                raise
+            if not begun and not isinstance(message, Abort):
+                begin()
+                begun = True
+            if isinstance(message, NothingMore):
+                return failure
+            if isinstance(message, Abort):
+                raise message.error from (failure and failure.error)
+            failure = failure or _attempt(partial(_check_and_load, message, buffer, run))
+            _acknowledge(link, failure)
+    finally:
+        del buffer  # this frame lives on in the traceback of what is raised
+
+
+def _check_and_load(
+    bucket: Bucket, buffer: torch.Tensor, run: Callable[[NamedTensors], Any]
+) -> None:
+    """Load a bucket, if its bytes are those that its owner registered."""
+    expected = bucket.extensions.get("checksum")
+    if expected is not None:
+        start, nbytes, first_block, total = expected
+        names = f"{bucket.tensors[0]['name']!r} to {bucket.tensors[-1]['name']!r}"
+        Expected(first_block, total).check(buffer[start : start + nbytes], names)
+    _load(bucket.tensors, buffer, run)
 
 
 def _load(

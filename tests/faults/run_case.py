@@ -179,4 +179,4 @@ def _recover(fleet: Fleet, verdict: Verdict) -> None:
     fleet.call_all("clear")
     fleet.good_update()
     fleet.settle_baseline(started)
-    verdict.leaks += fleet.leaks()
+    verdict.leaks += fleet.leaks(died=bool(started))
