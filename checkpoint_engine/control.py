@@ -146,6 +146,8 @@ class ControlPlane:
             self._circles.clear()  # rank 0 was started again, and counts from 0
         for circle in self._circles.values():
             circle.world = world
+        if lost is not None:
+            lost.close()
         self._world = world
         return world
 
@@ -350,6 +352,7 @@ class Operation:
             else:
                 self._fail(exc)
         finally:
+            del exc  # this frame lives on in the traceback of what is raised
             self._circle.world.peers.expect_end(None)
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
@@ -433,11 +436,12 @@ class Operation:
             self._leave(outcome, Deadline(_FAREWELL))
         if isinstance(error, UpdateError):
             error.engines = states
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # this frame lives on in its traceback
         if isinstance(error, Exception):
-            failure = _Failure.decode(outcome).error(self.name)
-            failure.engines = states
-            raise failure from error
+            raise _Failure.decode(outcome).error(self.name, states) from error
 
     def _exchange_states(self) -> dict[int, str]:
         """What the engine of each rank holds; of those that say so soon."""
@@ -527,8 +531,10 @@ class _Failure(NamedTuple):
     def decode(outcome: bytes) -> _Failure:
         return _Failure(*json.loads(outcome))
 
-    def error(self, operation: str) -> UpdateError:
-        return UpdateError(operation, self.rank, self.phase, self.cause)
+    def error(self, operation: str, engines: dict[int, str] | None = None) -> UpdateError:
+        error = UpdateError(operation, self.rank, self.phase, self.cause)
+        error.engines = engines or {}
+        return error
 
 
 def _describe(error: BaseException, lost: str) -> str:

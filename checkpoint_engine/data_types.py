@@ -174,11 +174,15 @@ class H2DBucket(BaseModel):
 
 class MemoryBufferMetas(BaseModel):
     """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
-    process."""
+    process.
+
+    ``checksums`` is this library's: of each tensor, see ``checksum.py``, base64.
+    """
 
     metas: list[ParameterMeta]
     ptr: int
     size: int
+    checksums: str | None = None
 
 
 class MemoryBuffer(BaseModel):

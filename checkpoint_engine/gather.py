@@ -150,7 +150,10 @@ def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
             "host": data.host_ip,
             "uuid": data.device_uuid,
             "lease": data.lease and (data.lease.ptr, data.lease.id),
-            "buffers": [(buffer.ptr, buffer.size) for buffer in data.memory_buffer_metas_list],
+            "buffers": [
+                (buffer.ptr, buffer.size, buffer.checksums)
+                for buffer in data.memory_buffer_metas_list
+            ],
             "layout": layout_digest,
             "known": known,
         }
@@ -192,8 +195,8 @@ def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:
     return DataToGather.model_construct(
         p2p_store_addr=place["store"],
         memory_buffer_metas_list=[
-            MemoryBufferMetas.model_construct(metas=metas, ptr=ptr, size=size)
-            for (ptr, size), metas in zip(place["buffers"], layout, strict=True)
+            MemoryBufferMetas.model_construct(metas=metas, ptr=ptr, size=size, checksums=sums)
+            for (ptr, size, sums), metas in zip(place["buffers"], layout, strict=True)
         ],
         rdma_device=place["device"],
         host_ip=place["host"],

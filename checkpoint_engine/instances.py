@@ -70,6 +70,10 @@ class Instance:
     def encode_bucket(self) -> BucketEncoder:
         return self._session.encode_bucket
 
+    @property
+    def worker_checks_sums(self) -> bool:
+        return self._failure is not None or self._session.worker_checks_sums
+
     def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
         self._attempt(lambda: self._session.hand_over(buffer, seconds_left))
 

@@ -23,7 +23,7 @@ from checkpoint_engine.leftovers import abandoned, create_locked, remove
 from checkpoint_engine.wire import ACK, encode_abort
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
-_CONNECT_SECONDS = 30.0  # servers listen before they ask anybody to connect
+_CONNECT_SECONDS = 5.0  # servers listen before they ask anybody to connect
 _LINGER_MS = 1000  # for an abort message to leave before its socket closes
 _MAX_PATH = 107  # bytes of a Unix socket path
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from checkpoint_engine.checksum import clear_gaps
 from checkpoint_engine.data_types import (
     H2DBucket,
     MemoryBuffer,
@@ -69,6 +70,7 @@ def copy_from_host(
     for index, offset, size in bucket.ranges:
         source = sources[index][offset : offset + size]
         target[position : position + size].copy_(source, non_blocking=True)
+        clear_gaps(target, position, size)
         position += align_up(size)
 
 
@@ -186,6 +188,8 @@ class RemoteLoader:
             self._read_through_host(address, owned, bucket, target, self._bounce, check)
         if owned.lease is not None:
             self._store.check_lease(address, owned.lease, check)
+        for size, offset in zip(*_regions(owned, bucket)[::2], strict=True):
+            clear_gaps(target, offset, size)
 
     def _read_through_host(
         self,

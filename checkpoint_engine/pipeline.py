@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from checkpoint_engine.checksum import Checksums
 from checkpoint_engine.control import Operation
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
@@ -33,6 +34,7 @@ from checkpoint_engine.wire import (
     decode_acceptance,
     encode_bucket,
     encode_bucket_as_json,
+    encode_extensions,
     encode_handle,
 )
 
@@ -90,6 +92,8 @@ class Session(Protocol):
     @property
     def state(self) -> str: ...
     @property
+    def worker_checks_sums(self) -> bool: ...
+    @property
     def failed(self) -> Sequence[InstanceFailure]: ...
     @property
     def encode_bucket(self) -> BucketEncoder: ...
@@ -135,6 +139,11 @@ class WorkerSession:
     def encode_bucket(self) -> BucketEncoder:
         """How this worker reads buckets."""
         return encode_bucket_as_json if self._extensions.get(JSON_BUCKETS) else encode_bucket
+
+    @property
+    def worker_checks_sums(self) -> bool:
+        """Whether the worker looks at checksums itself, right before it loads."""
+        return bool(self._extensions.get("checksum"))
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -356,10 +365,12 @@ class Pipeline:
         group: WeightsGroup | None,
         loader: Loader,
         streams: Streams,
+        checksums: Checksums,
     ) -> None:
         """
         Args:
             messages: what workers are told of the plan's buckets.
+            checksums: what their bytes must add up to.
             buffer: the double buffer that this rank's worker maps.
             staging: as large as the largest bucket; ``None``: receive into ``buffer`` directly.
             group: ``None`` where this rank is the only one.
@@ -371,6 +382,7 @@ class Pipeline:
         self._group = group
         self._loader = loader
         self._streams = streams
+        self._checksums = checksums
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
@@ -399,7 +411,8 @@ class Pipeline:
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
             operation.begin("reload")
-            session.begin_reload(self._messages.of(index, session.encode_bucket))
+            message = self._messages.of(index, session.encode_bucket)
+            session.begin_reload(message + self._sum(step, session))
             if index + 1 == count:
                 session.announce_end()
             if not self._loader.only_queues:
@@ -427,6 +440,21 @@ class Pipeline:
                 arrivals.append(_Broadcast(self._group.broadcast(payload, step.receiver)))
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
+
+    def _sum(self, step: Step, session: Session) -> bytes:
+        """What follows the message of a bucket, for workers that check its bytes themselves. They
+        are checked here for those that do not, such as the original's."""
+        expected = self._checksums.of(step.owner, step.bucket)
+        if expected is None:
+            return b""
+        start = step.slot * self._plan.bucket_bytes
+        if session.worker_checks_sums:
+            return encode_extensions({"checksum": [start, step.bucket.size, *expected]})
+        expected.check(
+            self._buffer[start : start + step.bucket.size],
+            f"a bucket from {self._loader.source_of(step)}",
+        )
+        return b""
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
         with self._naming_source(step):

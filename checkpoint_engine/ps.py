@@ -22,8 +22,9 @@ import torch.distributed as dist
 import zmq
 from loguru import logger
 
-from checkpoint_engine import control, distributed, plan, rdma
+from checkpoint_engine import checksum, control, distributed, plan, rdma
 from checkpoint_engine.checkpoint_files import open_files, tensor_sources
+from checkpoint_engine.checksum import Checksums
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.control import ControlPlane, Operation
 from checkpoint_engine.data_types import (
@@ -178,6 +179,8 @@ class ParameterServer:
         self._remote_rdma_devices: dict[str, set[int]] = {}
         self._device_uuids: dict[int, str] = {}
         self._leases: dict[str, Lease] = {}
+        self._own_checksums: dict[str, list[str | None]] = {}
+        self._checksums: Checksums | None = None
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
         self._planned: _Planned | None = None
@@ -242,6 +245,8 @@ class ParameterServer:
                 self._pool_user = checkpoint_name
             self._memory_pool[checkpoint_name] = buffers
             self._encoded_layouts.pop(checkpoint_name, None)
+            if checksum.is_wanted():
+                self._own_checksums[checkpoint_name] = checksum.sums_of_buffers(buffers)
             self._offer(checkpoint_name, new_memory=not use_shared_memory_pool or pool is None)
             self._log.info(
                 "registered {}: {} tensors, {:.3f} GB in {} buffers",
@@ -276,6 +281,7 @@ class ParameterServer:
                     f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
                 )
             self._revoke(checkpoint_name)
+            self._own_checksums.pop(checkpoint_name, None)
             self._encoded_layouts.pop(checkpoint_name, None)
             if checkpoint_name != self._pool_user:
                 self._free(checkpoint_name)
@@ -299,14 +305,14 @@ class ParameterServer:
 
     # ------------------------------------------------------------------ who owns what
 
-    def gather_metas(self, checkpoint_name: str) -> None:
+    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = _TEN_MINUTES) -> None:
         """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
         ranks.
 
         Raises:
             UpdateError: no rank has registered it, or a rank did not come.
         """
-        with self._collective("gather_metas", checkpoint_name, _TEN_MINUTES) as operation:
+        with self._collective("gather_metas", checkpoint_name, timeout) as operation:
             gathered, digest = self._gather(operation, checkpoint_name)
             known = any(one.memory_buffer_metas_list for one in gathered)
             known = known or self._is_registered_somewhere(operation, checkpoint_name, gathered)
@@ -446,6 +452,7 @@ class ParameterServer:
                 group,
                 loader,
                 streams,
+                self._known_checksums(),
             )
             operation.begin("handshake")
             request = stack.enter_context(
@@ -486,6 +493,11 @@ class ParameterServer:
             "instance": str(getattr(req_func, "instance", f"rank {self._rank}")),
             "on instance failure": on_instance_failure,
         }
+
+    def _known_checksums(self) -> Checksums:
+        if self._checksums is None:
+            self._checksums = Checksums(self._current_global_parameter_metas)
+        return self._checksums
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -743,10 +755,11 @@ class ParameterServer:
         return self._encoded_layouts[checkpoint_name]
 
     def _what_i_own(self, checkpoint_name: str) -> DataToGather:
+        buffers = [b for b in self._memory_pool.get(checkpoint_name, []) if b.metas]
+        sums = self._own_checksums.get(checkpoint_name, [None] * len(buffers))
         owned = [
-            MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size)
-            for b in self._memory_pool.get(checkpoint_name, [])
-            if b.metas
+            MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=one)
+            for b, one in zip(buffers, sums, strict=True)
         ]
         lease = self._leases.get(checkpoint_name)
         unreadable = self._p2p_store is None or (owned and lease is None)
@@ -796,6 +809,7 @@ class ParameterServer:
     def _set_global_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         self._planned = None
         owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
+        self._checksums = None
         self._current_global_parameter_metas = {
             rank: MemoryBufferMetaList.model_construct(
                 p2p_store_addr=owned.p2p_store_addr,

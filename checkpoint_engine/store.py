@@ -46,6 +46,9 @@ class Alone:
     def store_to_block(self, deadline: Deadline) -> Any:
         return self.store
 
+    def close(self) -> None:
+        """Nothing to close."""
+
     def free_blocked(self) -> None:
         """Nobody can be blocked."""
 
@@ -103,7 +106,7 @@ class World:
     @property
     def is_lost(self) -> bool:
         """Whether it has been cut; another one may be made then."""
-        return any(connection.is_cut for connection in self._connections)
+        return not self._connections or any(one.is_cut for one in self._connections)
 
     @property
     def why_lost(self) -> str:
@@ -117,6 +120,15 @@ class World:
         self.free_blocked()
         for connection in self._connections:
             connection.cut()
+
+    def close(self) -> None:
+        """Drop what is lost, at once: world and peers know each other."""
+        self.cut()
+        self.peers.close()
+        self.peers = Peers()
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
 
     def _meet(self, rank: int, addr: str, store: Any) -> tuple[Peers, str]:
         if rank == 0:
@@ -161,6 +173,11 @@ class _Connection:
         for found in self._sockets:
             with contextlib.suppress(OSError):
                 found.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for found in self._sockets:
+            found.close()
+        self.store = None
 
 
 _opening = threading.Lock()

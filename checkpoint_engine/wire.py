@@ -154,6 +154,22 @@ def _size(shape: Any) -> torch.Size:
     return torch.Size(shape)
 
 
+def encode_extensions(extensions: dict[str, Any]) -> bytes:
+    """What may follow a bucket's message, where readers of 0.4 do not look."""
+    return _EXTENSION_MARK + json.dumps(extensions).encode()
+
+
+def split_extensions(message: bytes) -> tuple[bytes, dict[str, Any]]:
+    """A message after the handle, and what follows it."""
+    body, mark, tail = message.rpartition(_EXTENSION_MARK)
+    if not (mark and body):  # the mark that a bucket in JSON begins with is its own
+        return message, {}
+    extensions = _parse(tail)
+    if not isinstance(extensions, dict):
+        raise WireError(f"expected extensions, got {_shown(extensions)}")
+    return body, extensions
+
+
 def encode_abort(reason: str) -> bytes:
     return pickle.dumps(RuntimeError(reason))
 

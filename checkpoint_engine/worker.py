@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import zmq
 
+from checkpoint_engine.checksum import Expected
 from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
@@ -31,6 +32,7 @@ from checkpoint_engine.wire import (
     decode_message,
     encode_acceptance,
     encode_failure,
+    split_extensions,
 )
 
 __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
@@ -179,7 +181,8 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(handle.extensions["timeout"])
-    accepted = {"version": 1, **{key: True for key in (JSON_BUCKETS,) if key in handle.extensions}}
+    accepted = {"version": 1, "checksum": True}
+    accepted |= {key: True for key in (JSON_BUCKETS,) if key in handle.extensions}
     link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
     return handle, buffer
 
@@ -191,42 +194,56 @@ def _load_buckets(
     it. ``begin``: called before anything is written."""
     failure: _Failure | None = None
     begun = False
-    while True:
-        received = link.receive()
-        known = False
-        if failure is None:
-            known, failure = _knows(loader, received)
-        if known:
-            if not begun:
+    try:
+        while True:
+            received = link.receive()
+            try:
+                received, extensions = split_extensions(received)
+                known, failure = _knows(loader, received, failure)
+                message = None if known else decode_message(received)
+            except WireError as error:  # the server waits for a reply to it all the same
+                _acknowledge(link, _Failure.of(error))
+                raise
+            if not begun and not isinstance(message, Abort):
                 begin()
                 begun = True
-            failure = _attempt(partial(_replay, received, buffer, loader))
+            if isinstance(message, NothingMore):
+                return failure
+            if isinstance(message, Abort):
+                raise message.error from (failure and failure.error)
+            expected = extensions.get("checksum")
+            failure = failure or _attempt(
+                partial(_replay, received, buffer, loader, expected)
+                if message is None
+                else partial(_load, message.tensors, received, buffer, loader, expected)
+            )
             _acknowledge(link, failure)
-            continue
-        try:
-            message = decode_message(received)
-        except WireError as error:  # the server waits for a reply to it all the same
-            _acknowledge(link, _Failure.of(error))
-            raise
-        if not begun and not isinstance(message, Abort):
-            begin()
-            begun = True
-        if isinstance(message, NothingMore):
-            return failure
-        if isinstance(message, Abort):
-            raise message.error from (failure and failure.error)
-        failure = failure or _attempt(partial(_load, message.tensors, received, buffer, loader))
-        _acknowledge(link, failure)
+    finally:
+        del buffer  # this frame lives on in the traceback of what is raised
 
 
-def _knows(loader: BucketLoader, message: bytes) -> tuple[bool, _Failure | None]:
+def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
+    """Raise unless a bucket's bytes are those that its owner registered."""
+    if expected is not None:
+        start, nbytes, first_block, total = expected
+        where = f"the bucket at {start}"
+        Expected(first_block, total).check(buffer[start : start + nbytes], where)
+
+
+def _knows(
+    loader: BucketLoader, message: bytes, failure: _Failure | None
+) -> tuple[bool, _Failure | None]:
+    """Whether a bucket can be replayed; nothing is after a failure."""
+    if failure is not None:
+        return False, failure
     try:
         return loader.knows(message), None
     except Exception as error:
         return False, _Failure.of(error)
 
 
-def _replay(message: bytes, buffer: torch.Tensor, loader: BucketLoader) -> None:
+def _replay(message: bytes, buffer: torch.Tensor, loader: BucketLoader, expected: Any) -> None:
+    _check_bytes(expected, buffer)
     loader.replay(message, buffer)
     _synchronize(buffer.device.type)
 
@@ -236,7 +253,9 @@ def _load(
     message: bytes,
     buffer: torch.Tensor,
     loader: BucketLoader,
+    expected: Any,
 ) -> None:
+    _check_bytes(expected, buffer)
     loader.load_bucket(extract_weights(tensors, buffer), message, buffer)
     _synchronize(buffer.device.type)
 

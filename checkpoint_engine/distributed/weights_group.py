@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,9 +31,11 @@ _abandoned: list[tuple[list[Any], list[Any]]] = []
 class WeightsGroup:
     """Some ranks and the communicator between them. Owned by one ``ParameterServer`` per rank."""
 
-    def __init__(self, ranks: list[int], group: Any) -> None:
+    def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket]) -> None:
+        """``sockets``: its connections, if it does not end them itself when it is aborted."""
         self.ranks = ranks
         self._group = group
+        self._sockets = sockets
         self._in_flight: list[Any] = []
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
@@ -55,6 +58,10 @@ class WeightsGroup:
         """
         if hasattr(self._group, "abort"):
             self._group.abort()
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._close_sockets()
         abandoned = threading.Thread(
             target=_destroy,
             args=([self._group], self._in_flight),
@@ -68,6 +75,12 @@ class WeightsGroup:
         if hasattr(self._group, "shutdown"):
             self._group.shutdown()
         self._group, self._in_flight = None, []
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        for connection in self._sockets:
+            connection.close()
+        self._sockets = ()
 
 
 def _destroy(holder: list[Any], in_flight: list[Any]) -> None:
@@ -102,7 +115,7 @@ def create_weights_group(
     """
     meeting = _Meeting(backend, store, (ranks.index(rank), len(ranks)), local_ip, device)
     poll(lambda: meeting.is_over, check)
-    return WeightsGroup(ranks, meeting.group())
+    return WeightsGroup(ranks, meeting.group(), meeting.sockets)
 
 
 class _Meeting:
@@ -118,6 +131,7 @@ class _Meeting:
     ) -> None:
         self._error: BaseException | None = None
         self._group: Any = None
+        self.sockets: list[socket.socket] = []
         # Not a daemon: Python kills those inside C++.
         self._thread = threading.Thread(
             target=self._run,
@@ -135,14 +149,18 @@ class _Meeting:
         device: torch.device,
     ) -> None:
         try:
+            before = _connections()
             group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
+            if backend == "gloo":
+                self.sockets = _new_connections(before)
             if device.type != "cpu":
                 _connect_now(group, device)
             if hasattr(group, "set_timeout"):
                 group.set_timeout(_NO_TIMEOUT)
             self._group = group
         except BaseException as error:
-            self._error = error
+            # Its traceback leads back here, and to what a group holds.
+            self._error = error.with_traceback(None)
 
     @property
     def is_over(self) -> bool:
@@ -152,6 +170,43 @@ class _Meeting:
         if self._error is not None:
             raise GroupError(f"the ranks cannot form a group: {self._error}") from self._error
         return self._group
+
+
+def _connections() -> list[socket.socket]:
+    """Descriptors of our own for this process's TCP sockets."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                candidate = socket.socket(fileno=os.dup(int(fd)))
+                if candidate.family == socket.AF_UNIX:
+                    candidate.close()
+                else:
+                    found.append(candidate)
+    return found
+
+
+def _new_connections(before: list[socket.socket]) -> list[socket.socket]:
+    """What gloo has connected meanwhile: it waits for what is in flight rather than be aborted, and
+    two survivors of a third rank's death would wait for each other.
+
+    Connections that somebody accepted at a port that was there before are not its own.
+    """
+    ports = {known.getsockname()[1] for known in before}
+    for known in before:
+        known.close()
+    found = []
+    for candidate in _connections():
+        try:
+            candidate.getpeername()
+        except OSError:  # it listens
+            candidate.close()
+            continue
+        if candidate.getsockname()[1] in ports:
+            candidate.close()
+        else:
+            found.append(candidate)
+    return found
 
 
 def _connect_now(group: Any, device: torch.device) -> None:

@@ -1,0 +1,57 @@
+"""Faults at every step of real updates. ``make test-faults`` runs these; they need root, for a
+/dev/shm of their own that is small."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from fault_fleet import Fleet, running_fleet  # noqa: E402  (found by the line above)
+from run_case import Verdict  # noqa: E402
+
+VERDICTS: dict[str, Verdict] = {}
+
+
+class Fleets:
+    """One fleet for all cases, and a new one after a case that broke it."""
+
+    def __init__(self) -> None:
+        self._running = running_fleet()
+        self.fleet: Fleet | None = None
+
+    def get(self) -> Fleet:
+        if self.fleet is None:
+            self._running = running_fleet()
+            self.fleet = self._running.__enter__()
+        return self.fleet
+
+    def drop(self) -> None:
+        if self.fleet is not None:
+            self.fleet = None
+            self._running.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def fleets() -> Iterator[Fleets]:
+    fleets = Fleets()
+    yield fleets
+    fleets.drop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not VERDICTS:
+        return
+    slowest = max(VERDICTS, key=lambda name: VERDICTS[name].seconds)
+    terminalreporter.write_line(
+        f"fault table: {len(VERDICTS)} cases, "
+        f"{sum(bool(one.hangs) for one in VERDICTS.values())} hangs, "
+        f"{sum(bool(one.leaks) for one in VERDICTS.values())} leaks, "
+        f"{sum(bool(one.wrong) for one in VERDICTS.values())} wrong answers; "
+        f"longest time to an error {VERDICTS[slowest].seconds:.2f} s ({slowest})"
+    )

@@ -1,0 +1,120 @@
+"""Where faults strike, and what they do there. Runs within server ranks and workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from checkpoint_engine import loaders, pin_memory, pipeline, worker
+from checkpoint_engine import ps as server
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "register": (pin_memory, "_fill_arenas"),
+    "gather": (server.ParameterServer, "_gather"),
+    "start": (server.ParameterServer, "_agree"),
+    "buffers": (server.ParameterServer, "_share_buffer"),
+    "handshake": (pipeline.WorkerSession, "hand_over"),
+    "bucket": (pipeline.WorkerSession, "begin_reload"),
+    "release": (pipeline.WorkerSession, "release"),
+    "post hook": (pipeline.WorkerSession, "finish"),
+    "P2P read": (loaders.RemoteLoader, "read"),
+}
+"""Of a server rank: the function at whose call the step begins."""
+
+WORKER_STEPS: dict[str, tuple[Any, str]] = {
+    "handshake": (worker, "open_buffer"),
+    "bucket": (worker, "_load"),
+    "release": (worker, "_release_device_memory"),
+    "post hook": (worker, "_run_post_hook"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``action`` at the ``nth`` call of ``step``, on ``rank``'s server or its worker."""
+
+    action: str
+    step: str
+    rank: int = 1
+    nth: int = 1
+    of_worker: bool = False
+
+
+class InjectedError(Exception):
+    """What a step raises."""
+
+
+def act(action: str, note: Path) -> None:
+    """Do it to this very process."""
+    note.write_text(str(time.monotonic()))
+    if action == "raise":
+        raise InjectedError("injected here")
+    if action == "pause":
+        await_file(note.with_name("go"))
+    if action == "truncate":
+        os.truncate(note.with_name("victim.safetensors"), 3000)
+    if action == "fill /dev/shm":
+        fill_shared_memory(leave=1 << 16)
+    if action in ACTIONS:
+        os.kill(os.getpid(), ACTIONS[action])
+        if action in ("interrupt", "terminate"):
+            time.sleep(0.01)  # the signal is handled here
+
+
+def await_file(path: Path) -> None:
+    ends = time.monotonic() + 20.0
+    while not path.exists():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"{path} does not come")
+        time.sleep(0.005)
+
+
+def fill_shared_memory(leave: int) -> None:
+    found = os.statvfs("/dev/shm")
+    with open("/dev/shm/filler", "wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, found.f_bavail * found.f_bsize - leave)
+
+
+ACTIONS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+}
+
+
+@contextlib.contextmanager
+def armed(
+    fault: Fault | None, note: Path, extra: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Within this, ``fault`` happens in this process; the time goes into ``note``.
+
+    ``extra``: called with the step's arguments instead, for faults of another kind.
+    """
+    if fault is None:
+        yield
+        return
+    owner, name = (WORKER_STEPS if fault.of_worker else STEPS)[fault.step]
+    original = getattr(owner, name)
+    calls = 0
+
+    def step(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fault.nth:
+            if extra is None:
+                act(fault.action, note)
+            else:
+                note.write_text(str(time.monotonic()))
+                extra(*args)
+        return original(*args, **options)
+
+    with mock.patch.object(owner, name, step):
+        yield

@@ -1,0 +1,108 @@
+"""Sums of registered bytes: what they notice, and that they add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint_engine import checksum as module
+from checkpoint_engine.checkpoint_files import tensor_sources
+from checkpoint_engine.checksum import Checksums, checksum, sums_of_buffers
+from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas
+from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.plan import gen_h2d_buckets
+
+
+def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+
+
+@given(st.integers(0, 5000), st.integers(0, 2**40), st.integers(0, 20))
+def test_a_sum_is_that_of_its_parts(count: int, first: int, cut: int) -> None:
+    memory = random_bytes(count)
+    cut = min(cut * 256, count)
+    parts = checksum(memory[:cut], first) + checksum(memory[cut:], first + cut // 256)
+    assert checksum(memory, first) == parts % 2**64
+
+
+@given(st.integers(0, 4095), st.integers(0, 7))
+def test_every_single_bit_counts(place: int, bit: int) -> None:
+    memory = random_bytes(4096)
+    before = checksum(memory, 3)
+    memory[place] ^= 1 << bit
+    assert checksum(memory, 3) != before
+
+
+@pytest.mark.parametrize("value", [None, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_that_are_zeroed_doubled_or_exchanged(dtype: torch.dtype, value: float) -> None:
+    memory = random_bytes(4096)
+    if value is not None:
+        memory.view(dtype)[: 256 // dtype.itemsize] = value
+    before = checksum(memory, 0)
+    first, second = memory[:256].clone(), memory[256:512].clone()
+    for one, other in ((torch.zeros_like(first), second), (second, second), (second, first)):
+        changed = torch.cat([one, other, memory[512:]])
+        assert checksum(changed, 0) != before
+
+
+def test_a_place_counts() -> None:
+    memory = random_bytes(512)
+    assert checksum(memory, 0) != checksum(memory, 1)
+
+
+def test_devices_and_the_host_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum on a device is computed by other operations, which run on a CPU too."""
+    memory = random_bytes(256 * 1000)
+    on_device = module._block_hashes_on_device(memory, 77)
+    assert np.array_equal(
+        on_device.numpy().view(np.uint64), module._block_hashes(memory.numpy(), 77)
+    )
+
+
+@pytest.mark.gpu
+def test_a_sum_on_a_gpu_is_that_on_the_host() -> None:
+    memory = random_bytes(256 * 1000 + 17)
+    assert checksum(memory.cuda(), 5) == checksum(memory, 5)
+
+
+@given(st.lists(st.integers(0, 700), max_size=12), st.integers(4, 30))
+def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
+    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(sizes)}
+    buffers = HostMemory("cpu").fill(tensor_sources(tensors))
+    sums = sums_of_buffers(buffers)
+    owned = [
+        MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=one)
+        for b, one in zip((b for b in buffers if b.metas), sums, strict=True)
+    ]
+    metas = {
+        0: MemoryBufferMetaList(p2p_store_addr="", memory_buffer_metas_list=owned, rdma_device="")
+    }
+    known = Checksums(metas)
+    for _, owner, one in gen_h2d_buckets(metas, bucket * 256, {"": {0}}, {"": {0}}):
+        expected = known.of(owner, one)
+        memory = torch.cat(
+            [buffers[index].buffer[at : at + count] for index, at, count in one.ranges]
+            or [torch.empty(0, dtype=torch.uint8)]
+        )
+        if expected is None:
+            assert one.size == 0
+            continue
+        expected.check(memory, "it")
+        memory[-1] ^= 1
+        with pytest.raises(ValueError, match="not those that were registered"):
+            expected.check(memory, "it")
+
+
+def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PS_CHECKSUM", raising=False)
+    assert not module.is_wanted()
+    monkeypatch.setenv("PS_CHECKSUM", "on")
+    assert module.is_wanted()
+    monkeypatch.setenv("PS_CHECKSUM", "maybe")
+    with pytest.raises(ValueError, match="PS_CHECKSUM"):
+        module.is_wanted()
