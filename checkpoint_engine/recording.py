@@ -481,6 +481,7 @@ class _Outcome:
     together: bool
     plain: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def recording(self) -> Recording:
         self._spread_reasons()
@@ -546,8 +547,16 @@ class _Outcome:
                     fills[self.slots[slot].owner].append(Fill(slot, view, origin.value))
                 continue
             source = View(origin.dtype, origin.offset, box.size, origin.strides)
-            target_view = region._replace(dtype=origin.arrives_as)
-            entries[origin.source].append(Entry(source, origin.casts, slot, target_view))
+            into = region._replace(dtype=origin.arrives_as)
+            entry = Entry(self._once(source), origin.casts, slot, self._once(into))
+            entries[origin.source].append(entry)
+
+    def _once(self, view: View) -> View:
+        """Models repeat a few shapes thousands of times: hold each once."""
+        sizes = self.shared.setdefault(view.sizes, view.sizes)
+        strides = self.shared.setdefault(view.strides, view.strides)
+        view = view._replace(sizes=sizes, strides=strides)
+        return self.shared.setdefault(view, view)
 
 
 class _Operations(TorchDispatchMode):

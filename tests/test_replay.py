@@ -72,7 +72,7 @@ def state(model: torch.nn.Module) -> dict[str, str]:
     """A digest of every parameter's and buffer's bytes."""
     return {
         name: hashlib.sha256(
-            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         ).hexdigest()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
@@ -601,6 +601,23 @@ def test_what_is_needed_is_known_by_region() -> None:
     assert load.report["needed_bytes"] == 15 * 128
     assert load.report["needed_share"] == pytest.approx(15 / 32)
     assert 0 < load.report["plan_bytes"] < 100_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["numbers", "letters"])
+def test_experts_in_any_order_arrive_on_a_gpu(order: str) -> None:
+    """In the order of letters their distances vary, which is what the fused kernel is for."""
+    experts = sorted(range(300), key=str) if order == "letters" else range(300)
+    layout = {f"{e}.{part}": (BF16, (8, 16)) for e in experts for part in ("down", "gate", "up")}
+    shapes: Layout = {"w13": (BF16, (300, 8, 16)), "w2": (BF16, (300, 8, 8))}
+    model, plain = Model(shapes, stack).cuda(), Model(shapes, stack)
+    for seed in range(3):
+        checkpoint = Bytes(layout, seed)
+        plain.load_weights(checkpoint.weights())
+        checkpoint.buffer = checkpoint.buffer.cuda()
+        load = update(model, checkpoint)
+        assert state(model) == state(plain)
+    assert load.report["replayed"] == 900
 
 
 # ---------------------------------------------------------------------- any chain of operations
