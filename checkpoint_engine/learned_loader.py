@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from checkpoint_engine import gather_scatter
 from checkpoint_engine.recording import NamedTensors, Recorder, Slot, UnaccountableError
 from checkpoint_engine.replay_plan import Move, Placed, Plan, Program, Step
 from checkpoint_engine.settings import replay_mode
@@ -383,8 +384,8 @@ class _Replaying(Session):
         try:
             with torch.no_grad():
                 self._run(program, buffer)
-        except Exception:
-            self._learned.plan = None  # the next update learns anew
+        except Exception as error:
+            self._learned.refuse(f"replaying failed: {type(error).__name__}: {error}")
             raise
         if left := (*program.plain, *program.unknown):
             self._load_plainly(_weights(buffer, left), plainly)
@@ -409,15 +410,32 @@ class _Replaying(Session):
             for place, move in enumerate(step.moves):
                 if move.dtype not in flats:
                     flats[move.dtype] = _as(buffer, move.dtype)
-                kept = program.targets if self._host.is_persistent else {}
-                targets = kept.get((number, place))
-                if targets is None:
-                    targets = kept[number, place] = self._targets(step.owner, move)
-                _copy_all(targets, _sources(move, flats[move.dtype]))
+                self._move(program, (number, place), step.owner, move, flats[move.dtype])
             if self._host.delivered(step.owner, step.numel):
                 self._bases.pop(step.owner, None)
             elif not self._host.is_persistent:
                 self.held_bytes += step.nbytes
+
+    def _move(
+        self,
+        program: Program,
+        place: tuple[int, int],
+        owner: str,
+        move: Move,
+        flat: torch.Tensor,
+    ) -> None:
+        if not move.casts and gather_scatter.fits(move.copies, flat.device):
+            if place not in program.tables:
+                table = gather_scatter.build_table(move.copies, move.dtype, flat.device)
+                program.tables[place] = table
+            base = self._base(owner, move.slot, move.dtype)
+            return gather_scatter.gather_scatter(base, flat, program.tables[place])
+        targets = program.targets.get(place) if self._host.is_persistent else None
+        if targets is None:
+            targets = self._targets(owner, move)
+            if self._host.is_persistent:
+                program.targets[place] = targets
+        _copy_all(targets, _sources(move, flat))
 
     def _open(self, owner: str) -> None:
         self._host.open(owner)
@@ -553,6 +571,8 @@ def _weights(buffer: torch.Tensor, bucket: Iterable[Placed]) -> NamedTensors:
 
 def _as(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As many elements of ``dtype`` as are in the buffer."""
+    if buffer.storage_offset() % dtype.itemsize:  # no buffer of ours
+        buffer = buffer.clone()
     return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 

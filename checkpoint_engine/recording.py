@@ -103,7 +103,8 @@ class Recording:
 class _Target:
     """The memory of one or more slots (weights may be tied) and what was copied into it.
 
-    ``wrote``: the sources that did, even if another wrote over all of it.
+    ``wrote``: the sources that did, even if another wrote over all of it. ``was_changed_alone``:
+    something was done to it that no other tensor had a part in.
     """
 
     canvas: Canvas
@@ -113,6 +114,7 @@ class _Target:
     before: int | None
     tensor: torch.Tensor
     wrote: set[int] = field(default_factory=set)
+    was_changed_alone: bool = False
     broken: str = ""
 
     @property
@@ -133,7 +135,7 @@ class _Seen:
 class Recorder:
     """Watches one update of one model.
 
-    For each bucket call ``watch``, then ``settle``; at the end ``finish``.
+    For each bucket ``offer`` its tensors, load them ``watching``, and ``settle``; then ``finish``.
     """
 
     def __init__(self, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> None:
@@ -258,8 +260,9 @@ class Recorder:
             for source in _sources_of(made):
                 self._break(self._seen[source], "the loader keeps a copy")
         targets = list(self._target_of.values())
+        fed = {owner for target in targets if target.wrote for owner in target.owners}
         for target in targets:
-            self._judge(target, refused)
+            self._judge(target, refused, fed)
         return _Outcome(self._slots, self._seen, targets, self._counts, self._together).recording()
 
     # ------------------------------------------------------------------ operations
@@ -280,8 +283,8 @@ class Recorder:
         """What leaves the sight of operations: addresses, NumPy arrays, replaced memory."""
         if not self._is_paused:
             with self._noting():
-                for tensor in _tensors_in(args):
-                    self._taint(tensor, f"{getattr(func, '__qualname__', func)} was used on it")
+                name = getattr(func, "__qualname__", func)
+                self._taint(_tensors_in(args), f"{name} was used on it")
 
     def give_up(self, reason: str) -> None:
         """Nothing will be learned; ``finish`` says why."""
@@ -305,8 +308,7 @@ class Recorder:
         try:
             rule(self, result, *args, **kwargs)
         except InexpressibleError as error:
-            for tensor in (*tensors, *_tensors_in(result)):
-                self._taint(tensor, f"{func}: {error}")
+            self._taint([*tensors, *_tensors_in(result)], f"{func}: {error}")
 
     def _cannot_express(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -316,8 +318,10 @@ class Recorder:
         storages = {_key(t) for t in tensors}
         if outputs and not func._schema.is_mutable and all(_key(t) in storages for t in outputs):
             return  # a view by another name
-        for tensor in tensors:
-            self._taint(tensor, f"{func} depends on its values")
+        self._taint(tensors, f"{func} depends on its values")
+        if func._schema.is_mutable and len(storages) == 1:
+            for target in self._targets.get(next(iter(storages)) or 0, ()):
+                target.was_changed_alone = True
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """``target`` was filled from ``source``, broadcast and converted."""
@@ -328,10 +332,10 @@ class Recorder:
     ) -> None:
         """A view of the memory of one tensor was filled from a view of another's."""
         canvas = self._canvas(target, into)
-        if canvas is None and not self._is_known(source):
-            return
         if canvas is None:
-            raise InexpressibleError("into memory that is no parameter or buffer")
+            if self._is_known(source) or _key(target) in self._by_storage:
+                raise InexpressibleError("into memory that is no parameter or buffer")
+            return
         for fragment in self._read(source, out_of.expand(into.sizes)):
             self._write(canvas, fragment.within(into), fragment.origin)
 
@@ -340,6 +344,10 @@ class Recorder:
         canvas = self._canvas(target, View.of(target))
         if canvas is not None:
             self._write(canvas, View.of(target), Constant.of(value, target.dtype))
+            if id(canvas) in self._target_of:
+                self._target_of[id(canvas)].was_changed_alone = True
+        elif _key(target) in self._by_storage:
+            raise InexpressibleError("into the checkpoint's own memory")
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -431,32 +439,45 @@ class Recorder:
             self._weak[key] = StorageWeakRef(storage)
         return key
 
-    def _taint(self, tensor: torch.Tensor, reason: str) -> None:
-        """What this tensor holds or gets stays with the loader."""
-        key = _key(tensor)
-        if key is None:
-            return
-        if key in self._by_storage:
-            self._break(self._by_storage[key], reason)
-        if key in self._made:
-            for source in _sources_of(self._made.pop(key)):
-                self._break(self._seen[source], reason)
-        if key in self._targets:
-            canvas = self._canvas(tensor, View.of(tensor))
-            for target in self._targets[key]:
-                if canvas is None or target.canvas is canvas:
-                    target.broken = target.broken or reason
+    def _taint(self, tensors: Iterable[torch.Tensor], reason: str) -> None:
+        """What these tensors hold or get stays with the loader; one operation had them all."""
+        sources: set[int] = set()
+        targets: list[_Target] = []
+        for tensor in tensors:
+            key = _key(tensor)
+            if key in self._by_storage:
+                sources.add(self._by_storage[key].number)
+            if key in self._made:
+                sources |= _sources_of(self._made.pop(key))
+            if key is not None and key in self._targets:
+                canvas = self._canvas(tensor, View.of(tensor))
+                group = self._targets[key]
+                targets += [one for one in group if canvas is None or one.canvas is canvas]
+        for source in sources:
+            self._break(self._seen[source], reason)
+        for target in targets:
+            target.broken = target.broken or reason
+            target.wrote |= sources
 
     def _break(self, seen: _Seen, reason: str) -> None:
         seen.broken = seen.broken or reason
 
-    def _judge(self, target: _Target, refused: Callable[[Slot], str | None]) -> None:
-        """Whether what was seen of a target is all that happened to it."""
+    def _judge(self, target: _Target, refused: Callable[[Slot], str | None], fed: set[str]) -> None:
+        """Whether what was seen of a target is all that happened to it.
+
+        ``fed``: the owners that get anything of the checkpoint, and are seen to in later updates.
+        """
         covered = target.canvas.covered
         if covered:
             reasons = (refused(self._slots[number]) for number in target.slots)
             target.broken = target.broken or next(filter(None, reasons), "")
-        if target.broken or target.is_meta:  # nothing can be written there unseen
+        if target.is_meta:  # nothing can be written there unseen
+            return
+        by_itself = not any(seen.broken for seen in self._seen) or target.was_changed_alone
+        if by_itself and target.owners.isdisjoint(fed) and target.was_written_unseen:
+            name = self._slots[target.slots[0]].qualified
+            raise UnaccountableError(f"{name} was written, but from no tensor of the checkpoint")
+        if target.broken:
             return
         if 0 < covered < target.canvas.numel:
             target.broken = (
@@ -481,6 +502,7 @@ class _Outcome:
     together: bool
     plain: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def recording(self) -> Recording:
         self._spread_reasons()
@@ -546,8 +568,16 @@ class _Outcome:
                     fills[self.slots[slot].owner].append(Fill(slot, view, origin.value))
                 continue
             source = View(origin.dtype, origin.offset, box.size, origin.strides)
-            target_view = region._replace(dtype=origin.arrives_as)
-            entries[origin.source].append(Entry(source, origin.casts, slot, target_view))
+            into = region._replace(dtype=origin.arrives_as)
+            entry = Entry(self._once(source), origin.casts, slot, self._once(into))
+            entries[origin.source].append(entry)
+
+    def _once(self, view: View) -> View:
+        """Models repeat a few shapes thousands of times: hold each once."""
+        sizes = self.shared.setdefault(view.sizes, view.sizes)
+        strides = self.shared.setdefault(view.strides, view.strides)
+        view = view._replace(sizes=sizes, strides=strides)
+        return self.shared.setdefault(view, view)
 
 
 class _Operations(TorchDispatchMode):

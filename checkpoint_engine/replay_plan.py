@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.gather_scatter import Table
 from checkpoint_engine.recording import Entry, Recording
 from checkpoint_engine.strided import Copy, View, coalesced
 
@@ -82,6 +83,8 @@ class Program:
     unknown: tuple[Placed, ...]
     targets: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     """By step and move, views of memory that stays."""
+    tables: dict[tuple[int, int], Table] = field(default_factory=dict)
+    """By step and move, the same for the fused kernel."""
 
 
 class Plan:

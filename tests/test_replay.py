@@ -72,7 +72,7 @@ def state(model: torch.nn.Module) -> dict[str, str]:
     """A digest of every parameter's and buffer's bytes."""
     return {
         name: hashlib.sha256(
-            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         ).hexdigest()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
@@ -85,6 +85,9 @@ def update(model: Model, checkpoint: Bytes, buckets: list[list[str]] | None = No
     return load
 
 
+NOTHING = "was written, but from no tensor of the checkpoint"
+
+
 def same_as_plain(
     make: Callable[[], Model], layout: Layout, buckets: list[list[list[str]]] | None = None
 ) -> Replayed:
@@ -95,7 +98,10 @@ def same_as_plain(
         load = update(model, checkpoint, buckets[seed] if buckets else None)
         plain.load_weights(checkpoint.weights())
         assert state(model) == state(plain), seed
-        assert load.report["loaded"] == ("replayed" if seed else "recorded")
+        how = load.report["loaded"]
+        assert how == ("replayed" if seed else "recorded") or load.report["reason"].endswith(
+            NOTHING
+        )
     return load
 
 
@@ -269,11 +275,26 @@ def writes_where_it_is_masked(model: Model, name: str, tensor: torch.Tensor) -> 
     model.w.data[tensor.view(torch.int16) > 0] = 1
 
 
+def test_a_number_that_was_looked_at_is_no_constant() -> None:
+    model, plain = (Model({"w": (BF16, (4, 6))}, looks_at_a_number) for _ in range(2))
+    for seed in range(3):
+        checkpoint = Bytes({"w": (BF16, (4, 6))}, seed)
+        load = update(model, checkpoint)
+        plain.load_weights(checkpoint.weights())
+        assert state(model) == state(plain)
+    assert load.report["loaded"] == "plain"
+
+
+def overwrites_what_it_is_given(model: Model, name: str, tensor: torch.Tensor) -> None:
+    tensor[0].fill_(1)
+    model.w.data.copy_(tensor)
+
+
 LEFT = [
+    overwrites_what_it_is_given,
     accumulates,
     scales,
     branches,
-    looks_at_a_number,
     goes_by_numpy,
     leaves_a_hole,
     normalises,
@@ -339,6 +360,25 @@ def test_a_write_that_was_not_seen_leaves_everything_to_the_loader() -> None:
         load = update(model, Bytes(layout, seed))
     assert load.report["loaded"] == "plain"
     assert load.report["reason"] == "b was written unseen"
+
+
+def test_a_loader_that_changes_the_model_by_itself_is_called_every_time() -> None:
+    def count(model: Model, name: str, tensor: torch.Tensor) -> None:
+        model.inner.w.data.copy_(tensor)
+        model.updates.add_(1)
+
+    def make() -> Model:
+        model = Model({}, count, {"updates": (torch.int64, ())})
+        model.inner = Model({"w": (BF16, (4,))}, lambda *_: None)
+        return model
+
+    model, plain = make(), make()
+    for seed in range(3):
+        checkpoint = Bytes({"w": (BF16, (4,))}, seed)
+        load = update(model, checkpoint)
+        plain.load_weights(checkpoint.weights())
+        assert state(model) == state(plain)
+    assert load.report["reason"] == "updates was written, but from no tensor of the checkpoint"
 
 
 def test_what_two_tensors_write_to_the_same_place_depends_on_their_order() -> None:
@@ -603,6 +643,23 @@ def test_what_is_needed_is_known_by_region() -> None:
     assert 0 < load.report["plan_bytes"] < 100_000
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["numbers", "letters"])
+def test_experts_in_any_order_arrive_on_a_gpu(order: str) -> None:
+    """In the order of letters their distances vary, which is what the fused kernel is for."""
+    experts = sorted(range(300), key=str) if order == "letters" else range(300)
+    layout = {f"{e}.{part}": (BF16, (8, 16)) for e in experts for part in ("down", "gate", "up")}
+    shapes: Layout = {"w13": (BF16, (300, 8, 16)), "w2": (BF16, (300, 8, 8))}
+    model, plain = Model(shapes, stack).cuda(), Model(shapes, stack)
+    for seed in range(3):
+        checkpoint = Bytes(layout, seed)
+        plain.load_weights(checkpoint.weights())
+        checkpoint.buffer = checkpoint.buffer.cuda()
+        load = update(model, checkpoint)
+        assert state(model) == state(plain)
+    assert load.report["replayed"] == 900
+
+
 # ---------------------------------------------------------------------- any chain of operations
 
 
@@ -727,7 +784,7 @@ def test_any_chain_of_operations_gives_the_same_bits(drawn: Any) -> None:
     given_shape, dtype, load, shape = drawn
     layout: Layout = {"x": (BF16, given_shape)}
     last = same_as_plain(lambda: Model({"w": (dtype, shape)}, load), layout)
-    for reason in last.report["fallback"].values():
+    for reason in last.report.get("fallback", {}).values():  # none: only padding was left of it
         assert any(known in reason for known in INEXPRESSIBLE), reason
 
 

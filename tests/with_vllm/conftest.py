@@ -28,7 +28,7 @@ ENGINE_ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
     "PS_DEVICE": "cpu",
-    "PYTHONPATH": str(HERE.parent.parent),
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]),
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = [[3, 5, 7, 9], [11, 22, 33, 44, 55, 66]]
-EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
+EXTENSION = "engine_worker.TestedWorker"
 
 
 class Host:

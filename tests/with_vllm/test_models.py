@@ -26,26 +26,40 @@ def test_tokens_are_those_of_a_fresh_start(
     kind: str,
     tp: int,
 ) -> None:
-    """There and back again: from sources of 1, 2 and 3 ranks, and from the servers' own memory."""
+    """There and back again: from sources of 1, 2 and 3 ranks, and from the servers' own memory.
+
+    What is replayed leaves the workers with the bits that a plain load leaves them with.
+    """
     first, second = f"{kind}-1", f"{kind}-2"
     expected = {n: engine_host.tokens_of_a_fresh_start(models[n], tp) for n in (first, second)}
     assert expected[first] != expected[second]
     engine_host.start(models[first], tp, load_format="dummy")
     steps = [
-        {"name": first, "metas": str(sources[first, 1]), "bucket_gb": SMALLER_THAN_A_LAYER},
-        {"name": second, "metas": str(sources[second, 2]), "bucket_gb": EVERYTHING},
-        {"name": first, "metas": str(sources[first, 3]), "bucket_gb": SMALLER_THAN_A_LAYER},
-        {"name": second, "model": str(models[second]), "bucket_gb": SMALLER_THAN_A_LAYER},
-        {"name": first, "model": str(models[first]), "bucket_gb": EVERYTHING},
+        {"name": name, origin: path, "bucket_gb": bucket_gb, "replay": replay}
+        for name, origin, path, bucket_gb, replay in (
+            (first, "metas", str(sources[first, 1]), EVERYTHING, "off"),
+            (second, "model", str(models[second]), SMALLER_THAN_A_LAYER, "off"),
+            (first, "metas", str(sources[first, 1]), SMALLER_THAN_A_LAYER, "on"),
+            (second, "metas", str(sources[second, 2]), EVERYTHING, "on"),
+            (first, "metas", str(sources[first, 3]), SMALLER_THAN_A_LAYER, "on"),
+            (second, "model", str(models[second]), SMALLER_THAN_A_LAYER, "verify"),
+            (first, "model", str(models[first]), EVERYTHING, "verify"),
+        )
     ]
+    how = ["plain", "plain", "recorded", "replayed", "replayed", "verified", "replayed"]
     ranks = torchrun(
         tmp_path, tp, "updates", 150, CPU, script=PROGRAMS, url=engine_host.url, steps=steps
     )
-    for step, seen in zip(steps, ranks[0], strict=True):
+    plain = {step["name"]: seen["digests"] for step, seen in zip(steps[:2], ranks[0], strict=False)}
+    for step, seen, loaded in zip(steps, ranks[0], how, strict=True):
         assert seen["tokens"] == expected[step["name"]], (step, engine_host.output())
+        assert seen["digests"] == plain[step["name"]], step
         for worker in seen["results"]:
             assert worker["model"]["missing"] == []
             assert worker["model"]["unused"] == []
+            replay = worker["model"]["replay"]
+            assert replay["loaded"] == loaded, replay
+            assert loaded == "plain" or replay["fallback"] == {}
 
 
 @pytest.mark.timeout(120)

@@ -62,7 +62,8 @@ def source(folder: str, models: dict[str, str]) -> None:
 
 
 def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Updates of one engine, each followed by the tokens that it then generates."""
+    """Updates of one engine, each followed by the tokens that it then generates and by what its
+    workers hold."""
     ps = ParameterServer(auto_pg=False)
     seen = []
     for step in steps:
@@ -73,14 +74,24 @@ def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         results: list[Any] = []
         ps.gather_metas(name)
         ranks = None
+        if RANK == 0:
+            _call(url, "set_replay", step["replay"])
         if "metas" in step:
             ps.load_metas(decode_metas(Path(step["metas"]).read_bytes()))
             ranks = list(range(WORLD_SIZE))
         report = ps.update(name, _request(url, results), ranks=ranks, timeout=TIMEOUT)
         ps.unregister_checkpoint(name)
         tokens = _post(url, "generate", {}) if RANK == 0 else []
+        digests = _call(url, "digests") if RANK == 0 else []
         ps.store_based_barrier()
-        seen.append({"tokens": tokens, "results": results, "buckets": report.buckets})
+        seen.append(
+            {
+                "tokens": tokens,
+                "digests": digests,
+                "results": results,
+                "buckets": report.buckets,
+            }
+        )
     return seen
 
 
@@ -174,6 +185,11 @@ def _request(url: str, results: list[Any]) -> Any:
             results.extend(_post(url, "collective_rpc", body)["results"])
 
     return request
+
+
+def _call(url: str, method: str, *args: Any) -> list[Any]:
+    body = {"method": method, "args": list(args), "timeout": TIMEOUT.total_seconds()}
+    return _post(url, "collective_rpc", body)["results"]
 
 
 def _post(url: str, route: str, body: dict[str, Any]) -> Any:

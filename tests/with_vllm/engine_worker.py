@@ -1,0 +1,29 @@
+"""The worker extension of the tests' engines: ours, and a look at what a worker holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+
+from checkpoint_engine.worker import VllmColocateWorkerExtension
+
+
+class TestedWorker(VllmColocateWorkerExtension):
+    """Called by name over ``/collective_rpc``."""
+
+    def set_replay(self, mode: str) -> None:
+        """``PS_REPLAY`` of this worker."""
+        os.environ["PS_REPLAY"] = mode
+
+    def digests(self) -> dict[str, str]:
+        """Of every parameter's and buffer's bytes, as the engine computes with them."""
+        model = self.model_runner.model
+        return {
+            name: hashlib.sha256(
+                tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if tensor.numel()
+        }
