@@ -183,7 +183,10 @@ def decode_place(data: bytes) -> dict[str, Any]:
 
 
 def _is_buffer(buffer: Any) -> bool:
-    return isinstance(buffer, list) and len(buffer) == 2 and all(map(_is_size, buffer))
+    match buffer:
+        case [ptr, size, str() | None]:
+            return _is_size(ptr) and _is_size(size)
+    return False
 
 
 def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:

@@ -236,6 +236,7 @@ def test_the_form_in_json() -> None:
     meta = ParameterMeta(name="w", dtype=torch.bfloat16, shape=torch.Size([2, 3]))
     text = json.loads(ALL_METAS.dump_json({7: _owned(buffer_of(meta, ptr=9))}))
     assert text["7"].pop("lease") is None  # ours; readers of the original pass it over
+    assert text["7"]["memory_buffer_metas_list"][0].pop("checksums") is None  # the same
     assert text == {
         "7": {
             "p2p_store_addr": None,
