@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -68,7 +69,7 @@ def by_layer(tensors: Tensors, bucket_bytes: int) -> Iterator[list[str]]:
 
 def across_layers(tensors: Tensors, bucket_bytes: int) -> Iterator[list[str]]:
     """One tensor of every layer, then the next one of every layer: no layer is complete early."""
-    names = sorted(tensors, key=lambda name: (natural_key(name)[3:], natural_key(name)))
+    names = sorted(tensors, key=lambda name: (re.sub(r"\d+", "", name), natural_key(name)))
     return cut(names, tensors, bucket_bytes)
 
 
