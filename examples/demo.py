@@ -134,12 +134,12 @@ def _signals_deferred() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str], seconds: float = STOP_TIMEOUT) -> None:
     """The engine and torchrun both take SIGINT as the end and see to their own children."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     try:
-        process.wait(STOP_TIMEOUT)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -53,7 +53,7 @@ class VllmServer:
 
     def __exit__(self, *exception: object) -> None:
         self._http.close()
-        stop(self.process)
+        stop(self.process, TIMEOUT)  # killed, it leaves shared memory behind
 
     def wait_until_healthy(self) -> None:
         """Raises RuntimeError if it does not come up."""
