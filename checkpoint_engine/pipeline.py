@@ -420,6 +420,7 @@ class Pipeline:
             if index + 1 < count:
                 self._messages.of(index + 1, session.encode_bucket)  # while the worker loads
             session.await_reload(f"bucket {index + 1} of {count}")
+            operation.advance(step.bucket.size)
             if self._loader.only_queues:
                 self._start_next(session.check)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -20,3 +24,21 @@ class Progress(BaseModel):
     @property
     def fraction(self) -> float:
         return self.done_bytes / self.total_bytes if self.total_bytes else 0.0
+
+
+@contextlib.contextmanager
+def drawn_bar(total_bytes: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr, for as long as the block lasts; it moves with what the function gets."""
+    import click
+
+    drawn = 0
+    with click.progressbar(
+        length=total_bytes, label=f"{total_bytes / 1e9:.2f} GB", file=sys.stderr
+    ) as bar:
+
+        def show(progress: Progress) -> None:
+            nonlocal drawn
+            bar.update(progress.done_bytes - drawn)
+            drawn = progress.done_bytes
+
+        yield show

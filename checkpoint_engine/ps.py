@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import threading
 import uuid
 from collections import defaultdict
@@ -75,7 +76,7 @@ from checkpoint_engine.pipeline import (
     make_streams,
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
-from checkpoint_engine.progress import Progress
+from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.report import InstanceFailure, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
 from checkpoint_engine.store import connect_store
@@ -190,7 +191,7 @@ class ParameterServer:
         self._memory_lock = threading.Lock()
         self._collective_lock = threading.Lock()
         self._running = ""
-        self.progress: Progress | None = None
+        self._operation: Operation | None = None
         self._rdma_device: str | None = None
         self._p2p_store: P2PStore | None = None
         self._p2p_missing = ""
@@ -399,6 +400,8 @@ class ParameterServer:
         timeout: timedelta = _TEN_MINUTES,
         version: str | None = None,
         on_instance_failure: Literal["abort", "continue"] = "abort",
+        on_progress: Callable[[Progress], None] | None = None,
+        compare_ranks: bool = False,
     ) -> UpdateReport:
         """Send a checkpoint to the inference workers of all ranks. All ranks.
 
@@ -413,6 +416,11 @@ class ParameterServer:
                 that failed in the report. The ranks whose ``req_func`` has an equal attribute
                 ``instance`` serve one instance (``client``'s functions have it); without, each
                 rank serves one. An engine that does not answer fails once half of the time is over.
+            on_progress: called after every bucket that this rank's worker has loaded; what it
+                raises fails the update. Without it the first rank of each node draws a bar, if
+                stderr is a terminal.
+            compare_ranks: learn what every rank spent its time with, for the report's ``by_rank``
+                and ``slowest``; the same on all ranks. Takes one more exchange between them.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
@@ -435,6 +443,7 @@ class ParameterServer:
             hellos, planned = self._agree(operation, checkpoint_name, link.url, members, options)
             transfer = planned.transfer
             version = _agreed_version(hellos)
+            self._observe(operation, transfer, on_progress, stack)
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
             streams = make_streams(self.device_manager)
@@ -477,7 +486,10 @@ class ParameterServer:
             buffer.close()
             operation.begin("post hook")
             session.finish(request)
-        return self._report(checkpoint_name, transfer, operation.seconds, version, session.failed)
+            by_rank = self._compare(operation) if compare_ranks else {}
+        return self._report(
+            checkpoint_name, transfer, operation.seconds, version, session.failed, by_rank
+        )
 
     def _options(
         self, req_func: RequestFunction, version: str | None, on_instance_failure: str
@@ -498,6 +510,41 @@ class ParameterServer:
         if self._checksums is None:
             self._checksums = Checksums(self._current_global_parameter_metas)
         return self._checksums
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the collective call that is running on this rank has come. Any thread."""
+        operation = self._operation
+        if operation is None:
+            return None
+        return Progress(
+            call=operation.name,
+            checkpoint=self._running,
+            phase=operation.phase,
+            done_bytes=operation.done_bytes,
+            total_bytes=operation.total_bytes,
+            seconds=dict(operation.seconds),
+        )
+
+    def _observe(
+        self,
+        operation: Operation,
+        transfer: TransferPlan,
+        on_progress: Callable[[Progress], None] | None,
+        stack: ExitStack,
+    ) -> None:
+        operation.total_bytes = transfer.total_bytes
+        if on_progress is None and self._local_rank == 0 and sys.stderr.isatty():
+            on_progress = stack.enter_context(drawn_bar(transfer.total_bytes))
+        if on_progress is not None:
+            report = on_progress
+            operation.on_advance = lambda: report(self.progress) if self.progress else None
+
+    def _compare(self, operation: Operation) -> dict[int, dict[str, float]]:
+        """What every rank spent its time with so far."""
+        operation.begin("comparison")
+        blobs = operation.all_gather("phases", json.dumps(operation.seconds).encode())
+        return dict(zip(operation.members, map(json.loads, blobs), strict=True))
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -662,6 +709,7 @@ class ParameterServer:
         phases: dict[str, float],
         version: str | None = None,
         failed: Sequence[InstanceFailure] = (),
+        by_rank: Mapping[int, dict[str, float]] | None = None,
     ) -> UpdateReport:
         report = UpdateReport(
             checkpoint_name=checkpoint_name,
@@ -675,6 +723,7 @@ class ParameterServer:
             phases=phases,
             version=version,
             failed_instances=list(failed),
+            by_rank=dict(by_rank or {}),
         )
         self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
         return report
@@ -695,8 +744,10 @@ class ParameterServer:
         try:
             self._running = checkpoint_name
             with self._control.operation(call, timeout, members) as operation:
+                self._operation = operation
                 yield operation
         finally:
+            self._operation = None
             self._running = ""
             self._collective_lock.release()
 

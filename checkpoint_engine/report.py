@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -20,6 +22,10 @@ class InstanceFailure(BaseModel):
     error: str
 
 
+_MOVING = ("transfer", "reload")
+"""Phases that wait for all bytes: their rate is a lower bound, since they overlap."""
+
+
 class UpdateReport(BaseModel):
     """One update as one rank saw it; ``ParameterServer.update`` returns it.
 
@@ -28,7 +34,9 @@ class UpdateReport(BaseModel):
 
     ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap:
     each
-    is the time that this rank waited for it.
+    is the time that this rank waited for it. ``by_rank``, if ranks were to be compared, holds the
+    same of every rank that took part, up to when its engine was done; a rank waits for the slower
+    ones under "comparison".
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,11 +52,43 @@ class UpdateReport(BaseModel):
     phases: dict[str, float]
     version: str | None = None
     failed_instances: list[InstanceFailure] = []
+    by_rank: dict[int, dict[str, float]] = {}
 
     @property
     def gigabytes_per_second(self) -> float:
         """Checkpoint bytes over the time from the call to the last worker's last answer."""
         return self.bytes / 1e9 / self.seconds
+
+    @property
+    def slowest(self) -> tuple[int, str, float] | None:
+        """The rank that spent the most time beyond the median of the ranks in one phase, that
+        phase, and by how many seconds; ``None`` for a single rank."""
+        if len(self.by_rank) < 2:
+            return None
+        phases = {phase for spent in self.by_rank.values() for phase in spent}
+        usual = {
+            phase: statistics.median(spent.get(phase, 0.0) for spent in self.by_rank.values())
+            for phase in phases
+        }
+        excess = [
+            (seconds - usual[phase], rank, phase)
+            for rank, spent in self.by_rank.items()
+            for phase, seconds in spent.items()
+        ]
+        most, rank, phase = max(excess)
+        return rank, phase, most
+
+    def table(self) -> str:
+        """What it took by phase, for people: seconds, share, rate; and the slowest rank."""
+        lines = [str(self).partition(" (")[0]]
+        for phase, seconds in self.phases.items():
+            rate = f"{self.bytes / 1e9 / seconds:9.2f} GB/s" if phase in _MOVING and seconds else ""
+            share = seconds / self.seconds if self.seconds else 0.0
+            lines.append(f"{phase:16} {seconds:9.4f} s {share:6.1%} {rate}".rstrip())
+        if self.slowest is not None:
+            rank, phase, excess = self.slowest
+            lines.append(f"slowest: rank {rank} in {phase}, {excess:.4f} s beyond the median")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases.items())

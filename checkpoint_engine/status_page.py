@@ -24,6 +24,7 @@ _PHASES = (
     "reload",
     "release",
     "post hook",
+    "comparison",
     "completion",
 )
 """Each has a colour of its own in ``status_page.html``; any other phase is grey."""

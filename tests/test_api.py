@@ -28,6 +28,7 @@ METAS = {
                 ],
                 "ptr": 4096,
                 "size": 256,
+                "checksums": None,
             }
         ],
         "rdma_device": "mlx5_0",

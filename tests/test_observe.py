@@ -229,6 +229,7 @@ def test_the_page_while_an_update_runs(world: World, engine: Engine, url: str) -
         assert inside.wait(30)
         page = world.clients[0].get("/")
         assert "Now: update <b>c</b>" in page.text
+        assert 'role="progressbar"' in page.text
     finally:
         go_on.set()
     poll_jobs(world, [answer.json()["id"] for answer in answers])

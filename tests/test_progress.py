@@ -1,0 +1,113 @@
+"""How far an update has come, told by a real one of one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.progress import Progress, drawn_bar
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.worker import update_weights_from_ipc
+
+WEIGHTS = {f"layer.{i}": torch.full((1 << 18,), i, dtype=torch.uint8) for i in range(8)}
+NBYTES = sum(weight.nbytes for weight in WEIGHTS.values())
+
+
+def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+    assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in weights)
+
+
+def ask_engine(socket_paths: list[tuple[str, str]]) -> None:
+    def receive() -> None:
+        # An update that fails raises here, too; the test looks at the server's error.
+        with contextlib.suppress(RuntimeError), zmq.Context() as context:
+            update_weights_from_ipc(context, socket_paths[0][1], 0, run=load)
+
+    threading.Thread(target=receive, daemon=True).start()
+
+
+@pytest.fixture
+def ps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ParameterServer]:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(WEIGHTS["layer.0"].nbytes / (1 << 30)))
+    server = ParameterServer(rank=0, world_size=1)
+    server.register_checkpoint("c", named_tensors=WEIGHTS)
+    server.gather_metas("c")
+    yield server
+    server.unregister_checkpoint("c", force=True)
+
+
+def test_every_bucket_is_told(ps: ParameterServer) -> None:
+    seen: list[Progress] = []
+    ps.update("c", ask_engine, on_progress=seen.append)
+    assert [one.done_bytes for one in seen] == [NBYTES // 8 * (i + 1) for i in range(8)]
+    assert {(one.call, one.checkpoint, one.total_bytes) for one in seen} == {
+        ("update", "c", NBYTES)
+    }
+    assert seen[-1].fraction == 1.0
+    assert "plan" in seen[0].seconds
+
+
+def test_the_report_has_a_table(ps: ParameterServer) -> None:
+    assert ps.update("c", ask_engine).by_rank == {}
+    report = ps.update("c", ask_engine, compare_ranks=True)
+    assert report.by_rank.keys() == {0}
+    assert report.slowest is None  # nobody to compare it with
+    table = report.table().splitlines()
+    assert table[0].startswith("c: 0.002 GB in 8 tensors")
+    assert any(line.startswith("reload") and "GB/s" in line for line in table)
+
+
+def test_nothing_is_under_way_before_and_after(ps: ParameterServer) -> None:
+    assert ps.progress is None
+    ps.update("c", ask_engine, on_progress=lambda progress: None)
+    assert ps.progress is None
+
+
+def test_a_callback_that_raises_fails_the_update_and_the_next_one_works(
+    ps: ParameterServer,
+) -> None:
+    def raise_at_half(progress: Progress) -> None:
+        if progress.fraction >= 0.5:
+            raise KeyError("my own mistake")
+
+    with pytest.raises(UpdateError, match="my own mistake"):
+        ps.update("c", ask_engine, on_progress=raise_at_half)
+    assert ps.progress is None
+    assert ps.update("c", ask_engine).tensors == len(WEIGHTS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "draws"), [(Terminal(), True), (io.StringIO(), False)])
+def test_a_bar_is_drawn_on_terminals_alone(
+    ps: ParameterServer, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, draws: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    ps.update("c", ask_engine)
+    assert ("100%" in stream.getvalue()) == draws
+
+
+def test_the_bar_moves_to_where_the_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    fields: dict[str, Any] = {"call": "update", "checkpoint": "c", "phase": "reload"}
+    with drawn_bar(1000) as show:
+        show(Progress(done_bytes=250, total_bytes=1000, **fields))
+        show(Progress(done_bytes=500, total_bytes=1000, **fields))
+    assert "50%" in stream.getvalue()
+    assert "75%" not in stream.getvalue()

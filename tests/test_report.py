@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from checkpoint_engine.report import UpdateReport
+
+
+def report(by_rank: dict[int, dict[str, float]]) -> UpdateReport:
+    return UpdateReport(
+        checkpoint_name="c",
+        rank=0,
+        world_size=3,
+        tensors=3,
+        buckets=1,
+        bucket_bytes=256,
+        bytes=2_000_000_000,
+        seconds=2.0,
+        phases={"plan": 0.5, "reload": 1.0, "comparison": 0.5},
+        by_rank=by_rank,
+    )
+
+
+def test_the_slowest_rank_is_the_one_beyond_the_others_in_a_phase() -> None:
+    spent = {rank: {"transfer": 1.0, "reload": 1.0} for rank in range(3)}
+    spent[1]["reload"] = 1.5
+    spent[2]["transfer"] = 1.1
+    assert report(spent).slowest == (1, "reload", 0.5)
+    assert "slowest: rank 1 in reload, 0.5000 s" in report(spent).table()
+
+
+def test_a_phase_that_only_some_ranks_had_counts_as_none_for_the_others() -> None:
+    spent = {0: {"plan": 1.0}, 1: {"plan": 1.0}, 2: {"plan": 1.0, "process group": 2.0}}
+    assert report(spent).slowest == (2, "process group", 2.0)
+
+
+def test_rates_only_where_bytes_move() -> None:
+    lines = {line.split()[0]: line for line in report({}).table().splitlines()[1:]}
+    assert "2.00 GB/s" in lines["reload"]
+    assert "GB/s" not in lines["plan"]
+    assert "50.0%" in lines["reload"]
+
+
+def test_it_survives_json() -> None:
+    made = report({0: {"plan": 0.5}})
+    assert UpdateReport.model_validate_json(made.model_dump_json()) == made
