@@ -30,6 +30,7 @@ _SUCCESS = b"ok"
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_CLEANING_UP = 1.5  # seconds that a rank may need after its deadline before it says so
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
 
@@ -257,7 +258,7 @@ class Operation:
         self.state: Callable[[], str] | None = None
         self._absent = circle.gone()
         self._awaits_return_until = self._began + _RETURN_SECONDS
-        circle.world.peers.expect_end(deadline.remaining())
+        circle.world.peers.expect_end(deadline.remaining() + _CLEANING_UP)
         if self._leads:
             self._keys += ["done", "left"]
             circle.store.add("started", 1)
@@ -356,6 +357,7 @@ class Operation:
         finally:
             del exc  # this frame lives on in the traceback of what is raised
             self._circle.world.peers.expect_end(None)
+            self.state = None
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
