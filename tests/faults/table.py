@@ -354,7 +354,7 @@ def memory() -> list[Case]:
         Case(
             "one rank out of descriptors",
             "start",
-            "Too many open files",
+            "Too many open files|cannot form a group",
             before=few_files[0],
             after=few_files[1],
         ),
