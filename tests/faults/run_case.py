@@ -179,4 +179,6 @@ def _recover(fleet: Fleet, case: Case, verdict: Verdict) -> None:
     fleet.call_all("clear")
     fleet.good_update()
     fleet.settle_baseline(started)
-    verdict.leaks += fleet.leaks(fewer=bool(started) or case.stops is not None)
+    verdict.leaks += fleet.leaks(
+        fewer=bool(started) or case.stops is not None or "ranks" in case.each
+    )
