@@ -231,7 +231,7 @@ class Fleet:
     def leaks(self, fewer: bool) -> list[str]:
         """What is there beyond the baseline, once background threads have finished.
 
-        ``fewer``: descriptors may be fewer, because connections to a rank that died or was stopped, or by P2P,
+        ``fewer``: descriptors may be fewer: connections to a rank that died or stopped, or of P2P,
         are made again when they are needed.
         """
         ends = time.monotonic() + SETTLING

@@ -26,7 +26,6 @@ from steps import Fault, armed, fill_shared_memory
 from checkpoint_engine.client import vllm_request
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.versions import WeightVersion
-from checkpoint_engine.wire import Bucket
 from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests
 
@@ -103,8 +102,8 @@ class Engine:
 def corrupting(how: str) -> Callable[..., None]:
     """Spoils the bucket that the worker is about to load, in the shared buffer itself."""
 
-    def spoil(bucket: Bucket, buffer: torch.Tensor, *_: object) -> None:
-        spoil_bytes(buffer, bucket.tensors[0]["offset"], how)
+    def spoil(expected: Any, buffer: torch.Tensor, *_: object) -> None:
+        spoil_bytes(buffer, expected[0], how)
 
     return spoil
 

@@ -30,7 +30,7 @@ STEPS: dict[str, tuple[Any, str]] = {
 
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (worker, "open_buffer"),
-    "bucket": (worker, "_check_and_load"),
+    "bucket": (worker, "_check_bytes"),
     "release": (worker, "_release_device_memory"),
     "post hook": (worker, "_run_post_hook"),
 }
