@@ -53,6 +53,7 @@ def prepare(folder: Path) -> None:
     logger.remove()
     os.environ["PS_IPC_DIR"] = str(folder / "sockets")
     os.environ["PS_DEVICE"] = "cpu"
+    os.environ["PS_CHECKSUM"] = "on"
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(BUCKET_BYTES / 2**30)
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
