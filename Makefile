@@ -13,8 +13,10 @@ DOCS_VENV ?= .venv-docs
 DOCS_INSTALLED := $(DOCS_VENV)/.installed
 INSTALLED := $(VENV)/.installed
 
+SOAK_UPDATES ?= 200
+
 .DEFAULT_GOAL := help
-.PHONY: docs help demo demo-vllm test test-gpu test-vllm lint format install clean
+.PHONY: docs help demo demo-vllm test test-gpu test-vllm lint format install clean test-faults soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +26,12 @@ demo: $(INSTALLED) ## the main job: checkpoint, engine, update, check
 
 test: $(INSTALLED) ## every test that a machine without a GPU can run
 	@$(BIN)/python -m pytest -m "not gpu" $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+
+test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
+	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## updates with random faults: SOAK_UPDATES of them
+	@$(BIN)/python tests/faults/soak.py --updates $(SOAK_UPDATES)
 
 demo-vllm: $(VLLM_INSTALLED) ## the main job with a real vLLM, on CPUs
 	@$(VLLM_BIN)/python examples/demo_vllm.py

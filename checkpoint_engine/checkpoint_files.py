@@ -220,7 +220,10 @@ def _safetensors_sources(paths: list[str], allowed: Folders) -> Iterator[tuple[T
 def _open_safetensors(path: str, allowed: Folders) -> list[TensorSource]:
     with _open(path, allowed) as file:
         file_size = os.fstat(file.fileno()).st_size
-        header, data_start = _read_safetensors_header(file, path, file_size)
+        try:
+            header, data_start = _read_safetensors_header(file, path, file_size)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         header.pop("__metadata__", None)
         whole = FileSlice(path, data_start, file_size - data_start, _inode(file.fileno()))
         layout = [_parse_header_entry(whole, *item) for item in header.items()]

@@ -134,8 +134,12 @@ def sums_of_buffers(buffers: Sequence[MemoryBuffer]) -> list[str | None]:
         for start in range(0, len(found), _PIECE_BYTES // ALIGNMENT)
     ]
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), max(1, len(tasks)))
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
-        list(pool.map(lambda task: _hash_piece(*task), tasks))
+    if threads == 1:
+        for task in tasks:
+            _hash_piece(*task)
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+            list(pool.map(lambda task: _hash_piece(*task), tasks))
     return [_encoded(buffer, found) for buffer, found in zip(owned, hashes, strict=True)]
 
 

@@ -29,7 +29,8 @@ from checkpoint_engine.store import NO_ANSWER, Alone, World, world_number
 _SUCCESS = b"ok"
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
-_RETURN_SECONDS = 2.0  # for a rank 0 that was lost to be there again
+_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_CLEANING_UP = 1.5  # seconds that a rank may need after its deadline before it says so
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
 
@@ -259,7 +260,9 @@ class Operation:
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
         self.state: Callable[[], str] | None = None
-        circle.world.peers.expect_end(deadline.remaining())
+        self._absent = circle.gone()
+        self._awaits_return_until = self._began + _RETURN_SECONDS
+        circle.world.peers.expect_end(deadline.remaining() + _CLEANING_UP)
         if self._leads:
             self._keys += ["done", "left"]
             circle.store.add("started", 1)
@@ -303,7 +306,7 @@ class Operation:
     def check(self) -> None:
         """Raise if another rank failed or is gone, or the time is up; every wait of the operation
         calls it."""
-        if self._outcome is None and (gone := self._circle.gone()):
+        if self._outcome is None and (gone := self._gone()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
                 raise GoneError(gone, self.name)
@@ -364,6 +367,7 @@ class Operation:
         finally:
             del exc  # this frame lives on in the traceback of what is raised
             self._circle.world.peers.expect_end(None)
+            self.state = None
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
@@ -386,6 +390,13 @@ class Operation:
             self.check()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _gone(self) -> list[int]:
+        """Members that are not there any more. One that was not when this began may come back."""
+        gone = self._circle.gone()
+        if gone and time.monotonic() < self._awaits_return_until:
+            return [rank for rank in gone if rank not in self._absent]
+        return gone
 
     def _look_for_outcome(self) -> None:
         if self.store.check(["outcome"]):
@@ -430,7 +441,7 @@ class Operation:
         try:
             poll(lambda: soon.remaining() == 0.0, self._look_around)
         except (RuntimeError, TimeoutError) as cause:
-            return cause
+            return cause.with_traceback(None)  # which leads to the frame that will hold it
         return error
 
     def _look_around(self) -> None:
@@ -439,6 +450,7 @@ class Operation:
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
+        self._circle.world.peers.expect_end(3 * _FAREWELL)
         outcome = self.publish(error)
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
@@ -460,7 +472,7 @@ class Operation:
         self._put(f"state/{self.rank}", self.state().encode())
         there = [rank for rank in self.members if rank not in self._circle.gone()]
         keys = [f"state/{rank}" for rank in there]
-        soon = Deadline(_FAREWELL)
+        soon = Deadline(_FAREWELL / 2)
         with contextlib.suppress(TimeoutError):
             poll(lambda: self.store.check(keys), lambda: soon.check("the other ranks' states"))
         said = [rank for rank in there if self.store.check([f"state/{rank}"])]

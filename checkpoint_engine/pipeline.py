@@ -51,6 +51,7 @@ class Request:
 
     def __init__(self, req_func: RequestFunction, socket_paths: SocketPaths) -> None:
         self._error: BaseException | None = None
+        self._closed = False
         self._thread = threading.Thread(
             target=self._run,
             args=(req_func, socket_paths),
@@ -63,7 +64,8 @@ class Request:
         try:
             req_func(socket_paths)
         except BaseException as error:
-            self._error = error
+            if not self._closed:  # nobody asks any more, and its traceback leads back here
+                self._error = error
 
     def check(self) -> None:
         """Raise what ``req_func`` raised."""
@@ -74,7 +76,8 @@ class Request:
     def close(self) -> None:
         """After a failure: let the engine answer before the next update asks it again."""
         self._thread.join(_FAREWELL)
-        self._error = None  # its traceback leads back here
+        self._closed = True
+        self._error = None
 
     @property
     def is_over(self) -> bool:

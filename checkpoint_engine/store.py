@@ -129,6 +129,7 @@ class World:
         for connection in self._connections:
             connection.close()
         self._connections = []
+        self.store = self.watched = None
 
     def _meet(self, rank: int, addr: str, store: Any) -> tuple[Peers, str]:
         if rank == 0:

@@ -228,10 +228,11 @@ class Fleet:
             **{f"worker {what}": n for what, n in self.ask_worker(rank, "resources").items()},
         }
 
-    def leaks(self, died: bool) -> list[str]:
+    def leaks(self, fewer: bool) -> list[str]:
         """What is there beyond the baseline, once background threads have finished.
 
-        ``died``: a rank has, and with it the connections that others held to it for P2P.
+        ``fewer``: descriptors may be fewer: connections to a rank that died or stopped, or of P2P,
+        are made again when they are needed.
         """
         ends = time.monotonic() + SETTLING
         while True:
@@ -240,7 +241,7 @@ class Fleet:
                 for rank, baseline in enumerate(self.baseline)
                 for now in [self.resources(rank)]
                 for what, before in baseline.items()
-                if now[what] != before and not (died and _is_less(now[what], before))
+                if now[what] != before and not (fewer and _is_less(now[what], before))
             ]
             if not found or time.monotonic() > ends:
                 return found

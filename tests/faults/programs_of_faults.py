@@ -53,6 +53,7 @@ def prepare(folder: Path) -> None:
     logger.remove()
     os.environ["PS_IPC_DIR"] = str(folder / "sockets")
     os.environ["PS_DEVICE"] = "cpu"
+    os.environ["PS_CHECKSUM"] = "on"
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(BUCKET_BYTES / 2**30)
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
@@ -102,8 +103,8 @@ class Engine:
 def corrupting(how: str) -> Callable[..., None]:
     """Spoils the bucket that the worker is about to load, in the shared buffer itself."""
 
-    def spoil(tensors: list[dict[str, Any]], buffer: torch.Tensor, *_: object) -> None:
-        spoil_bytes(buffer, tensors[0]["offset"], how)
+    def spoil(expected: Any, buffer: torch.Tensor, *_: object) -> None:
+        spoil_bytes(buffer, expected[0], how)
 
     return spoil
 

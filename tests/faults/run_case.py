@@ -46,7 +46,7 @@ def run_case(fleet: Fleet, case: Case) -> Verdict:
         case.after(fleet)
         if case.call == "update":
             _judge_workers(fleet, answers, seed, version, verdict)
-        _recover(fleet, verdict)
+        _recover(fleet, case, verdict)
     except (AssertionError, OSError, RuntimeError) as error:
         verdict.other.append(f"{type(error).__name__}: {error}"[:2000])
     return verdict
@@ -173,10 +173,12 @@ def _judge_workers(
                     verdict.wrong.append(f"rank {rank} says its worker holds {version}")
 
 
-def _recover(fleet: Fleet, verdict: Verdict) -> None:
+def _recover(fleet: Fleet, case: Case, verdict: Verdict) -> None:
     """Nothing healthy is started again; the next update works, and nothing is left."""
     started = fleet.repair()
     fleet.call_all("clear")
     fleet.good_update()
     fleet.settle_baseline(started)
-    verdict.leaks += fleet.leaks(died=bool(started))
+    verdict.leaks += fleet.leaks(
+        fewer=bool(started) or case.stops is not None or "ranks" in case.each
+    )

@@ -30,7 +30,7 @@ STEPS: dict[str, tuple[Any, str]] = {
 
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (worker, "open_buffer"),
-    "bucket": (worker, "_load"),
+    "bucket": (worker, "_check_bytes"),
     "release": (worker, "_release_device_memory"),
     "post hook": (worker, "_run_post_hook"),
 }
@@ -77,9 +77,14 @@ def await_file(path: Path) -> None:
 
 
 def fill_shared_memory(leave: int) -> None:
-    found = os.statvfs("/dev/shm")
     with open("/dev/shm/filler", "wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, found.f_bavail * found.f_bsize - leave)
+        while True:
+            found = os.statvfs("/dev/shm")
+            with contextlib.suppress(OSError):  # other ranks take some of it meanwhile
+                size = os.fstat(filler.fileno()).st_blocks * 512
+                free = found.f_bavail * found.f_bsize - leave
+                os.posix_fallocate(filler.fileno(), 0, size + max(free, 1))
+                return
 
 
 ACTIONS = {

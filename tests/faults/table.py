@@ -122,7 +122,7 @@ def stopped_servers() -> list[Case]:
         Case(
             "SIGSTOP of rank 0, the store's host",
             step,
-            "rank 0, which hosts the store|gave up after",
+            "rank 0, which hosts the store|gave up after|are gone",
             fault,
             call,
             timeout=SHORT,
@@ -354,7 +354,7 @@ def memory() -> list[Case]:
         Case(
             "one rank out of descriptors",
             "start",
-            "Too many open files",
+            "Too many open files|cannot form a group",
             before=few_files[0],
             after=few_files[1],
         ),
@@ -451,6 +451,37 @@ def p2p() -> list[Case]:
     ]
 
 
+# ---------------------------------------------------------------------- bytes
+
+
+def corruption() -> list[Case]:
+    """In the buffer that a worker loads from, and in host memory after it was registered."""
+    wrong = "not those that were registered"
+    in_buffer = [
+        Case(
+            f"{how} in the IPC buffer",
+            step,
+            wrong,
+            Fault("corrupt", "bucket", 1, nth, of_worker=True),
+            of_rank={1: {"corruption": how}},
+        )
+        for how, (step, nth) in zip(("bit", "zero", "swap"), BUCKETS.items(), strict=True)
+    ]
+    in_memory = [
+        Case(
+            f"{how} in host memory",
+            "first bucket" if ranks is None else "P2P read",
+            wrong,
+            before=lambda fleet, how=how: fleet.call(2, "spoil", how=how),
+            each={} if ranks is None else {"ranks": ranks},
+            on=tuple(range(RANKS)) if ranks is None else (0, 1),
+            callers=tuple(range(RANKS)) if ranks is None else (0, 1),
+        )
+        for how, ranks in (("bit", None), ("zero", None), ("swap", None), ("double", [0, 1]))
+    ]
+    return [*in_buffer, *in_memory]
+
+
 TABLE: list[Case] = [
     *killed_servers(),
     *stopped_servers(),
@@ -463,6 +494,7 @@ TABLE: list[Case] = [
     *memory(),
     *at_once(),
     *p2p(),
+    *corruption(),
 ]
 
 assert len({case.name for case in TABLE}) == len(TABLE)
