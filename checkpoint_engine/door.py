@@ -68,6 +68,7 @@ class Door:
         self._proof = b""
         self._users = {os.geteuid(), 0, *admitted_users()}
         self._waiting: list[Peer] = []
+        self._refused: set[int] = set()
         self._patience = Deadline(_WAIT)
         self._socket: zmq.Socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -139,12 +140,14 @@ class Door:
             self._refuse(self._waiting.pop())
 
     def _refuse(self, peer: Peer) -> None:
-        logger.warning(
-            "refused process {} of user {} at this rank's address for its worker{}",
-            peer.pid,
-            peer.uid,
-            "" if peer.uid in self._users else "; PS_IPC_UIDS lets other users in",
-        )
+        if peer.pid not in self._refused:  # zmq comes again ten times a second
+            self._refused.add(peer.pid)
+            logger.warning(
+                "refused process {} of user {} at this rank's address for its worker{}",
+                peer.pid,
+                peer.uid,
+                "" if peer.uid in self._users else "; PS_IPC_UIDS lets other users in",
+            )
         self._answer(peer, _NO)
 
     def _answer(self, peer: Peer, status: bytes) -> None:

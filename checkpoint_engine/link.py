@@ -167,14 +167,15 @@ class _Listener(_Watched):
         # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
         super().__init__(context, zmq.DEALER, _MAX_REPLY)
         self._url = url
+        self._path = url.removeprefix("ipc://") if url.startswith("ipc:///") else None
         self._open: dict[int, int | None] = {}
         self._let_in: int | None = None
 
     def listen(self, door: Door, proof: bytes | None) -> None:
         door.guard(self.socket, proof)
         self.socket.bind(self._url)
-        if self._url.startswith("ipc:///"):
-            os.chmod(self._url.removeprefix("ipc://"), 0o666 if admitted_users() else 0o600)
+        if self._path is not None:
+            os.chmod(self._path, 0o666 if admitted_users() else 0o600)
 
     @property
     def peers(self) -> Collection[int | None]:
@@ -182,10 +183,11 @@ class _Listener(_Watched):
         return self._open.values()
 
     def let_in(self, pid: int) -> None:
-        """Process ``pid`` is the worker; nobody else can connect any more."""
+        """Process ``pid`` is the worker. Nobody else finds the socket's file any more; zmq cannot
+        stop listening without ending the worker's connection too."""
         self._let_in = pid
-        self.socket.unbind(self._url)
-        self.look()
+        if self._path is not None:
+            remove(self._path)
 
     def _note(self, kind: int, value: int) -> None:
         if kind == zmq.EVENT_ACCEPTED:
