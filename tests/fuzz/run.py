@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.count} inputs each, {how}")
     print(f"{'target':<20} {'inputs':>8} {'seconds':>8}  result")
     with ThreadPoolExecutor(max(1, multiprocessing.cpu_count())) as pool:
-        failed = [
-            name for name, good in zip(names, pool.map(lambda n: show(n, args), names)) if not good
-        ]
+        good = list(pool.map(lambda name: show(name, args), names))
+    failed = [name for name, passed in zip(names, good, strict=True) if not passed]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
