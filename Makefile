@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-gpu test-vllm lint format install clean
+.PHONY: help fuzz demo demo-vllm test test-gpu test-vllm lint format install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,10 @@ test-vllm: $(VLLM_INSTALLED) ## the tests with real vLLM engines, on CPUs
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+FUZZ_COUNT ?= 100000
+fuzz: $(INSTALLED) ## everything that others send, with FUZZ_COUNT inputs for each target
+	@$(BIN)/python tests/fuzz/run.py --count $(FUZZ_COUNT)
 
 lint: $(INSTALLED) ## ruff, format check, mypy over the package
 	@$(BIN)/python -m ruff check .

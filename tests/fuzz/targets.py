@@ -232,7 +232,7 @@ def http(data: bytes) -> None:
 
 
 def _pickles(content: Any) -> tuple[bytes, ...]:
-    return tuple(pickle.dumps(content, protocol) for protocol in (2, 3, 4))
+    return tuple(pickle.dumps(content, protocol) for protocol in (3, 4))
 
 
 _METAS_JSON = metas_file.encode_metas({0: OWNED})
@@ -278,7 +278,7 @@ TARGETS = (
     Target(".npy", npy, (ValueError,), (_npy_bytes(),)),
     Target(".npy.meta", npy_meta, (ValueError,), (NPY_META,)),
     Target("metas: JSON", metas_file.decode_metas, (ValueError,), (_METAS_JSON,)),
-    Target("metas: pickle", metas_file.decode_metas, (ValueError,), _pickles({0: OWNED})[1:]),
+    Target("metas: pickle", metas_file.decode_metas, (ValueError,), _pickles({0: OWNED})[-1:]),
     Target("gather: layout", layout, (ValueError,), (gather.encode_layout([METAS]).blob,)),
     Target("gather: place", place, (ValueError,), (gather.encode_place(PLACE, "layout", "known"),)),
     Target(
