@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 SOAK_UPDATES ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo demo-vllm test test-gpu test-vllm lint format install clean test-faults soak
+.PHONY: docs fuzz help demo demo-vllm test test-gpu test-vllm lint format install clean test-faults soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,10 @@ test-vllm: $(VLLM_INSTALLED) ## the tests with real vLLM engines, on CPUs
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+FUZZ_COUNT ?= 100000
+fuzz: $(INSTALLED) ## everything that others send, with FUZZ_COUNT inputs for each target
+	@$(BIN)/python tests/fuzz/run.py --count $(FUZZ_COUNT)
 
 lint: $(INSTALLED) ## ruff, format check, mypy over the package
 	@$(BIN)/python -m ruff check .

@@ -29,13 +29,15 @@ def create_locked(new_path: Callable[[], str]) -> tuple[str, int]:
 
 
 def abandoned(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files in ``folder`` that nobody holds any more; each is locked while it is yielded."""
+    """This user's files in ``folder`` that nobody holds any more; each is locked while it is
+    yielded. Other users may have files of such names there, which they alone can remove."""
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield path
+                if os.fstat(fd).st_uid == os.geteuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield path
             finally:
                 os.close(fd)
 

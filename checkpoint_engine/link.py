@@ -1,7 +1,7 @@
 """The two ends of the connection between a server rank and its worker.
 
 The server binds, the worker connects. Each end watches its connection, so that a peer that dies is
-noticed at once and not by a timeout.
+noticed at once and not by a timeout. One peer is let in, see ``door``.
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.door import Door, KnownWorker, peer_of, present_proof
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.settings import admitted_users
 from checkpoint_engine.wire import ACK, encode_abort
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
 _CONNECT_SECONDS = 5.0  # servers listen before they ask anybody to connect
 _LINGER_MS = 1000  # for an abort message to leave before its socket closes
+_LET_IN_MS = 200  # for a worker that is being let in, before it is told to give up
 _MAX_PATH = 107  # bytes of a Unix socket path
-_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
-_GONE = zmq.EVENT_DISCONNECTED
+_MAX_REPLY = 64 << 20  # bytes; libzmq drops the connection of a peer that announces more
+_MAX_MESSAGE = 1 << 30
 _PREFIX = "ps-"
+_ANYONE, _PROVING = ".sock", ".own"
 
 
 class Address:
@@ -42,33 +47,46 @@ class Address:
         """Raises ``RuntimeError`` if the folder is somebody else's, or its path is too long."""
         self._lock: tuple[str, int] | None = None
         if os.environ.get("PS_IPC_ABSTRACT") == "1":
-            self.url = f"ipc://@checkpoint-engine-{_new_name()}.sock"
+            self.url = f"ipc://@checkpoint-engine-{_new_name()}{_ANYONE}"
             return
         folder = _socket_folder()
         for left in abandoned(folder, f"{_PREFIX}*.lock"):
-            remove(left.with_suffix(".sock"))
-            remove(left)
-        longest = folder / f"{_new_name()}.sock"
+            _remove_files(left)
+        longest = folder / f"{_new_name()}{_ANYONE}"
         if len(os.fsencode(longest)) > _MAX_PATH:
             raise RuntimeError(
                 f"the socket path {longest} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR to a "
                 "shorter folder, or PS_IPC_ABSTRACT=1"
             )
         self._lock = create_locked(lambda: str(folder / f"{_new_name()}.lock"))
-        self.url = f"ipc://{Path(self._lock[0]).with_suffix('.sock')}"
+        self.url = f"ipc://{Path(self._lock[0]).with_suffix(_ANYONE)}"
 
     def close(self) -> None:
-        """Remove the socket's file, which zmq leaves."""
+        """Remove the sockets' files, which zmq leaves."""
         if self._lock is not None:
             path, fd = self._lock
             self._lock = None
-            remove(Path(path).with_suffix(".sock"))
-            remove(path)
+            _remove_files(Path(path))
             os.close(fd)
+
+
+def _remove_files(lock: Path) -> None:
+    for suffix in (_ANYONE, _PROVING, lock.suffix):
+        remove(lock.with_suffix(suffix))
 
 
 def _new_name() -> str:
     return f"{_PREFIX}{secrets.token_hex(8)}"
+
+
+def _proving_url(url: str) -> str:
+    """Where our own workers connect, beside the address that any worker is given."""
+    return url.removesuffix(_ANYONE) + _PROVING
+
+
+def _proof(url: str) -> bytes:
+    """What whoever was given ``url`` knows; folders may have other names in other containers."""
+    return url.rpartition("/")[2].encode()
 
 
 def _socket_folder() -> Path:
@@ -91,14 +109,17 @@ def _socket_folder() -> Path:
 
 
 class _Watched:
-    """A socket and the monitor of its connection."""
+    """A socket and the monitor of its connections."""
 
-    def __init__(self, context: zmq.Context, kind: int) -> None:
+    events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+    def __init__(self, context: zmq.Context, kind: int, max_message: int) -> None:
         self.socket: zmq.Socket = context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._monitor = self.socket.get_monitor_socket(_CONNECTED | _GONE)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, max_message)
+        self.monitor = self.socket.get_monitor_socket(self.events)
         self._poller = zmq.Poller()
-        self._poller.register(self._monitor, zmq.POLLIN)
+        self._poller.register(self.monitor, zmq.POLLIN)
         self.connected = False
         self.gone = False
 
@@ -110,40 +131,103 @@ class _Watched:
         return self.socket in ready
 
     def look(self) -> None:
-        """Learn what happened to the connection."""
-        while self._monitor.poll(0):
-            kind = recv_monitor_message(self._monitor)["event"]
-            self.connected |= kind == _CONNECTED
-            self.gone |= kind == _GONE and self.connected
+        """Learn what happened to the connections."""
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)
+            self._note(event["event"], event["value"])
+
+    def _note(self, kind: int, value: int) -> None:
+        self.connected |= kind == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        self.gone |= kind == zmq.EVENT_DISCONNECTED and self.connected
 
     def close(self) -> None:
         self.socket.disable_monitor()
-        self._monitor.close(0)
+        self.monitor.close(0)
         self.socket.close()
+
+
+class _Caller(_Watched):
+    """The worker's socket. A server may refuse it."""
+
+    events = _Watched.events | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    refused = False
+
+    def _note(self, kind: int, value: int) -> None:
+        super()._note(kind, value)
+        self.refused |= kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+class _Listener(_Watched):
+    """A server's socket. Others than the worker may come, and go: they are told apart by their
+    connections' descriptors."""
+
+    events = _Watched.events | zmq.EVENT_ACCEPTED
+
+    def __init__(self, context: zmq.Context, url: str) -> None:
+        # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
+        super().__init__(context, zmq.DEALER, _MAX_REPLY)
+        self._url = url
+        self._path = url.removeprefix("ipc://") if url.startswith("ipc:///") else None
+        self._open: dict[int, int | None] = {}
+        self._let_in: int | None = None
+
+    def listen(self, door: Door, proof: bytes | None) -> None:
+        door.guard(self.socket, proof)
+        self.socket.bind(self._url)
+        if self._path is not None:
+            os.chmod(self._path, 0o666 if admitted_users() else 0o600)
+
+    @property
+    def peers(self) -> Collection[int | None]:
+        """The processes that have a connection."""
+        return self._open.values()
+
+    def let_in(self, pid: int) -> None:
+        """Process ``pid`` is the worker. Nobody else finds the socket's file any more; zmq cannot
+        stop listening without ending the worker's connection too."""
+        self._let_in = pid
+        if self._path is not None:
+            remove(self._path)
+
+    def _note(self, kind: int, value: int) -> None:
+        if kind == zmq.EVENT_ACCEPTED:
+            self._open[value] = peer_of(value)
+        elif kind == zmq.EVENT_DISCONNECTED:
+            self._open.pop(value, None)
+        else:
+            self.connected = True
+        self.gone = self._let_in is not None and self._let_in not in self._open.values()
 
 
 class WorkerLink:
     """The server's end: one worker, one update. Lives in the thread that runs the update."""
 
-    def __init__(self, context: zmq.Context, address: Address) -> None:
-        """Takes ``address`` over, and gives it up when closed."""
+    def __init__(
+        self, context: zmq.Context, address: Address, known: KnownWorker | None = None
+    ) -> None:
+        """Takes ``address`` over, and gives it up when closed.
+
+        Args:
+            context: of this update alone.
+            known: what is remembered of this rank's worker from one update to the next.
+        """
         self._address = address
         self.url = address.url
-        # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
-        self._watched = _Watched(context, zmq.DEALER)
+        self._door = Door(context, KnownWorker() if known is None else known)
+        self._listeners = [_Listener(context, url) for url in (_proving_url(self.url), self.url)]
+        self._worker: _Listener | None = None
         try:
-            self._watched.socket.bind(address.url)
-        except zmq.ZMQError as error:
+            for listener, proof in zip(self._listeners, (_proof(self.url), None), strict=True):
+                listener.listen(self._door, proof)
+        except (zmq.ZMQError, OSError) as error:
             self.close()
             raise RuntimeError(f"cannot listen at {address.url}: {error}") from error
-        self._unanswered = 0
 
     def send(self, message: bytes, check: Callable[[], None]) -> None:
         """Send, once the worker is connected; ``check`` ends the wait by raising."""
-        while not (self._watched.wait(zmq.POLLOUT) and self._sent(message)):
+        while not (self._wait(zmq.POLLOUT) and self._sent(message)):
             check()
             self._raise_if_gone()
-        self._unanswered += 1
 
     def receive(self, check: Callable[[], None]) -> bytes:
         """The worker's reply to the oldest unanswered message.
@@ -151,38 +235,65 @@ class WorkerLink:
         Raises:
             WireError: the worker is gone.
         """
-        while not self._watched.wait(zmq.POLLIN):
+        while not self._wait(zmq.POLLIN):
             check()
-            if self._watched.gone and not self._watched.wait(zmq.POLLIN, 0):
+            if self._gone and not self._wait(zmq.POLLIN, 0):
                 self._raise_if_gone()
-        self._unanswered -= 1
-        return self._watched.socket.recv_multipart()[-1]
+        assert self._worker is not None
+        self._door.remember()
+        return self._worker.socket.recv_multipart()[-1]
 
     def check(self) -> None:
         """Raise ``WireError`` if the worker is gone. For waits for something else."""
-        self._watched.look()
+        self._wait(zmq.POLLIN, 0)
         self._raise_if_gone()
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""
-        if self._watched.wait(zmq.POLLOUT, 0) and not self._watched.gone:
+        self._answer_door(patient=False)
+        there = self._worker is not None and not self._gone
+        if there and self._wait(zmq.POLLOUT, _LET_IN_MS) and not self._gone:
             self._sent(encode_abort(reason))
 
     def close(self) -> None:
         """Stop listening."""
-        self._watched.close()
+        for listener in self._listeners:
+            listener.close()
+        self._door.close()
         self._address.close()
+
+    def _wait(self, event: int, timeout_ms: int = _LOOK_MS) -> bool:
+        """Whether the worker's socket is ready for ``event`` by then; lets the worker in."""
+        if self._worker is None:
+            self._door.wait(timeout_ms)
+        self._answer_door()
+        return self._worker is not None and self._worker.wait(event, timeout_ms)
+
+    def _answer_door(self, patient: bool = True) -> None:
+        proving, anyone = self._listeners
+        for listener in self._listeners:
+            listener.look()
+        self._door.look(anyone.peers, patient)
+        if self._worker is None and self._door.entered is not None:
+            self._worker = proving if self._door.entered.proves else anyone
+            for listener in self._listeners:
+                listener.let_in(self._door.entered.pid)
 
     def _sent(self, message: bytes) -> bool:
         """A blocking send would never return where the worker left after the last look."""
+        assert self._worker is not None
         try:
-            self._watched.socket.send_multipart([b"", message], zmq.NOBLOCK)
+            self._worker.socket.send_multipart([b"", message], zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
 
+    @property
+    def _gone(self) -> bool:
+        return self._worker is not None and self._worker.gone
+
     def _raise_if_gone(self) -> None:
-        if self._watched.gone:
+        if self._gone:
             raise WireError("the inference worker closed its connection before the update was over")
 
 
@@ -195,12 +306,20 @@ class ServerLink:
         self.address = address
         self._timeout = timeout
         self._deadline: Deadline | None = None
-        self._watched = _Watched(context, zmq.REP)
+        self._watched = _Caller(context, zmq.REP, _MAX_MESSAGE)
         try:
-            self._watched.socket.connect(address)
+            self._watched.socket.connect(self._choose_url())
         except zmq.ZMQError as error:
             self._watched.close()
             raise WireError(f"cannot connect to {address!r}: {error}") from error
+
+    def _choose_url(self) -> str:
+        """Servers of ours listen at a second address, where workers of ours prove who they are."""
+        own = _proving_url(self.address)
+        if own.endswith(_PROVING) and own.startswith("ipc://") and _listens(own):
+            present_proof(self._watched.socket, _proof(self.address))
+            return own
+        return self.address
 
     def set_deadline(self, seconds: float) -> None:
         """From now on all waits together may take this long."""
@@ -219,6 +338,11 @@ class ServerLink:
         while not self._watched.wait(zmq.POLLIN):
             if self._watched.gone and not self._watched.wait(zmq.POLLIN, 0):
                 raise WireError(f"the parameter server closed {self.address}")
+            if self._watched.refused:
+                raise WireError(
+                    f"the parameter server at {self.address} refused this worker: it serves "
+                    "another, or none of this user (PS_IPC_UIDS)"
+                )
             if connecting.remaining() == 0.0 and not self._watched.connected:
                 raise WireError(f"no parameter server answers at {self.address}")
             deadline.check(f"the parameter server at {self.address}")
@@ -229,6 +353,14 @@ class ServerLink:
 
     def close(self) -> None:
         self._watched.close()
+
+
+def _listens(url: str) -> bool:
+    path = url.removeprefix("ipc://")
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError, ValueError):
+        probe.connect(f"\0{path[1:]}" if path.startswith("@") else path)
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class ModelWords(Vocabulary):
     """Also the data types that the original's programs store and exchange."""
 
     strange = "does not belong into metas"
+    shared_types = (*Vocabulary.shared_types, type(ParameterMeta))
 
     def find(self, module: str, name: str) -> Any:
         if module in _MODEL_MODULES and name in _MODELS:
@@ -268,7 +269,7 @@ class _Reader:
         """Containers and objects have one place each, so that what is read is a tree."""
         value = self._memo[place]
         kind = type(value)
-        if kind is str or kind is bytes:
+        if kind is str or kind is bytes or kind is set:  # sets hold strings and integers
             shared = len(value) <= _LONGEST_SHARED
         elif kind is tuple:
             shared = len(value) <= _LONGEST_SHARED and all(type(v) in _ATOMS for v in value)

@@ -42,6 +42,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup, create_weights_group
+from checkpoint_engine.door import KnownWorker
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import (
     EncodedLayout,
@@ -185,6 +186,7 @@ class ParameterServer:
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
         self._planned: _Planned | None = None
+        self._known_worker = KnownWorker()
         self._weights_group: WeightsGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -562,7 +564,9 @@ class ParameterServer:
 
     def _listen(self, stack: ExitStack) -> WorkerLink:
         context = stack.enter_context(open_context())
-        return stack.enter_context(contextlib.closing(WorkerLink(context, Address())))
+        return stack.enter_context(
+            contextlib.closing(WorkerLink(context, Address(), self._known_worker))
+        )
 
     def _agree(
         self,

@@ -49,6 +49,19 @@ def _number(variable: str, default: float) -> float:
         raise ValueError(f"{variable} must be a number, got {text!r}") from None
 
 
+def admitted_users() -> set[int]:
+    """``PS_IPC_UIDS``: users besides this one, as numbers, whose workers may connect.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    text = os.environ.get("PS_IPC_UIDS", "")
+    try:
+        return {int(uid) for uid in text.split(",") if uid.strip()}
+    except ValueError:
+        raise ValueError(f"PS_IPC_UIDS must be user ids with commas, got {text!r}") from None
+
+
 def integer(variable: str, default: int) -> int:
     """An integer from the environment.
 

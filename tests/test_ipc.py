@@ -346,7 +346,7 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) 
             WorkerLink(context, Address())
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    assert {path.suffix for path in no_choice.iterdir()} == {".sock", ".lock"}
+    assert {path.suffix for path in no_choice.iterdir()} == {".sock", ".own", ".lock"}
     plain = no_choice / "ps-4567.sock.txt"
     plain.touch()
     with zmq.Context() as context:
@@ -357,6 +357,7 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) 
             assert {path.name for path in no_choice.iterdir()} == {
                 plain.name,
                 f"{name}.sock",
+                f"{name}.own",
                 f"{name}.lock",
             }
         finally:

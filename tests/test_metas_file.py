@@ -11,7 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas, ParameterMeta
+from checkpoint_engine.data_types import (
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+    make_metas,
+)
 from checkpoint_engine.metas_file import decode_metas, encode_metas
 
 # pickle.dump(ps.get_metas()) of METAS, as programs on the original's releases wrote it to a file.
@@ -92,3 +97,18 @@ def test_damaged_bytes_give_metas_or_a_value_error(noise: bytes, at: int) -> Non
     data = PICKLE_OF_0_2_0[:at] + noise + PICKLE_OF_0_2_0[at + len(noise) :]
     with contextlib.suppress(ValueError):
         assert isinstance(decode_metas(data), dict)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_pickle_of_what_was_gathered(protocol: int) -> None:
+    """Its objects share their sets of fields, and shapes."""
+    kinds = [(torch.bfloat16, torch.Size([2, 3]), 256)]
+    made = make_metas(["a", "b", "c"], kinds, [0, 0, 0])
+    owned = MemoryBufferMetaList.model_construct(
+        p2p_store_addr=None,
+        memory_buffer_metas_list=[MemoryBufferMetas.model_construct(metas=made, ptr=1, size=768)],
+        rdma_device="",
+        lease=None,
+    )
+    read = decode_metas(pickle.dumps({0: owned}, protocol))
+    assert [meta.name for meta in read[0].memory_buffer_metas_list[0].metas] == ["a", "b", "c"]

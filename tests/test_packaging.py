@@ -99,7 +99,7 @@ def test_metadata(installed: Installed) -> None:
         "loguru",
         "numpy",
         "pydantic>=2",
-        "pyzmq",
+        "pyzmq>=22",
         "safetensors",
         "torch>=2.5",
         "uvicorn",

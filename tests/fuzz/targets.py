@@ -1,0 +1,307 @@
+"""What is fuzzed: each target gets bytes, and may raise nothing but its documented exceptions.
+
+``seeds`` are valid inputs to start from. A target that returns has read the input; one that takes
+memory out of proportion to it fails by the limit that ``run.py`` sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+from checkpoint_engine import checkpoint_files, gather, metas_file, wire
+from checkpoint_engine.api import _init_api
+from checkpoint_engine.data_types import (
+    DataToGather,
+    Lease,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+)
+from checkpoint_engine.errors import WireError
+from checkpoint_engine.http_guard import Guard
+from checkpoint_engine.ipc import map_shared_memory, open_buffer
+from checkpoint_engine.worker import extract_weights
+
+logger.remove()
+CUDA_ARGS = (
+    torch.Tensor,
+    torch.Size([1024]),
+    (1,),
+    0,
+    torch.storage.TypedStorage,
+    torch.uint8,
+    0,
+    b"\x01" * 64,
+    1024,
+    0,
+    False,
+    b"\x02" * 32,
+    0,
+    b"\x03" * 64,
+    True,
+)
+ENTRIES = [
+    {"name": "a.weight", "dtype": torch.bfloat16, "shape": torch.Size([3, 4]), "offset": 0},
+    {"name": "b", "dtype": torch.float8_e4m3fn, "shape": torch.Size([]), "offset": 256},
+]
+METAS = [
+    ParameterMeta(name="a.weight", dtype=torch.bfloat16, shape=torch.Size([3, 4])),
+    ParameterMeta(name="b", dtype=torch.int8, shape=torch.Size([])),
+]
+OWNED = MemoryBufferMetaList(
+    p2p_store_addr="192.0.2.1:1",
+    memory_buffer_metas_list=[MemoryBufferMetas(metas=METAS, ptr=4096, size=512)],
+    rdma_device="mlx5_0",
+    lease=Lease(ptr=1, id="ab"),
+)
+PLACE = DataToGather(**dict(OWNED), host_ip="192.0.2.1", device_uuid="GPU-1")
+
+
+@dataclass(frozen=True)
+class Target:
+    """``run`` may raise ``allowed`` and nothing else."""
+
+    name: str
+    run: Callable[[bytes], object]
+    allowed: tuple[type[Exception], ...]
+    seeds: tuple[bytes, ...]
+
+
+# ---------------------------------------------------------------------- the wire
+
+BUFFER = torch.zeros(1024, dtype=torch.uint8)
+
+
+def handle(data: bytes) -> None:
+    read = wire.decode_handle(data)
+    if isinstance(read, wire.Handle) and read.rebuild is map_shared_memory:
+        with contextlib.suppress(ValueError, OSError, TypeError):
+            open_buffer(read.rebuild, read.args, None)
+    elif isinstance(read, wire.Abort):
+        assert isinstance(str(read.error), str)
+
+
+def message(data: bytes) -> None:
+    read = wire.decode_message(data)
+    if isinstance(read, wire.Bucket):
+        with contextlib.suppress(ValueError, RuntimeError):
+            extract_weights(read.tensors, BUFFER)
+    elif isinstance(read, wire.Abort):
+        assert isinstance(str(read.error), str)
+
+
+def reply(data: bytes) -> None:
+    if wire.decode_acceptance(data) is None:
+        data.decode(errors="replace")
+
+
+# ---------------------------------------------------------------------- files
+
+
+class _Files:
+    """One file in memory, and its path: the readers open it by name."""
+
+    def __init__(self, suffix: str) -> None:
+        self.path = f"/dev/shm/fuzz-{os.getpid()}{suffix}"
+
+    def write(self, data: bytes, suffix: str = "") -> None:
+        Path(self.path + suffix).write_bytes(data)
+
+
+_SAFETENSORS, _NPY = _Files(".safetensors"), _Files(".npy")
+ALL_FILES = (_SAFETENSORS.path, _NPY.path, f"{_NPY.path}.meta")
+
+
+def safetensors(data: bytes) -> None:
+    _SAFETENSORS.write(data)
+    checkpoint_files.open_files([_SAFETENSORS.path])
+
+
+NPY_META = pickle.dumps(
+    [
+        {
+            "key": "w",
+            "dtype": torch.float32,
+            "shape": torch.Size([2, 2]),
+            "type": torch.Tensor,
+            "tp_concat_dim": 0,
+        }
+    ]
+)
+
+
+def _npy_bytes() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros((2, 2), np.float32))
+    return file.getvalue()
+
+
+def npy(data: bytes) -> None:
+    _NPY.write(data)
+    _NPY.write(NPY_META, ".meta")
+    checkpoint_files.open_files([_NPY.path])
+
+
+def npy_meta(data: bytes) -> None:
+    _NPY.write(_npy_bytes())
+    _NPY.write(data, ".meta")
+    checkpoint_files.open_files([_NPY.path])
+
+
+def _safetensors_bytes(header: Any, nbytes: int) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(nbytes)
+
+
+# ---------------------------------------------------------------------- ranks and HTTP
+
+
+def layout(data: bytes) -> None:
+    gather.decode_layout(data)
+
+
+def place(data: bytes) -> None:
+    gather.join_place(gather.decode_place(data), [METAS])
+
+
+class _Server:
+    """Takes every call and does nothing."""
+
+    allowed_folders: Any = None
+
+    def register_checkpoint(self, name: str, *, files: list[str]) -> None: ...
+    def unregister_checkpoint(self, name: str) -> None: ...
+    def gather_metas(self, name: str) -> None: ...
+    def load_metas(self, metas: Any) -> None: ...
+    def update(self, name: str, req: Any, *, ranks: list[int], timeout: timedelta) -> None: ...
+
+
+_APP = Guard(_init_api(_Server()), None, 1 << 20)  # type: ignore[arg-type]
+_LOOP = asyncio.new_event_loop()
+_ROUTES = ("/v1/checkpoints/c/files", "/v1/checkpoints/c/update", "/v1/metas", "/v1/checkpoints/c")
+
+
+def http(data: bytes) -> None:
+    """The first byte chooses the route, and whether the body says that it is JSON."""
+    choice, body = (data[0], data[1:]) if data else (0, b"")
+    kind = b"application/json" if choice < 192 else b"text/plain"
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": _ROUTES[choice % len(_ROUTES)],
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [(b"content-type", kind), (b"content-length", str(len(body)).encode())],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("x", 1),
+        "client": ("x", 1),
+        "root_path": "",
+        "asgi": {"version": "3.0"},
+    }
+    answers: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    _LOOP.run_until_complete(_APP(scope, receive, send))
+    status, sent = answers[0]["status"], sum(len(a.get("body", b"")) for a in answers)
+    if status >= 500:
+        raise AssertionError(f"answered {status}")
+    if sent > 10_000:
+        raise AssertionError(f"answered with {sent} bytes")
+
+
+def _pickles(content: Any) -> tuple[bytes, ...]:
+    return tuple(pickle.dumps(content, protocol) for protocol in (3, 4))
+
+
+_METAS_JSON = metas_file.encode_metas({0: OWNED})
+TARGETS = (
+    Target(
+        "wire: handle",
+        handle,
+        (WireError,),
+        (
+            wire.encode_handle(map_shared_memory, ("/dev/shm/x", 8), {"timeout": 1.0}),
+            *_pickles((rebuild_cuda_tensor, CUDA_ARGS)),
+        ),
+    ),
+    Target(
+        "wire: bucket, None",
+        message,
+        (WireError,),
+        (*_pickles(ENTRIES), wire.NOTHING_MORE, wire.encode_bucket_as_json(ENTRIES)),
+    ),
+    Target(
+        "wire: abort",
+        message,
+        (WireError,),
+        (*_pickles(RuntimeError("why", 3)), *_pickles(OSError(2, "no"))),
+    ),
+    Target(
+        "wire: replies",
+        reply,
+        (WireError,),
+        (b"", b"Traceback", wire.encode_acceptance({"version": 1, wire.JSON_BUCKETS: True})),
+    ),
+    Target(
+        "safetensors",
+        safetensors,
+        (ValueError,),
+        (
+            _safetensors_bytes(
+                {"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}, 16
+            ),
+            _safetensors_bytes({"__metadata__": {"a": "b"}}, 0),
+        ),
+    ),
+    Target(".npy", npy, (ValueError,), (_npy_bytes(),)),
+    Target(".npy.meta", npy_meta, (ValueError,), (NPY_META,)),
+    Target("metas: JSON", metas_file.decode_metas, (ValueError,), (_METAS_JSON,)),
+    Target("metas: pickle", metas_file.decode_metas, (ValueError,), _pickles({0: OWNED})[-1:]),
+    Target("gather: layout", layout, (ValueError,), (gather.encode_layout([METAS]).blob,)),
+    Target("gather: place", place, (ValueError,), (gather.encode_place(PLACE, "layout", "known"),)),
+    Target(
+        "HTTP bodies",
+        http,
+        (),
+        (
+            b'\x00{"files": ["/a"]}',
+            b'\x01{"ranks": [0], "update_url": "http://x", "timeout": 3.0, "uds": null}',
+            b"\x02" + _METAS_JSON,
+            b'\x03{"inference_group_ranks": [1]}',
+        ),
+    ),
+)
+BY_NAME = {target.name: target for target in TARGETS}
+
+
+def check(target: Target, data: bytes) -> None:
+    """One input. Raises what the target must not."""
+    with contextlib.suppress(*target.allowed):
+        target.run(data)
+
+
+def clean_up() -> None:
+    for path in ALL_FILES:
+        Path(path).unlink(missing_ok=True)

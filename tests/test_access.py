@@ -1,0 +1,250 @@
+"""What callers of the HTTP service may name, and who may call it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import save_file
+
+from checkpoint_engine import checkpoint_files, http_guard, pin_memory
+from checkpoint_engine.access import Access
+from checkpoint_engine.checkpoint_files import open_files
+from checkpoint_engine.errors import AccessError
+from checkpoint_engine.http_guard import Guard
+from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.service import ServeOptions, listen_tcp, read_token, uvicorn_config
+
+TOKEN = "0123456789abcdef"
+
+
+# ---------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize(
+    ("allowed", "url"),
+    [
+        ("http://good.example", "http://good.example/collective_rpc"),
+        ("http://good.example:80", "http://GOOD.example/x"),
+        ("http://good.example/a", "http://good.example/a"),
+        ("http://good.example/a/", "http://good.example/a/b"),
+        ("http://[::1]:8000", "http://[::1]:8000/x"),
+    ],
+)
+def test_engines_that_may_be_asked(allowed: str, url: str) -> None:
+    Access.of((), (allowed,)).check_engine(url, None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://good.example.evil/a",
+        "http://good.example@evil/a",
+        "http://user@good.example/a",
+        "http://evil/a#good.example",
+        "http://evil/?http://good.example/a",
+        "http://good.example:81/a",
+        "https://good.example/a",
+        "http://good.example/ab",
+        "http://good.example/a/../b",
+        "http://good.example/a/%2e%2e/b",
+        "http://good.example/a/..%2fb",
+        "http://good.example/a\\..\\b",
+        "http://good.example//a",
+        "ftp://good.example/a",
+        "good.example/a",
+        "http:good.example/a",
+        "",
+        "http://good.example/a\nHost: evil",
+    ],
+)
+def test_engines_that_may_not(url: str) -> None:
+    with pytest.raises(AccessError):
+        Access.of((), ("http://good.example/a",)).check_engine(url, None)
+
+
+def test_unix_sockets_of_engines() -> None:
+    rules = Access.of((), ("unix:/run/engine.sock",))
+    rules.check_engine("http://x/y", "/run/engine.sock")
+    for url, uds in (("http://x/y", "/run/docker.sock"), ("http://x/y", None)):
+        with pytest.raises(AccessError):
+            rules.check_engine(url, uds)
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    inside, outside = tmp_path / "in", tmp_path / "in-not"
+    for folder in (inside, outside):
+        folder.mkdir()
+        save_file({"w": torch.ones(4)}, folder / "m.safetensors")
+    return inside, outside
+
+
+def test_links_are_resolved(folders: tuple[Path, Path]) -> None:
+    inside, outside = folders
+    rules = Access.of((str(inside),))
+    (inside / "link.safetensors").symlink_to(outside / "m.safetensors")
+    (inside / "folder").symlink_to(outside)
+    open_files([inside / "m.safetensors"], rules.folders)
+    for path in (
+        outside / "m.safetensors",
+        outside / "missing.safetensors",
+        inside / "link.safetensors",
+        inside / "folder" / "m.safetensors",
+        inside / ".." / "in-not" / "m.safetensors",
+    ):
+        with pytest.raises(AccessError, match="does not lie in a folder"):
+            open_files([path], rules.folders)
+
+
+def test_a_link_that_changes_after_it_was_looked_at(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, outside = folders
+    link = inside / "link.safetensors"
+    link.symlink_to(inside / "m.safetensors")
+    look = os.path.realpath
+
+    def look_then_change(path: Any) -> str:
+        seen = look(path)
+        link.unlink()
+        link.symlink_to(outside / "m.safetensors")
+        return seen
+
+    monkeypatch.setattr(checkpoint_files.os.path, "realpath", look_then_change)
+    with pytest.raises(AccessError):
+        open_files([link], (look(inside),))
+
+
+def test_a_file_that_is_replaced_before_its_bytes_are_read(folders: tuple[Path, Path]) -> None:
+    inside, outside = folders
+    sources = open_files([inside / "m.safetensors"])
+    os.replace(outside / "m.safetensors", inside / "m.safetensors")
+    with pytest.raises(ValueError, match="was replaced by another file"):
+        HostMemory("cpu").fill(sources)
+
+
+def test_a_fifo_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="no regular file"):
+        open_files([tmp_path / "x.safetensors"])
+
+
+def test_what_took_the_place_of_a_pinned_file_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(f"/dev/shm/pinned-{os.getpid()}.safetensors")
+    save_file({"w": torch.ones(4)}, path)
+    pin = pin_memory._Arena.pin
+
+    def pin_then_replace(arena: Any) -> None:
+        pin(arena)
+        path.unlink()
+        path.write_text("precious")
+
+    monkeypatch.setattr(pin_memory._Arena, "pin", pin_then_replace)
+    memory = HostMemory("cpu")
+    try:
+        buffers = memory.pin_in_place([path])
+        assert path.read_text() == "precious"
+        memory.release(buffers)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- callers
+
+
+def test_tcp_wants_a_token() -> None:
+    with pytest.raises(ValueError, match="give a token"):
+        ServeOptions(port=0)
+    with pytest.raises(ValueError, match="at least 16"):
+        ServeOptions(port=0, token="short")
+    ServeOptions(port=0, allow_anyone=True)
+    assert TOKEN not in repr(ServeOptions(port=0, token=TOKEN))
+
+
+def test_a_token_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_HTTP_TOKEN", "from-environment")
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert read_token() == "from-environment"
+    assert read_token(tmp_path / "token") == TOKEN
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_token(tmp_path / "none")
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "http":
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(len(body)).encode()})
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    options = ServeOptions(port=0, token=TOKEN, max_body_bytes=1000)
+    config = uvicorn_config(app, options)
+    config.lifespan = "off"
+    server = uvicorn.Server(config)
+    with listen_tcp("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+RIGHT = {"authorization": f"Bearer {TOKEN}"}
+
+
+def test_who_may_call(url: str) -> None:
+    assert isinstance(uvicorn_config(app, ServeOptions(uds="/x")).app, Guard)
+    assert httpx.post(url, headers=RIGHT, content=b"abc").text == "3"
+    for wrong in ({}, {"authorization": TOKEN}, {"authorization": "Bearer x"}):
+        answer = httpx.post(url, headers=wrong)
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_bodies_that_are_too_large(url: str) -> None:
+    assert httpx.post(url, headers=RIGHT, content=bytes(1001)).status_code == 413
+    chunks = (bytes(100) for _ in range(100))
+    with contextlib.suppress(httpx.WriteError):
+        assert httpx.post(url, headers=RIGHT, content=chunks).status_code == 413
+
+
+def test_a_head_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "HEAD_SECONDS", 0.3)
+    port = httpx.URL(url).port
+    assert port is not None
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+        slow.sendall(b"POST / HTTP/1.1\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                slow.sendall(b"a: b\r\n")
+                time.sleep(0.05)
+            pytest.fail("the connection was kept")
+
+
+def test_a_body_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "BODY_SECONDS", 0.3)
+    port = httpx.URL(url).port
+    assert port is not None
+    head = f"POST / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: 9\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+        slow.sendall(head.encode() + b"\r\nabc")
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")

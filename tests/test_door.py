@@ -1,0 +1,398 @@
+"""Who gets in at a rank's address: one worker, whoever else connects, before it or after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from checkpoint_engine import door, link
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.door import KnownWorker
+from checkpoint_engine.errors import WireError
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.leftovers import abandoned
+from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.service import listen
+
+SOON = 10.0
+NOBODY = 65534
+INTRUDER = """
+import socket, sys, zmq
+kind, address = sys.argv[1:]
+if kind == "raw":
+    peer = socket.socket(socket.AF_UNIX)
+    path = address[len("ipc://"):]
+    try:
+        peer.connect("\\0" + path[1:] if path[0] == "@" else path)
+        peer.sendall(b"garbage" * 100)
+    except OSError:
+        pass
+else:
+    peer = zmq.Context().socket(getattr(zmq, kind))
+    peer.linger = 0
+    peer.connect(address)
+    if kind == "DEALER":
+        peer.send_multipart([b"", b"not your worker"])
+print("there", flush=True)
+sys.stdin.read()
+got = peer.poll(0) if kind != "raw" else 0
+print(got, flush=True)
+"""
+
+
+def bounded() -> Callable[[], None]:
+    deadline = Deadline(SOON)
+    return lambda: deadline.check("the test")
+
+
+class Intruder:
+    def __init__(self, kind: str, address: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", INTRUDER, kind, address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "there\n"
+        time.sleep(0.1)  # for its handshake, which it cannot see
+
+    def leave(self) -> int:
+        """What it got."""
+        got, _ = self._process.communicate("", timeout=SOON)
+        return int(got)
+
+
+@pytest.fixture(params=["file", "abstract"])
+def server(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[WorkerLink]:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    if request.param == "abstract":
+        monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as made:
+        yield made
+
+
+def worker_loop(address: str, ours: bool, done: list[bytes]) -> None:
+    """Answers three messages, as our worker or as the original's does."""
+    with zmq.Context() as context:
+        if ours:
+            with contextlib.closing(ServerLink(context, address, SOON)) as worker:
+                for _ in range(3):
+                    done.append(worker.receive())
+                    worker.reply()
+            return
+        plain = context.socket(zmq.REP)
+        plain.setsockopt(zmq.LINGER, 1000)
+        plain.setsockopt(zmq.RCVTIMEO, int(SOON * 1000))
+        plain.connect(address)
+        for _ in range(3):
+            done.append(plain.recv())
+            plain.send(b"")
+        plain.close()
+
+
+@contextlib.contextmanager
+def working(address: str, ours: bool) -> Iterator[list[bytes]]:
+    done: list[bytes] = []
+    thread = threading.Thread(target=worker_loop, args=(address, ours, done))
+    thread.start()
+    try:
+        yield done
+    finally:
+        thread.join(SOON)
+
+
+def exchange(server: WorkerLink, message: bytes) -> None:
+    server.send(message, bounded())
+    assert server.receive(bounded()) == b""
+
+
+KINDS = ["REP", "DEALER", "REQ", "PULL", "raw"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_connection_earlier_than_our_worker(server: WorkerLink, kind: str) -> None:
+    intruder = Intruder(kind, server.url)
+    with working(server.url, ours=True) as done:
+        for message in (b"handle", b"bucket", b"end"):
+            exchange(server, message)
+    assert done == [b"handle", b"bucket", b"end"]
+    assert intruder.leave() == 0
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our worker", "the original's worker"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_connection_later_than_the_worker(
+    server: WorkerLink, kind: str, ours: bool
+) -> None:
+    with working(server.url, ours) as done:
+        exchange(server, b"handle")
+        intruder = Intruder(kind, server.url)
+        exchange(server, b"bucket")
+        assert intruder.leave() == 0
+        server.check()  # that it left means nothing
+        exchange(server, b"end")
+    assert done == [b"handle", b"bucket", b"end"]
+
+
+def test_the_originals_worker_is_known_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From its second update on, it goes before those that came earlier, and waits for nobody."""
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    known = KnownWorker()
+    for update in range(2):
+        with (
+            open_context() as context,
+            contextlib.closing(WorkerLink(context, Address(), known)) as server,
+        ):
+            intruder = Intruder("REP", server.url) if update else None
+            with working(server.url, ours=False) as done:
+                for message in (b"handle", b"bucket", b"end"):
+                    exchange(server, message)
+            assert done == [b"handle", b"bucket", b"end"]
+            assert intruder is None or intruder.leave() == 0
+    assert known == KnownWorker(os.getpid(), proves=False)
+
+
+def test_one_that_comes_and_goes_before_the_worker(
+    server: WorkerLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Intruder("REP", server.url).leave() == 0
+    with working(server.url, ours=False) as done:
+        for message in (b"handle", b"bucket", b"end"):
+            exchange(server, message)
+    assert done == [b"handle", b"bucket", b"end"]
+
+
+def test_a_wrong_proof_is_refused(server: WorkerLink) -> None:
+    with zmq.Context() as context:
+        liar = context.socket(zmq.REP)
+        liar.linger = 0
+        door.present_proof(liar, b"something else")
+        liar.connect(link._proving_url(server.url))
+        with working(server.url, ours=True) as done:
+            for message in (b"handle", b"bucket", b"end"):
+                exchange(server, message)
+        assert len(done) == 3
+        assert liar.poll(100) == 0
+        liar.close()
+
+
+def test_a_second_worker_of_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        told: list[str] = []
+
+        def come_second() -> None:
+            with (
+                zmq.Context() as other,
+                contextlib.closing(ServerLink(other, server.url, SOON)) as me,
+            ):
+                try:
+                    me.receive()
+                except WireError as error:
+                    told.append(str(error))
+
+        with working(server.url, ours=True):
+            exchange(server, b"handle")
+            second = threading.Thread(target=come_second)
+            second.start()
+            while not told:
+                server.check()
+                time.sleep(0.01)
+            exchange(server, b"bucket")
+            exchange(server, b"end")
+        second.join(SOON)
+        assert "refused this worker: it serves another" in told[0]
+
+
+# ---------------------------------------------------------------------- another user
+
+
+def as_nobody(action: Callable[[], Any], uid: int = NOBODY) -> Any:
+    """What ``action`` returns, as JSON can hold it, in a process of another user."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(30)
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            os.write(write_end, json.dumps(action()).encode())
+        except BaseException as error:
+            os.write(write_end, json.dumps(f"{type(error).__name__}: {error}").encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as answer:
+        told = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(told)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+
+
+def try_to_connect(path: str) -> str:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(path)
+    return "connected"
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that everybody can enter, made with a careless umask."""
+    umask = os.umask(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/") and folder != Path("/tmp"):
+            folder.chmod(0o777)
+    yield tmp_path
+    os.umask(umask)
+
+
+@needs_root
+def test_another_user_cannot_connect_to_a_ranks_socket(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(open_folder))
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        for url in (server.url, link._proving_url(server.url)):
+            told = as_nobody(lambda url=url: try_to_connect(url.removeprefix("ipc://")))
+            assert told.startswith("PermissionError")
+
+
+@needs_root
+def test_another_user_cannot_enter_the_default_folder(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PS_IPC_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(open_folder))
+    address = Address()
+    folder = Path(address.url.removeprefix("ipc://")).parent
+    assert as_nobody(lambda: os.listdir(folder)).startswith("PermissionError")
+    address.close()
+
+
+def connect_in_abstract(address: str) -> int:
+    """How many messages a connection of this user gets within a second."""
+    with zmq.Context() as context:
+        peer = context.socket(zmq.REP)
+        peer.linger = 0
+        peer.connect(address)
+        got = peer.poll(1000)
+        peer.close()
+    return got
+
+
+@needs_root
+def test_another_user_gets_nothing_in_the_abstract_namespace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no file keeps it out."""
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        told: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: told.append(as_nobody(lambda: connect_in_abstract(server.url)))
+        )
+        thread.start()
+        deadline = Deadline(1.5)
+        with contextlib.suppress(TimeoutError):
+            server.send(b"handle", lambda: deadline.check("nobody else"))
+        thread.join(SOON)
+        assert told == [0]
+
+
+@needs_root
+def test_another_user_is_let_in_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    monkeypatch.setenv("PS_IPC_UIDS", str(NOBODY))
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        told: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: told.append(as_nobody(lambda: foreign_exchange(server.url)))
+        )
+        thread.start()
+        exchange(server, b"handle")
+        thread.join(SOON)
+        assert told == ["handle"]
+
+
+def foreign_exchange(address: str) -> str:
+    with zmq.Context() as context:
+        peer = context.socket(zmq.REP)
+        peer.setsockopt(zmq.RCVTIMEO, 5000)
+        peer.connect(address)
+        got = peer.recv()
+        peer.send(b"")
+        peer.close()
+    return got.decode()
+
+
+@needs_root
+def test_another_user_cannot_open_shared_memory(open_folder: Path) -> None:
+    with SharedBuffer(DeviceManager("cpu"), 0, 4096) as buffer:
+        path = buffer.handle()[1][0]
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        assert as_nobody(lambda: os.open(path, os.O_RDONLY)).startswith("PermissionError")
+
+
+@needs_root
+def test_files_of_another_user_do_not_get_in_the_way() -> None:
+    """Names like those of our leftovers, open to all, that only their owner can remove."""
+    trap = Path(f"/dev/shm/checkpoint-engine-{NOBODY}-trap{os.getpid()}")
+    trap.touch()
+    trap.chmod(0o666)
+
+    def make_a_buffer() -> str:
+        with SharedBuffer(DeviceManager("cpu"), 0, 4096) as buffer:
+            return str(buffer.tensor.numel())
+
+    try:
+        assert as_nobody(make_a_buffer) == "4096"
+        assert trap.exists()
+        assert list(abandoned(trap.parent, trap.name)) == [trap]  # of its owner
+    finally:
+        trap.unlink()
+
+
+@needs_root
+def test_another_user_cannot_reach_the_http_service(open_folder: Path) -> None:
+    path = str(open_folder / "http.sock")
+    with listen(path):
+        assert as_nobody(lambda: try_to_connect(path)).startswith("PermissionError")
+
+
+@needs_root
+def test_a_lock_that_another_user_holds_does_not_stop_a_service(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    from checkpoint_engine import service
+
+    monkeypatch.setattr(service, "_LOCK_SECONDS", 0.2)
+    folder = os.open(open_folder, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(OSError, match="whoever holds a lock on the socket's folder"):
+        listen(str(open_folder / "http.sock"))
+    os.close(folder)
