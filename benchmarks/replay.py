@@ -492,7 +492,7 @@ def vllm(arguments: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         models.LAYERS, models.EXPERTS = arguments.layers_of_vllm, EXPERTS
-        models.HIDDEN, models.EXPERT_INNER = 64, 32
+        models.HIDDEN, models.EXPERT_INNER = 128, 16
         large = [models.write_model("moe", Path(folder) / f"large-{seed}", seed) for seed in (1, 2)]
         _time_loading(large, arguments.tp, arguments.repeats)
         if arguments.shares:

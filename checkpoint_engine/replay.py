@@ -134,16 +134,14 @@ def summary(session: Session, learned: LearnedLoader) -> dict[str, Any]:
     if plan is None:
         return report
     recording = plan.recording
-    needed = plan.needed()
-    needed_bytes = sum(one.nbytes for one in needed)
     return report | {
         "fallback_count": len(recording.plain),
         "fallback": {
             recording.sources[number].name: recording.plain[number]
             for number in sorted(recording.plain)[:_SHOWN_NAMES]
         },
-        "needed_tensors": len(needed),
-        "needed_bytes": needed_bytes,
-        "needed_share": needed_bytes / max(1, plan.total_bytes),
-        "plan_bytes": plan.memory(),
+        "needed_tensors": len(plan.needed),
+        "needed_bytes": plan.needed_bytes,
+        "needed_share": plan.needed_bytes / max(1, plan.total_bytes),
+        "plan_bytes": plan.memory,
     }

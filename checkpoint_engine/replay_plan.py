@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +155,11 @@ class Plan:
             unknown=tuple(unknown),
         )
 
+    @cached_property
+    def needed_bytes(self) -> int:
+        return sum(one.nbytes for one in self.needed)
+
+    @cached_property
     def needed(self) -> list[Needed]:
         """Which bytes of which tensors the model needs; those that it does not are left out."""
         needed = []
@@ -171,6 +177,8 @@ class Plan:
     def loaded_from(self, sources: frozenset[int]) -> set[str]:
         """The parameters that the loader names as loaded, if just these tensors arrived."""
         loaded = set(self.loaded or ())
+        if sources >= self.replayable:
+            return loaded
         recording = self.recording
         absent = set(range(len(recording.sources))) - sources - recording.plain.keys()
         filled = {e.slot for n, some in recording.entries.items() if n in sources for e in some}
@@ -180,7 +188,7 @@ class Plan:
                     loaded.discard(recording.slots[entry.slot].qualified)
         return loaded
 
-    @property
+    @cached_property
     def replayable(self) -> frozenset[int]:
         """The tensors that are copied from."""
         return frozenset(self.recording.entries)
@@ -191,12 +199,13 @@ class Plan:
         named = (self.recording.sources[number] for number in unused)
         return {source.name for source in named if source.nbytes}
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         return sum(source.nbytes for source in self.recording.sources)
 
+    @cached_property
     def memory(self) -> int:
-        """About how many bytes of host memory the plan holds."""
+        """About how many bytes of host memory the plan holds, as it was when first asked."""
         return _sizeof([self.recording, list(self.programs.values()), self._numbers], set())
 
 

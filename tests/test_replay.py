@@ -634,7 +634,7 @@ def test_what_is_needed_is_known_by_region() -> None:
     )
     load = update(ignoring, Bytes(STACKED | {"ignored": (BF16, (8, 16))}, 0))
     assert load.plan is not None
-    needed = {one.name: one for one in load.plan.needed()}
+    needed = {one.name: one for one in load.plan.needed}
     assert "ignored" not in needed
     assert needed["0.gate"].regions == [(128, 128, (), ())]  # rows 4 to 8 of 32 bytes
     assert needed["0.down"].regions == [(16, 16, (8,), (32,))]  # the second half of 8 rows
