@@ -186,7 +186,7 @@ class Benchmark:
                 self.bare.append(limits.together(limits.broadcast(), limits.one_copy()))
         print(f"rank {RANK}: {report}", flush=True)
         self._check(seed=1)
-        for _ in range(2):
+        for _ in range(self.arguments.repeats):
             self.ps.unregister_checkpoint(NAME)
             self._register("register, again", named_tensors=tensors)
         self.ps.unregister_checkpoint(NAME)
