@@ -108,10 +108,10 @@ class Instance:
         mine = b"" if self._failure is None else self._failure.model_dump_json().encode()
         told = self._operation.all_gather(what, mine)
         failures = [InstanceFailure.model_validate_json(blob) for blob in told if blob]
-        self.failed = [
-            next(failure for failure in failures if failure.instance == name)
-            for name in dict.fromkeys(failure.instance for failure in failures)
-        ]
+        first = {failure.instance: failure for failure in self.failed}
+        for failure in failures:
+            first.setdefault(failure.instance, failure)
+        self.failed = list(first.values())
         if len(self.failed) == len(set(self._instances)):
             raise NoInstanceLeftError(self.failed)
         self._attempt(self._check_instance, waits=False)
