@@ -450,7 +450,7 @@ class Operation:
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
-        self._circle.world.peers.expect_end(3 * _FAREWELL)
+        self._circle.world.peers.expect_end(1.2 * _FAREWELL)
         outcome = self.publish(error)
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
