@@ -53,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(name: str, args: argparse.Namespace) -> bool:
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        environment = {**os.environ, "FUZZ_FOLDER": folder}
         command = [sys.executable, __file__, "--worker", name]
         command += ["--count", str(args.count), "--seed", str(args.seed)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         failures = [path for path in Path(folder).glob("*-*") if path.is_file()]
         if done.returncode:
             args.keep.mkdir(exist_ok=True)

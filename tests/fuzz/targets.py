@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,11 +115,18 @@ def reply(data: bytes) -> None:
 # ---------------------------------------------------------------------- files
 
 
+if "FUZZ_FOLDER" in os.environ:  # the runner's: a fuzzer ends its process without cleaning up
+    _FOLDER = Path(os.environ["FUZZ_FOLDER"])
+else:
+    _OWN = tempfile.TemporaryDirectory(dir="/dev/shm")
+    _FOLDER = Path(_OWN.name)
+
+
 class _Files:
     """One file in memory, and its path: the readers open it by name."""
 
     def __init__(self, suffix: str) -> None:
-        self.path = f"/dev/shm/fuzz-{os.getpid()}{suffix}"
+        self.path = str(_FOLDER / f"input{suffix}")
 
     def write(self, data: bytes, suffix: str = "") -> None:
         Path(self.path + suffix).write_bytes(data)
