@@ -26,11 +26,11 @@ class DyingWorker(VllmColocateWorkerExtension):
         return super().update_weights_from_ipc(zmq_handles)
 
 
-def _dying(load: Callable[[EngineReload, NamedTensors], None]) -> Any:
+def _dying(load: Callable[..., None]) -> Any:
     buckets = iter(range(1, LAST_BUCKET + 1))
 
-    def load_and_die(self: EngineReload, weights: NamedTensors) -> None:
-        load(self, weights)
+    def load_and_die(self: EngineReload, weights: NamedTensors, *delivery: Any) -> None:
+        load(self, weights, *delivery)
         if next(buckets) == LAST_BUCKET:
             Path(os.environ[KILLED_AT]).write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
