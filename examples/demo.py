@@ -278,7 +278,7 @@ def workplace(account: Account, keep: bool) -> Iterator[Path]:
         for process in _children:
             stop(process)
         processes = _processes_with(str(sockets))
-        left = [*processes, *sockets.iterdir(), *_abandoned(segments)]
+        left = [*processes, *sockets.iterdir(), *abandoned(segments)]
         account.verdict(not left, f"left behind: {', '.join(map(str, left)) or 'nothing'}")
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -299,7 +299,7 @@ def _processes_with(value: str) -> list[int]:
     return found
 
 
-def _abandoned(before: set[Path]) -> list[Path]:
+def abandoned(before: set[Path]) -> list[Path]:
     """Shared memory made since ``before`` that no process maps: others may be at work here too."""
     inodes = {}
     for segment in set(SHARED_MEMORY.iterdir()) - before:

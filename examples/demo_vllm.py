@@ -18,7 +18,18 @@ from pathlib import Path
 
 import httpx
 
-from demo import TIMEOUT, TP, Account, Stopwatch, perform, push, start, stop
+from demo import (
+    SHARED_MEMORY,
+    TIMEOUT,
+    TP,
+    Account,
+    Stopwatch,
+    abandoned,
+    perform,
+    push,
+    start,
+    stop,
+)
 from random_checkpoint import model_config, tensor_shapes, write_checkpoint
 
 PROMPT = [11, 22, 33, 44]
@@ -37,6 +48,7 @@ class VllmServer:
     """vLLM's own API server, for as long as the ``with`` block lasts."""
 
     def __init__(self, model: Path, load_format: str = "auto") -> None:
+        self._segments = set(SHARED_MEMORY.iterdir())
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
@@ -53,7 +65,10 @@ class VllmServer:
 
     def __exit__(self, *exception: object) -> None:
         self._http.close()
-        stop(self.process, TIMEOUT)  # killed, it leaves shared memory behind
+        stop(self.process, TIMEOUT)
+        for segment in abandoned(self._segments):
+            if segment.name.startswith("vllm_dist_"):  # of a worker that vLLM did not let finish
+                segment.unlink(missing_ok=True)
 
     def wait_until_healthy(self) -> None:
         """Raises RuntimeError if it does not come up."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,12 +22,12 @@ def _python_path() -> list[str]:
 
 def free_port_pair() -> int:
     """A port that is free and whose successor is: torchrun's store takes one, the servers the
-    other."""
+    other. From below those that the kernel gives to connections, and above Mooncake's."""
     while True:
+        port = random.SystemRandom().randrange(20_000, 32_000, 2)
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
             except OSError:
                 continue
