@@ -79,12 +79,12 @@ def encode_handle(
 ) -> bytes:
     """The first message. ``extensions`` stand behind the pickle, where readers of 0.4 do not
     look."""
-    return pickle.dumps((rebuild, args)) + _EXTENSION_MARK + json.dumps(extensions).encode()
+    return pickle.dumps((rebuild, args)) + encode_extensions(extensions)
 
 
 def encode_acceptance(extensions: dict[str, Any]) -> bytes:
     """A worker's reply to a handle that has extensions; to any other it replies ``ACK``."""
-    return _EXTENSION_MARK + json.dumps(extensions).encode()
+    return encode_extensions(extensions)
 
 
 def decode_acceptance(reply: bytes) -> dict[str, Any] | None:
@@ -164,10 +164,7 @@ def split_extensions(message: bytes) -> tuple[bytes, dict[str, Any]]:
     body, mark, tail = message.rpartition(_EXTENSION_MARK)
     if not (mark and body):  # the mark that a bucket in JSON begins with is its own
         return message, {}
-    extensions = _parse(tail)
-    if not isinstance(extensions, dict):
-        raise WireError(f"expected extensions, got {_shown(extensions)}")
-    return body, extensions
+    return body, _parse_extensions(tail)
 
 
 def encode_abort(reason: str) -> bytes:
@@ -214,12 +211,17 @@ def _extensions_of(message: bytes) -> dict[str, Any]:
     _, mark, tail = message.rpartition(_EXTENSION_MARK)
     if not mark:
         return {}
-    extensions = _parse(tail)
-    if not isinstance(extensions, dict):
-        raise WireError(f"expected extensions, got {_shown(extensions)}")
+    extensions = _parse_extensions(tail)
     seconds = extensions.get("timeout", 0.0)
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         raise WireError(f"the time left is {_shown(seconds)}")
+    return extensions
+
+
+def _parse_extensions(text: bytes) -> dict[str, Any]:
+    extensions = _parse(text)
+    if not isinstance(extensions, dict):
+        raise WireError(f"expected extensions, got {_shown(extensions)}")
     return extensions
 
 
