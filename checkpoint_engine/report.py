@@ -33,10 +33,9 @@ class UpdateReport(BaseModel):
     it. ``failed_instances`` were not updated: empty, unless the update was to go on without them.
 
     ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap:
-    each
-    is the time that this rank waited for it. ``by_rank``, if ranks were to be compared, holds the
-    same of every rank that took part, up to when its engine was done; a rank waits for the slower
-    ones under "comparison".
+    each is the time that this rank waited for it. ``by_rank``, if ranks were to be compared, holds
+    the same of every rank that took part, up to when its engine was done; a rank waits for the
+    slower ones under "comparison". ``trace`` is the trace's file, on the rank that wrote it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +52,7 @@ class UpdateReport(BaseModel):
     version: str | None = None
     failed_instances: list[InstanceFailure] = []
     by_rank: dict[int, dict[str, float]] = {}
+    trace: str | None = None
 
     @property
     def gigabytes_per_second(self) -> float:

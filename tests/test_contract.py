@@ -129,7 +129,7 @@ SIGNATURES = {
 
 OURS = {
     "gather_metas": ["timeout"],
-    "update": ["version", "on_instance_failure", "on_progress", "compare_ranks"],
+    "update": ["version", "on_instance_failure", "on_progress", "compare_ranks", "trace"],
 }
 """What the original's methods do not take: by keyword alone, and never needed."""
 
