@@ -163,13 +163,24 @@ class H2DBucket(BaseModel):
     """Consecutive tensors of one owner that travel together.
 
     ``items`` lie one behind the other, each padded to its ``aligned_size``; ``ranges`` say where
-    the
-    owner's host memory holds those ``size`` bytes, in the same order.
+    the owner's host memory holds those ``size`` bytes, in the same order.
     """
 
     size: int
     ranges: list[BucketRange]
     items: list[ParameterMeta]
+
+
+class TensorPart(H2DBucket):
+    """A part of one tensor, which is ``items``' only one: the bytes from ``begin`` on, of
+    ``total``."""
+
+    begin: int
+    total: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.begin + self.size == self.total
 
 
 class MemoryBufferMetas(BaseModel):

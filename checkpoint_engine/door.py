@@ -41,10 +41,15 @@ _WAIT_IF_PROVED = 10.0
 
 @dataclass
 class KnownWorker:
-    """What a rank remembers of its worker from one update to the next."""
+    """What a rank remembers of its worker from one update to the next.
+
+    ``joins_parts``: whether it puts tensors together that travel in parts. Plans are made before a
+    worker is there to be asked.
+    """
 
     pid: int | None = None
     proves: bool = False
+    joins_parts: bool = False
 
 
 class Peer(NamedTuple):

@@ -74,8 +74,12 @@ class Instance:
     def worker_checks_sums(self) -> bool:
         return self._failure is not None or self._session.worker_checks_sums
 
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
-        self._attempt(lambda: self._session.hand_over(buffer, seconds_left))
+    @property
+    def worker_joins_parts(self) -> bool:
+        return self._session.worker_joins_parts
+
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool) -> None:
+        self._attempt(lambda: self._session.hand_over(buffer, seconds_left, in_parts))
 
     def check(self) -> None:
         self._operation.check()

@@ -18,6 +18,7 @@ import torch
 
 from checkpoint_engine.checksum import Checksums
 from checkpoint_engine.control import Operation
+from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup
@@ -32,6 +33,7 @@ from checkpoint_engine.wire import (
     ACK,
     JSON_BUCKETS,
     NOTHING_MORE,
+    PART,
     decode_acceptance,
     encode_bucket,
     encode_bucket_as_json,
@@ -98,10 +100,12 @@ class Session(Protocol):
     @property
     def worker_checks_sums(self) -> bool: ...
     @property
+    def worker_joins_parts(self) -> bool: ...
+    @property
     def failed(self) -> Sequence[InstanceFailure]: ...
     @property
     def encode_bucket(self) -> BucketEncoder: ...
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None: ...
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool) -> None: ...
     def check(self) -> None: ...
     def begin_reload(self, message: bytes) -> None: ...
     def await_reload(self, what: str) -> None: ...
@@ -128,8 +132,12 @@ class WorkerSession:
         self._end_announced = False
         self.state = "untouched"
 
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float) -> None:
-        """Share the double buffer; returns when the worker has mapped it."""
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool) -> None:
+        """Share the double buffer; returns when the worker has mapped it.
+
+        Args:
+            in_parts: whether some tensors are going to come in parts.
+        """
         offered = {"timeout": seconds_left, "weight_version": self._version, JSON_BUCKETS: True}
         handle = encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
@@ -138,6 +146,11 @@ class WorkerSession:
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
+        if in_parts and not self.worker_joins_parts:
+            raise WorkerError(
+                "this worker cannot put tensors together that travel in parts, which the one "
+                "before it could: update again, and they will travel whole"
+            )
 
     @property
     def encode_bucket(self) -> BucketEncoder:
@@ -148,6 +161,11 @@ class WorkerSession:
     def worker_checks_sums(self) -> bool:
         """Whether the worker looks at checksums itself, right before it loads."""
         return bool(self._extensions.get("checksum"))
+
+    @property
+    def worker_joins_parts(self) -> bool:
+        """Whether the worker takes tensors in parts."""
+        return bool(self._extensions.get(PART))
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -404,7 +422,8 @@ class Pipeline:
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
             operation.begin("reload")
-            message = self._messages.of(index, session.encode_bucket) + self._sum(step, session)
+            message = self._messages.of(index, session.encode_bucket)
+            message += self._extensions(step, session)
             with self._tracer.reloading(step):
                 session.begin_reload(message)
                 if index + 1 == count:
@@ -439,20 +458,25 @@ class Pipeline:
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
 
-    def _sum(self, step: Step, session: Session) -> bytes:
-        """What follows the message of a bucket, for workers that check its bytes themselves. They
-        are checked here for those that do not, such as the original's."""
-        expected = self._checksums.of(step.owner, step.bucket)
-        if expected is None:
-            return b""
-        start = step.slot * self._plan.bucket_bytes
-        if session.worker_checks_sums:
-            return encode_extensions({"checksum": [start, step.bucket.size, *expected]})
-        expected.check(
-            self._buffer[start : start + step.bucket.size],
-            f"a bucket from {self._loader.source_of(step)}",
-        )
-        return b""
+    def _extensions(self, step: Step, session: Session) -> bytes:
+        """What follows the message of a bucket, for workers of ours: its sum, for those that check
+        that themselves, and where a part of a tensor lies.
+
+        The bytes are checked here for workers that do not check them, such as the original's.
+        """
+        extensions: dict[str, Any] = {}
+        bucket, start = step.bucket, step.slot * self._plan.bucket_bytes
+        lies_at, nbytes = start, bucket.size
+        if isinstance(bucket, TensorPart):
+            extensions[PART] = [start, bucket.size, bucket.begin, bucket.total]
+            lies_at, nbytes = 0, bucket.total  # once it has been put together
+        expected = self._checksums.of(step.owner, bucket)
+        if expected is not None and session.worker_checks_sums:
+            extensions["checksum"] = [lies_at, nbytes, *expected]
+        elif expected is not None:
+            where = f"a bucket from {self._loader.source_of(step)}"
+            expected.check(self._buffer[start : start + bucket.size], where)
+        return encode_extensions(extensions) if extensions else b""
 
     def _await(self, step: Step, arrivals: list[Arrival], check: Callable[[], None]) -> None:
         with self._naming_source(step):
@@ -502,6 +526,8 @@ class Messages:
         if (encode, index) not in self._encoded:
             step = self._plan.steps[index]
             start = step.slot * self._plan.bucket_bytes
+            if isinstance(step.bucket, TensorPart):
+                start = 0  # of the tensor that the worker puts together
             self._encoded[encode, index] = encode(to_named_tensor(step.bucket.items, start))
         return self._encoded[encode, index]
 

@@ -19,9 +19,15 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     MemoryBufferMetas,
     ParameterMeta,
+    TensorPart,
     align_up,
 )
 
+LARGEST_WHOLE = 1 << 30
+"""Tensors of more bytes than this are cut, where the workers can put them together again: the
+double buffer and staging then take no more than three times this."""
+SMALLEST_CUT = 1 << 20
+"""Tensors of no more bytes than this are not cut, whatever bucket was asked for."""
 _BUCKETS_OF_AN_UPDATE = 16
 
 T = TypeVar("T")
@@ -89,7 +95,16 @@ class TransferPlan:
 
     @property
     def tensor_count(self) -> int:
-        return sum(len(step.bucket.items) for step in self.steps)
+        return sum(
+            len(step.bucket.items)
+            for step in self.steps
+            if not isinstance(step.bucket, TensorPart) or step.bucket.is_last
+        )
+
+    @property
+    def cuts_tensors(self) -> bool:
+        """Whether workers have to put tensors together."""
+        return any(isinstance(step.bucket, TensorPart) for step in self.steps)
 
     def loads_of(self, receiver: int) -> list[Step]:
         """The steps whose bytes ``receiver`` fetches, in order."""
@@ -139,6 +154,7 @@ def plan_transfer(
     remote_topo: Topology,
     ranks: Sequence[int] | None = None,
     pace: Pace | None = None,
+    may_cut: bool = False,
 ) -> TransferPlan:
     """The whole update as data: buckets cut, receivers assigned, dealt out in rounds.
 
@@ -148,11 +164,15 @@ def plan_transfer(
     Args:
         size: what memory and the user allow for a bucket.
         pace: what is best for it; default: all that is allowed.
+        may_cut: whether a tensor that is larger than a bucket may travel in parts.
     """
     nbytes = size.bytes
     if pace is not None:
-        nbytes = min(nbytes, max(pace.bucket(total_bytes(metas)), largest_tensor(metas)))
-    buckets = gen_h2d_buckets(metas, nbytes, local_topo, remote_topo, ranks)
+        largest = largest_tensor(metas)
+        largest = min(largest, LARGEST_WHOLE) if may_cut else largest
+        nbytes = min(nbytes, max(pace.bucket(total_bytes(metas)), largest))
+    cut = _cut_all(metas, nbytes, may_cut)
+    buckets = _with_receivers(cut, local_topo, remote_topo, ranks)
     rounds = _in_rounds(buckets)
     steps = tuple(
         Step(receiver, owner, bucket, slot=index % 2)
@@ -177,11 +197,24 @@ def gen_h2d_buckets(
     Raises:
         ValueError: a tensor is larger than ``bucket_size``, or no rank can receive.
     """
-    buckets = [
+    cut = _cut_all(global_metas, bucket_size, may_cut=False)
+    return _with_receivers(cut, local_topo, remote_topo, ranks)
+
+
+def _cut_all(metas: Metas, bucket_size: int, may_cut: bool) -> list[tuple[int, H2DBucket]]:
+    return [
         (owner, bucket)
-        for owner, owned in global_metas.items()
-        for bucket in _cut(owner, owned.memory_buffer_metas_list, bucket_size)
+        for owner, owned in metas.items()
+        for bucket in _cut(owner, owned.memory_buffer_metas_list, bucket_size, may_cut)
     ]
+
+
+def _with_receivers(
+    buckets: list[tuple[int, H2DBucket]],
+    local_topo: Topology,
+    remote_topo: Topology,
+    ranks: Sequence[int] | None,
+) -> list[tuple[int, int, H2DBucket]]:
     if not ranks:
         return [(owner, owner, bucket) for owner, bucket in buckets]
     members = set(ranks)
@@ -235,7 +268,9 @@ def _buffers(metas: Metas) -> Iterator[MemoryBufferMetas]:
         yield from owned.memory_buffer_metas_list
 
 
-def _cut(owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int) -> Iterator[H2DBucket]:
+def _cut(
+    owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int, may_cut: bool
+) -> Iterator[H2DBucket]:
     """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers."""
     items = [meta for buffer in buffers for meta in buffer.metas]
     ends = list(itertools.accumulate(meta.aligned_size for meta in items))
@@ -243,16 +278,28 @@ def _cut(owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int) -> 
     first, start, span = 0, 0, 0
     while first < len(items):
         last = bisect.bisect_right(ends, start + bucket_size, lo=first)
-        if last == first:
+        whole = last > first
+        if not (whole or may_cut):
             raise ValueError(
                 f"tensor {items[first].name!r} of rank {owner} takes {items[first].aligned_size} "
                 f"bytes, more than a bucket of {bucket_size}"
             )
-        ranges, span = _ranges(buffers, spans, span, start, ends[last - 1])
-        yield H2DBucket.model_construct(
-            size=ends[last - 1] - start, ranges=ranges, items=items[first:last]
-        )
-        first, start = last, ends[last - 1]
+        last = max(last, first + 1)
+        stop = ends[last - 1]
+        for begin in range(start, stop, bucket_size) if start < stop else (start,):
+            end = min(begin + bucket_size, stop)
+            ranges, span = _ranges(buffers, spans, span, begin, end)
+            bucket = H2DBucket.model_construct(
+                size=end - begin, ranges=ranges, items=items[first:last]
+            )
+            yield bucket if whole else _as_part(bucket, begin - start, stop - start)
+        first, start = last, stop
+
+
+def _as_part(bucket: H2DBucket, begin: int, total: int) -> TensorPart:
+    return TensorPart.model_construct(
+        size=bucket.size, ranges=bucket.ranges, items=bucket.items, begin=begin, total=total
+    )
 
 
 def _spans(buffers: Sequence[MemoryBufferMetas]) -> list[int]:

@@ -487,7 +487,9 @@ class ParameterServer:
                 session = WorkerSession(link, _both(operation.check, request.check), version)
             operation.state = lambda: session.state
             pipeline.begin(session.check)
-            session.hand_over(buffer, operation.deadline.remaining())
+            self._known_worker.joins_parts = False
+            session.hand_over(buffer, operation.deadline.remaining(), transfer.cuts_tensors)
+            self._known_worker.joins_parts = session.worker_joins_parts
             buffer.unlink()
             pipeline.run(operation, session)
             operation.begin("release")
@@ -523,6 +525,7 @@ class ParameterServer:
             "instance": str(getattr(req_func, "instance", f"rank {self._rank}")),
             "on instance failure": on_instance_failure,
             "trace": trace_folder() if trace is None else os.fspath(trace),
+            "joins parts": self._known_worker.joins_parts,
         }
 
     def _tracer(self, hellos: list[dict[str, Any]], transfer: TransferPlan) -> RankTracer | None:
@@ -645,9 +648,10 @@ class ParameterServer:
 
     def _plan_for(self, hellos: list[dict[str, Any]], members: list[int] | None) -> _Planned:
         """The plan of the last update, if nothing that it depends on has changed."""
-        size = self._bucket_size(hellos)
+        may_cut = all(one["joins parts"] for one in hellos)
+        size = self._bucket_size(hellos, may_cut)
         topology = _topology({one["rank"]: one["nic"] for one in hellos})
-        basis = (self._gathered_digest, size, topology, members)
+        basis = (self._gathered_digest, size, topology, members, may_cut)
         if self._planned is None or self._planned.basis != basis:
             transfer = plan.plan_transfer(
                 self._current_global_parameter_metas,
@@ -656,6 +660,7 @@ class ParameterServer:
                 self._remote_rdma_devices,
                 members,
                 self._pace(remote=members is not None),
+                may_cut,
             )
             self._planned = _Planned(basis, transfer, Messages(transfer))
         return self._planned
@@ -672,10 +677,11 @@ class ParameterServer:
             paths[one["rank"]] = (one["uuid"], one["address"])
         return paths
 
-    def _bucket_size(self, all_ranks: list[dict[str, Any]]) -> BucketSize:
+    def _bucket_size(self, all_ranks: list[dict[str, Any]], may_cut: bool) -> BucketSize:
+        largest = plan.largest_tensor(self._current_global_parameter_metas)
         return plan.bucket_size(
             min(one["free"] for one in all_ranks),
-            plan.largest_tensor(self._current_global_parameter_metas),
+            min(largest, plan.SMALLEST_CUT) if may_cut else largest,
             min(one["cap"] for one in all_ranks),
         )
 
@@ -1083,7 +1089,7 @@ class ParameterServer:
         mine = {"free": self._spare_memory(), "cap": Settings.from_env().max_bucket_bytes}
         with self._collective("_detect_bucket_size", "", _TEN_MINUTES) as operation:
             blobs = operation.all_gather("memory", json.dumps(mine).encode())
-            size = self._bucket_size([json.loads(blob) for blob in blobs])
+            size = self._bucket_size([json.loads(blob) for blob in blobs], may_cut=False)
         return size.bytes, disable_h2d_buffer or not size.staging
 
 

@@ -134,7 +134,7 @@ class RankTracer:
         self._on_device.clear()
         for (phase, began), (_, ended) in itertools.pairwise(phases):
             self._spans.append(Span(PHASES, phase, began, ended - began, {}))
-        since_epoch = time.time() - time.monotonic()
+        since_epoch = time.time_ns() - time.monotonic_ns()
         part = {
             "rank": self._rank,
             "host": socket.gethostname(),
@@ -142,8 +142,8 @@ class RankTracer:
                 (
                     lane,
                     name,
-                    round(1e6 * (began + since_epoch), 1),
-                    round(1e6 * seconds, 1),
+                    round(1e9 * began) + since_epoch,
+                    round(1e9 * seconds),
                     details,
                 )
                 for lane, name, began, seconds, details in _one_at_a_time(self._spans)
@@ -233,11 +233,12 @@ def write_trace(folder: Path, title: str, version: str, parts: Sequence[bytes]) 
         OSError: it cannot be written.
     """
     ranks = [json.loads(zlib.decompress(part)) for part in parts]
-    events = [event for rank in ranks for event in _events(rank)]
+    began = min(span[2] for rank in ranks for span in rank["spans"])
+    about = {"checkpoint": title, "version": version, "ranks": len(ranks), "began_ns": began}
     trace = {
         "displayTimeUnit": "ms",
-        "otherData": {"checkpoint": title, "version": version, "ranks": len(ranks)},
-        "traceEvents": events,
+        "otherData": about,
+        "traceEvents": [event for rank in ranks for event in _events(rank, began)],
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = _unused(folder, re.sub(r"[^\w.-]+", "_", f"{title}-{version}"))
@@ -258,7 +259,7 @@ def _unused(folder: Path, name: str) -> Path:
     return path
 
 
-def _events(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
     """One rank's part in Chrome's format: a process for the rank, a thread for each lane."""
     rank = part["rank"]
     spans = part["spans"]
@@ -277,7 +278,7 @@ def _events(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "tid": LANES.index(lane),
             "name": name,
             "cat": lane,
-            "ts": began,
-            "dur": duration,
+            "ts": (began - zero) / 1e3,  # microseconds
+            "dur": duration / 1e3,
             "args": details,
         }

@@ -34,6 +34,11 @@ NOTHING_MORE = pickle.dumps(None)
 JSON_BUCKETS = "json buckets"
 """An extension that the server offers by naming it ``True``, and a worker accepts likewise."""
 
+PART = "part"
+"""An extension: a worker that accepts it takes tensors in parts. A part's message is that of the
+whole tensor, alone in a buffer, followed by where the part lies in the double buffer, its bytes,
+where it belongs in the tensor, and the tensor's bytes."""
+
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
 

@@ -17,12 +17,14 @@ from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
+from checkpoint_engine.parts import Parts
 from checkpoint_engine.recording import NamedTensors
 from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
     JSON_BUCKETS,
+    PART,
     Abort,
     Bucket,
     FlattenedTensorMetadata,
@@ -181,7 +183,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(handle.extensions["timeout"])
-    accepted = {"version": 1, "checksum": True}
+    accepted = {"version": 1, "checksum": True, PART: True}
     accepted |= {key: True for key in (JSON_BUCKETS,) if key in handle.extensions}
     link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
     return handle, buffer
@@ -194,6 +196,7 @@ def _load_buckets(
     it. ``begin``: called before anything is written."""
     failure: _Failure | None = None
     begun = False
+    parts = Parts()
     try:
         while True:
             received = link.receive()
@@ -208,18 +211,36 @@ def _load_buckets(
                 begin()
                 begun = True
             if isinstance(message, NothingMore):
-                return failure
+                return failure or _attempt(parts.check_complete)
             if isinstance(message, Abort):
                 raise message.error from (failure and failure.error)
-            expected = extensions.get("checksum")
             failure = failure or _attempt(
-                partial(_replay, received, buffer, loader, expected)
-                if message is None
-                else partial(_load, message.tensors, received, buffer, loader, expected)
+                partial(_load, received, message, extensions, buffer, parts, loader)
             )
             _acknowledge(link, failure)
     finally:
-        del buffer  # this frame lives on in the traceback of what is raised
+        del buffer, parts  # this frame lives on in the traceback of what is raised
+
+
+def _load(
+    received: bytes,
+    bucket: Bucket | None,
+    extensions: dict[str, Any],
+    buffer: torch.Tensor,
+    parts: Parts,
+    loader: BucketLoader,
+) -> None:
+    """Load what lies in the double buffer. ``bucket``: ``None`` if it can be replayed."""
+    source: torch.Tensor | None = buffer
+    if PART in extensions:
+        source = parts.add(received, extensions[PART], buffer)
+    if source is not None:
+        _check_bytes(extensions.get("checksum"), source)
+        if bucket is None:
+            loader.replay(received, source)
+        else:
+            loader.load_bucket(extract_weights(bucket.tensors, source), received, source)
+    _synchronize(buffer.device.type)
 
 
 def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
@@ -240,24 +261,6 @@ def _knows(
         return loader.knows(message), None
     except Exception as error:
         return False, _Failure.of(error)
-
-
-def _replay(message: bytes, buffer: torch.Tensor, loader: BucketLoader, expected: Any) -> None:
-    _check_bytes(expected, buffer)
-    loader.replay(message, buffer)
-    _synchronize(buffer.device.type)
-
-
-def _load(
-    tensors: list[FlattenedTensorMetadata],
-    message: bytes,
-    buffer: torch.Tensor,
-    loader: BucketLoader,
-    expected: Any,
-) -> None:
-    _check_bytes(expected, buffer)
-    loader.load_bucket(extract_weights(tensors, buffer), message, buffer)
-    _synchronize(buffer.device.type)
 
 
 def extract_weights(tensors: list[FlattenedTensorMetadata], buffer: torch.Tensor) -> NamedTensors:

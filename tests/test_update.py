@@ -13,8 +13,10 @@ import torch
 from torchrun import torchrun
 
 WELL_BEFORE_THE_DEADLINE = 15  # seconds; the programs give updates 40
+MIB = 1 << 20
+LARGEST = 3 * MIB  # of the programs' tensors
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(2**-10)}  # 1 MiB
-TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "1e-7"}  # the largest tensor decides
+TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "1e-7"}  # as small as it gets
 LARGE_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "1"}  # one bucket for each owner
 
 ON_EVERY_DEVICE = [
@@ -44,7 +46,9 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
     results = torchrun(tmp_path, ranks, "updates", env=environment(device, ranks), steps=steps)
     for result in results:
         buckets = [report["buckets"] for report in result["reports"]]
-        assert buckets[0] == buckets[1] > ranks
+        assert ranks < buckets[0] < buckets[1] == buckets[2]  # large tensors are cut, once
+        sizes = [report["bucket_bytes"] for report in result["reports"]]  # the rank knows how
+        assert sizes[0] >= LARGEST > sizes[1] == sizes[2] == sizes[3] == MIB
         assert buckets[4] == ranks
         assert buckets[5] == 1
         assert buckets[6] == 0

@@ -364,12 +364,15 @@ def test_a_sender_that_says_none_once_and_waits_for_the_engine(
     assert engine.hooks == 1
 
 
+ACCEPTED = {"version": 1, "checksum": True, "part": True}
+
+
 def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
     sender: Sender, engine: Engine, update: Future[None]
 ) -> None:
     """Ours always says it twice; it says so in the handle."""
     reply = sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
-    assert decode_acceptance(reply) == {"version": 1, "checksum": True}
+    assert decode_acceptance(reply) == ACCEPTED
     assert sender.say(None) == b""
     sender.leave()
     with pytest.raises(WireError, match="the parameter server closed"):
@@ -381,7 +384,7 @@ def test_a_server_that_stops_sending_is_given_up_at_its_own_deadline(
     sender: Sender, update: Future[None]
 ) -> None:
     reply = sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 0.3}))
-    assert decode_acceptance(reply) == {"version": 1, "checksum": True}
+    assert decode_acceptance(reply) == ACCEPTED
     with pytest.raises(TimeoutError, match=r"gave up after 0\.3 s"):
         update.result(SOON)
 

@@ -1,0 +1,61 @@
+"""Tensors that travel in parts, because they are larger than a bucket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from checkpoint_engine.errors import WireError
+
+
+class Parts:
+    """The tensors of one update that a worker is putting together, on the double buffer's device.
+
+    Parts of several tensors may come in any order; each tensor takes its own size in memory until
+    it has been loaded.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[bytes, tuple[torch.Tensor, set[int]]] = {}
+        self._missing: dict[bytes, int] = {}
+
+    def add(self, message: bytes, part: Any, buffer: torch.Tensor) -> torch.Tensor | None:
+        """Take a part out of the double buffer; returns the tensor's bytes when all are there.
+
+        Args:
+            message: of the whole tensor; the same with each of its parts.
+            part: where the part lies, its bytes, where it belongs, the tensor's bytes.
+
+        Raises:
+            WireError: the part reaches beyond the buffer or the tensor, or came before.
+        """
+        start, nbytes, begin, total = _four_sizes(part)
+        if not (0 < nbytes <= total - begin and start + nbytes <= buffer.numel()):
+            raise WireError(f"a part of {nbytes} bytes at {begin} of {total} cannot be at {start}")
+        if message not in self._tensors:
+            whole = torch.empty(total, dtype=torch.uint8, device=buffer.device)
+            self._tensors[message] = whole, set()
+            self._missing[message] = total
+        whole, seen = self._tensors[message]
+        if begin in seen or total != whole.numel():
+            raise WireError(f"the part at {begin} of {total} bytes came before, or is another's")
+        whole[begin : begin + nbytes].copy_(buffer[start : start + nbytes])
+        seen.add(begin)
+        self._missing[message] -= nbytes
+        if self._missing[message] > 0:
+            return None
+        del self._tensors[message], self._missing[message]
+        return whole
+
+    def check_complete(self) -> None:
+        """Raises ``WireError`` if a part of some tensor never came."""
+        if self._missing:
+            raise WireError(f"{len(self._missing)} tensors ended before all of their parts came")
+
+
+def _four_sizes(part: Any) -> tuple[int, int, int, int]:
+    match part:
+        case [int(), int(), int(), int()] if min(part) >= 0:
+            return part[0], part[1], part[2], part[3]
+    raise WireError(f"a part is four sizes, not {part!r:.100}")

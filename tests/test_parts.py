@@ -1,0 +1,172 @@
+"""Tensors that are larger than a bucket: cut by the plan, put together by the worker."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint_engine import plan
+from checkpoint_engine.data_types import TensorPart, align_up
+from checkpoint_engine.errors import UpdateError, WireError
+from checkpoint_engine.parts import Parts
+from checkpoint_engine.plan import BucketSize
+from fleet import digests
+from test_plan import A, Metas, fetch, owned, worlds
+from test_worker import OtherWorker, server, tensors  # noqa: F401  # one is a fixture
+from torchrun import torchrun
+
+quick = settings(deadline=None, max_examples=60)
+SMALL = {"PS_DEVICE": "cpu", "PS_MAX_BUCKET_SIZE_GB": str(2**-10)}  # 1 MiB: a third of a tensor
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+@quick
+@given(worlds, st.integers(1, 30).map(lambda n: n * A), st.randoms(use_true_random=False))
+def test_what_fits_travels_whole_and_the_rest_in_parts(metas: Metas, size: int, rng: Any) -> None:
+    transfer = plan.plan_transfer(metas, BucketSize(size, True), {}, {}, may_cut=True)
+    assert transfer.bucket_bytes <= size
+    memory = {
+        rank: [rng.randbytes(buffer.size) for buffer in owner.memory_buffer_metas_list]
+        for rank, owner in metas.items()
+    }
+    for rank, owner in metas.items():
+        sent = b"".join(
+            fetch(owner, memory[rank], step.bucket) for step in transfer.steps if step.owner == rank
+        )
+        held = b"".join(content.ljust(align_up(len(content)), b"\0") for content in memory[rank])
+        assert sent == held
+        arrived: list[str] = []
+        expected_begin = 0
+        for step in transfer.steps:
+            if step.owner != rank:
+                continue
+            if isinstance(step.bucket, TensorPart):
+                assert step.bucket.total > size
+                assert step.bucket.begin == expected_begin
+                expected_begin += step.bucket.size
+                if not step.bucket.is_last:
+                    continue
+                assert expected_begin == step.bucket.total
+                expected_begin = 0
+            arrived += [one.name for one in step.bucket.items]
+        names = [one.name for buffer in owner.memory_buffer_metas_list for one in buffer.metas]
+        assert arrived == names
+    tensors = sum(len(b.metas) for o in metas.values() for b in o.memory_buffer_metas_list)
+    assert transfer.tensor_count == tensors
+
+
+def test_a_huge_tensor_does_not_decide_how_large_buckets_are() -> None:
+    huge, rest = 3 << 30, 5 << 30
+    metas = {0: owned(0, [([huge, rest // 4, rest // 4, rest // 2], False)])}
+    allowed = BucketSize(8 << 30, True)
+    whole = plan.plan_transfer(metas, allowed, {}, {}, pace=plan.DEVICE_PACE)
+    cut = plan.plan_transfer(metas, allowed, {}, {}, pace=plan.DEVICE_PACE, may_cut=True)
+    assert whole.bucket_bytes == huge
+    assert cut.bucket_bytes == plan.LARGEST_WHOLE
+    assert whole.total_bytes == cut.total_bytes
+    assert not whole.cuts_tensors
+    assert cut.cuts_tensors
+
+
+# ---------------------------------------------------------------------- the worker's end
+
+
+@quick
+@given(
+    st.lists(st.lists(st.integers(1, 900), min_size=2, max_size=6), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_parts_make_a_tensor_in_any_order(sizes: list[list[int]], rng: Any) -> None:
+    content = [torch.tensor(list(rng.randbytes(sum(one))), dtype=torch.uint8) for one in sizes]
+    arrivals = []
+    for number, one in enumerate(sizes):
+        begin = 0
+        for nbytes in one:
+            arrivals.append((number, begin, nbytes))
+            begin += nbytes
+    rng.shuffle(arrivals)
+    parts, buffer, made = Parts(), torch.zeros(2000, dtype=torch.uint8), {}
+    for number, begin, nbytes in arrivals:
+        start = rng.randrange(0, 2000 - nbytes + 1)
+        buffer[start : start + nbytes] = content[number][begin : begin + nbytes]
+        part = [start, nbytes, begin, sum(sizes[number])]
+        whole = parts.add(str(number).encode(), part, buffer)
+        if whole is not None:
+            made[number] = whole
+    parts.check_complete()
+    assert all(torch.equal(made[number], one) for number, one in enumerate(content))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        [0, 40, 0, 30],
+        [90, 20, 0, 30],
+        [0, 20, 20, 30],
+        [0, 0, 0, 30],
+        [0, -1, 0, 30],
+        [0, 10, 0],
+        "part",
+        None,
+        [0, 10.0, 0, 30],
+        [0, True, 0, "30"],
+    ],
+)
+def test_a_part_that_cannot_be(part: Any) -> None:
+    with pytest.raises(WireError):
+        Parts().add(b"", part, torch.zeros(100, dtype=torch.uint8))
+
+
+def test_a_part_that_comes_twice_or_never() -> None:
+    parts, buffer = Parts(), torch.zeros(100, dtype=torch.uint8)
+    assert parts.add(b"a", [0, 10, 0, 30], buffer) is None
+    with pytest.raises(WireError, match="before"):
+        parts.add(b"a", [0, 10, 0, 30], buffer)
+    with pytest.raises(WireError, match="another's"):
+        parts.add(b"a", [0, 10, 10, 31], buffer)
+    with pytest.raises(WireError, match="ended before"):
+        parts.check_complete()
+
+
+# ---------------------------------------------------------------------- whole updates
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_updates_in_parts_with_checksums(tmp_path: Path, ranks: int) -> None:
+    """The programs compare every bit."""
+    results = torchrun(
+        tmp_path,
+        ranks,
+        "updates",
+        env={**SMALL, "PS_CHECKSUM": "on"},
+        steps=[{"seed": 1}, {"seed": 2}],
+    )
+    for result in results:
+        first, second = result["reports"]
+        assert first["bucket_bytes"] > second["bucket_bytes"] == 1 << 20
+        assert first["tensors"] == second["tensors"]
+
+
+def test_a_worker_that_cannot_join_parts_is_said_so_and_gets_whole_tensors_next(
+    server: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It follows one that could."""
+    monkeypatch.setattr(plan, "SMALLEST_CUT", 1 << 10)
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-16))  # 16 KiB
+    server._known_worker.joins_parts = True
+    seconds = timedelta(seconds=20)
+    with pytest.raises(UpdateError, match="update again"):
+        server.update("c", OtherWorker(), timeout=seconds)
+    other = OtherWorker()
+    report = server.update("c", other, timeout=seconds)
+    assert digests(other.weights) == digests(tensors())
+    assert report.bucket_bytes >= 100_000
