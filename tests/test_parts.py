@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,11 @@ from checkpoint_engine.data_types import TensorPart, align_up
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.parts import Parts
 from checkpoint_engine.plan import BucketSize
+from checkpoint_engine.replay import replayed
+from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests
 from test_plan import A, Metas, fetch, owned, worlds
+from test_replay import Bytes, Model
 from test_worker import OtherWorker, server, tensors  # noqa: F401  # one is a fixture
 from torchrun import torchrun
 
@@ -170,3 +174,31 @@ def test_a_worker_that_cannot_join_parts_is_said_so_and_gets_whole_tensors_next(
     report = server.update("c", other, timeout=seconds)
     assert digests(other.weights) == digests(tensors())
     assert report.bucket_bytes >= 100_000
+
+
+def test_what_came_in_parts_is_learned_and_replayed(
+    server: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "SMALLEST_CUT", 1 << 10)
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-14))  # 64 KiB
+    layout = {"small": (torch.float32, (50,)), "large": (torch.bfloat16, (300, 256))}
+    model = Model(layout, lambda model, name, tensor: getattr(model, name).copy_(tensor))
+    how = []
+    for seed in range(4):
+        checkpoint = dict(Bytes(layout, seed).weights())
+        server.register_checkpoint("m", named_tensors=checkpoint)
+        server.gather_metas("m")
+        run = replayed(model.load_weights)
+
+        def receive(paths: list[tuple[str, str]], run: Any = run) -> None:
+            with zmq.Context() as context:
+                update_weights_from_ipc(context, paths[0][1], None, run=run)
+
+        report = server.update("m", receive, timeout=timedelta(seconds=20))
+        assert all(torch.equal(getattr(model, name), checkpoint[name]) for name in layout)
+        assert (report.bucket_bytes == 1 << 16) == (seed > 0)
+        how.append(run.report["loaded"])
+        server.unregister_checkpoint("m")
+    assert how[0] == "recorded"
+    assert how[-2:] == ["replayed", "replayed"]
