@@ -237,7 +237,7 @@ class Fleet:
         ends = time.monotonic() + SETTLING
         while True:
             found = [
-                f"rank {rank}, {what}: {before} before, {now[what]} now"
+                f"rank {rank}, {what}: {_difference(before, now[what])}"
                 for rank, baseline in enumerate(self.baseline)
                 for now in [self.resources(rank)]
                 for what, before in baseline.items()
@@ -317,6 +317,14 @@ class _BrokenEngine(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Quietly."""
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict):
+        kinds = [kind for kind in {**before, **now} if before.get(kind) != now.get(kind)]
+        before = {kind: before.get(kind, 0) for kind in kinds}
+        now = {kind: now.get(kind, 0) for kind in kinds}
+    return f"{before} before, {now} now"
 
 
 def _is_less(now: Any, before: Any) -> bool:
