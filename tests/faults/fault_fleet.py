@@ -228,12 +228,8 @@ class Fleet:
             **{f"worker {what}": n for what, n in self.ask_worker(rank, "resources").items()},
         }
 
-    def leaks(self, fewer: bool) -> list[str]:
-        """What is there beyond the baseline, once background threads have finished.
-
-        ``fewer``: descriptors may be fewer: connections to a rank that died or stopped, or of P2P,
-        are made again when they are needed.
-        """
+    def leaks(self) -> list[str]:
+        """What is there beyond the baseline, once background threads have finished."""
         ends = time.monotonic() + SETTLING
         while True:
             found = [
@@ -241,7 +237,7 @@ class Fleet:
                 for rank, baseline in enumerate(self.baseline)
                 for now in [self.resources(rank)]
                 for what, before in baseline.items()
-                if now[what] != before and not (fewer and _is_less(now[what], before))
+                if now[what] != before
             ]
             if not found or time.monotonic() > ends:
                 return found
@@ -325,13 +321,6 @@ def _difference(before: Any, now: Any) -> str:
         before = {kind: before.get(kind, 0) for kind in kinds}
         now = {kind: now.get(kind, 0) for kind in kinds}
     return f"{before} before, {now} now"
-
-
-def _is_less(now: Any, before: Any) -> bool:
-    """Of descriptors by kind, and numbers."""
-    if isinstance(now, dict):
-        return all(count <= before.get(kind, 0) for kind, count in now.items())
-    return isinstance(now, int) and now <= before
 
 
 def _is_alive(server: _Rank) -> bool:
