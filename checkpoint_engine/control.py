@@ -425,12 +425,16 @@ class Operation:
     def _await_others(self) -> None:
         """The last rank to arrive writes the outcome."""
         try:
+            self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
                 self.store.compare_set("outcome", "", _SUCCESS.decode())
             poll(lambda: self.store.check(["outcome"]), self.check)
             self._outcome = self.store.get("outcome")
-            self.check()
+            if self._outcome != _SUCCESS:
+                raise _Failure.decode(self._outcome).error(self.name)
         except BaseException as error:
+            if isinstance(error, Exception) and self.publish(error) == _SUCCESS:
+                return  # the last rank arrived while this one gave up
             self._fail(error)
             raise
 

@@ -193,6 +193,11 @@ class P2PStore:
                 "were made: get its current metas"
             )
 
+    def release_finished(self) -> None:
+        """Let go of the memory of reads that were given up and are over by now."""
+        with self._unfinished_lock:
+            self._unfinished = [one for one in self._unfinished if not one.is_over()]
+
     def close(self) -> None:
         """Unregister everything and let the engine go, which ends what is under way."""
         kept = [read.memory for read in self._unfinished]

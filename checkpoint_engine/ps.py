@@ -691,6 +691,8 @@ class ParameterServer:
         return int(self.device_manager.free_memory() // sharers * self._mem_fraction)
 
     def _share_buffer(self, transfer: TransferPlan) -> SharedBuffer:
+        if self._p2p_store is not None:
+            self._p2p_store.release_finished()  # buffers of earlier updates
         halves = min(2, max(1, len(transfer.steps)))
         return SharedBuffer(self.device_manager, self._local_rank, halves * transfer.bucket_bytes)
 
@@ -988,11 +990,11 @@ class ParameterServer:
         if members is not None:
             group = self._make_group(operation)
             stack.push(lambda exc_type, *_: group.abort() if exc_type else group.close())
-            return group
-        if self._weights_group is None:
-            self._weights_group = self._make_group(operation)
-        stack.push(self._leave_weights_group)
-        return self._weights_group
+        else:
+            group = self._weights_group = self._weights_group or self._make_group(operation)
+            stack.push(self._leave_weights_group)
+        group.expect_end(operation.deadline.remaining())
+        return group
 
     def _make_group(self, operation: Operation) -> WeightsGroup:
         with operation.store_to_block() as store:

@@ -5,8 +5,11 @@ belong to the caller, and can be aborted and made anew without touching that.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import socket
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.deadline import poll
 from checkpoint_engine.errors import GroupError
 
 _MEETING_TIME = timedelta(seconds=30)
 """For what nothing ends: a peer that comes to the store, and then dies."""
 _NO_TIMEOUT = timedelta(days=1)
-"""Of a broadcast: the deadline of the update ends it."""
-_FAREWELL = 10.0  # seconds that the peers of an aborted group have to leave it
-_abandoned: list[tuple[list[Any], list[Any]]] = []
-"""Groups with peers that never left. They cannot be destroyed."""
+"""Of a broadcast by a backend that can be aborted: the deadline of the update ends it."""
+_LAST_MESSAGES = 2.0  # seconds for what is under way when a group is aborted
+_SILENCE = 0.3  # seconds without a byte under way, after which nothing is
 
 
 class WeightsGroup:
@@ -37,6 +39,12 @@ class WeightsGroup:
         self._group = group
         self._sockets = sockets
         self._in_flight: list[Any] = []
+
+    def expect_end(self, seconds: float) -> None:
+        """What is broadcast from now on may fail after so long. Gloo does not notice a peer that
+        dies half-way through a message."""
+        if self._sockets and hasattr(self._group, "set_timeout"):
+            self._group.set_timeout(timedelta(seconds=seconds + 1.0))
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
         """Begin to overwrite ``tensor`` with that of global rank ``src``; returns torch's ``Work``.
@@ -54,20 +62,16 @@ class WeightsGroup:
         """Leave at once, whatever is in flight; peers that still wait for this rank get an error.
 
         Gloo blocks whoever destroys a group with something in flight, so a thread does that once
-        the peers, leaving too, have ended it. Not a daemon: Python kills those inside C++.
+        it has ended. Not a daemon: Python kills those inside C++.
         """
         if hasattr(self._group, "abort"):
             self._group.abort()
-        for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._close_sockets()
         abandoned = threading.Thread(
             target=_destroy,
-            args=([self._group], self._in_flight),
+            args=([self._group], self._in_flight, self._sockets),
             name="checkpoint-engine-abort",
         )
-        self._group, self._in_flight = None, []
+        self._group, self._in_flight, self._sockets = None, [], ()
         abandoned.start()
 
     def close(self) -> None:
@@ -75,23 +79,50 @@ class WeightsGroup:
         if hasattr(self._group, "shutdown"):
             self._group.shutdown()
         self._group, self._in_flight = None, []
-        self._close_sockets()
-
-    def _close_sockets(self) -> None:
         for connection in self._sockets:
             connection.close()
         self._sockets = ()
 
 
-def _destroy(holder: list[Any], in_flight: list[Any]) -> None:
-    deadline = Deadline(_FAREWELL)
+def _destroy(
+    holder: list[Any], in_flight: list[Any], connections: Sequence[socket.socket]
+) -> None:
+    _await_silence(connections)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
     while not all(work.is_completed() for work in in_flight):
-        if deadline.remaining() == 0.0:  # a peer hangs: keep the group rather than hang with it
-            _abandoned.append((holder, in_flight))
+        if not threading.main_thread().is_alive():  # destroying it now would block the exit
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder[0]))
             return
         time.sleep(0.01)
     in_flight.clear()
     holder.clear()
+
+
+def _await_silence(connections: Sequence[socket.socket]) -> None:
+    """Until nothing comes or goes any more, a short while at most.
+
+    When a connection ends, gloo forgets whoever waits for a message that is half-way through it.
+    The peers are leaving too, and begin nothing new; what has begun ends by itself, unless one of
+    them is stopped or gone: then ``expect_end`` ends it.
+    """
+    now = silent_since = time.monotonic()
+    ends = now + _LAST_MESSAGES
+    while connections and now < min(ends, silent_since + _SILENCE):
+        if any(map(_is_busy, connections)):
+            silent_since = now
+        time.sleep(0.005)
+        now = time.monotonic()
+
+
+def _is_busy(connection: socket.socket) -> bool:
+    """Whether the kernel holds bytes that were not read here, or not there."""
+    for what in (termios.FIONREAD, termios.TIOCOUTQ):
+        if fcntl.ioctl(connection, what, bytes(4)) != bytes(4):
+            return True
+    return False
 
 
 def create_weights_group(

@@ -33,6 +33,7 @@ TENSORS = 12
 BUCKETS_PER_RANK = 6
 BUCKET_BYTES = 1 << 19
 NAME = "good"
+MOONCAKE_PORTS = range(15_000, 17_001)
 
 
 def part_of(rank: int, seed: int) -> dict[str, torch.Tensor]:
@@ -184,6 +185,11 @@ class ServerRank:
     def register_files(self, files: list[str], name: str) -> None:
         self.ps.register_checkpoint(name, files=files)
 
+    def register_large(self, nbytes: int) -> None:
+        """More than this rank has memory for; the tensor itself takes a byte."""
+        tensor = torch.zeros(1, dtype=torch.uint8).expand(nbytes)
+        self.ps.register_checkpoint(NAME, named_tensors={"large": tensor})
+
     def replace(self, seed: int) -> None:
         """The checkpoint changes, and nobody is told."""
         self.ps.unregister_checkpoint(NAME)
@@ -315,12 +321,26 @@ def used_of(what: str) -> int:
     return 0
 
 
+def sockets_of_mooncake() -> set[str]:
+    """What its connections are called in ``/proc/self/fd``. It keeps them, also to dead peers."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            ports = [int(address.rpartition(":")[2], 16) for address in fields[1:3]]
+            if any(port in MOONCAKE_PORTS for port in ports):
+                found.add(f"socket:[{fields[9]}]")
+    return found
+
+
 def resources_of_process() -> dict[str, Any]:
     """Descriptors by kind, threads, mappings and files that others could find."""
     kinds: Counter[str] = Counter()
+    mooncakes = sockets_of_mooncake()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            kinds[os.readlink(f"/proc/self/fd/{fd}").split(":")[0]] += 1
+            target = os.readlink(f"/proc/self/fd/{fd}")
+            kinds["P2P" if target in mooncakes else target.split(":")[0]] += 1
     maps = Path("/proc/self/maps").read_text()
     return {
         "descriptors": dict(kinds),

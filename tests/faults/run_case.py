@@ -177,8 +177,8 @@ def _recover(fleet: Fleet, case: Case, verdict: Verdict) -> None:
     """Nothing healthy is started again; the next update works, and nothing is left."""
     started = fleet.repair()
     fleet.call_all("clear")
+    if started:
+        fleet.warm_up()
     fleet.good_update()
     fleet.settle_baseline(started)
-    verdict.leaks += fleet.leaks(
-        fewer=bool(started) or case.stops is not None or "ranks" in case.each
-    )
+    verdict.leaks += fleet.leaks()

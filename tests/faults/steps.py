@@ -32,7 +32,7 @@ WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (worker, "open_buffer"),
     "bucket": (worker, "_check_bytes"),
     "release": (worker, "_release_device_memory"),
-    "post hook": (worker, "_run_post_hook"),
+    "post hook": (worker, "_finish"),
 }
 
 

@@ -316,7 +316,7 @@ def memory() -> list[Case]:
             lambda fleet: fleet.call(1, "limit", what=what, value=0),
         )
 
-    little_memory = limited("RLIMIT_AS", 1 << 20)
+    little_memory = limited("RLIMIT_AS", 64 << 20)
     few_files = limited("RLIMIT_NOFILE", 1)
     return [
         Case(
@@ -344,10 +344,10 @@ def memory() -> list[Case]:
             "one rank out of host memory",
             "register",
             "MemoryError|cannot map|RuntimeError",
-            call="register",
+            call="register_large",
             on=(1,),
             callers=(1,),
-            each={"seed": 7},
+            each={"nbytes": 1 << 30},
             before=little_memory[0],
             after=little_memory[1],
         ),

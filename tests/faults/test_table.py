@@ -13,4 +13,4 @@ def test_fault(fleets: Fleets, case: Case) -> None:
     verdict = VERDICTS[case.name] = run_case(fleets.get(), case)
     if verdict.faults:
         fleets.drop()
-    assert not verdict.faults
+        pytest.fail("\n".join(verdict.faults), pytrace=False)
