@@ -242,6 +242,7 @@ class Operation:
         state: what this rank's engine holds, for ``UpdateError.engines``.
         total_bytes, done_bytes: how far an update has come on this rank.
         on_advance: called when ``done_bytes`` has grown.
+        on_phase: called with the name of a phase when that begins for the first time.
     """
 
     def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
@@ -251,6 +252,7 @@ class Operation:
         self.seconds: dict[str, float] = {}
         self.total_bytes = self.done_bytes = 0
         self.on_advance: Callable[[], None] | None = None
+        self.on_phase: Callable[[str], None] | None = None
         self._began = time.monotonic()
         self.store = circle.operations_part(circle.world.store)
         self._watched = circle.operations_part(circle.world.watched)
@@ -296,6 +298,8 @@ class Operation:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
         self.phase, self._began = phase, now
+        if self.on_phase is not None and phase not in self.seconds:
+            self.on_phase(phase)
 
     def advance(self, nbytes: int) -> None:
         """This rank's worker has loaded so much more."""
@@ -408,6 +412,7 @@ class Operation:
         if self._is_shared:
             self._await_others()
         self._leave(_SUCCESS, self.deadline)
+        self.on_phase = None
         self.begin("done")
 
     def _await_others(self) -> None:

@@ -327,6 +327,20 @@ class ParameterServer:
         self._gathered_name = checkpoint_name if known else None
         self._gathered_digest = digest
         self._gathered_layout = self._layout_of(checkpoint_name).digest
+        buffers = [
+            buffer
+            for owned in self._current_global_parameter_metas.values()
+            for buffer in owned.memory_buffer_metas_list
+        ]
+        self._log.log(
+            _level(self._rank == 0),
+            "gathered {}: {} tensors, {:.3f} GB, of {} of {} ranks",
+            checkpoint_name,
+            sum(len(buffer.metas) for buffer in buffers),
+            sum(buffer.size for buffer in buffers) / 1e9,
+            len(self._current_global_parameter_metas),
+            self._world_size,
+        )
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last, by owner rank. This rank alone."""
@@ -438,6 +452,7 @@ class ParameterServer:
             ExitStack() as stack,
         ):
             operation.watch()
+            self._log_phases(operation, checkpoint_name)
             stack.callback(self._leave_default_group)
             operation.state = lambda: "untouched"
             link = self._listen(stack)
@@ -446,6 +461,15 @@ class ParameterServer:
             transfer = planned.transfer
             version = _agreed_version(hellos)
             self._observe(operation, transfer, on_progress, stack)
+            self._log.debug(
+                "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB, by {}",
+                checkpoint_name,
+                transfer.tensor_count,
+                transfer.total_bytes / 1e9,
+                len(transfer.steps),
+                transfer.bucket_bytes / 1e6,
+                "broadcast" if members is None else "P2P",
+            )
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
             streams = make_streams(self.device_manager)
@@ -489,9 +513,11 @@ class ParameterServer:
             operation.begin("post hook")
             session.finish(request)
             by_rank = self._compare(operation) if compare_ranks else {}
-        return self._report(
+        report = self._report(
             checkpoint_name, transfer, operation.seconds, version, session.failed, by_rank
         )
+        self._log.log(_level(self._rank == operation.members[0]), "updated {}", report)
+        return report
 
     def _options(
         self, req_func: RequestFunction, version: str | None, on_instance_failure: str
@@ -541,6 +567,12 @@ class ParameterServer:
         if on_progress is not None:
             report = on_progress
             operation.on_advance = lambda: report(self.progress) if self.progress else None
+
+    def _log_phases(self, operation: Operation, checkpoint_name: str) -> None:
+        level = _level(self._rank == operation.members[0])
+        operation.on_phase = lambda phase: self._log.log(
+            level, "updating {}: {}", checkpoint_name, phase
+        )
 
     def _compare(self, operation: Operation) -> dict[int, dict[str, float]]:
         """What every rank spent its time with so far."""
@@ -715,7 +747,7 @@ class ParameterServer:
         failed: Sequence[InstanceFailure] = (),
         by_rank: Mapping[int, dict[str, float]] | None = None,
     ) -> UpdateReport:
-        report = UpdateReport(
+        return UpdateReport(
             checkpoint_name=checkpoint_name,
             rank=self._rank,
             world_size=self._world_size,
@@ -729,8 +761,6 @@ class ParameterServer:
             failed_instances=list(failed),
             by_rank=dict(by_rank or {}),
         )
-        self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
-        return report
 
     # ------------------------------------------------------------------ parts of the above
 
@@ -1045,6 +1075,11 @@ class _Planned(NamedTuple):
     basis: tuple[Any, ...]
     transfer: TransferPlan
     messages: Messages
+
+
+def _level(leads: bool) -> str:
+    """Of what all ranks log alike: that of the first one is enough."""
+    return "INFO" if leads else "DEBUG"
 
 
 def _agreed_version(hellos: list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.progress import Progress, drawn_bar
@@ -111,3 +112,34 @@ def test_the_bar_moves_to_where_the_call_is(monkeypatch: pytest.MonkeyPatch) -> 
         show(Progress(done_bytes=500, total_bytes=1000, **fields))
     assert "50%" in stream.getvalue()
     assert "75%" not in stream.getvalue()
+
+
+def logged(ps: ParameterServer, level: str) -> list[Any]:
+    """What an update logs."""
+    records: list[Any] = []
+    sink = logger.add(lambda message: records.append(message.record), level=level)
+    try:
+        ps.update("c", ask_engine)
+    finally:
+        logger.remove(sink)
+    return records
+
+
+def test_one_line_for_each_phase(ps: ParameterServer) -> None:
+    records = logged(ps, "INFO")
+    *phases, end = [record["message"] for record in records]
+    assert phases == [
+        f"updating c: {phase}"
+        for phase in (
+            "plan", "buffers", "handshake", "transfer", "reload", "release", "post hook",
+            "completion",
+        )
+    ]  # fmt: skip
+    assert end.startswith("updated c: 0.002 GB in 8 tensors and 8 buckets")
+    assert {record["extra"]["rank"] for record in records} == {0}
+
+
+def test_nothing_for_each_bucket(ps: ParameterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = len(logged(ps, "DEBUG"))
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "1")
+    assert len(logged(ps, "DEBUG")) == many
