@@ -241,6 +241,7 @@ class Operation:
     Attributes:
         state: what this rank's engine holds, for ``UpdateError.engines``.
         total_bytes, done_bytes: how far an update has come on this rank.
+        waited_for: seconds that an update waited for buckets, by the rank that they came from.
         on_advance: called when ``done_bytes`` has grown.
         on_phase: called with the name of a phase when that begins for the first time.
     """
@@ -251,6 +252,7 @@ class Operation:
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self.total_bytes = self.done_bytes = 0
+        self.waited_for: dict[int, float] = {}
         self.on_advance: Callable[[], None] | None = None
         self.on_phase: Callable[[str], None] | None = None
         self._began = time.monotonic()
@@ -300,6 +302,11 @@ class Operation:
         self.phase, self._began = phase, now
         if self.on_phase is not None and phase not in self.seconds:
             self.on_phase(phase)
+
+    def arrived(self, sender: int) -> None:
+        """What this phase has waited for so far came from ``sender``."""
+        waited = time.monotonic() - self._began
+        self.waited_for[sender] = self.waited_for.get(sender, 0.0) + waited
 
     def advance(self, nbytes: int) -> None:
         """This rank's worker has loaded so much more."""

@@ -189,7 +189,7 @@ class HostMemory:
 
     @property
     def usage(self) -> MemoryUsage:
-        """What is held now. A file pinned in place counts as in use."""
+        """What is held now. A file pinned in place counts as in use. Any thread."""
         in_use = sum(arena.nbytes for arena in set(self._lent.values()))
         return MemoryUsage(in_use, sum(arena.nbytes for arena in self._retained))
 

@@ -413,6 +413,7 @@ class Pipeline:
             operation.begin("transfer")
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
+            operation.arrived(step.receiver)
             operation.begin("reload")
             message = self._messages.of(index, session.encode_bucket)
             session.begin_reload(message + self._sum(step, session))

@@ -78,7 +78,7 @@ from checkpoint_engine.pipeline import (
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.progress import Progress, drawn_bar
-from checkpoint_engine.report import InstanceFailure, UpdateReport
+from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher
 from checkpoint_engine.store import connect_store
 
@@ -174,6 +174,7 @@ class ParameterServer:
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
+        self._gather_seconds = 0.0
         self._gathered_digest = ""
         self._gathered_layout = ""
         self._current_global_parameter_metas: Metas = {}
@@ -325,6 +326,7 @@ class ParameterServer:
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name if known else None
+        self._gather_seconds = sum(operation.seconds.values())
         self._gathered_digest = digest
         self._gathered_layout = self._layout_of(checkpoint_name).digest
         buffers = [
@@ -368,6 +370,7 @@ class ParameterServer:
             )
         self._set_global_metas(owners)
         self._gathered_name = None
+        self._gather_seconds = 0.0
         self._gathered_digest = hashlib.sha256(
             json.dumps(
                 {rank: owned.model_dump(mode="json") for rank, owned in owners.items()}
@@ -514,7 +517,15 @@ class ParameterServer:
             session.finish(request)
             by_rank = self._compare(operation) if compare_ranks else {}
         report = self._report(
-            checkpoint_name, transfer, operation.seconds, version, session.failed, by_rank
+            checkpoint_name,
+            transfer,
+            operation.seconds,
+            version=version,
+            failed_instances=list(session.failed),
+            gather_seconds=self._gather_seconds,
+            waited_for=operation.waited_for,
+            by_rank={rank: spent.phases for rank, spent in by_rank.items()},
+            waited_for_by_rank={rank: spent.waited_for for rank, spent in by_rank.items()},
         )
         self._log.log(_level(self._rank == operation.members[0]), "updated {}", report)
         return report
@@ -574,11 +585,12 @@ class ParameterServer:
             level, "updating {}: {}", checkpoint_name, phase
         )
 
-    def _compare(self, operation: Operation) -> dict[int, dict[str, float]]:
+    def _compare(self, operation: Operation) -> dict[int, _Spent]:
         """What every rank spent its time with so far."""
         operation.begin("comparison")
-        blobs = operation.all_gather("phases", json.dumps(operation.seconds).encode())
-        return dict(zip(operation.members, map(json.loads, blobs), strict=True))
+        mine = _Spent(operation.seconds, operation.waited_for)
+        blobs = operation.all_gather("phases", mine.encode())
+        return dict(zip(operation.members, map(_Spent.decode, blobs), strict=True))
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -739,14 +751,9 @@ class ParameterServer:
         return self._rank if self._gathered_name == checkpoint_name else None
 
     def _report(
-        self,
-        checkpoint_name: str,
-        transfer: TransferPlan,
-        phases: dict[str, float],
-        version: str | None = None,
-        failed: Sequence[InstanceFailure] = (),
-        by_rank: Mapping[int, dict[str, float]] | None = None,
+        self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float], **more: Any
     ) -> UpdateReport:
+        memory = self._host_memory.usage
         return UpdateReport(
             checkpoint_name=checkpoint_name,
             rank=self._rank,
@@ -757,9 +764,9 @@ class ParameterServer:
             bytes=transfer.total_bytes,
             seconds=sum(phases.values()),
             phases=phases,
-            version=version,
-            failed_instances=list(failed),
-            by_rank=dict(by_rank or {}),
+            checkpoint_memory=memory.in_use,
+            retained_memory=memory.retained,
+            **more,
         )
 
     # ------------------------------------------------------------------ parts of the above
@@ -1067,6 +1074,21 @@ class ParameterServer:
             blobs = operation.all_gather("memory", json.dumps(mine).encode())
             size = self._bucket_size([json.loads(blob) for blob in blobs])
         return size.bytes, disable_h2d_buffer or not size.staging
+
+
+class _Spent(NamedTuple):
+    """A rank's time in an update: by phase, and by the rank that it waited for."""
+
+    phases: dict[str, float]
+    waited_for: dict[int, float]
+
+    def encode(self) -> bytes:
+        return json.dumps(self).encode()
+
+    @staticmethod
+    def decode(blob: bytes) -> _Spent:
+        phases, waited_for = json.loads(blob)
+        return _Spent(phases, {int(rank): seconds for rank, seconds in waited_for.items()})
 
 
 class _Planned(NamedTuple):

@@ -143,3 +143,16 @@ def test_nothing_for_each_bucket(ps: ParameterServer, monkeypatch: pytest.Monkey
     many = len(logged(ps, "DEBUG"))
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "1")
     assert len(logged(ps, "DEBUG")) == many
+
+
+def test_the_report_says_what_memory_is_held_and_whose_buckets_were_waited_for(
+    ps: ParameterServer,
+) -> None:
+    report = ps.update("c", ask_engine)
+    assert (report.checkpoint_memory, report.retained_memory) == (NBYTES, 0)
+    assert report.gather_seconds > 0
+    assert report.waited_for.keys() == {0}
+    assert 0 < report.waited_for[0] <= report.phases["transfer"]
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
+    ps.unregister_checkpoint("d")
+    assert ps.update("c", ask_engine).retained_memory == NBYTES

@@ -34,7 +34,7 @@ def environment(device: str, ranks: int) -> dict[str, str]:
 def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, device: str) -> None:
     steps: list[dict[str, Any]] = [
         {"seed": 1, "env": SMALL_BUCKETS},
-        {"seed": 2},
+        {"seed": 2, "compare": True},
         {"seed": 3},
         {"seed": 4, "env": TINY_BUCKETS},
         {"seed": 5, "env": LARGE_BUCKETS},
@@ -48,9 +48,21 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
         assert buckets[4] == ranks
         assert buckets[5] == 1
         assert buckets[6] == 0
+        assert_tells_whom_it_waited_for(result["reports"][1], ranks)
         assert result["hooks"] == len(steps)
         assert result["sockets"] == 0
         assert result["shared"] == []
+
+
+def assert_tells_whom_it_waited_for(report: dict[str, Any], ranks: int) -> None:
+    everyone = [str(rank) for rank in range(ranks)]
+    assert sorted(report["by_rank"]) == sorted(report["waited_for_by_rank"]) == everyone
+    for rank in everyone:
+        waited = report["waited_for_by_rank"][rank]
+        assert sorted(waited) == everyone
+        assert 0 < sum(waited.values()) <= report["by_rank"][rank]["transfer"]
+    assert report["waited_for_by_rank"][str(report["rank"])] == report["waited_for"]
+    assert report["checkpoint_memory"] > 0
 
 
 FAULTS = [
