@@ -195,6 +195,7 @@ class ParameterServer:
         self._collective_lock = threading.Lock()
         self._running = ""
         self._operation: Operation | None = None
+        self._filling: Progress | None = None
         self._rdma_device: str | None = None
         self._p2p_store: P2PStore | None = None
         self._p2p_missing = ""
@@ -210,6 +211,7 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
 
@@ -222,6 +224,8 @@ class ParameterServer:
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
                 instead of copying them, and then DELETE them. The shared memory pool copies.
+            on_progress: called as memory fills with what is copied; what it raises fails the call.
+                Without it the first rank of each node draws a bar, if stderr is a terminal.
 
         Raises:
             AccessError: a file is outside ``allowed_folders``; nothing is kept.
@@ -239,7 +243,11 @@ class ParameterServer:
                 **tensor_sources(named_tensors or {}),
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
-            buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
+            nbytes = sum(source.nbytes for source in sources.values())
+            with self._observed_filling(checkpoint_name, nbytes, on_progress) as advance:
+                buffers = self._host_memory.fill(
+                    sources, pool if use_shared_memory_pool else None, advance
+                )
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
@@ -259,6 +267,35 @@ class ParameterServer:
                 sum(buffer.size for buffer in buffers) / 1e9,
                 len(buffers),
             )
+
+    @contextlib.contextmanager
+    def _observed_filling(
+        self, checkpoint_name: str, total: int, on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Callable[[float], None]]:
+        """Gives what to call with the share that is filled."""
+        with ExitStack() as stack:
+            show = on_progress
+            if show is None and total and self._draws_bars():
+                show = stack.enter_context(drawn_bar("register", total))
+
+            def advance(share: float) -> None:
+                self._filling = Progress(
+                    call="register",
+                    checkpoint=checkpoint_name,
+                    phase="filling",
+                    done_bytes=int(share * total),
+                    total_bytes=total,
+                )
+                if show is not None:
+                    show(self._filling)
+
+            try:
+                yield advance
+            finally:
+                self._filling = None
+
+    def _draws_bars(self) -> bool:
+        return self._local_rank == 0 and sys.stderr.isatty()
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Free this rank's part of a checkpoint. This rank alone.
@@ -552,10 +589,11 @@ class ParameterServer:
 
     @property
     def progress(self) -> Progress | None:
-        """How far the collective call that is running on this rank has come. Any thread."""
+        """How far the call that is running on this rank has come: a collective one, else the
+        registering of a checkpoint. Any thread."""
         operation = self._operation
         if operation is None:
-            return None
+            return self._filling
         return Progress(
             call=operation.name,
             checkpoint=self._running,
@@ -573,8 +611,8 @@ class ParameterServer:
         stack: ExitStack,
     ) -> None:
         operation.total_bytes = transfer.total_bytes
-        if on_progress is None and self._local_rank == 0 and sys.stderr.isatty():
-            on_progress = stack.enter_context(drawn_bar(transfer.total_bytes))
+        if on_progress is None and self._draws_bars():
+            on_progress = stack.enter_context(drawn_bar("update", transfer.total_bytes))
         if on_progress is not None:
             report = on_progress
             operation.on_advance = lambda: report(self.progress) if self.progress else None

@@ -16,6 +16,7 @@ import zmq
 from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.pin_memory import CHUNK_BYTES
 from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
@@ -101,13 +102,50 @@ def test_a_bar_is_drawn_on_terminals_alone(
     monkeypatch.setattr(sys, "stderr", stream)
     ps.update("c", ask_engine)
     assert ("100%" in stream.getvalue()) == draws
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
+    assert ("register 0.00 GB" in stream.getvalue()) == draws
+    ps.register_checkpoint("nothing")
+    assert stream.getvalue().count("register") <= stream.getvalue().count("100%")
+
+
+def test_registering_is_told_too(ps: ParameterServer) -> None:
+    seen: list[Progress] = []
+
+    def note(progress: Progress) -> None:
+        assert ps.progress == progress
+        seen.append(progress)
+
+    large = {f"layer.{i}": torch.zeros(CHUNK_BYTES, dtype=torch.uint8) for i in range(4)}
+    ps.register_checkpoint("d", named_tensors=large, on_progress=note)
+    shares = [one.fraction for one in seen]
+    assert len(set(shares)) >= 4
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert {(one.call, one.checkpoint, one.total_bytes) for one in seen} == {
+        ("register", "d", 4 * CHUNK_BYTES)
+    }
+    assert ps.progress is None
+
+
+def test_a_callback_that_raises_fails_the_registering_and_nothing_is_kept(
+    ps: ParameterServer,
+) -> None:
+    def refuse(progress: Progress) -> None:
+        raise KeyError("my own mistake")
+
+    before = ps.update("c", ask_engine).checkpoint_memory
+    with pytest.raises(KeyError, match="my own mistake"):
+        ps.register_checkpoint("d", named_tensors=WEIGHTS, on_progress=refuse)
+    assert ps.progress is None
+    assert ps.update("c", ask_engine).checkpoint_memory == before
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
 
 
 def test_the_bar_moves_to_where_the_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     fields: dict[str, Any] = {"call": "update", "checkpoint": "c", "phase": "reload"}
-    with drawn_bar(1000) as show:
+    with drawn_bar("update", 1000) as show:
         show(Progress(done_bytes=250, total_bytes=1000, **fields))
         show(Progress(done_bytes=500, total_bytes=1000, **fields))
     assert "50%" in stream.getvalue()
