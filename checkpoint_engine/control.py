@@ -240,6 +240,7 @@ class Operation:
 
     Attributes:
         state: what this rank's engine holds, for ``UpdateError.engines``.
+        history: what this rank began when, by the monotonic clock.
         total_bytes, done_bytes: how far an update has come on this rank.
         waited_for: seconds that an update waited for buckets, by the rank that they came from.
         on_advance: called when ``done_bytes`` has grown.
@@ -256,6 +257,7 @@ class Operation:
         self.on_advance: Callable[[], None] | None = None
         self.on_phase: Callable[[str], None] | None = None
         self._began = time.monotonic()
+        self.history = [(self.phase, self._began)]
         self.store = circle.operations_part(circle.world.store)
         self._watched = circle.operations_part(circle.world.watched)
         self._circle = circle
@@ -300,6 +302,7 @@ class Operation:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
         self.phase, self._began = phase, now
+        self.history.append((phase, now))
         if self.on_phase is not None and phase not in self.seconds:
             self.on_phase(phase)
 
@@ -350,6 +353,15 @@ class Operation:
         if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
         keys = [f"{what}/{rank}" for rank in ranks]
+        self._wait(keys)
+        return self.store.multi_get(keys)
+
+    def gather_at(self, reader: int, what: str, value: bytes) -> list[bytes]:
+        """On rank ``reader``, which waits for them, every rank's ``value``; nothing elsewhere."""
+        self._put(f"{what}/{self.rank}", value)
+        if self.rank != reader:
+            return []
+        keys = [f"{what}/{rank}" for rank in self.members]
         self._wait(keys)
         return self.store.multi_get(keys)
 

@@ -19,6 +19,7 @@ from checkpoint_engine.deadline import poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.p2p_store import P2PError, P2PStore, Transfer
 from checkpoint_engine.plan import Step
+from checkpoint_engine.trace import UNTRACED, Tracer
 
 _FAREWELL = 2.0  # seconds that a failed update waits for a read under way
 _BOUNCE_BYTES = 64 << 20
@@ -92,8 +93,10 @@ class HostLoader:
         load: Callable[[H2DBucket, torch.Tensor], None],
         lying: Callable[[H2DBucket], torch.Tensor | None],
         streams: Any,
+        tracer: Tracer,
     ) -> None:
         self._load = load
+        self._tracer = tracer
         self._lying = lying
         self._streams = streams
 
@@ -102,7 +105,11 @@ class HostLoader:
         return bool(self._streams.are_queues)
 
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
-        arrival: Arrival = self._streams.copy(lambda: self._load(step.bucket, target), after)
+        def copy() -> None:
+            with self._tracer.copying(step):
+                self._load(step.bucket, target)
+
+        arrival: Arrival = self._streams.copy(copy, after)
         return arrival
 
     def lying(self, step: Step) -> torch.Tensor | None:
@@ -124,8 +131,10 @@ class RemoteLoader:
         owners: Mapping[int, MemoryBufferMetaList],
         device_manager: DeviceManager,
         device: torch.device,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self._store = store
+        self._tracer = tracer
         self._owners = owners
         self._device_manager = device_manager
         self._device = device
@@ -139,7 +148,8 @@ class RemoteLoader:
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         def read() -> None:
             poll(after.query, self._check)
-            self.read(step.owner, step.bucket, target, self._check)
+            with self._tracer.reading(step):
+                self.read(step.owner, step.bucket, target, self._check)
 
         self._running = Transfer(read)
         return self._running

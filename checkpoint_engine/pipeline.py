@@ -27,6 +27,7 @@ from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.report import InstanceFailure
+from checkpoint_engine.trace import Tracer
 from checkpoint_engine.wire import (
     ACK,
     JSON_BUCKETS,
@@ -369,6 +370,7 @@ class Pipeline:
         loader: Loader,
         streams: Streams,
         checksums: Checksums,
+        tracer: Tracer,
     ) -> None:
         """
         Args:
@@ -386,6 +388,7 @@ class Pipeline:
         self._loader = loader
         self._streams = streams
         self._checksums = checksums
+        self._tracer = tracer
         self._staging: Staging | None = None
         if staging is not None:
             self._staging = Staging(staging, plan.loads_of(rank), loader, streams)
@@ -415,15 +418,16 @@ class Pipeline:
             self._await(step, arrivals, session.check)
             operation.arrived(step.receiver)
             operation.begin("reload")
-            message = self._messages.of(index, session.encode_bucket)
-            session.begin_reload(message + self._sum(step, session))
-            if index + 1 == count:
-                session.announce_end()
-            if not self._loader.only_queues:
-                self._start_next(session.check)
-            if index + 1 < count:
-                self._messages.of(index + 1, session.encode_bucket)  # while the worker loads
-            session.await_reload(f"bucket {index + 1} of {count}")
+            message = self._messages.of(index, session.encode_bucket) + self._sum(step, session)
+            with self._tracer.reloading(step):
+                session.begin_reload(message)
+                if index + 1 == count:
+                    session.announce_end()
+                if not self._loader.only_queues:
+                    self._start_next(session.check)
+                if index + 1 < count:
+                    self._messages.of(index + 1, session.encode_bucket)  # while the worker loads
+                session.await_reload(f"bucket {index + 1} of {count}")
             operation.advance(step.bucket.size)
             if self._loader.only_queues:
                 self._start_next(session.check)
@@ -442,7 +446,10 @@ class Pipeline:
                 with self._naming_source(step):
                     payload = self._receive(step, target, check, arrivals)
             if self._group is not None and step.bucket.size:
-                arrivals.append(_Broadcast(self._group.broadcast(payload, step.receiver)))
+                broadcast = self._tracer.broadcasting(step)
+                work = self._group.broadcast(payload, step.receiver)
+                broadcast.follow(work)
+                arrivals.append(_Broadcast(work))
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -79,8 +80,9 @@ from checkpoint_engine.pipeline import (
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.report import UpdateReport
-from checkpoint_engine.settings import Settings, from_launcher
+from checkpoint_engine.settings import Settings, from_launcher, trace_folder
 from checkpoint_engine.store import connect_store
+from checkpoint_engine.trace import UNTRACED, RankTracer, Tracer, write_trace
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -458,6 +460,7 @@ class ParameterServer:
         on_instance_failure: Literal["abort", "continue"] = "abort",
         on_progress: Callable[[Progress], None] | None = None,
         compare_ranks: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> UpdateReport:
         """Send a checkpoint to the inference workers of all ranks. All ranks.
 
@@ -477,6 +480,8 @@ class ParameterServer:
                 stderr is a terminal.
             compare_ranks: learn what every rank spent its time with, for the report's ``by_rank``
                 and ``slowest``; the same on all ranks. Takes one more exchange between them.
+            trace: a folder, for a Chrome trace of all ranks. Default: ``PS_TRACE``. Enough on one
+                rank; the first that has it writes, and says the file in its report.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
@@ -496,11 +501,12 @@ class ParameterServer:
             stack.callback(self._leave_default_group)
             operation.state = lambda: "untouched"
             link = self._listen(stack)
-            options = self._options(req_func, version, on_instance_failure)
+            options = self._options(req_func, version, on_instance_failure, trace)
             hellos, planned = self._agree(operation, checkpoint_name, link.url, members, options)
             transfer = planned.transfer
             version = _agreed_version(hellos)
             self._observe(operation, transfer, on_progress, stack)
+            tracer = self._tracer(hellos, transfer)
             self._log.debug(
                 "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB, by {}",
                 checkpoint_name,
@@ -516,7 +522,9 @@ class ParameterServer:
             stack.callback(streams.close)
             staging = self._make_staging(transfer, operation, remote=members is not None)
             reading = stack.enter_context(ExitStack())
-            loader = self._make_loader(checkpoint_name, members, streams, reading, buffer, staging)
+            loader = self._make_loader(
+                checkpoint_name, members, streams, reading, buffer, staging, tracer or UNTRACED
+            )
             group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
                 transfer,
@@ -528,6 +536,7 @@ class ParameterServer:
                 loader,
                 streams,
                 self._known_checksums(),
+                tracer or UNTRACED,
             )
             operation.begin("handshake")
             request = stack.enter_context(
@@ -553,6 +562,9 @@ class ParameterServer:
             operation.begin("post hook")
             session.finish(request)
             by_rank = self._compare(operation) if compare_ranks else {}
+            traced = None
+            if tracer is not None:
+                traced = self._collect_trace(operation, tracer, hellos, checkpoint_name)
         report = self._report(
             checkpoint_name,
             transfer,
@@ -563,12 +575,17 @@ class ParameterServer:
             waited_for=operation.waited_for,
             by_rank={rank: spent.phases for rank, spent in by_rank.items()},
             waited_for_by_rank={rank: spent.waited_for for rank, spent in by_rank.items()},
+            trace=traced,
         )
         self._log.log(_level(self._rank == operation.members[0]), "updated {}", report)
         return report
 
     def _options(
-        self, req_func: RequestFunction, version: str | None, on_instance_failure: str
+        self,
+        req_func: RequestFunction,
+        version: str | None,
+        on_instance_failure: str,
+        trace: str | os.PathLike[str] | None,
     ) -> dict[str, Any]:
         """What all ranks must agree on, or learn of each other, before an update."""
         if on_instance_failure not in ("abort", "continue"):
@@ -580,7 +597,34 @@ class ParameterServer:
             "new version": uuid.uuid4().hex,
             "instance": str(getattr(req_func, "instance", f"rank {self._rank}")),
             "on instance failure": on_instance_failure,
+            "trace": trace_folder() if trace is None else os.fspath(trace),
         }
+
+    def _tracer(self, hellos: list[dict[str, Any]], transfer: TransferPlan) -> RankTracer | None:
+        """What notes this rank's part of the update, if any rank wants a trace."""
+        if not any(one["trace"] for one in hellos):
+            return None
+        return RankTracer(self._rank, transfer, self.device_manager)
+
+    def _collect_trace(
+        self,
+        operation: Operation,
+        tracer: RankTracer,
+        hellos: list[dict[str, Any]],
+        checkpoint_name: str,
+    ) -> str | None:
+        """The trace's file, on the rank that writes it. Failing to write it fails nothing else."""
+        operation.begin("trace")
+        writer = next(one["rank"] for one in hellos if one["trace"])
+        parts = operation.gather_at(writer, "trace", tracer.encode(operation.history))
+        if self._rank != writer:
+            return None
+        folder = Path(next(one["trace"] for one in hellos if one["trace"]))
+        try:
+            return str(write_trace(folder, checkpoint_name, _agreed_version(hellos), parts))
+        except OSError as error:
+            self._log.warning("the trace cannot be written into {}: {}", folder, error)
+            return None
 
     def _known_checksums(self) -> Checksums:
         if self._checksums is None:
@@ -750,6 +794,7 @@ class ParameterServer:
         stack: ExitStack,
         buffer: SharedBuffer,
         staging: torch.Tensor | None,
+        tracer: Tracer,
     ) -> Loader:
         def copy(bucket: H2DBucket, target: torch.Tensor) -> None:
             self._copy_to_buffer(checkpoint_name, bucket, target)
@@ -757,7 +802,7 @@ class ParameterServer:
         def lying(bucket: H2DBucket) -> torch.Tensor | None:
             return lying_on_host(self._memory_pool[checkpoint_name], bucket)
 
-        own = HostLoader(copy, lying, streams)
+        own = HostLoader(copy, lying, streams, tracer)
         if members is None:
             return own
         store = self._require_p2p()
@@ -767,16 +812,17 @@ class ParameterServer:
         if store.needs_registered_targets:
             store.register_named_tensors(targets)
             stack.callback(store.unregister_named_tensors, list(targets))
-        remote = self._remote_loader()
+        remote = self._remote_loader(tracer)
         stack.callback(remote.close)
         return MixedLoader(self._own_owner_rank(checkpoint_name), own, remote)
 
-    def _remote_loader(self) -> RemoteLoader:
+    def _remote_loader(self, tracer: Tracer = UNTRACED) -> RemoteLoader:
         return RemoteLoader(
             self._require_p2p(),
             self._current_global_parameter_metas,
             self.device_manager,
             self.device_manager.device(self._local_rank),
+            tracer,
         )
 
     def _require_p2p(self) -> P2PStore:

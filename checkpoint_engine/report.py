@@ -42,7 +42,8 @@ class UpdateReport(BaseModel):
     "comparison".
 
     ``checkpoint_memory`` and ``retained_memory`` are bytes of host memory that this rank's server
-    holds at the end: for checkpoints, and kept for later ones.
+    holds at the end: for checkpoints, and kept for later ones. ``trace`` is the trace's file, on
+    the rank that wrote it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +65,7 @@ class UpdateReport(BaseModel):
     waited_for_by_rank: dict[int, dict[int, float]] = {}
     checkpoint_memory: int = 0
     retained_memory: int = 0
+    trace: str | None = None
 
     @property
     def gigabytes_per_second(self) -> float:

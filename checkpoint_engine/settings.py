@@ -90,6 +90,11 @@ def from_launcher(value: int | None, variable: str) -> int:
     return integer(variable, 0)
 
 
+def trace_folder() -> str:
+    """``PS_TRACE``: the folder for the traces of updates; empty: none are written."""
+    return os.environ.get("PS_TRACE", "")
+
+
 REPLAY_MODES = ("on", "off", "verify")
 
 

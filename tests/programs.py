@@ -108,6 +108,17 @@ def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     return {"reports": reports, "hooks": hooks, **rank.resources()}
 
 
+def traced(folder: str, version: str) -> dict[str, Any]:
+    """Two updates of the same version, of which the last rank wants a trace."""
+    rank = Rank()
+    rank.publish("step-1", 1, set(range(WORLD_SIZE)))
+    trace = folder if RANK == WORLD_SIZE - 1 else None
+    ask = request_of(rank.worker, RANK, "")
+    reports = [rank.ps.update("step-1", ask, version=version, trace=trace) for _ in range(2)]
+    rank.stop()
+    return {"traces": [report.trace for report in reports]}
+
+
 def faults(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Each fault ends the update on every rank with one error; the next update works."""
     rank = Rank()
@@ -414,7 +425,7 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
 
 PROGRAMS = {
     f.__name__: f
-    for f in (updates, faults, instances, bad_calls, process_groups, p2p, source, joiner)
+    for f in (updates, traced, faults, instances, bad_calls, process_groups, p2p, source, joiner)
 }
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ SIGNATURES = {
 OURS = {
     "register_checkpoint": ["on_progress"],
     "gather_metas": ["timeout"],
-    "update": ["version", "on_instance_failure", "on_progress", "compare_ranks"],
+    "update": ["version", "on_instance_failure", "on_progress", "compare_ranks", "trace"],
 }
 """What the original's methods do not take: by keyword alone, and never needed."""
 

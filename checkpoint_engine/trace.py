@@ -1,0 +1,283 @@
+"""What every rank did when, in one update: a Chrome trace, which Perfetto opens.
+
+Each rank notes spans: of its host by the monotonic clock, of its device by events on the streams.
+One rank writes those of all into one file. A host's ranks share a clock; those of several hosts are
+as close as the hosts' clocks are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.plan import Step, TransferPlan
+
+PHASES = "phases"
+COPY = "host to device"
+READ = "P2P read"
+BROADCAST = "broadcast"
+RELOAD = "reload"
+LANES = (PHASES, COPY, READ, BROADCAST, RELOAD)
+"""A row of each rank, from top to bottom. Phases are what its update waited for."""
+
+
+class Span(NamedTuple):
+    """``began``, ``seconds``: by the monotonic clock."""
+
+    lane: str
+    name: str
+    began: float
+    seconds: float
+    details: dict[str, int]
+
+
+class Tracer(Protocol):
+    """Where an update's steps note when they begin and end. Any thread."""
+
+    def copying(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        """While the current stream, or this thread, copies a bucket from host memory."""
+        ...
+
+    def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        """While this thread reads a bucket by P2P."""
+        ...
+
+    def broadcasting(self, step: Step) -> _Broadcast:
+        """Called before a broadcast; its ``follow`` right after it has begun."""
+        ...
+
+    def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        """While the worker has a bucket."""
+        ...
+
+
+class _Broadcast(Protocol):
+    def follow(self, work: Any) -> None: ...
+
+
+class _Untraced:
+    """Notes nothing."""
+
+    def copying(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    reading = reloading = copying
+
+    def broadcasting(self, step: Step) -> _Untraced:
+        return self
+
+    def follow(self, work: Any) -> None:
+        """Nothing to note."""
+
+
+UNTRACED = _Untraced()
+
+
+class RankTracer:
+    """One rank's spans of one update."""
+
+    def __init__(self, rank: int, plan: TransferPlan, device_manager: DeviceManager) -> None:
+        """On an accelerator, waits for what its current stream holds: that ties the clocks."""
+        self._rank = rank
+        self._steps = {id(step): number for number, step in enumerate(plan.steps)}
+        self._spans: list[Span] = []
+        self._on_device: list[tuple[str, Step, Any, Any]] = []
+        self._clock: _DeviceClock | None = None
+        if device_manager.is_accelerator:
+            self._clock = _DeviceClock(device_manager.device_module)
+
+    @contextlib.contextmanager
+    def copying(self, step: Step) -> Iterator[None]:
+        if self._clock is None:
+            with self._on_host(COPY, step):
+                yield
+            return
+        began = self._clock.mark()
+        yield
+        self._on_device.append((COPY, step, began, self._clock.mark()))
+
+    def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        return self._on_host(READ, step)
+
+    def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        return self._on_host(RELOAD, step)
+
+    def broadcasting(self, step: Step) -> _Broadcast:
+        if self._clock is None:
+            return _HostBroadcast(self, step)
+        return _DeviceBroadcast(self, step, self._clock)
+
+    def note(self, lane: str, step: Step, began: float, ended: float) -> None:
+        details = {"bytes": step.bucket.size, "owner": step.owner, "receiver": step.receiver}
+        name = f"bucket {self._steps[id(step)]}"
+        self._spans.append(Span(lane, name, began, ended - began, details))
+
+    def note_on_device(self, lane: str, step: Step, began: Any, ended: Any) -> None:
+        """``began``, ``ended``: marks of the clock."""
+        self._on_device.append((lane, step, began, ended))
+
+    def encode(self, phases: Sequence[tuple[str, float]]) -> bytes:
+        """This rank's part of the trace. ``phases``: what it began when, in order."""
+        for lane, step, began, ended in self._on_device:
+            assert self._clock is not None
+            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
+        self._on_device.clear()
+        for (phase, began), (_, ended) in itertools.pairwise(phases):
+            self._spans.append(Span(PHASES, phase, began, ended - began, {}))
+        since_epoch = time.time() - time.monotonic()
+        part = {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "spans": [
+                (
+                    lane,
+                    name,
+                    round(1e6 * (began + since_epoch), 1),
+                    round(1e6 * seconds, 1),
+                    details,
+                )
+                for lane, name, began, seconds, details in _one_at_a_time(self._spans)
+            ],
+        }
+        return zlib.compress(json.dumps(part).encode(), 1)
+
+    @contextlib.contextmanager
+    def _on_host(self, lane: str, step: Step) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.note(lane, step, began, time.monotonic())
+
+
+def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
+    """In order. What was queued while another bucket had the link began once that was through."""
+    free = dict.fromkeys(LANES, 0.0)
+    for span in sorted(spans, key=lambda span: (span.began, span.began + span.seconds)):
+        ended = span.began + span.seconds
+        began = min(max(span.began, free[span.lane]), ended)
+        free[span.lane] = ended
+        yield span._replace(began=began, seconds=ended - began)
+
+
+class _HostBroadcast:
+    """Its end is noted by the thread that ends it: the update looks later."""
+
+    def __init__(self, tracer: RankTracer, step: Step) -> None:
+        self._tracer = tracer
+        self._step = step
+        self._began = time.monotonic()
+
+    def follow(self, work: Any) -> None:
+        work.get_future().then(self._end)
+
+    def _end(self, future: Any) -> None:
+        self._tracer.note(BROADCAST, self._step, self._began, time.monotonic())
+
+
+class _DeviceBroadcast:
+    """It runs on a stream of the communicator; another one, of the clock, waits for it."""
+
+    def __init__(self, tracer: RankTracer, step: Step, clock: _DeviceClock) -> None:
+        self._tracer = tracer
+        self._step = step
+        self._clock = clock
+        self._began = clock.mark()
+
+    def follow(self, work: Any) -> None:
+        with self._clock.aside():
+            work.wait()
+            ended = self._clock.mark()
+        self._tracer.note_on_device(BROADCAST, self._step, self._began, ended)
+
+
+class _DeviceClock:
+    """Times of the device's streams as times of the host."""
+
+    def __init__(self, device_module: Any) -> None:
+        self._module = device_module
+        self._aside = device_module.Stream()
+        self._zero = self.mark()
+        self._zero.synchronize()
+        self._zero_on_host = time.monotonic()
+
+    def mark(self) -> Any:
+        """The point that the current stream has reached."""
+        event = self._module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def aside(self) -> contextlib.AbstractContextManager[Any]:
+        """A stream that nothing else waits for."""
+        return self._module.stream(self._aside)
+
+    def seconds(self, mark: Any) -> float:
+        mark.synchronize()
+        return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))
+
+
+def write_trace(folder: Path, title: str, version: str, parts: Sequence[bytes]) -> Path:
+    """Join the ranks' parts into a file in ``folder``, which is made if need be.
+
+    Returns its path: ``<title>-<version>.json``, or with a number where that is there already.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    ranks = [json.loads(zlib.decompress(part)) for part in parts]
+    events = [event for rank in ranks for event in _events(rank)]
+    trace = {
+        "displayTimeUnit": "ms",
+        "otherData": {"checkpoint": title, "version": version, "ranks": len(ranks)},
+        "traceEvents": events,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _unused(folder, re.sub(r"[^\w.-]+", "_", f"{title}-{version}"))
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(trace))
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _unused(folder: Path, name: str) -> Path:
+    path, number = folder / f"{name}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.json"
+    return path
+
+
+def _events(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One rank's part in Chrome's format: a process for the rank, a thread for each lane."""
+    rank = part["rank"]
+    spans = part["spans"]
+    label = {"name": f"rank {rank} on {part['host']}"}
+    yield {"ph": "M", "pid": rank, "name": "process_name", "args": label}
+    yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
+    for number, lane in enumerate(LANES):
+        if any(span[0] == lane for span in spans):
+            place = {"ph": "M", "pid": rank, "tid": number}
+            yield {**place, "name": "thread_name", "args": {"name": lane}}
+            yield {**place, "name": "thread_sort_index", "args": {"sort_index": number}}
+    for lane, name, began, duration, details in spans:
+        yield {
+            "ph": "X",
+            "pid": rank,
+            "tid": LANES.index(lane),
+            "name": name,
+            "cat": lane,
+            "ts": began,
+            "dur": duration,
+            "args": details,
+        }

@@ -1,0 +1,95 @@
+"""Traces of whole updates, read as Perfetto reads them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchrun import torchrun
+
+SMALL_BUCKETS = {"PS_DEVICE": "cpu", "PS_MAX_BUCKET_SIZE_GB": "1e-4"}
+
+
+def lanes_of(path: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """The complete events of a trace, by rank and lane."""
+    events = json.loads(path.read_text())["traceEvents"]
+    threads = {
+        (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
+    }
+    lanes = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            lanes[event["pid"], threads[event["pid"], event["tid"]]].append(event)
+    return lanes
+
+
+def end_of(event: dict[str, Any]) -> float:
+    return float(event["ts"] + event["dur"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_bucket_is_in_every_lane_in_order(tmp_path: Path, ranks: int) -> None:
+    folder = tmp_path / "traces"
+    results = torchrun(
+        tmp_path,
+        ranks,
+        "updates",
+        env={**SMALL_BUCKETS, "PS_TRACE": str(folder)},
+        steps=[{"seed": 1}, {"seed": 2}],
+    )
+    reports = [result["reports"] for result in results]
+    assert [report["trace"] for report in reports[-1]] == [None] * 2 or ranks == 1
+    written = [Path(report["trace"]) for report in reports[0]]
+    assert sorted(folder.iterdir()) == sorted(written)
+    for path, report in zip(written, reports[0], strict=True):
+        lanes = lanes_of(path)
+        broadcasts = {"broadcast"} if ranks > 1 else set()
+        expected = {"phases", "host to device", "reload"} | broadcasts
+        assert set(lanes) == {(rank, lane) for rank in range(ranks) for lane in expected}
+        everything = {f"bucket {number}" for number in range(report["buckets"])}
+        copied = [lane for (_, name), lane in lanes.items() if name == "host to device"]
+        assert {event["name"] for lane in copied for event in lane} == everything
+        assert sum(event["args"]["bytes"] for lane in copied for event in lane) == report["bytes"]
+        for rank in range(ranks):
+            for name in broadcasts | {"reload"}:
+                assert {event["name"] for event in lanes[rank, name]} == everything
+            phases = [event["name"] for event in lanes[rank, "phases"]]
+            assert phases[0] == "start"
+            assert phases[-1] == "post hook"
+        first = min(event["ts"] for lane in lanes.values() for event in lane)
+        last = max(end_of(event) for lane in lanes.values() for event in lane)
+        assert last - first <= 1.05e6 * report["seconds"]
+        for lane in lanes.values():
+            for before, after in itertools.pairwise(lane):
+                assert end_of(before) <= after["ts"] + 0.2  # rounded to 0.1 us
+        for rank in range(ranks):
+            reloads = {event["name"]: event["ts"] for event in lanes[rank, "reload"]}
+            for stage in expected - {"phases", "reload"}:
+                for event in lanes[rank, stage]:
+                    assert end_of(event) <= reloads[event["name"]] + 500  # us between threads
+
+
+def test_one_rank_that_asks_is_enough_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    results = torchrun(
+        tmp_path, 2, "traced", env=SMALL_BUCKETS, folder=str(folder), version="a/b c"
+    )
+    assert [result["traces"] for result in results] == [
+        [None, None],
+        [str(folder / "step-1-a_b_c.json"), str(folder / "step-1-a_b_c-2.json")],
+    ]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    results = torchrun(
+        tmp_path, 1, "updates", env={**SMALL_BUCKETS, "PS_TRACE": str(taken)}, steps=[{"seed": 1}]
+    )
+    assert results[0]["reports"][0]["trace"] is None
