@@ -506,7 +506,7 @@ class ParameterServer:
             transfer = planned.transfer
             version = _agreed_version(hellos)
             self._observe(operation, transfer, on_progress, stack)
-            tracer = self._tracer(hellos, transfer)
+            tracer = RankTracer(self._rank, transfer, self.device_manager)
             self._log.debug(
                 "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB, by {}",
                 checkpoint_name,
@@ -523,7 +523,7 @@ class ParameterServer:
             staging = self._make_staging(transfer, operation, remote=members is not None)
             reading = stack.enter_context(ExitStack())
             loader = self._make_loader(
-                checkpoint_name, members, streams, reading, buffer, staging, tracer or UNTRACED
+                checkpoint_name, members, streams, reading, buffer, staging, tracer
             )
             group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
@@ -536,7 +536,7 @@ class ParameterServer:
                 loader,
                 streams,
                 self._known_checksums(),
-                tracer or UNTRACED,
+                tracer,
             )
             operation.begin("handshake")
             request = stack.enter_context(
@@ -562,9 +562,8 @@ class ParameterServer:
             operation.begin("post hook")
             session.finish(request)
             by_rank = self._compare(operation) if compare_ranks else {}
-            traced = None
-            if tracer is not None:
-                traced = self._collect_trace(operation, tracer, hellos, checkpoint_name)
+            stages = tracer.stages()
+            traced = self._collect_trace(operation, tracer, hellos, checkpoint_name)
         report = self._report(
             checkpoint_name,
             transfer,
@@ -573,6 +572,7 @@ class ParameterServer:
             failed_instances=list(session.failed),
             gather_seconds=self._gather_seconds,
             waited_for=operation.waited_for,
+            stages=stages,
             by_rank={rank: spent.phases for rank, spent in by_rank.items()},
             waited_for_by_rank={rank: spent.waited_for for rank, spent in by_rank.items()},
             trace=traced,
@@ -600,12 +600,6 @@ class ParameterServer:
             "trace": trace_folder() if trace is None else os.fspath(trace),
         }
 
-    def _tracer(self, hellos: list[dict[str, Any]], transfer: TransferPlan) -> RankTracer | None:
-        """What notes this rank's part of the update, if any rank wants a trace."""
-        if not any(one["trace"] for one in hellos):
-            return None
-        return RankTracer(self._rank, transfer, self.device_manager)
-
     def _collect_trace(
         self,
         operation: Operation,
@@ -613,7 +607,10 @@ class ParameterServer:
         hellos: list[dict[str, Any]],
         checkpoint_name: str,
     ) -> str | None:
-        """The trace's file, on the rank that writes it. Failing to write it fails nothing else."""
+        """The trace's file, on the rank that writes it, if any rank wants one. Failing to write it
+        fails nothing else."""
+        if not any(one["trace"] for one in hellos):
+            return None
         operation.begin("trace")
         writer = next(one["rank"] for one in hellos if one["trace"])
         parts = operation.gather_at(writer, "trace", tracer.encode(operation.history))

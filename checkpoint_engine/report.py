@@ -22,6 +22,19 @@ class InstanceFailure(BaseModel):
     error: str
 
 
+class Stage(BaseModel):
+    """What a stage moved, and for how long there was a bucket in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    seconds: float
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.bytes / 1e9 / self.seconds if self.seconds else 0.0
+
+
 _MOVING = ("transfer", "reload")
 """Phases that wait for all bytes: their rate is a lower bound, since they overlap."""
 
@@ -36,6 +49,10 @@ class UpdateReport(BaseModel):
     each is the time that this rank waited for it. ``waited_for`` parts the transfer by the rank
     that sent what was waited for; under its own number this rank waited for its own copies or P2P
     reads, and for the broadcast of them. ``gather_seconds`` is what the gather before took.
+
+    ``stages`` are "host to device", "P2P read", "broadcast" and "reload", those that there were on
+    this rank, by the clock of its device if it has one. They overlap, also with what was waited
+    for. Where a broadcast waits for its sender to have the bytes, that counts as broadcast.
 
     ``by_rank`` and ``waited_for_by_rank``, if ranks were to be compared, hold the same of every
     rank that took part, up to when its engine was done; a rank waits for the slower ones under
@@ -61,6 +78,7 @@ class UpdateReport(BaseModel):
     failed_instances: list[InstanceFailure] = []
     gather_seconds: float = 0.0
     waited_for: dict[int, float] = {}
+    stages: dict[str, Stage] = {}
     by_rank: dict[int, dict[str, float]] = {}
     waited_for_by_rank: dict[int, dict[int, float]] = {}
     checkpoint_memory: int = 0
@@ -106,12 +124,18 @@ class UpdateReport(BaseModel):
         return most, waits[most] / (len(self.waited_for_by_rank) - 1)
 
     def table(self) -> str:
-        """What it took by phase, for people: seconds, share, rate; whom it waited for, memory."""
+        """What it took by phase and stage, for people: seconds, share, rate; whom it waited for;
+        memory."""
         lines = [str(self).partition(" (")[0]]
         for phase, seconds in self.phases.items():
             rate = f"{self.bytes / 1e9 / seconds:9.2f} GB/s" if phase in _MOVING and seconds else ""
             share = seconds / self.seconds if self.seconds else 0.0
             lines.append(f"{phase:16} {seconds:9.4f} s {share:6.1%} {rate}".rstrip())
+        if self.stages:
+            lines.append("stages, which overlap:")
+        for name, stage in self.stages.items():
+            rate = f"{stage.gigabytes_per_second:9.2f} GB/s"
+            lines.append(f"{name:16} {stage.seconds:9.4f} s {'':6} {rate}")
         if self.slowest is not None:
             rank, phase, excess = self.slowest
             lines.append(f"slowest: rank {rank} in {phase}, {excess:.4f} s beyond the median")

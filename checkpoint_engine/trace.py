@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.report import Stage
 
 PHASES = "phases"
 COPY = "host to device"
@@ -126,12 +127,23 @@ class RankTracer:
         """``began``, ``ended``: marks of the clock."""
         self._on_device.append((lane, step, began, ended))
 
+    def stages(self) -> dict[str, Stage]:
+        """What each stage has moved, and how long buckets were in it. Called when all are
+        through."""
+        self._read_marks()
+        found: dict[str, Stage] = {}
+        for lane in LANES:
+            spans = sorted(
+                (span for span in self._spans if span.lane == lane), key=lambda span: span.began
+            )
+            moved = sum(span.details["bytes"] for span in spans)
+            if spans:
+                found[lane] = Stage(bytes=moved, seconds=_covered(spans))
+        return found
+
     def encode(self, phases: Sequence[tuple[str, float]]) -> bytes:
         """This rank's part of the trace. ``phases``: what it began when, in order."""
-        for lane, step, began, ended in self._on_device:
-            assert self._clock is not None
-            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
-        self._on_device.clear()
+        self._read_marks()
         for (phase, began), (_, ended) in itertools.pairwise(phases):
             self._spans.append(Span(PHASES, phase, began, ended - began, {}))
         since_epoch = time.time() - time.monotonic()
@@ -151,11 +163,27 @@ class RankTracer:
         }
         return zlib.compress(json.dumps(part).encode(), 1)
 
+    def _read_marks(self) -> None:
+        for lane, step, began, ended in self._on_device:
+            assert self._clock is not None
+            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
+        self._on_device.clear()
+
     @contextlib.contextmanager
     def _on_host(self, lane: str, step: Step) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.note(lane, step, began, time.monotonic())
+
+
+def _covered(spans: Sequence[Span]) -> float:
+    """Seconds in which there was at least one of them; in the order in which they began."""
+    covered, until = 0.0, 0.0
+    for span in spans:
+        ended = span.began + span.seconds
+        covered += max(0.0, ended - max(span.began, until))
+        until = max(until, ended)
+    return covered
 
 
 def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.report import Stage, UpdateReport
 
 
 def report(by_rank: dict[int, dict[str, float]]) -> UpdateReport:
@@ -57,3 +57,10 @@ def test_the_table_says_what_host_memory_is_held() -> None:
     )
     last = made.table().splitlines()[-1]
     assert last == "host memory: 1.500 GB of checkpoints, 0.250 GB kept for later ones"
+
+
+def test_stages_have_rates() -> None:
+    stages = {"broadcast": Stage(bytes=2_000_000_000, seconds=0.5)}
+    table = report({}).model_copy(update={"stages": stages}).table().splitlines()
+    line = table[table.index("stages, which overlap:") + 1]
+    assert line.split() == ["broadcast", "0.5000", "s", "4.00", "GB/s"]

@@ -63,6 +63,13 @@ def assert_tells_whom_it_waited_for(report: dict[str, Any], ranks: int) -> None:
         assert 0 < sum(waited.values()) <= report["by_rank"][rank]["transfer"]
     assert report["waited_for_by_rank"][str(report["rank"])] == report["waited_for"]
     assert report["checkpoint_memory"] > 0
+    own_bytes = {"host to device": report["bytes"] // ranks, "reload": report["bytes"]}
+    own_bytes |= {"broadcast": report["bytes"]} if ranks > 1 else {}
+    stages = report["stages"]
+    assert stages.keys() == own_bytes.keys()
+    for stage, nbytes in own_bytes.items():
+        assert stages[stage]["bytes"] == pytest.approx(nbytes, rel=0.2)
+        assert 0 < stages[stage]["seconds"] < report["seconds"]
 
 
 FAULTS = [
