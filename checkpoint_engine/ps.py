@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -79,7 +80,7 @@ from checkpoint_engine.pipeline import (
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.progress import Progress, drawn_bar
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.report import Served, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher, trace_folder
 from checkpoint_engine.store import connect_store
 from checkpoint_engine.trace import UNTRACED, RankTracer, Tracer, write_trace
@@ -198,6 +199,7 @@ class ParameterServer:
         self._running = ""
         self._operation: Operation | None = None
         self._filling: Progress | None = None
+        self._served: Served | None = None
         self._rdma_device: str | None = None
         self._p2p_store: P2PStore | None = None
         self._p2p_missing = ""
@@ -550,6 +552,10 @@ class ParameterServer:
             else:
                 session = WorkerSession(link, _both(operation.check, request.check), version)
             operation.state = lambda: session.state
+            served = Served(
+                checkpoint=checkpoint_name, version=version, engine=options["instance"], since=0.0
+            )
+            stack.callback(self._note_served, session, served)
             pipeline.begin(session.check)
             session.hand_over(buffer, operation.deadline.remaining())
             buffer.unlink()
@@ -622,6 +628,20 @@ class ParameterServer:
         except OSError as error:
             self._log.warning("the trace cannot be written into {}: {}", folder, error)
             return None
+
+    def _note_served(self, session: Session, served: Served) -> None:
+        """However the update ends."""
+        failed = any(self._rank in one.ranks for one in session.failed)
+        if session.state.startswith("holds") and not failed:
+            self._served = served.model_copy(update={"since": time.time()})
+        elif session.state != "untouched":
+            self._served = None
+
+    @property
+    def served(self) -> Served | None:
+        """What this rank's engine holds; ``None`` before the first update, and while the weights
+        are partly written. Any thread."""
+        return self._served
 
     def _known_checksums(self) -> Checksums:
         if self._checksums is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class InstanceFailure(BaseModel):
@@ -20,6 +20,17 @@ class InstanceFailure(BaseModel):
     rank: int
     phase: str
     error: str
+
+
+class Served(BaseModel):
+    """What a rank's engine holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checkpoint: str
+    version: str
+    engine: str = Field(description="The instance, as req_func names it; else the rank.")
+    since: float = Field(description="Unix time.")
 
 
 class Stage(BaseModel):
