@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.deadline import poll
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.p2p_store import P2PError, P2PStore, Transfer
+from checkpoint_engine.p2p_store import P2PError, P2PStore
 from checkpoint_engine.plan import Step
 from checkpoint_engine.trace import UNTRACED, Tracer
 
@@ -34,6 +35,19 @@ class Arrival(Protocol):
     def query(self) -> bool:
         """Whether it has; raises what went wrong."""
         ...
+
+
+class InThread:
+    """Something that happens in another thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def query(self) -> bool:
+        if not self._future.done():
+            return False
+        self._future.result()  # raises what went wrong
+        return True
 
 
 class Loader(Protocol):
@@ -120,10 +134,10 @@ class HostLoader:
 
 
 class RemoteLoader:
-    """Loads from the owners' memory by P2P, in a thread, checking that they still hold it."""
+    """Loads from the owners' memory by P2P, checking that they still hold it. A thread reads one
+    bucket after the other."""
 
     blocks_stream = False
-    only_queues = False
 
     def __init__(
         self,
@@ -132,7 +146,10 @@ class RemoteLoader:
         device_manager: DeviceManager,
         device: torch.device,
         tracer: Tracer = UNTRACED,
+        only_queues: bool = False,
     ) -> None:
+        """``only_queues``: nothing else has to be done with a bucket that has been read."""
+        self.only_queues = only_queues
         self._store = store
         self._tracer = tracer
         self._owners = owners
@@ -140,7 +157,9 @@ class RemoteLoader:
         self._device = device
         self._checked: set[int] = set()
         self._ended = threading.Event()
-        self._running: Transfer | None = None
+        # Not daemons: Python kills those inside C++, which takes the process along.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-read")
+        self._reads: list[Future[None]] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
             self._bounce = torch.empty(2, _BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -151,8 +170,9 @@ class RemoteLoader:
             with self._tracer.reading(step):
                 self.read(step.owner, step.bucket, target, self._check)
 
-        self._running = Transfer(read)
-        return self._running
+        future = self._thread.submit(read)
+        self._reads = [*(one for one in self._reads if not one.done()), future]
+        return InThread(future)
 
     def lying(self, step: Step) -> torch.Tensor | None:
         return None
@@ -163,8 +183,8 @@ class RemoteLoader:
     def close(self) -> None:
         """End a read that is under way; the store keeps what it might still write into."""
         self._ended.set()
-        if self._running is not None:
-            self._running.join(_FAREWELL)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        wait(self._reads, _FAREWELL)
 
     def _check(self) -> None:
         if self._ended.is_set():
@@ -259,13 +279,16 @@ class MixedLoader:
     """Loads what this rank owns itself from its memory, and the rest by P2P."""
 
     blocks_stream = False
-    only_queues = False
 
     def __init__(self, own_rank: int | None, host: HostLoader, remote: RemoteLoader) -> None:
         """``own_rank``: the owner that is this very rank, if it is among the owners."""
         self._own_rank = own_rank
         self._host = host
         self._remote = remote
+
+    @property
+    def only_queues(self) -> bool:
+        return self._remote.only_queues
 
     def start(self, step: Step, target: torch.Tensor, after: Arrival) -> Arrival:
         loader = self._host if step.owner == self._own_rank else self._remote

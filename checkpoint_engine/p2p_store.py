@@ -366,34 +366,3 @@ def _import_engine() -> Any:
             "libibverbs1 and libnuma1"
         ) from error
     return TransferEngine
-
-
-class Transfer:
-    """A read that goes on in a thread. ``query()``: whether it is over; raises what went wrong."""
-
-    def __init__(self, action: Any) -> None:
-        self._error: BaseException | None = None
-        self._action = action
-        # Not a daemon: Python kills those inside C++, which takes the process along.
-        self._thread = threading.Thread(target=self._run, name="checkpoint-engine-read")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._action()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._action = None
-
-    def join(self, seconds: float) -> None:
-        """Wait so long for it at most."""
-        self._thread.join(seconds)
-
-    def query(self) -> bool:
-        if self._thread.is_alive():
-            return False
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return True

@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from checkpoint_engine.distributed.weights_group import WeightsGroup
 from checkpoint_engine.errors import GroupError, RequestError, WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
-from checkpoint_engine.loaders import Arrival, Loader
+from checkpoint_engine.loaders import Arrival, InThread, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.trace import Tracer
@@ -270,19 +270,6 @@ class _Done:
         return True
 
 
-class _Copied:
-    """A copy in the host's copying thread."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def query(self) -> bool:
-        if not self._future.done():
-            return False
-        self._future.result()  # raises what went wrong
-        return True
-
-
 class _HostStreams:
     """One thread that copies, beside the one that runs the update."""
 
@@ -309,7 +296,7 @@ class _HostStreams:
             self.wait(after)
             action()
 
-        return _Copied(self._thread.submit(wait_and_copy))
+        return InThread(self._thread.submit(wait_and_copy))
 
     def close(self) -> None:
         self._ended.set()

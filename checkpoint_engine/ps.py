@@ -829,17 +829,18 @@ class ParameterServer:
         if store.needs_registered_targets:
             store.register_named_tensors(targets)
             stack.callback(store.unregister_named_tensors, list(targets))
-        remote = self._remote_loader(tracer)
+        remote = self._remote_loader(tracer, only_queues=members == [self._rank])
         stack.callback(remote.close)
         return MixedLoader(self._own_owner_rank(checkpoint_name), own, remote)
 
-    def _remote_loader(self, tracer: Tracer = UNTRACED) -> RemoteLoader:
+    def _remote_loader(self, tracer: Tracer = UNTRACED, only_queues: bool = False) -> RemoteLoader:
         return RemoteLoader(
             self._require_p2p(),
             self._current_global_parameter_metas,
             self.device_manager,
             self.device_manager.device(self._local_rank),
             tracer,
+            only_queues,
         )
 
     def _require_p2p(self) -> P2PStore:

@@ -112,9 +112,9 @@ def architecture() -> Drawing:
 
 
 def pipeline(trace: Path, seconds: float | None) -> Drawing:
-    """The complete events of a Chrome trace: a row for each lane, to scale.
+    """The buckets in a trace: a row for each rank and stage, to scale.
 
-    ``seconds``: only so much from the first event on.
+    ``seconds``: only so much from the first bucket on.
     """
     events = _complete_events(json.loads(trace.read_text()))
     begin = min(event["ts"] for event in events)
@@ -147,7 +147,7 @@ def pipeline(trace: Path, seconds: float | None) -> Drawing:
 
 
 def _complete_events(trace: Any) -> list[dict[str, Any]]:
-    """The events with a duration, each with its lane's name. Raises ``ValueError`` without any."""
+    """What is noted of buckets, each with its lane's name. Raises ``ValueError`` without any."""
     listed = trace["traceEvents"] if isinstance(trace, dict) else trace
     processes = {e["pid"]: e["args"]["name"] for e in listed if e.get("name") == "process_name"}
     threads = {
@@ -155,15 +155,16 @@ def _complete_events(trace: Any) -> list[dict[str, Any]]:
     }
     events = []
     for event in listed:
-        if event.get("ph") != "X":
+        if event.get("ph") != "X" or event.get("cat") == "phases":
             continue
         pid, tid = event["pid"], event["tid"]
         stage = str(threads.get((pid, tid), tid))
-        lane = f"{processes.get(pid, f'rank {pid}')}: {stage}"
+        rank = processes.get(pid, f"rank {pid}").partition(" on ")[0]
+        lane = f"{rank}: {stage}"
         events.append({**event, "lane": lane, "stage": stage})
     if not events:
         raise ValueError("the trace has no complete events")
-    return sorted(events, key=lambda event: (event["lane"], event["ts"]))
+    return sorted(events, key=lambda event: (event["pid"], event["tid"], event["ts"]))
 
 
 def main() -> None:

@@ -235,25 +235,28 @@ def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
 def _create_nccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
+    with _environment(_OURS_TO_END):
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-@contextlib.contextmanager
-def _environment(variable: str, value: str) -> Iterator[None]:
-    """So torch's watchdog leaves the process alive where a peer died: we end the group ourselves.
+_OURS_TO_END = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+"""Where a peer died, we end the group ourselves: torch's watchdog shall neither end the process nor
+hold the group for a minute, as it does to write a report. There are no options for that."""
 
-    It reads the variable while a group is made, and there is no option for it.
-    """
-    before = os.environ.get(variable)
-    os.environ[variable] = value
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set while a group is made, which is when torch reads them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _create_hccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
