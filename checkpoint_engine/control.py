@@ -242,7 +242,9 @@ class Operation:
         state: what this rank's engine holds, for ``UpdateError.engines``.
         history: what this rank began when, by the monotonic clock.
         total_bytes, done_bytes: how far an update has come on this rank.
+        waited_for: seconds that an update waited for buckets, by the rank that they came from.
         on_advance: called when ``done_bytes`` has grown.
+        on_phase: called with the name of a phase when that begins for the first time.
     """
 
     def __init__(self, circle: _Circle, rank: int, name: str, deadline: Deadline) -> None:
@@ -251,7 +253,9 @@ class Operation:
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self.total_bytes = self.done_bytes = 0
+        self.waited_for: dict[int, float] = {}
         self.on_advance: Callable[[], None] | None = None
+        self.on_phase: Callable[[str], None] | None = None
         self._began = time.monotonic()
         self.history = [(self.phase, self._began)]
         self.store = circle.operations_part(circle.world.store)
@@ -299,6 +303,13 @@ class Operation:
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
         self.phase, self._began = phase, now
         self.history.append((phase, now))
+        if self.on_phase is not None and phase not in self.seconds:
+            self.on_phase(phase)
+
+    def arrived(self, sender: int) -> None:
+        """What this phase has waited for so far came from ``sender``."""
+        waited = time.monotonic() - self._began
+        self.waited_for[sender] = self.waited_for.get(sender, 0.0) + waited
 
     def advance(self, nbytes: int) -> None:
         """This rank's worker has loaded so much more."""
@@ -420,6 +431,7 @@ class Operation:
         if self._is_shared:
             self._await_others()
         self._leave(_SUCCESS, self.deadline)
+        self.on_phase = None
         self.begin("done")
 
     def _await_others(self) -> None:

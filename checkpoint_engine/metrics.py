@@ -33,6 +33,15 @@ class Metrics:
         self._phases = Counter(
             "phase_seconds", "Seconds of successful updates by phase.", ["phase"], **common
         )
+        self._stage_seconds = Counter(
+            "stage_seconds",
+            "Seconds of successful updates in which there was a bucket in a stage.",
+            ["stage"],
+            **common,
+        )
+        self._stage_bytes = Counter(
+            "stage_bytes", "Bytes that successful updates moved, by stage.", ["stage"], **common
+        )
         self._seconds = Histogram(
             "call_seconds", "Seconds of calls.", ["call"], buckets=_SECONDS, **common
         )
@@ -49,6 +58,9 @@ class Metrics:
             self._tensors.inc(job.report.tensors)
             for phase, seconds in job.report.phases.items():
                 self._phases.labels(phase).inc(seconds)
+            for name, stage in job.report.stages.items():
+                self._stage_seconds.labels(name).inc(stage.seconds)
+                self._stage_bytes.labels(name).inc(stage.bytes)
 
     def text(self) -> bytes:
         from prometheus_client import generate_latest
@@ -74,6 +86,10 @@ class _Holdings:
         yield InfoMetricFamily("checkpoint_engine", "This rank's server.", value=place)
         gauges = {
             "pinned_bytes": ("Host memory that checkpoints take.", status.pinned_bytes),
+            "retained_bytes": (
+                "Host memory that is kept for later checkpoints.",
+                status.retained_bytes,
+            ),
             "checkpoints": ("Checkpoints registered.", len(status.checkpoints)),
             "p2p": ("Whether this rank can read and be read by P2P.", int(status.p2p)),
             "running_calls": (
@@ -83,13 +99,12 @@ class _Holdings:
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"checkpoint_engine_{name}", text, value=value)
-        done = [job for job in status.jobs if job.report is not None]
         served = GaugeMetricFamily(
             "checkpoint_engine_served",
-            "When this rank's engine got the checkpoint that it serves, as Unix time.",
-            labels=["checkpoint", "version"],
+            "When this rank's engine got the weights that it serves, as Unix time.",
+            labels=["checkpoint", "version", "engine"],
         )
-        if done and done[0].report is not None:
-            version = getattr(done[0].report, "version", None) or ""
-            served.add_metric([done[0].checkpoint, version], done[0].began + done[0].seconds)
+        if status.served is not None:
+            held = status.served
+            served.add_metric([held.checkpoint, held.version, held.engine], held.since)
         yield served

@@ -189,12 +189,15 @@ class HostMemory:
 
     @property
     def usage(self) -> MemoryUsage:
-        """What is held now. A file pinned in place counts as in use."""
+        """What is held now. A file pinned in place counts as in use. Any thread."""
         in_use = sum(arena.nbytes for arena in set(self._lent.values()))
         return MemoryUsage(in_use, sum(arena.nbytes for arena in self._retained))
 
     def fill(
-        self, sources: Mapping[str, TensorSource], reuse: list[MemoryBuffer] | None = None
+        self,
+        sources: Mapping[str, TensorSource],
+        reuse: list[MemoryBuffer] | None = None,
+        on_progress: Callable[[float], None] | None = None,
     ) -> list[MemoryBuffer]:
         """Copies the tensors into host buffers. Once it returns, the sources may change or go.
 
@@ -202,6 +205,8 @@ class HostMemory:
             sources: what to copy, by name; laid out by ``pack``.
             reuse: buffers of an earlier ``fill`` whose tensors nobody needs any more. The new
                 tensors are laid out in them by ``pack_into``, and nothing is allocated.
+            on_progress: called in this thread with the share that is filled; what it raises ends
+                the filling.
 
         Returns:
             The buffers, of which the first ``size`` bytes hold tensors. With ``reuse``, those of
@@ -214,12 +219,12 @@ class HostMemory:
             On any of them, and when interrupted, everything allocated here is freed again.
         """
         if reuse is not None:
-            return self._refill(sources, reuse)
+            return self._refill(sources, reuse, on_progress)
         layout = pack(sources)
         sizes = [max(packed_size(metas), ALIGNMENT) for metas in layout]
         with ExitStack() as undo:
             arenas = self._take(sizes, undo)
-            _fill_arenas(arenas, layout, sources, self._cpus)
+            _fill_arenas(arenas, layout, sources, self._cpus, on_progress)
             undo.pop_all()
         self._largest_fill = max(self._largest_fill, sum(arena.nbytes for arena in arenas))
         return [
@@ -277,7 +282,10 @@ class HostMemory:
             self._retained.pop().free()
 
     def _refill(
-        self, sources: Mapping[str, TensorSource], buffers: list[MemoryBuffer]
+        self,
+        sources: Mapping[str, TensorSource],
+        buffers: list[MemoryBuffer],
+        on_progress: Callable[[float], None] | None,
     ) -> list[MemoryBuffer]:
         arenas = [arena for b in buffers if (arena := self._lent.get(b.buffer)) is not None]
         if len(arenas) < len(buffers):
@@ -285,7 +293,7 @@ class HostMemory:
                 f"{len(buffers) - len(arenas)} of {len(buffers)} buffers to reuse are not lent out"
             )
         layout = pack_into(sources, [buffer.buffer.numel() for buffer in buffers])
-        _fill_arenas(arenas, layout, sources, self._cpus)
+        _fill_arenas(arenas, layout, sources, self._cpus, on_progress)
         return [
             _memory_buffer(buffer.buffer, metas, arena)
             for buffer, metas, arena in zip(buffers, layout, arenas, strict=True)
@@ -686,6 +694,7 @@ def _fill_arenas(
     layout: list[list[ParameterMeta]],
     sources: Mapping[str, TensorSource],
     cpus: Set[int] | None,
+    on_progress: Callable[[float], None] | None,
 ) -> None:
     """Puts the tensors of each list into the arena of the same index, and pins the arenas.
 
@@ -703,7 +712,7 @@ def _fill_arenas(
                 copies.start(source.data, arena.memory[at : at + source.nbytes])
 
     try:
-        _work({arena: _pieces(where) for arena, where in places.items()}, finish, cpus)
+        _work({arena: _pieces(where) for arena, where in places.items()}, finish, cpus, on_progress)
     finally:
         copies.finish()
 
@@ -723,6 +732,7 @@ def _work(
     pieces: Mapping[_Arena, Iterable[_Piece]],
     finish: Callable[[_Arena], None],
     cpus: Set[int] | None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> None:
     """Writes all pieces, by several threads, and in this one calls ``finish`` for each done arena.
 
@@ -735,12 +745,14 @@ def _work(
     crew = _Crew(tasks, usable)
     try:
         crew.start(min(MAX_THREADS, len(usable), len(tasks)))
-        for _ in tasks:
+        for done in range(1, len(tasks) + 1):
             arena = crew.wait_for_one()
             left[arena] -= 1
             if left[arena] == 0:
                 arena.fresh = False
                 finish(arena)
+            if on_progress is not None:
+                on_progress(done / len(tasks))
     finally:
         crew.stop()
 

@@ -28,7 +28,7 @@ from checkpoint_engine.link import WorkerLink
 from checkpoint_engine.loaders import Arrival, InThread, Loader
 from checkpoint_engine.plan import Step, TransferPlan, to_named_tensor
 from checkpoint_engine.report import InstanceFailure
-from checkpoint_engine.trace import Tracer
+from checkpoint_engine.trace import TracedBroadcast, Tracer
 from checkpoint_engine.wire import (
     ACK,
     JSON_BUCKETS,
@@ -421,6 +421,7 @@ class Pipeline:
             operation.begin("transfer")
             step, arrivals = self._in_flight.popleft()
             self._await(step, arrivals, session.check)
+            operation.arrived(step.receiver)
             operation.begin("reload")
             message = self._messages.of(index, session.encode_bucket)
             message += self._extensions(step, session)
@@ -454,7 +455,7 @@ class Pipeline:
                 broadcast = self._tracer.broadcasting(step)
                 work = self._group.broadcast(payload, step.receiver)
                 broadcast.follow(work)
-                arrivals.append(_Broadcast(work))
+                arrivals.append(_Broadcast(work, broadcast))
             arrivals.append(self._streams.event())
         self._in_flight.append((step, arrivals))
 
@@ -535,8 +536,9 @@ class Messages:
 class _Broadcast:
     """A broadcast that has begun."""
 
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Any, traced: TracedBroadcast) -> None:
         self._work = work
+        self._traced = traced
 
     def query(self) -> bool:
         if not self._work.is_completed():
@@ -545,4 +547,5 @@ class _Broadcast:
             self._work.wait()
         except RuntimeError as error:
             raise GroupError(f"a broadcast failed: {error}") from error
+        self._traced.seen()
         return True

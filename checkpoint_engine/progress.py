@@ -16,7 +16,9 @@ class Progress(BaseModel):
 
     call: str = Field(examples=["update"])
     checkpoint: str
-    phase: str = Field(description="What this rank does or waits for.", examples=["reload"])
+    phase: str = Field(
+        description="What this rank does or waits for.", examples=["reload", "filling"]
+    )
     done_bytes: int = Field(description="That this rank's worker has loaded, or that are filled.")
     total_bytes: int = Field(description="0 while it is not known yet.")
     seconds: dict[str, float] = Field(default={}, description="Spent in the phases before.")
@@ -27,14 +29,13 @@ class Progress(BaseModel):
 
 
 @contextlib.contextmanager
-def drawn_bar(total_bytes: int) -> Iterator[Callable[[Progress], None]]:
+def drawn_bar(call: str, total_bytes: int) -> Iterator[Callable[[Progress], None]]:
     """A bar on stderr, for as long as the block lasts; it moves with what the function gets."""
     import click
 
     drawn = 0
-    with click.progressbar(
-        length=total_bytes, label=f"{total_bytes / 1e9:.2f} GB", file=sys.stderr
-    ) as bar:
+    label = f"{call} {total_bytes / 1e9:.2f} GB"
+    with click.progressbar(length=total_bytes, label=label, file=sys.stderr) as bar:
 
         def show(progress: Progress) -> None:
             nonlocal drawn

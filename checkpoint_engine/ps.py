@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -79,7 +80,7 @@ from checkpoint_engine.pipeline import (
 )
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.progress import Progress, drawn_bar
-from checkpoint_engine.report import InstanceFailure, UpdateReport
+from checkpoint_engine.report import Served, UpdateReport
 from checkpoint_engine.settings import Settings, from_launcher, trace_folder
 from checkpoint_engine.store import connect_store
 from checkpoint_engine.trace import UNTRACED, RankTracer, Tracer, write_trace
@@ -176,6 +177,7 @@ class ParameterServer:
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
+        self._gather_seconds = 0.0
         self._gathered_digest = ""
         self._gathered_layout = ""
         self._current_global_parameter_metas: Metas = {}
@@ -196,6 +198,8 @@ class ParameterServer:
         self._collective_lock = threading.Lock()
         self._running = ""
         self._operation: Operation | None = None
+        self._filling: Progress | None = None
+        self._served: Served | None = None
         self._rdma_device: str | None = None
         self._p2p_store: P2PStore | None = None
         self._p2p_missing = ""
@@ -211,6 +215,7 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
 
@@ -223,6 +228,8 @@ class ParameterServer:
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
                 instead of copying them, and then DELETE them. The shared memory pool copies.
+            on_progress: called as memory fills with what is copied; what it raises fails the call.
+                Without it the first rank of each node draws a bar, if stderr is a terminal.
 
         Raises:
             AccessError: a file is outside ``allowed_folders``; nothing is kept.
@@ -240,7 +247,11 @@ class ParameterServer:
                 **tensor_sources(named_tensors or {}),
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
-            buffers = self._host_memory.fill(sources, pool if use_shared_memory_pool else None)
+            nbytes = sum(source.nbytes for source in sources.values())
+            with self._observed_filling(checkpoint_name, nbytes, on_progress) as advance:
+                buffers = self._host_memory.fill(
+                    sources, pool if use_shared_memory_pool else None, advance
+                )
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
@@ -260,6 +271,35 @@ class ParameterServer:
                 sum(buffer.size for buffer in buffers) / 1e9,
                 len(buffers),
             )
+
+    @contextlib.contextmanager
+    def _observed_filling(
+        self, checkpoint_name: str, total: int, on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Callable[[float], None]]:
+        """Gives what to call with the share that is filled."""
+        with ExitStack() as stack:
+            show = on_progress
+            if show is None and total and self._draws_bars():
+                show = stack.enter_context(drawn_bar("register", total))
+
+            def advance(share: float) -> None:
+                self._filling = Progress(
+                    call="register",
+                    checkpoint=checkpoint_name,
+                    phase="filling",
+                    done_bytes=int(share * total),
+                    total_bytes=total,
+                )
+                if show is not None:
+                    show(self._filling)
+
+            try:
+                yield advance
+            finally:
+                self._filling = None
+
+    def _draws_bars(self) -> bool:
+        return self._local_rank == 0 and sys.stderr.isatty()
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Free this rank's part of a checkpoint. This rank alone.
@@ -327,8 +367,23 @@ class ParameterServer:
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name if known else None
+        self._gather_seconds = sum(operation.seconds.values())
         self._gathered_digest = digest
         self._gathered_layout = self._layout_of(checkpoint_name).digest
+        buffers = [
+            buffer
+            for owned in self._current_global_parameter_metas.values()
+            for buffer in owned.memory_buffer_metas_list
+        ]
+        self._log.log(
+            _level(self._rank == 0),
+            "gathered {}: {} tensors, {:.3f} GB, of {} of {} ranks",
+            checkpoint_name,
+            sum(len(buffer.metas) for buffer in buffers),
+            sum(buffer.size for buffer in buffers) / 1e9,
+            len(self._current_global_parameter_metas),
+            self._world_size,
+        )
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last, by owner rank. This rank alone."""
@@ -356,6 +411,7 @@ class ParameterServer:
             )
         self._set_global_metas(owners)
         self._gathered_name = None
+        self._gather_seconds = 0.0
         self._gathered_digest = hashlib.sha256(
             json.dumps(
                 {rank: owned.model_dump(mode="json") for rank, owned in owners.items()}
@@ -443,6 +499,7 @@ class ParameterServer:
             ExitStack() as stack,
         ):
             operation.watch()
+            self._log_phases(operation, checkpoint_name)
             stack.callback(self._leave_default_group)
             operation.state = lambda: "untouched"
             link = self._listen(stack)
@@ -451,7 +508,17 @@ class ParameterServer:
             transfer = planned.transfer
             version = _agreed_version(hellos)
             self._observe(operation, transfer, on_progress, stack)
-            tracer = self._tracer(hellos, transfer)
+            traced = any(one["trace"] for one in hellos)
+            tracer = RankTracer(self._rank, transfer, self.device_manager, exact=traced)
+            self._log.debug(
+                "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB, by {}",
+                checkpoint_name,
+                transfer.tensor_count,
+                transfer.total_bytes / 1e9,
+                len(transfer.steps),
+                transfer.bucket_bytes / 1e6,
+                "broadcast" if members is None else "P2P",
+            )
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
             streams = make_streams(self.device_manager)
@@ -459,7 +526,7 @@ class ParameterServer:
             staging = self._make_staging(transfer, operation, remote=members is not None)
             reading = stack.enter_context(ExitStack())
             loader = self._make_loader(
-                checkpoint_name, members, streams, reading, buffer, staging, tracer or UNTRACED
+                checkpoint_name, members, streams, reading, buffer, staging, tracer
             )
             group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
@@ -472,7 +539,7 @@ class ParameterServer:
                 loader,
                 streams,
                 self._known_checksums(),
-                tracer or UNTRACED,
+                tracer,
             )
             operation.begin("handshake")
             request = stack.enter_context(
@@ -486,6 +553,10 @@ class ParameterServer:
             else:
                 session = WorkerSession(link, _both(operation.check, request.check), version)
             operation.state = lambda: session.state
+            served = Served(
+                checkpoint=checkpoint_name, version=version, engine=options["instance"], since=0.0
+            )
+            stack.callback(self._note_served, session, served)
             pipeline.begin(session.check)
             self._known_worker.joins_parts = False
             session.hand_over(buffer, operation.deadline.remaining(), transfer.cuts_tensors)
@@ -500,12 +571,25 @@ class ParameterServer:
             operation.begin("post hook")
             session.finish(request)
             by_rank = self._compare(operation) if compare_ranks else {}
-            traced = None
-            if tracer is not None:
-                traced = self._collect_trace(operation, tracer, hellos, checkpoint_name)
-        return self._report(
-            checkpoint_name, transfer, operation.seconds, version, session.failed, by_rank, traced
+            stages = tracer.stages()
+            trace_file = None
+            if traced:
+                trace_file = self._collect_trace(operation, tracer, hellos, checkpoint_name)
+        report = self._report(
+            checkpoint_name,
+            transfer,
+            operation.seconds,
+            version=version,
+            failed_instances=list(session.failed),
+            gather_seconds=self._gather_seconds,
+            waited_for=operation.waited_for,
+            stages=stages,
+            by_rank={rank: spent.phases for rank, spent in by_rank.items()},
+            waited_for_by_rank={rank: spent.waited_for for rank, spent in by_rank.items()},
+            trace=trace_file,
         )
+        self._log.log(_level(self._rank == operation.members[0]), "updated {}", report)
+        return report
 
     def _options(
         self,
@@ -528,12 +612,6 @@ class ParameterServer:
             "joins parts": self._known_worker.joins_parts,
         }
 
-    def _tracer(self, hellos: list[dict[str, Any]], transfer: TransferPlan) -> RankTracer | None:
-        """What notes this rank's part of the update, if any rank wants a trace."""
-        if not any(one["trace"] for one in hellos):
-            return None
-        return RankTracer(self._rank, transfer, self.device_manager)
-
     def _collect_trace(
         self,
         operation: Operation,
@@ -554,6 +632,20 @@ class ParameterServer:
             self._log.warning("the trace cannot be written into {}: {}", folder, error)
             return None
 
+    def _note_served(self, session: Session, served: Served) -> None:
+        """However the update ends."""
+        failed = any(self._rank in one.ranks for one in session.failed)
+        if session.state.startswith("holds") and not failed:
+            self._served = served.model_copy(update={"since": time.time()})
+        elif session.state != "untouched":
+            self._served = None
+
+    @property
+    def served(self) -> Served | None:
+        """What this rank's engine holds; ``None`` before the first update, and while the weights
+        are partly written. Any thread."""
+        return self._served
+
     def _known_checksums(self) -> Checksums:
         if self._checksums is None:
             self._checksums = Checksums(self._current_global_parameter_metas)
@@ -561,10 +653,11 @@ class ParameterServer:
 
     @property
     def progress(self) -> Progress | None:
-        """How far the collective call that is running on this rank has come. Any thread."""
+        """How far the call that is running on this rank has come: a collective one, else the
+        registering of a checkpoint. Any thread."""
         operation = self._operation
         if operation is None:
-            return None
+            return self._filling
         return Progress(
             call=operation.name,
             checkpoint=self._running,
@@ -582,17 +675,24 @@ class ParameterServer:
         stack: ExitStack,
     ) -> None:
         operation.total_bytes = transfer.total_bytes
-        if on_progress is None and self._local_rank == 0 and sys.stderr.isatty():
-            on_progress = stack.enter_context(drawn_bar(transfer.total_bytes))
+        if on_progress is None and self._draws_bars():
+            on_progress = stack.enter_context(drawn_bar("update", transfer.total_bytes))
         if on_progress is not None:
             report = on_progress
             operation.on_advance = lambda: report(self.progress) if self.progress else None
 
-    def _compare(self, operation: Operation) -> dict[int, dict[str, float]]:
+    def _log_phases(self, operation: Operation, checkpoint_name: str) -> None:
+        level = _level(self._rank == operation.members[0])
+        operation.on_phase = lambda phase: self._log.log(
+            level, "updating {}: {}", checkpoint_name, phase
+        )
+
+    def _compare(self, operation: Operation) -> dict[int, _Spent]:
         """What every rank spent its time with so far."""
         operation.begin("comparison")
-        blobs = operation.all_gather("phases", json.dumps(operation.seconds).encode())
-        return dict(zip(operation.members, map(json.loads, blobs), strict=True))
+        mine = _Spent(operation.seconds, operation.waited_for)
+        blobs = operation.all_gather("phases", mine.encode())
+        return dict(zip(operation.members, map(_Spent.decode, blobs), strict=True))
 
     def _members(self, ranks: Sequence[int] | None) -> list[int] | None:
         """The ranks of a P2P update, sorted; ``None`` for a broadcast to all."""
@@ -761,16 +861,10 @@ class ParameterServer:
         return self._rank if self._gathered_name == checkpoint_name else None
 
     def _report(
-        self,
-        checkpoint_name: str,
-        transfer: TransferPlan,
-        phases: dict[str, float],
-        version: str | None = None,
-        failed: Sequence[InstanceFailure] = (),
-        by_rank: Mapping[int, dict[str, float]] | None = None,
-        trace: str | None = None,
+        self, checkpoint_name: str, transfer: TransferPlan, phases: dict[str, float], **more: Any
     ) -> UpdateReport:
-        report = UpdateReport(
+        memory = self._host_memory.usage
+        return UpdateReport(
             checkpoint_name=checkpoint_name,
             rank=self._rank,
             world_size=self._world_size,
@@ -780,13 +874,10 @@ class ParameterServer:
             bytes=transfer.total_bytes,
             seconds=sum(phases.values()),
             phases=phases,
-            version=version,
-            failed_instances=list(failed),
-            by_rank=dict(by_rank or {}),
-            trace=trace,
+            checkpoint_memory=memory.in_use,
+            retained_memory=memory.retained,
+            **more,
         )
-        self._log.log("INFO" if self._rank == 0 else "DEBUG", "updated {}", report)
-        return report
 
     # ------------------------------------------------------------------ parts of the above
 
@@ -1095,12 +1186,32 @@ class ParameterServer:
         return size.bytes, disable_h2d_buffer or not size.staging
 
 
+class _Spent(NamedTuple):
+    """A rank's time in an update: by phase, and by the rank that it waited for."""
+
+    phases: dict[str, float]
+    waited_for: dict[int, float]
+
+    def encode(self) -> bytes:
+        return json.dumps(self).encode()
+
+    @staticmethod
+    def decode(blob: bytes) -> _Spent:
+        phases, waited_for = json.loads(blob)
+        return _Spent(phases, {int(rank): seconds for rank, seconds in waited_for.items()})
+
+
 class _Planned(NamedTuple):
     """A plan, kept for the next update; ``basis`` is what it was made from."""
 
     basis: tuple[Any, ...]
     transfer: TransferPlan
     messages: Messages
+
+
+def _level(leads: bool) -> str:
+    """Of what all ranks log alike: that of the first one is enough."""
+    return "INFO" if leads else "DEBUG"
 
 
 def _agreed_version(hellos: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class InstanceFailure(BaseModel):
@@ -22,6 +22,30 @@ class InstanceFailure(BaseModel):
     error: str
 
 
+class Served(BaseModel):
+    """What a rank's engine holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checkpoint: str
+    version: str
+    engine: str = Field(description="The instance, as req_func names it; else the rank.")
+    since: float = Field(description="Unix time.")
+
+
+class Stage(BaseModel):
+    """What a stage moved, and for how long there was a bucket in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    seconds: float
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.bytes / 1e9 / self.seconds if self.seconds else 0.0
+
+
 _MOVING = ("transfer", "reload")
 """Phases that wait for all bytes: their rate is a lower bound, since they overlap."""
 
@@ -33,9 +57,21 @@ class UpdateReport(BaseModel):
     it. ``failed_instances`` were not updated: empty, unless the update was to go on without them.
 
     ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap:
-    each is the time that this rank waited for it. ``by_rank``, if ranks were to be compared, holds
-    the same of every rank that took part, up to when its engine was done; a rank waits for the
-    slower ones under "comparison". ``trace`` is the trace's file, on the rank that wrote it.
+    each is the time that this rank waited for it. ``waited_for`` parts the transfer by the rank
+    that sent what was waited for; under its own number this rank waited for its own copies or P2P
+    reads, and for the broadcast of them. ``gather_seconds`` is what the gather before took.
+
+    ``stages`` are "host to device", "P2P read", "broadcast" and "reload", those that there were on
+    this rank, by the clock of its device if it has one. They overlap, also with what was waited
+    for. Where a broadcast waits for its sender to have the bytes, that counts as broadcast.
+
+    ``by_rank`` and ``waited_for_by_rank``, if ranks were to be compared, hold the same of every
+    rank that took part, up to when its engine was done; a rank waits for the slower ones under
+    "comparison".
+
+    ``checkpoint_memory`` and ``retained_memory`` are bytes of host memory that this rank's server
+    holds at the end: for checkpoints, and kept for later ones. ``trace`` is the trace's file, on
+    the rank that wrote it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,7 +87,13 @@ class UpdateReport(BaseModel):
     phases: dict[str, float]
     version: str | None = None
     failed_instances: list[InstanceFailure] = []
+    gather_seconds: float = 0.0
+    waited_for: dict[int, float] = {}
+    stages: dict[str, Stage] = {}
     by_rank: dict[int, dict[str, float]] = {}
+    waited_for_by_rank: dict[int, dict[int, float]] = {}
+    checkpoint_memory: int = 0
+    retained_memory: int = 0
     trace: str | None = None
 
     @property
@@ -78,16 +120,43 @@ class UpdateReport(BaseModel):
         most, rank, phase = max(excess)
         return rank, phase, most
 
+    @property
+    def most_waited_for(self) -> tuple[int, float] | None:
+        """The rank whose buckets the others waited for longest, and how long one of them did on
+        average; ``None`` unless ranks were compared, or for a single rank."""
+        waits: dict[int, float] = {}
+        for rank, waited_for in self.waited_for_by_rank.items():
+            for sender, seconds in waited_for.items():
+                if sender != rank:
+                    waits[sender] = waits.get(sender, 0.0) + seconds
+        if not waits:
+            return None
+        most = max(waits, key=lambda sender: waits[sender])
+        return most, waits[most] / (len(self.waited_for_by_rank) - 1)
+
     def table(self) -> str:
-        """What it took by phase, for people: seconds, share, rate; and the slowest rank."""
+        """What it took by phase and stage, for people: seconds, share, rate; whom it waited for;
+        memory."""
         lines = [str(self).partition(" (")[0]]
         for phase, seconds in self.phases.items():
             rate = f"{self.bytes / 1e9 / seconds:9.2f} GB/s" if phase in _MOVING and seconds else ""
             share = seconds / self.seconds if self.seconds else 0.0
             lines.append(f"{phase:16} {seconds:9.4f} s {share:6.1%} {rate}".rstrip())
+        if self.stages:
+            lines.append("stages, which overlap:")
+        for name, stage in self.stages.items():
+            rate = f"{stage.gigabytes_per_second:9.2f} GB/s"
+            lines.append(f"{name:16} {stage.seconds:9.4f} s {'':6} {rate}")
         if self.slowest is not None:
             rank, phase, excess = self.slowest
             lines.append(f"slowest: rank {rank} in {phase}, {excess:.4f} s beyond the median")
+        if self.most_waited_for is not None:
+            rank, mean = self.most_waited_for
+            lines.append(f"most waited for: rank {rank}, {mean:.4f} s by each other rank")
+        lines.append(
+            f"host memory: {self.checkpoint_memory / 1e9:.3f} GB of checkpoints, "
+            f"{self.retained_memory / 1e9:.3f} GB kept for later ones"
+        )
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from checkpoint_engine import __version__
 from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.progress import Progress
+from checkpoint_engine.report import Served
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -48,6 +49,12 @@ class Status(_Frozen):
     nic: str | None = Field(description="RDMA device; null: P2P over TCP, or none.")
     p2p: bool
     pinned_bytes: int = Field(description="All host memory that checkpoints take on this rank.")
+    retained_bytes: int = Field(
+        default=0, description="Host memory that is kept for later checkpoints."
+    )
+    served: Served | None = Field(
+        default=None, description="What this rank's engine holds; null: not known, or in part."
+    )
     checkpoints: list[Checkpoint]
     ranks: list[Rank]
     progress: Progress | None = Field(description="Of the call that is running, if one is.")
@@ -77,6 +84,8 @@ def status_of(ps: ParameterServer, journal: Journal) -> Status:
         nic=ps._rdma_device,
         p2p=ps._p2p_store is not None,
         pinned_bytes=sum(memory.values()),
+        retained_bytes=ps._host_memory.usage.retained,
+        served=ps.served,
         checkpoints=checkpoints,
         ranks=_ranks(ps),
         progress=ps.progress,

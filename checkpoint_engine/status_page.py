@@ -10,6 +10,7 @@ from importlib import resources
 
 from checkpoint_engine.journal import Job
 from checkpoint_engine.progress import Progress
+from checkpoint_engine.report import Served
 from checkpoint_engine.status import Status
 
 _SHOWN_UPDATES = 12
@@ -63,6 +64,7 @@ def _header(status: Status) -> str:
         "NIC": escape(status.nic or "none"),
         "P2P": "on" if status.p2p else "off",
         "pinned": _bytes(status.pinned_bytes),
+        "serves": _served(status.served),
         "library": escape(status.version),
     }
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
@@ -70,6 +72,13 @@ def _header(status: Status) -> str:
         f"<header><h1>Rank {status.rank} <small>of {status.world_size}</small></h1>"
         f"<dl>{cells}</dl></header>"
     )
+
+
+def _served(served: Served | None) -> str:
+    if served is None:
+        return "unknown"
+    when = time.strftime("%H:%M:%S", time.localtime(served.since))
+    return escape(f"{served.checkpoint}, version {served.version:.12} since {when}")
 
 
 def _running(job: Job, progress: Progress | None) -> str:

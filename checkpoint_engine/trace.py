@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.report import Stage
 
 PHASES = "phases"
 COPY = "host to device"
@@ -52,7 +53,7 @@ class Tracer(Protocol):
         """While this thread reads a bucket by P2P."""
         ...
 
-    def broadcasting(self, step: Step) -> _Broadcast:
+    def broadcasting(self, step: Step) -> TracedBroadcast:
         """Called before a broadcast; its ``follow`` right after it has begun."""
         ...
 
@@ -61,8 +62,14 @@ class Tracer(Protocol):
         ...
 
 
-class _Broadcast(Protocol):
-    def follow(self, work: Any) -> None: ...
+class TracedBroadcast(Protocol):
+    def follow(self, work: Any) -> None:
+        """It has begun."""
+        ...
+
+    def seen(self) -> None:
+        """The update has seen that it is over."""
+        ...
 
 
 class _Untraced:
@@ -79,6 +86,9 @@ class _Untraced:
     def follow(self, work: Any) -> None:
         """Nothing to note."""
 
+    def seen(self) -> None:
+        """Nothing to note."""
+
 
 UNTRACED = _Untraced()
 
@@ -86,8 +96,16 @@ UNTRACED = _Untraced()
 class RankTracer:
     """One rank's spans of one update."""
 
-    def __init__(self, rank: int, plan: TransferPlan, device_manager: DeviceManager) -> None:
-        """On an accelerator, waits for what its current stream holds: that ties the clocks."""
+    def __init__(
+        self, rank: int, plan: TransferPlan, device_manager: DeviceManager, exact: bool
+    ) -> None:
+        """On an accelerator, waits for what its current stream holds: that ties the clocks.
+
+        Args:
+            exact: note the end of a broadcast between hosts when it ends, by a call from gloo's
+                own thread, not when the update sees it.
+        """
+        self.exact = exact
         self._rank = rank
         self._steps = {id(step): number for number, step in enumerate(plan.steps)}
         self._spans: list[Span] = []
@@ -112,7 +130,7 @@ class RankTracer:
     def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
         return self._on_host(RELOAD, step)
 
-    def broadcasting(self, step: Step) -> _Broadcast:
+    def broadcasting(self, step: Step) -> TracedBroadcast:
         if self._clock is None:
             return _HostBroadcast(self, step)
         return _DeviceBroadcast(self, step, self._clock)
@@ -126,12 +144,23 @@ class RankTracer:
         """``began``, ``ended``: marks of the clock."""
         self._on_device.append((lane, step, began, ended))
 
+    def stages(self) -> dict[str, Stage]:
+        """What each stage has moved, and how long buckets were in it. Called when all are
+        through."""
+        self._read_marks()
+        found: dict[str, Stage] = {}
+        for lane in LANES:
+            spans = sorted(
+                (span for span in self._spans if span.lane == lane), key=lambda span: span.began
+            )
+            moved = sum(span.details["bytes"] for span in spans)
+            if spans:
+                found[lane] = Stage(bytes=moved, seconds=_covered(spans))
+        return found
+
     def encode(self, phases: Sequence[tuple[str, float]]) -> bytes:
         """This rank's part of the trace. ``phases``: what it began when, in order."""
-        for lane, step, began, ended in self._on_device:
-            assert self._clock is not None
-            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
-        self._on_device.clear()
+        self._read_marks()
         for (phase, began), (_, ended) in itertools.pairwise(phases):
             self._spans.append(Span(PHASES, phase, began, ended - began, {}))
         since_epoch = time.time_ns() - time.monotonic_ns()
@@ -151,11 +180,27 @@ class RankTracer:
         }
         return zlib.compress(json.dumps(part).encode(), 1)
 
+    def _read_marks(self) -> None:
+        for lane, step, began, ended in self._on_device:
+            assert self._clock is not None
+            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
+        self._on_device.clear()
+
     @contextlib.contextmanager
     def _on_host(self, lane: str, step: Step) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.note(lane, step, began, time.monotonic())
+
+
+def _covered(spans: Sequence[Span]) -> float:
+    """Seconds in which there was at least one of them; in the order in which they began."""
+    covered, until = 0.0, 0.0
+    for span in spans:
+        ended = span.began + span.seconds
+        covered += max(0.0, ended - max(span.began, until))
+        until = max(until, ended)
+    return covered
 
 
 def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
@@ -169,7 +214,7 @@ def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
 
 
 class _HostBroadcast:
-    """Its end is noted by the thread that ends it: the update looks later."""
+    """Ends for the tracer once: when gloo says so, or the update sees it."""
 
     def __init__(self, tracer: RankTracer, step: Step) -> None:
         self._tracer = tracer
@@ -177,10 +222,15 @@ class _HostBroadcast:
         self._began = time.monotonic()
 
     def follow(self, work: Any) -> None:
-        work.get_future().then(self._end)
+        if self._tracer.exact:
+            work.get_future().then(lambda _: self._end(time.monotonic()))
 
-    def _end(self, future: Any) -> None:
-        self._tracer.note(BROADCAST, self._step, self._began, time.monotonic())
+    def seen(self) -> None:
+        if not self._tracer.exact:
+            self._end(time.monotonic())
+
+    def _end(self, ended: float) -> None:
+        self._tracer.note(BROADCAST, self._step, self._began, ended)
 
 
 class _DeviceBroadcast:
@@ -197,6 +247,9 @@ class _DeviceBroadcast:
             work.wait()
             ended = self._clock.mark()
         self._tracer.note_on_device(BROADCAST, self._step, self._began, ended)
+
+    def seen(self) -> None:
+        """The device noted when."""
 
 
 class _DeviceClock:

@@ -51,9 +51,11 @@ class Rank:
         self.ps.register_checkpoint(name, named_tensors=tensors)
         self.ps.gather_metas(name)
 
-    def update(self, name: str, fault: str = "", timeout: timedelta = SHORT) -> dict[str, Any]:
-        report = self.ps.update(name, request_of(self.worker, RANK, fault), timeout=timeout)
-        return report.model_dump()
+    def update(
+        self, name: str, fault: str = "", timeout: timedelta = SHORT, **options: Any
+    ) -> dict[str, Any]:
+        request = request_of(self.worker, RANK, fault)
+        return self.ps.update(name, request, timeout=timeout, **options).model_dump()
 
     def check(self, seed: int, owners: set[int]) -> None:
         """The worker holds exactly what all owners sent."""
@@ -98,7 +100,7 @@ def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         os.environ.update(step.get("env", {}))
         rank.worker.call("forget")
         rank.publish(f"step-{seed}", seed, owners)
-        reports.append(rank.update(f"step-{seed}"))
+        reports.append(rank.update(f"step-{seed}", compare_ranks=step.get("compare", False)))
         rank.check(seed, owners)
         rank.ps.unregister_checkpoint(f"step-{seed}")
     hooks = rank.worker.call("hooks")

@@ -128,6 +128,7 @@ SIGNATURES = {
 
 
 OURS = {
+    "register_checkpoint": ["on_progress"],
     "gather_metas": ["timeout"],
     "update": ["version", "on_instance_failure", "on_progress", "compare_ranks", "trace"],
 }

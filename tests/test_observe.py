@@ -211,7 +211,37 @@ def test_metrics_count_what_happened(world: World, engine: Engine, url: str) -> 
     assert rise("checkpoint_engine_phase_seconds_total", "reload") > 0
     assert after["checkpoint_engine_checkpoints",] == 1
     assert after["checkpoint_engine_pinned_bytes",] > 0
-    assert any(key[:2] == ("checkpoint_engine_served", "c") for key in after)
+    assert rise("checkpoint_engine_stage_seconds_total", "reload") > 0
+    assert rise("checkpoint_engine_stage_bytes_total", "reload") == rise(
+        "checkpoint_engine_updated_bytes_total"
+    )
+
+
+def served(world: World) -> list[tuple[str, ...]]:
+    return [key[1:] for key in figures(world) if key[0] == "checkpoint_engine_served"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_metrics_say_which_version_each_engine_serves(
+    world: World, engine: Engine, url: str
+) -> None:
+    assert_good(world.update(url))
+    ((checkpoint, name, version),) = served(world)
+    status = world.clients[0].get("/v1/status").json()
+    assert checkpoint == "c"
+    assert version == status["jobs"][0]["report"]["version"] == status["served"]["version"]
+    assert name
+    assert f"c, version {version[:12]} since" in world.clients[0].get("/").text
+    engine.refusal = "no"
+    world.update(url)
+    assert served(world) == [(checkpoint, name, version)]  # nothing has been written
+    engine.refusal = ""
+    engine.on_bucket = lambda: raising(RuntimeError("no room"))
+    world.update(url)
+    assert served(world) == []
+    engine.on_bucket = lambda: None
+    assert_good(world.update(url))
+    assert [labels[0] for labels in served(world)] == ["c"]
 
 
 @pytest.mark.usefixtures("registered")

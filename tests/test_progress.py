@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.pin_memory import CHUNK_BYTES
 from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
@@ -100,14 +102,95 @@ def test_a_bar_is_drawn_on_terminals_alone(
     monkeypatch.setattr(sys, "stderr", stream)
     ps.update("c", ask_engine)
     assert ("100%" in stream.getvalue()) == draws
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
+    assert ("register 0.00 GB" in stream.getvalue()) == draws
+    ps.register_checkpoint("nothing")
+    assert stream.getvalue().count("register") <= stream.getvalue().count("100%")
+
+
+def test_registering_is_told_too(ps: ParameterServer) -> None:
+    seen: list[Progress] = []
+
+    def note(progress: Progress) -> None:
+        assert ps.progress == progress
+        seen.append(progress)
+
+    large = {f"layer.{i}": torch.zeros(CHUNK_BYTES, dtype=torch.uint8) for i in range(4)}
+    ps.register_checkpoint("d", named_tensors=large, on_progress=note)
+    shares = [one.fraction for one in seen]
+    assert len(set(shares)) >= 4
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert {(one.call, one.checkpoint, one.total_bytes) for one in seen} == {
+        ("register", "d", 4 * CHUNK_BYTES)
+    }
+    assert ps.progress is None
+
+
+def test_a_callback_that_raises_fails_the_registering_and_nothing_is_kept(
+    ps: ParameterServer,
+) -> None:
+    def refuse(progress: Progress) -> None:
+        raise KeyError("my own mistake")
+
+    before = ps.update("c", ask_engine).checkpoint_memory
+    with pytest.raises(KeyError, match="my own mistake"):
+        ps.register_checkpoint("d", named_tensors=WEIGHTS, on_progress=refuse)
+    assert ps.progress is None
+    assert ps.update("c", ask_engine).checkpoint_memory == before
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
 
 
 def test_the_bar_moves_to_where_the_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     fields: dict[str, Any] = {"call": "update", "checkpoint": "c", "phase": "reload"}
-    with drawn_bar(1000) as show:
+    with drawn_bar("update", 1000) as show:
         show(Progress(done_bytes=250, total_bytes=1000, **fields))
         show(Progress(done_bytes=500, total_bytes=1000, **fields))
     assert "50%" in stream.getvalue()
     assert "75%" not in stream.getvalue()
+
+
+def logged(ps: ParameterServer, level: str) -> list[Any]:
+    """What an update logs."""
+    records: list[Any] = []
+    sink = logger.add(lambda message: records.append(message.record), level=level)
+    try:
+        ps.update("c", ask_engine)
+    finally:
+        logger.remove(sink)
+    return records
+
+
+def test_one_line_for_each_phase(ps: ParameterServer) -> None:
+    records = logged(ps, "INFO")
+    *phases, end = [record["message"] for record in records]
+    assert phases == [
+        f"updating c: {phase}"
+        for phase in (
+            "plan", "buffers", "handshake", "transfer", "reload", "release", "post hook",
+            "completion",
+        )
+    ]  # fmt: skip
+    assert end.startswith("updated c: 0.002 GB in 8 tensors and 8 buckets")
+    assert {record["extra"]["rank"] for record in records} == {0}
+
+
+def test_nothing_for_each_bucket(ps: ParameterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = len(logged(ps, "DEBUG"))
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "1")
+    assert len(logged(ps, "DEBUG")) == many
+
+
+def test_the_report_says_what_memory_is_held_and_whose_buckets_were_waited_for(
+    ps: ParameterServer,
+) -> None:
+    report = ps.update("c", ask_engine)
+    assert (report.checkpoint_memory, report.retained_memory) == (NBYTES, 0)
+    assert report.gather_seconds > 0
+    assert report.waited_for.keys() == {0}
+    assert 0 < report.waited_for[0] <= report.phases["transfer"]
+    ps.register_checkpoint("d", named_tensors=WEIGHTS)
+    ps.unregister_checkpoint("d")
+    assert ps.update("c", ask_engine).retained_memory == NBYTES

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.report import Stage, UpdateReport
 
 
 def report(by_rank: dict[int, dict[str, float]]) -> UpdateReport:
@@ -41,3 +41,26 @@ def test_rates_only_where_bytes_move() -> None:
 def test_it_survives_json() -> None:
     made = report({0: {"plan": 0.5}})
     assert UpdateReport.model_validate_json(made.model_dump_json()) == made
+
+
+def test_the_rank_that_the_others_waited_for() -> None:
+    waits = {0: {0: 9.0, 1: 0.5, 2: 0.1}, 1: {2: 0.2}, 2: {1: 1.5}}
+    made = report({}).model_copy(update={"waited_for_by_rank": waits})
+    assert made.most_waited_for == (1, 1.0)
+    assert "most waited for: rank 1, 1.0000 s by each other rank" in made.table()
+    assert report({}).most_waited_for is None
+
+
+def test_the_table_says_what_host_memory_is_held() -> None:
+    made = report({}).model_copy(
+        update={"checkpoint_memory": 1_500_000_000, "retained_memory": 250_000_000}
+    )
+    last = made.table().splitlines()[-1]
+    assert last == "host memory: 1.500 GB of checkpoints, 0.250 GB kept for later ones"
+
+
+def test_stages_have_rates() -> None:
+    stages = {"broadcast": Stage(bytes=2_000_000_000, seconds=0.5)}
+    table = report({}).model_copy(update={"stages": stages}).table().splitlines()
+    line = table[table.index("stages, which overlap:") + 1]
+    assert line.split() == ["broadcast", "0.5000", "s", "4.00", "GB/s"]

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import httpx
 import pytest
@@ -85,8 +86,20 @@ def listening(engine: Engine) -> Iterator[str]:
         thread.join()
 
 
+class Running(NamedTuple):
+    process: subprocess.Popen[str]
+    errors: IO[str]
+    """A file: a pipe that nobody reads would stop a server that logs much."""
+
+    def await_end(self) -> tuple[int, str]:
+        """Its exit code, and what it wrote to stderr."""
+        code = self.process.wait(timeout=30)
+        self.errors.seek(0)
+        return code, self.errors.read()
+
+
 @contextlib.contextmanager
-def running(command: list[str], sockets: Path) -> Iterator[subprocess.Popen[str]]:
+def running(command: list[str], sockets: Path) -> Iterator[Running]:
     environment = {
         **os.environ,
         "PS_DEVICE": "cpu",
@@ -96,14 +109,15 @@ def running(command: list[str], sockets: Path) -> Iterator[subprocess.Popen[str]
     }
     for variable in ("RANK", "WORLD_SIZE"):
         environment.pop(variable, None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-        process.communicate(timeout=45)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], env=environment, stderr=errors, text=True
+        )
+        try:
+            yield Running(process, errors)
+        finally:
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.wait(timeout=45)
 
 
 def client_of(path: Path) -> httpx.Client:
@@ -259,11 +273,11 @@ def test_one_server_alone_until_a_signal(
         with client_of(path) as client:
             assert client.get("/v1/metas").json() == {}
         with running([module, "--uds", str(path)], tmp_path) as second:
-            _, errors = second.communicate(timeout=30)
-            assert second.returncode == 1
+            ended, errors = second.await_end()
+            assert ended == 1
             assert f"cannot serve on {path}: another server listens there" in errors
-        server.send_signal(how)
-        _, errors = server.communicate(timeout=30)
-        assert server.returncode == code
+        server.process.send_signal(how)
+        ended, errors = server.await_end()
+        assert ended == code
         assert "Traceback" not in errors  # Mooncake has lines of its own there
     assert list(tmp_path.iterdir()) == []

@@ -36,7 +36,7 @@ def environment(device: str, ranks: int) -> dict[str, str]:
 def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, device: str) -> None:
     steps: list[dict[str, Any]] = [
         {"seed": 1, "env": SMALL_BUCKETS},
-        {"seed": 2},
+        {"seed": 2, "compare": True},
         {"seed": 3},
         {"seed": 4, "env": TINY_BUCKETS},
         {"seed": 5, "env": LARGE_BUCKETS},
@@ -52,9 +52,28 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
         assert buckets[4] == ranks
         assert buckets[5] == 1
         assert buckets[6] == 0
+        assert_tells_whom_it_waited_for(result["reports"][1], ranks)
         assert result["hooks"] == len(steps)
         assert result["sockets"] == 0
         assert result["shared"] == []
+
+
+def assert_tells_whom_it_waited_for(report: dict[str, Any], ranks: int) -> None:
+    everyone = [str(rank) for rank in range(ranks)]
+    assert sorted(report["by_rank"]) == sorted(report["waited_for_by_rank"]) == everyone
+    for rank in everyone:
+        waited = report["waited_for_by_rank"][rank]
+        assert sorted(waited) == everyone
+        assert 0 < sum(waited.values()) <= report["by_rank"][rank]["transfer"]
+    assert report["waited_for_by_rank"][str(report["rank"])] == report["waited_for"]
+    assert report["checkpoint_memory"] > 0
+    own_bytes = {"host to device": report["bytes"] // ranks, "reload": report["bytes"]}
+    own_bytes |= {"broadcast": report["bytes"]} if ranks > 1 else {}
+    stages = report["stages"]
+    assert stages.keys() == own_bytes.keys()
+    for stage, nbytes in own_bytes.items():
+        assert stages[stage]["bytes"] == pytest.approx(nbytes, rel=0.2)
+        assert 0 < stages[stage]["seconds"] < report["seconds"]
 
 
 FAULTS = [
