@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,15 @@ def simulate(
     cluster: Cluster,
     costs: Costs,
     *,
-    owners: int | None = None,
+    owners: int | Sequence[int] | None = None,
     members: int | None = None,
     cap: float = 8 * GIB,
     algorithm: Algorithm = "pipelined",
 ) -> Prediction:
-    """``members``: P2P to the first so many ranks, which read from all owners' memory."""
-    metas = share_out(tensors, range(owners or cluster.gpus))
+    """``owners``: the ranks, or the first so many; default: all. ``members``: P2P to the first so
+    many ranks, which read from all owners' memory."""
+    owners = cluster.gpus if owners is None else owners
+    metas = share_out(tensors, range(owners) if isinstance(owners, int) else owners)
     ranks = None if members is None else range(members)
     plan = make_plan(
         metas,
@@ -162,13 +164,13 @@ def h200() -> None:
     show(["one H200, README's figures", "measured, s", "simulated, s"], rows)
 
 
-def layers_of(count: int) -> list[ParameterMeta]:
-    from update import layer_shapes
+def layers_of(count: int, shapes: str = "moe") -> list[ParameterMeta]:
+    from update import SHAPES
 
     return [
         ParameterMeta(name=name, dtype=torch.bfloat16, shape=torch.Size(shape))
         for layer in range(count)
-        for name, shape in layer_shapes(layer).items()
+        for name, shape in SHAPES[shapes](layer).items()
     ]
 
 
@@ -179,26 +181,52 @@ def work_of(found: Prediction) -> str:
 # ---------------------------------------------------------------------- this machine's cores
 
 
+MIB = 1 << 20
+SIZES = [("small", 1), ("small", 2), ("moe", 1)]
+"""Shapes and layers: 0.34, 0.69 and 1.25 GB."""
+
+
 def here() -> None:
-    """Each world size: the inputs, then whole updates, in the same minute. The fastest of several
-    of each, since nothing else is alike from one second to the next on a machine that is shared."""
+    """Each world size: the inputs, whole updates, and the inputs again. The fastest of several of
+    each, since nothing else is alike from one second to the next on a machine that is shared."""
     rows = []
     for world in (1, 2):
-        inputs = launch(world, [__file__, "--inputs"])
+        before = launch(world, [__file__, "--inputs"])
+        measured = {
+            (shapes, layers, cap): measure_update(world, shapes, layers, cap)
+            for shapes, layers in SIZES
+            for cap in (4 * MIB, 16 * MIB)
+        }
+        inputs = fastest_inputs(before, launch(world, [__file__, "--inputs"]))
         cluster, costs = describe(inputs, world)
         print(f"{world} ranks: " + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items()))
-        for layers in (1, 2):
-            script = str(Path(__file__).with_name("update.py"))
-            options = ["--layers", str(layers), "--repeats", "15"]
-            phases = launch(world, [script, *options])["phases"]
-            measured = min(*next(one["all"] for one in phases if one["phase"] == "update"))
-            found = simulate(layers_of(layers), cluster, costs)
-            off = found.seconds / measured - 1
+        for (shapes, layers, cap), seconds in measured.items():
+            owners = owners_of(layers, world)
+            found = simulate(layers_of(layers, shapes), cluster, costs, owners=owners, cap=cap)
+            off = found.seconds / seconds - 1
             rows.append(
-                [str(world), work_of(found), f"{measured:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
+                [str(world), work_of(found), f"{seconds:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
             )
-            print(rows[-1], found, flush=True)
     show(["ranks", "update on this machine", "measured, s", "simulated, s"], rows)
+
+
+def measure_update(world: int, shapes: str, layers: int, cap: int) -> float:
+    script = str(Path(__file__).with_name("update.py"))
+    options = ["--shapes", shapes, "--layers", str(layers), "--repeats", "12"]
+    phases = launch(world, [script, *options, "--bucket-gb", str(cap / GIB)])["phases"]
+    return min(*next(one["all"] for one in phases if one["phase"] == "update"))
+
+
+def owners_of(layers: int, world: int) -> list[int]:
+    """The ranks to which ``update.py`` gives layers."""
+    return [r for r in range(world) if layers * (r + 1) // world > layers * r // world]
+
+
+RATES = ("copy", "load", "broadcast")
+
+
+def fastest_inputs(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: (max if name in RATES else min)(one[name], other[name]) for name in one}
 
 
 def launch(world: int, command: list[str]) -> dict[str, Any]:
@@ -224,6 +252,7 @@ def describe(inputs: dict[str, float], world: int) -> tuple[Cluster, Costs]:
     costs = Costs(
         per_tensor=inputs["per_tensor"],
         per_bucket=inputs["per_bucket"],
+        bucket_cores=inputs["bucket_cores"],
         per_update=inputs["per_update"],
         load=inputs["load"],
         per_buffer_gb=inputs["per_buffer_gb"],
@@ -232,26 +261,39 @@ def describe(inputs: dict[str, float], world: int) -> tuple[Cluster, Costs]:
 
 
 def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
-    """On every rank at once only the broadcast; the rest on rank 0 alone."""
+    """What all ranks and workers do at once in an update, the ranks do at once here: they share
+    the memory, too. A copy is one owner's."""
     dist.init_process_group("gloo")
-    inputs: dict[str, float] = {}
-    buffer = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
+    buffer = torch.zeros(2 * nbytes, dtype=torch.uint8).share_memory_()
+    halves = buffer.split(nbytes)
     # As large as a checkpoint: what is copied was not in a cache before.
     memory = torch.ones(_COLD * nbytes, dtype=torch.uint8)
     pieces = list(memory.split(nbytes))
+    inputs = measure_loader(halves[0], pieces) | measure_buffers(2 * nbytes)
+    dist.barrier()
     if dist.get_rank() == 0:
-        inputs["copy"] = nbytes / 1e9 / each(lambda piece: buffer.copy_(piece), pieces)
-        inputs |= measure_loader(buffer, pieces) | measure_buffers(2 * nbytes)
+        inputs["copy"] = nbytes / 1e9 / each(lambda piece: halves[0].copy_(piece), pieces)
     dist.barrier()
     if dist.get_world_size() > 1:
-        began, used = time.perf_counter(), cpu_seconds()
-        # The owner sends what lies in its memory; the others receive into their buffer.
-        mine = pieces if dist.get_rank() == 0 else [buffer] * len(pieces)
-        seconds = each(lambda piece: dist.broadcast(piece, 0), mine)
-        cores = (cpu_seconds() - used) / (time.perf_counter() - began)
-        inputs |= {"broadcast": nbytes / 1e9 / seconds, "broadcast_cores": cores}
+        inputs |= measure_broadcast(pieces, halves)
     dist.destroy_process_group()
     return inputs | measure_messages()
+
+
+def measure_broadcast(
+    pieces: list[torch.Tensor], halves: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """The owner sends what lies in its memory; the others receive into their double buffer."""
+    mine = pieces if dist.get_rank() == 0 else [halves[i % 2] for i in range(len(pieces))]
+    began, used = time.perf_counter(), cpu_seconds()
+    seconds = each(lambda piece: dist.broadcast(piece, 0), mine)
+    cores = torch.tensor((cpu_seconds() - used) / (time.perf_counter() - began))
+    dist.all_reduce(cores)
+    nbytes = pieces[0].nbytes
+    return {
+        "broadcast": nbytes / 1e9 / seconds,
+        "broadcast_cores": float(cores) / dist.get_world_size(),
+    }
 
 
 _COLD = 60
@@ -272,8 +314,8 @@ def measure_messages() -> dict[str, float]:
     from checkpoint_engine.ps import ParameterServer
 
     ps = ParameterServer()
-    worker = start_sink(int(os.environ["RANK"]))
-    seconds = {}
+    worker, worker_seconds = start_sink(int(os.environ["RANK"]))
+    seconds, busy = {}, {}
     for buckets in (2, 66):
         tensors = {f"{i}": torch.zeros(256) for i in range(buckets)}
         os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(1024 / GIB)
@@ -283,13 +325,23 @@ def measure_messages() -> dict[str, float]:
         def update(name: str = f"{buckets}") -> None:
             ps.update(name, lambda paths: worker(paths[ps._rank][1]))
 
-        seconds[buckets] = fastest(update)
+        used = cpu_seconds() + worker_seconds()
+        seconds[buckets] = fastest(update, repeats=_MANY)
+        busy[buckets] = (cpu_seconds() + worker_seconds() - used) / _MANY
     per_bucket = (seconds[66] - seconds[2]) / 64
-    return {"per_bucket": per_bucket, "per_update": seconds[2] - 2 * per_bucket}
+    return {
+        "per_bucket": per_bucket,
+        "bucket_cores": (busy[66] - busy[2]) / (seconds[66] - seconds[2]),
+        "per_update": seconds[2] - 2 * per_bucket,
+    }
 
 
-def start_sink(rank: int) -> Callable[[str], None]:
-    """A worker in a process of its own that drops what it gets."""
+_MANY = 30
+
+
+def start_sink(rank: int) -> tuple[Callable[[str], None], Callable[[], float]]:
+    """A worker in a process of its own that drops what it gets, and the CPU seconds that it has
+    used."""
     import multiprocessing
 
     import zmq
@@ -304,13 +356,18 @@ def start_sink(rank: int) -> Callable[[str], None]:
                 update_weights_from_ipc(context, theirs.recv(), rank, run=lambda weights: None)
                 theirs.send(None)
 
-    multiprocessing.get_context("fork").Process(target=serve, daemon=True).start()
+    process = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
+    process.start()
 
     def receive(address: str) -> None:
         ours.send(address)
         ours.recv()
 
-    return receive
+    def used() -> float:
+        user, system = Path(f"/proc/{process.pid}/stat").read_text().split()[13:15]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    return receive, used
 
 
 def measure_loader(buffer: torch.Tensor, pieces: list[torch.Tensor]) -> dict[str, float]:

@@ -200,6 +200,16 @@ def test_on_cores_everything_shares_them() -> None:
     assert ratio == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.parametrize(("cores", "expected"), [(1, 2.0), (2, 1.0)])
+def test_messages_take_cores_too(cores: int, expected: float) -> None:
+    """A bucket's copy and the messages of the one before take as long; one core does both."""
+    one_copy = 16 * MB / 1e9 / 10.0
+    costs = Costs(per_tensor=0.0, per_bucket=one_copy, bucket_cores=1.0, per_update=0.0, load=1e9)
+    cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=cores)
+    found = update(cluster, costs)
+    assert found.seconds == pytest.approx(expected * found.buckets * one_copy, rel=0.1)
+
+
 def test_buckets_arrive_once_each_and_in_order() -> None:
     found = update(EIGHT)
     broadcasts = [span for span in found.spans if span.kind == "broadcast"]

@@ -86,6 +86,8 @@ class Costs:
     Attributes:
         per_tensor: the engine's loader, for each tensor of a bucket.
         per_bucket: message, synchronisation and answer between two buckets.
+        bucket_cores: cores that each rank and its worker keep busy meanwhile, where ``cores``
+            count.
         per_update: everything that happens once: plan, buffers, handshake, release, post hook.
         load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
         per_buffer_gb: making and dropping a rank's double buffer, for each GB of it. Next to
@@ -94,6 +96,7 @@ class Costs:
 
     per_tensor: float = 60e-6
     per_bucket: float = 300e-6
+    bucket_cores: float = 0.0
     per_update: float = 0.01
     load: float | None = None
     per_buffer_gb: float = 0.0

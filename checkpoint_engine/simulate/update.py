@@ -196,13 +196,16 @@ class _Model:
         return self._add("broadcast", step, amounts, after, fixed=fixed)
 
     def _reload(self, step: Step, after: list[int | None]) -> int:
-        """All workers load a bucket: Python for each tensor, then the bytes that they need."""
+        """All workers load a bucket: messages, Python for each tensor, then the bytes that they
+        need."""
+        messages = self._costs.per_bucket
         copying = step.bucket.size / GB / (self._costs.load or self._cluster.device_memory)
-        seconds = len(step.bucket.items) * self._costs.per_tensor + copying
-        amounts = {"workers": seconds}
+        loading = len(step.bucket.items) * self._costs.per_tensor + copying
+        amounts = {"workers": messages + loading}
         if self._cluster.cores is not None:
-            amounts["cores"] = seconds * self._on_one_node
-        return self._add("reload", step, amounts, after, fixed=self._costs.per_bucket)
+            busy = messages * self._costs.bucket_cores + loading
+            amounts["cores"] = busy * self._on_one_node
+        return self._add("reload", step, amounts, after)
 
     def _add(
         self,
