@@ -186,33 +186,32 @@ SIZES = [("small", 1), ("small", 2), ("moe", 1)]
 """Shapes and layers: 0.34, 0.69 and 1.25 GB."""
 
 
-def here() -> None:
-    """Each world size: the inputs, whole updates, and the inputs again. The fastest of several of
+def here(world: int) -> None:
+    """So many ranks: the inputs, whole updates, and the inputs again. The fastest of several of
     each, since nothing else is alike from one second to the next on a machine that is shared."""
+    before = launch(world, [__file__, "--inputs"])
+    measured = {
+        (shapes, layers, cap): measure_update(world, shapes, layers, cap)
+        for shapes, layers in SIZES
+        for cap in (4 * MIB, 16 * MIB)
+    }
+    inputs = fastest_inputs(before, launch(world, [__file__, "--inputs"]))
+    cluster, costs = describe(inputs, world)
+    print(f"{world} ranks: " + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items()))
     rows = []
-    for world in (1, 2):
-        before = launch(world, [__file__, "--inputs"])
-        measured = {
-            (shapes, layers, cap): measure_update(world, shapes, layers, cap)
-            for shapes, layers in SIZES
-            for cap in (4 * MIB, 16 * MIB)
-        }
-        inputs = fastest_inputs(before, launch(world, [__file__, "--inputs"]))
-        cluster, costs = describe(inputs, world)
-        print(f"{world} ranks: " + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items()))
-        for (shapes, layers, cap), seconds in measured.items():
-            owners = owners_of(layers, world)
-            found = simulate(layers_of(layers, shapes), cluster, costs, owners=owners, cap=cap)
-            off = found.seconds / seconds - 1
-            rows.append(
-                [str(world), work_of(found), f"{seconds:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
-            )
+    for (shapes, layers, cap), seconds in measured.items():
+        owners = owners_of(layers, world)
+        found = simulate(layers_of(layers, shapes), cluster, costs, owners=owners, cap=cap)
+        off = found.seconds / seconds - 1
+        rows.append(
+            [str(world), work_of(found), f"{seconds:.3f}", f"{found.seconds:.3f} ({off:+.0%})"]
+        )
     show(["ranks", "update on this machine", "measured, s", "simulated, s"], rows)
 
 
 def measure_update(world: int, shapes: str, layers: int, cap: int) -> float:
     script = str(Path(__file__).with_name("update.py"))
-    options = ["--shapes", shapes, "--layers", str(layers), "--repeats", "12"]
+    options = ["--shapes", shapes, "--layers", str(layers), "--repeats", "10"]
     phases = launch(world, [script, *options, "--bucket-gb", str(cap / GIB)])["phases"]
     return min(*next(one["all"] for one in phases if one["phase"] == "update"))
 
@@ -409,6 +408,7 @@ def fastest(action: Callable[[], Any], repeats: int = 9) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="measure on this machine's cores")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="for --here")
     parser.add_argument("--inputs", action="store_true", help="for --here: under torchrun")
     parser.add_argument("--json", help="for --inputs: where they go")
     arguments = parser.parse_args()
@@ -417,7 +417,8 @@ def main() -> None:
         if int(os.environ["RANK"]) == 0:
             Path(arguments.json).write_text(json.dumps(inputs))
     elif arguments.here:
-        here()
+        for world in arguments.ranks:
+            here(world)
     else:
         published()
         h200()
