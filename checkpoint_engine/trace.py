@@ -33,12 +33,12 @@ LANES = (PHASES, COPY, READ, BROADCAST, RELOAD)
 
 
 class Span(NamedTuple):
-    """``began``, ``seconds``: by the monotonic clock."""
+    """``began``, ``ended``: by the monotonic clock."""
 
     lane: str
     name: str
     began: float
-    seconds: float
+    ended: float
     details: dict[str, int]
 
 
@@ -138,7 +138,7 @@ class RankTracer:
     def note(self, lane: str, step: Step, began: float, ended: float) -> None:
         details = {"bytes": step.bucket.size, "owner": step.owner, "receiver": step.receiver}
         name = f"bucket {self._steps[id(step)]}"
-        self._spans.append(Span(lane, name, began, ended - began, details))
+        self._spans.append(Span(lane, name, began, ended, details))
 
     def note_on_device(self, lane: str, step: Step, began: Any, ended: Any) -> None:
         """``began``, ``ended``: marks of the clock."""
@@ -162,20 +162,20 @@ class RankTracer:
         """This rank's part of the trace. ``phases``: what it began when, in order."""
         self._read_marks()
         for (phase, began), (_, ended) in itertools.pairwise(phases):
-            self._spans.append(Span(PHASES, phase, began, ended - began, {}))
+            self._spans.append(Span(PHASES, phase, began, ended, {}))
         since_epoch = time.time_ns() - time.monotonic_ns()
         part = {
             "rank": self._rank,
             "host": socket.gethostname(),
             "spans": [
                 (
-                    lane,
-                    name,
-                    round(1e9 * began) + since_epoch,
-                    round(1e9 * seconds),
-                    details,
+                    span.lane,
+                    span.name,
+                    round(1e9 * span.began) + since_epoch,
+                    round(1e9 * span.ended) + since_epoch,
+                    span.details,
                 )
-                for lane, name, began, seconds, details in _one_at_a_time(self._spans)
+                for span in _one_at_a_time(self._spans)
             ],
         }
         return zlib.compress(json.dumps(part).encode(), 1)
@@ -197,20 +197,18 @@ def _covered(spans: Sequence[Span]) -> float:
     """Seconds in which there was at least one of them; in the order in which they began."""
     covered, until = 0.0, 0.0
     for span in spans:
-        ended = span.began + span.seconds
-        covered += max(0.0, ended - max(span.began, until))
-        until = max(until, ended)
+        covered += max(0.0, span.ended - max(span.began, until))
+        until = max(until, span.ended)
     return covered
 
 
 def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
     """In order. What was queued while another bucket had the link began once that was through."""
     free = dict.fromkeys(LANES, 0.0)
-    for span in sorted(spans, key=lambda span: (span.began, span.began + span.seconds)):
-        ended = span.began + span.seconds
-        began = min(max(span.began, free[span.lane]), ended)
-        free[span.lane] = ended
-        yield span._replace(began=began, seconds=ended - began)
+    for span in sorted(spans, key=lambda span: (span.began, span.ended)):
+        began = min(max(span.began, free[span.lane]), span.ended)
+        free[span.lane] = span.ended
+        yield span._replace(began=began)
 
 
 class _HostBroadcast:
@@ -324,7 +322,7 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
             place = {"ph": "M", "pid": rank, "tid": number}
             yield {**place, "name": "thread_name", "args": {"name": lane}}
             yield {**place, "name": "thread_sort_index", "args": {"sort_index": number}}
-    for lane, name, began, duration, details in spans:
+    for lane, name, began, ended, details in spans:
         yield {
             "ph": "X",
             "pid": rank,
@@ -332,6 +330,7 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
             "name": name,
             "cat": lane,
             "ts": (began - zero) / 1e3,  # microseconds
-            "dur": duration / 1e3,
+            # A nanosecond short: viewers add fractions, and nest what seems to overlap.
+            "dur": max(0, ended - began - 1) / 1e3,
             "args": details,
         }

@@ -66,7 +66,7 @@ def test_every_bucket_is_in_every_lane_in_order(tmp_path: Path, ranks: int) -> N
         assert last - first <= 1.05e6 * report["seconds"]
         for lane in lanes.values():
             for before, after in itertools.pairwise(lane):
-                assert end_of(before) <= after["ts"] + 0.2  # rounded to 0.1 us
+                assert end_of(before) <= after["ts"]  # viewers nest what overlaps
         for rank in range(ranks):
             reloads = {event["name"]: event["ts"] for event in lanes[rank, "reload"]}
             for stage in expected - {"phases", "reload"}:
