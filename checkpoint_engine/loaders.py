@@ -154,7 +154,7 @@ class RemoteLoader:
         """End a read that is under way; the store keeps what it might still write into."""
         self._ended.set()
         if self._running is not None:
-            self._running.join(_FAREWELL)
+            self._running.close(_FAREWELL)
 
     def _check(self) -> None:
         if self._ended.is_set():

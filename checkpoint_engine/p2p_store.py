@@ -29,6 +29,7 @@ _SLICE_BYTES = 32 << 20
 _SLICES_UNDER_WAY = 4
 _LONGEST_READ = 600.0  # seconds, where the caller sets no end
 _LAST_SLICES = 1.0  # seconds that a read which failed or was ended waits for its last slices
+_AT_ONCE = 0.1  # seconds; a source that is gone takes longer to fail
 _FINAL = (1, -1)  # Mooncake's status of a transfer that is over: arrived, failed
 _SLOT_BYTES = 32
 _SLOTS = mmap.PAGESIZE // _SLOT_BYTES
@@ -183,15 +184,30 @@ class P2PStore:
         Raises:
             P2PError: it is gone, or another checkpoint is in its place.
         """
-        seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
-        self.batch_transfer_sync_read(
-            owner, [seen.data_ptr()], [lease.ptr], [_SLOT_BYTES], memory=seen, check=check
-        )
-        if bytes(seen.tolist())[: len(lease.id) // 2].hex() != lease.id:
+        if self._read_slot(owner, lease, check)[: len(lease.id) // 2].hex() != lease.id:
             raise P2PError(
                 f"source {owner} has unregistered or replaced the checkpoint since these metas "
                 "were made: get its current metas"
             )
+
+    def _read_slot(self, owner: str, lease: Lease, check: Callable[[], None] | None) -> bytes:
+        """What is where ``lease`` was granted.
+
+        Mooncake keeps a connection over which a source has refused something, and the next read
+        over it fails at once.
+        """
+        seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
+        for stale in reversed(range(_SLICES_UNDER_WAY + 1)):
+            began = time.monotonic()
+            try:
+                self.batch_transfer_sync_read(
+                    owner, [seen.data_ptr()], [lease.ptr], [_SLOT_BYTES], memory=seen, check=check
+                )
+                break
+            except P2PError:
+                if stale == 0 or time.monotonic() - began > _AT_ONCE:
+                    raise
+        return bytes(seen.tolist())
 
     def release_finished(self) -> None:
         """Let go of the memory of reads that were given up and are over by now."""
@@ -378,6 +394,7 @@ class Transfer:
 
     def __init__(self, action: Any) -> None:
         self._error: BaseException | None = None
+        self._closed = False
         self._action = action
         # Not a daemon: Python kills those inside C++, which takes the process along.
         self._thread = threading.Thread(target=self._run, name="checkpoint-engine-read")
@@ -387,13 +404,16 @@ class Transfer:
         try:
             self._action()
         except BaseException as error:
-            self._error = error
+            if not self._closed:  # nobody asks any more, and its traceback leads back here
+                self._error = error
         finally:
             self._action = None
 
-    def join(self, seconds: float) -> None:
-        """Wait so long for it at most."""
+    def close(self, seconds: float) -> None:
+        """Wait so long for it at most, and forget it."""
         self._thread.join(seconds)
+        self._closed = True
+        self._error = None
 
     def query(self) -> bool:
         if self._thread.is_alive():

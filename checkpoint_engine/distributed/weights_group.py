@@ -84,9 +84,7 @@ class WeightsGroup:
         self._sockets = ()
 
 
-def _destroy(
-    holder: list[Any], in_flight: list[Any], connections: Sequence[socket.socket]
-) -> None:
+def _destroy(holder: list[Any], in_flight: list[Any], connections: Sequence[socket.socket]) -> None:
     _await_silence(connections)
     for connection in connections:
         with contextlib.suppress(OSError):
