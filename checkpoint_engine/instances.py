@@ -75,7 +75,7 @@ class Instance:
         return self._failure is not None or self._session.worker_checks_sums
 
     @property
-    def worker_joins_parts(self) -> bool:
+    def worker_joins_parts(self) -> bool | None:
         return self._session.worker_joins_parts
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool) -> None:

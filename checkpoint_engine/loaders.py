@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +16,9 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
-from checkpoint_engine.deadline import poll
+from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.p2p_store import P2PError, P2PStore
+from checkpoint_engine.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.plan import Step
 from checkpoint_engine.trace import UNTRACED, Tracer
 
@@ -38,16 +38,41 @@ class Arrival(Protocol):
 
 
 class InThread:
-    """Something that happens in another thread."""
+    """What a thread does for somebody who looks from time to time."""
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self, thread: Executor, action: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._closed = False
+        self._future = thread.submit(self._run, action)
 
     def query(self) -> bool:
-        if not self._future.done():
+        """Whether it is over; raises what went wrong, once."""
+        if not self.is_over:
             return False
-        self._future.result()  # raises what went wrong
+        if self._future.cancelled():
+            raise RuntimeError("the update has ended")
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         return True
+
+    @property
+    def is_over(self) -> bool:
+        return self._future.done()
+
+    def close(self, deadline: Deadline) -> None:
+        """Wait so long for it at most, and forget it."""
+        if not self._future.cancelled():  # which ``wait`` takes for one that goes on
+            wait([self._future], deadline.remaining())
+        self._closed = True
+        self._error = None
+
+    def _run(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            if not self._closed:  # nobody asks any more, and its traceback leads to the memory
+                self._error = error
 
 
 class Loader(Protocol):
@@ -159,7 +184,7 @@ class RemoteLoader:
         self._ended = threading.Event()
         # Not daemons: Python kills those inside C++, which takes the process along.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-read")
-        self._reads: list[Future[None]] = []
+        self._reads: list[InThread] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
             self._bounce = torch.empty(2, _BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -170,9 +195,9 @@ class RemoteLoader:
             with self._tracer.reading(step):
                 self.read(step.owner, step.bucket, target, self._check)
 
-        future = self._thread.submit(read)
-        self._reads = [*(one for one in self._reads if not one.done()), future]
-        return InThread(future)
+        begun = InThread(self._thread, read)
+        self._reads = [*(one for one in self._reads if not one.is_over), begun]
+        return begun
 
     def lying(self, step: Step) -> torch.Tensor | None:
         return None
@@ -184,7 +209,10 @@ class RemoteLoader:
         """End a read that is under way; the store keeps what it might still write into."""
         self._ended.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
-        wait(self._reads, _FAREWELL)
+        farewell = Deadline(_FAREWELL)
+        for read in self._reads:
+            read.close(farewell)
+        self._reads.clear()
 
     def _check(self) -> None:
         if self._ended.is_set():
@@ -203,6 +231,35 @@ class RemoteLoader:
         """
         owned = self._owners[owner]
         address = str(owned.p2p_store_addr)
+        try:
+            self._read_checked(owner, address, owned, bucket, target, check)
+        except P2PError:
+            self._say_if_stale(address, owned)
+            raise
+        for size, offset in zip(*_regions(owned, bucket)[::2], strict=True):
+            clear_gaps(target, offset, size)
+
+    def _say_if_stale(self, address: str, owned: MemoryBufferMetaList) -> None:
+        """Memory that its owner has unregistered cannot be read; that is why, if it lives."""
+        if owned.lease is None:
+            return
+        soon = Deadline(_FAREWELL)
+        try:
+            self._store.check_lease(address, owned.lease, lambda: soon.check("a sign of life"))
+        except StaleSourceError:
+            raise
+        except (P2PError, TimeoutError):
+            pass  # it is gone
+
+    def _read_checked(
+        self,
+        owner: int,
+        address: str,
+        owned: MemoryBufferMetaList,
+        bucket: H2DBucket,
+        target: torch.Tensor,
+        check: Check | None,
+    ) -> None:
         # A lease that holds after a read held all along. The look before the first one is for the
         # sake of the error: the memory may not be readable any more.
         if owned.lease is not None and owner not in self._checked:
@@ -218,8 +275,6 @@ class RemoteLoader:
             self._read_through_host(address, owned, bucket, target, self._bounce, check)
         if owned.lease is not None:
             self._store.check_lease(address, owned.lease, check)
-        for size, offset in zip(*_regions(owned, bucket)[::2], strict=True):
-            clear_gaps(target, offset, size)
 
     def _read_through_host(
         self,

@@ -29,6 +29,7 @@ _SLICE_BYTES = 32 << 20
 _SLICES_UNDER_WAY = 4
 _LONGEST_READ = 600.0  # seconds, where the caller sets no end
 _LAST_SLICES = 1.0  # seconds that a read which failed or was ended waits for its last slices
+_AT_ONCE = 0.1  # seconds; a source that is gone takes longer to fail
 _FINAL = (1, -1)  # Mooncake's status of a transfer that is over: arrived, failed
 _SLOT_BYTES = 32
 _SLOTS = mmap.PAGESIZE // _SLOT_BYTES
@@ -37,6 +38,10 @@ _SLOTS = mmap.PAGESIZE // _SLOT_BYTES
 class P2PError(RuntimeError):
     """A transfer or registration that Mooncake refused; the text has its code and both
     addresses."""
+
+
+class StaleSourceError(P2PError):
+    """A source does not hold any more what its metas say."""
 
 
 class P2PStore:
@@ -181,17 +186,33 @@ class P2PStore:
             check: as in ``batch_transfer_sync_read``.
 
         Raises:
-            P2PError: it is gone, or another checkpoint is in its place.
+            StaleSourceError: another checkpoint, or none, is in its place.
+            P2PError: it is gone.
         """
-        seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
-        self.batch_transfer_sync_read(
-            owner, [seen.data_ptr()], [lease.ptr], [_SLOT_BYTES], memory=seen, check=check
-        )
-        if bytes(seen.tolist())[: len(lease.id) // 2].hex() != lease.id:
-            raise P2PError(
+        if self._read_slot(owner, lease, check)[: len(lease.id) // 2].hex() != lease.id:
+            raise StaleSourceError(
                 f"source {owner} has unregistered or replaced the checkpoint since these metas "
                 "were made: get its current metas"
             )
+
+    def _read_slot(self, owner: str, lease: Lease, check: Callable[[], None] | None) -> bytes:
+        """What is where ``lease`` was granted.
+
+        Mooncake keeps a connection over which a source has refused something, and the next read
+        over it fails at once.
+        """
+        seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
+        for stale in reversed(range(_SLICES_UNDER_WAY + 1)):
+            began = time.monotonic()
+            try:
+                self.batch_transfer_sync_read(
+                    owner, [seen.data_ptr()], [lease.ptr], [_SLOT_BYTES], memory=seen, check=check
+                )
+                break
+            except P2PError:
+                if stale == 0 or time.monotonic() - began > _AT_ONCE:
+                    raise
+        return bytes(seen.tolist())
 
     def release_finished(self) -> None:
         """Let go of the memory of reads that were given up and are over by now."""

@@ -17,35 +17,37 @@ class Parts:
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[bytes, tuple[torch.Tensor, set[int]]] = {}
-        self._missing: dict[bytes, int] = {}
+        self._tensors: dict[tuple[bytes, int], tuple[torch.Tensor, set[int]]] = {}
+        self._missing: dict[tuple[bytes, int], int] = {}
 
     def add(self, message: bytes, part: Any, buffer: torch.Tensor) -> torch.Tensor | None:
         """Take a part out of the double buffer; returns the tensor's bytes when all are there.
 
         Args:
             message: of the whole tensor; the same with each of its parts.
-            part: where the part lies, its bytes, where it belongs, the tensor's bytes.
+            part: where the part lies, its bytes, where it belongs, the tensor's bytes, and its
+                owner, for two may have a tensor of that name.
 
         Raises:
             WireError: the part reaches beyond the buffer or the tensor, or came before.
         """
-        start, nbytes, begin, total = _four_sizes(part)
+        start, nbytes, begin, total, owner = _sizes(part)
+        tensor = message, owner
         if not (0 < nbytes <= total - begin and start + nbytes <= buffer.numel()):
             raise WireError(f"a part of {nbytes} bytes at {begin} of {total} cannot be at {start}")
-        if message not in self._tensors:
+        if tensor not in self._tensors:
             whole = torch.empty(total, dtype=torch.uint8, device=buffer.device)
-            self._tensors[message] = whole, set()
-            self._missing[message] = total
-        whole, seen = self._tensors[message]
+            self._tensors[tensor] = whole, set()
+            self._missing[tensor] = total
+        whole, seen = self._tensors[tensor]
         if begin in seen or total != whole.numel():
             raise WireError(f"the part at {begin} of {total} bytes came before, or is another's")
         whole[begin : begin + nbytes].copy_(buffer[start : start + nbytes])
         seen.add(begin)
-        self._missing[message] -= nbytes
-        if self._missing[message] > 0:
+        self._missing[tensor] -= nbytes
+        if self._missing[tensor] > 0:
             return None
-        del self._tensors[message], self._missing[message]
+        del self._tensors[tensor], self._missing[tensor]
         return whole
 
     def check_complete(self) -> None:
@@ -54,8 +56,8 @@ class Parts:
             raise WireError(f"{len(self._missing)} tensors ended before all of their parts came")
 
 
-def _four_sizes(part: Any) -> tuple[int, int, int, int]:
+def _sizes(part: Any) -> tuple[int, int, int, int, int]:
     match part:
-        case [int(), int(), int(), int()] if min(part) >= 0:
-            return part[0], part[1], part[2], part[3]
-    raise WireError(f"a part is four sizes, not {part!r:.100}")
+        case [int(), int(), int(), int(), int()] if min(part) >= 0:
+            return part[0], part[1], part[2], part[3], part[4]
+    raise WireError(f"a part is five numbers, not {part!r:.100}")

@@ -100,7 +100,7 @@ class Session(Protocol):
     @property
     def worker_checks_sums(self) -> bool: ...
     @property
-    def worker_joins_parts(self) -> bool: ...
+    def worker_joins_parts(self) -> bool | None: ...
     @property
     def failed(self) -> Sequence[InstanceFailure]: ...
     @property
@@ -129,6 +129,7 @@ class WorkerSession:
         self._check = check
         self._version = version
         self._extensions: dict[str, Any] = {}
+        self._accepted = False
         self._end_announced = False
         self.state = "untouched"
 
@@ -146,6 +147,7 @@ class WorkerSession:
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
+        self._accepted = True
         if in_parts and not self.worker_joins_parts:
             raise WorkerError(
                 "this worker cannot put tensors together that travel in parts, which the one "
@@ -163,9 +165,9 @@ class WorkerSession:
         return bool(self._extensions.get("checksum"))
 
     @property
-    def worker_joins_parts(self) -> bool:
-        """Whether the worker takes tensors in parts."""
-        return bool(self._extensions.get(PART))
+    def worker_joins_parts(self) -> bool | None:
+        """Whether the worker takes tensors in parts; ``None`` if it has not said."""
+        return bool(self._extensions.get(PART)) if self._accepted else None
 
     def check(self) -> None:
         """Raise if the update cannot go on: it failed elsewhere, or this rank's engine is gone."""
@@ -314,7 +316,7 @@ class _HostStreams:
             self.wait(after)
             action()
 
-        return InThread(self._thread.submit(wait_and_copy))
+        return InThread(self._thread, wait_and_copy)
 
     def close(self) -> None:
         self._ended.set()
@@ -469,7 +471,7 @@ class Pipeline:
         bucket, start = step.bucket, step.slot * self._plan.bucket_bytes
         lies_at, nbytes = start, bucket.size
         if isinstance(bucket, TensorPart):
-            extensions[PART] = [start, bucket.size, bucket.begin, bucket.total]
+            extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
             lies_at, nbytes = 0, bucket.total  # once it has been put together
         expected = self._checksums.of(step.owner, bucket)
         if expected is not None and session.worker_checks_sums:

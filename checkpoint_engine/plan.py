@@ -123,17 +123,21 @@ def total_bytes(metas: Metas) -> int:
     return sum(meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas)
 
 
-def bucket_size(free_bytes: int, largest: int, cap: int) -> BucketSize:
+def bucket_size(free_bytes: int, largest: int, cap: int, may_cut: bool = False) -> BucketSize:
     """Divide ``free_bytes`` of device memory into a double buffer and, where it fits, staging.
 
     Args:
         free_bytes: what every rank can spare: the minimum over the ranks.
         largest: padded size of the largest tensor, which must fit one bucket.
         cap: upper bound that the user set for a bucket.
+        may_cut: whether it need not: then it takes memory of its own, where it is put together.
 
     Raises:
         ValueError: the largest tensor does not fit even without staging.
     """
+    is_huge = largest > min(max(cap, SMALLEST_CUT), LARGEST_WHOLE)
+    if may_cut and is_huge and free_bytes - largest >= 3 * SMALLEST_CUT:
+        return bucket_size(free_bytes - largest, SMALLEST_CUT, cap)
     thirds = free_bytes // (3 * ALIGNMENT) * ALIGNMENT
     staging = largest <= thirds
     limit = thirds if staging else free_bytes // (2 * ALIGNMENT) * ALIGNMENT
@@ -336,8 +340,11 @@ def _in_rounds(
         queues[entry[0]].append(entry)
     while any(queues.values()):
         for queue in queues.values():
-            if queue:
-                yield queue.popleft()
+            while queue:
+                _, _, bucket = entry = queue.popleft()
+                yield entry
+                if not isinstance(bucket, TensorPart) or bucket.is_last:
+                    break  # a worker shall put together one tensor at a time
 
 
 def _interleaved(

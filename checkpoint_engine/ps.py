@@ -558,9 +558,8 @@ class ParameterServer:
             )
             stack.callback(self._note_served, session, served)
             pipeline.begin(session.check)
-            self._known_worker.joins_parts = False
+            stack.callback(self._learn_of_worker, session)
             session.hand_over(buffer, operation.deadline.remaining(), transfer.cuts_tensors)
-            self._known_worker.joins_parts = session.worker_joins_parts
             buffer.unlink()
             pipeline.run(operation, session)
             operation.begin("release")
@@ -628,9 +627,14 @@ class ParameterServer:
         folder = Path(next(one["trace"] for one in hellos if one["trace"]))
         try:
             return str(write_trace(folder, checkpoint_name, _agreed_version(hellos), parts))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter: no name for a file
             self._log.warning("the trace cannot be written into {}: {}", folder, error)
             return None
+
+    def _learn_of_worker(self, session: Session) -> None:
+        """However the update ends."""
+        if session.worker_joins_parts is not None:
+            self._known_worker.joins_parts = session.worker_joins_parts
 
     def _note_served(self, session: Session, served: Served) -> None:
         """However the update ends."""
@@ -748,7 +752,8 @@ class ParameterServer:
 
     def _plan_for(self, hellos: list[dict[str, Any]], members: list[int] | None) -> _Planned:
         """The plan of the last update, if nothing that it depends on has changed."""
-        may_cut = all(one["joins parts"] for one in hellos)
+        # By P2P the parts of several owners' tensors would arrive at once.
+        may_cut = members is None and all(one["joins parts"] for one in hellos)
         size = self._bucket_size(hellos, may_cut)
         topology = _topology({one["rank"]: one["nic"] for one in hellos})
         basis = (self._gathered_digest, size, topology, members, may_cut)
@@ -778,11 +783,11 @@ class ParameterServer:
         return paths
 
     def _bucket_size(self, all_ranks: list[dict[str, Any]], may_cut: bool) -> BucketSize:
-        largest = plan.largest_tensor(self._current_global_parameter_metas)
         return plan.bucket_size(
             min(one["free"] for one in all_ranks),
-            min(largest, plan.SMALLEST_CUT) if may_cut else largest,
+            plan.largest_tensor(self._current_global_parameter_metas),
             min(one["cap"] for one in all_ranks),
+            may_cut,
         )
 
     def _spare_memory(self) -> int:
@@ -892,6 +897,8 @@ class ParameterServer:
         """One collective call at a time; ends with the same outcome on every rank."""
         if not self._collective_lock.acquire(blocking=False):
             raise BusyError(f"{call} refused: this rank is in a collective call already")
+        if self.device_manager.is_accelerator:  # each thread has a current device of its own
+            self.device_manager.device_module.set_device(self._local_rank)
         try:
             self._running = checkpoint_name
             with self._control.operation(call, timeout, members) as operation:

@@ -99,8 +99,7 @@ class RankTracer:
     def __init__(
         self, rank: int, plan: TransferPlan, device_manager: DeviceManager, exact: bool
     ) -> None:
-        """On an accelerator, waits for what its current stream holds: that ties the clocks.
-
+        """
         Args:
             exact: note the end of a broadcast between hosts when it ends, by a call from gloo's
                 own thread, not when the update sees it.
@@ -242,7 +241,8 @@ class _DeviceBroadcast:
 
     def follow(self, work: Any) -> None:
         with self._clock.aside():
-            work.wait()
+            with contextlib.suppress(RuntimeError):  # the update will see what is wrong with it
+                work.wait()
             ended = self._clock.mark()
         self._tracer.note_on_device(BROADCAST, self._step, self._began, ended)
 
@@ -256,7 +256,8 @@ class _DeviceClock:
     def __init__(self, device_module: Any) -> None:
         self._module = device_module
         self._aside = device_module.Stream()
-        self._zero = self.mark()
+        with self.aside():  # the caller's stream may be waiting for something
+            self._zero = self.mark()
         self._zero.synchronize()
         self._zero_on_host = time.monotonic()
 

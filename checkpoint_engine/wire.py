@@ -37,7 +37,7 @@ JSON_BUCKETS = "json buckets"
 PART = "part"
 """An extension: a worker that accepts it takes tensors in parts. A part's message is that of the
 whole tensor, alone in a buffer, followed by where the part lies in the double buffer, its bytes,
-where it belongs in the tensor, and the tensor's bytes."""
+where it belongs in the tensor, the tensor's bytes, and its owner."""
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 

@@ -67,6 +67,29 @@ def test_what_fits_travels_whole_and_the_rest_in_parts(metas: Metas, size: int, 
     assert transfer.tensor_count == tensors
 
 
+def test_a_worker_puts_together_one_tensor_at_a_time() -> None:
+    metas = {rank: owned(rank, [([9 * A, A, 5 * A], False)]) for rank in range(3)}
+    transfer = plan.plan_transfer(metas, BucketSize(2 * A, True), {}, {}, may_cut=True)
+    open_one = None
+    for step in transfer.steps:
+        if isinstance(step.bucket, TensorPart):
+            name = step.bucket.items[0].name
+            assert open_one in (None, name)
+            open_one = None if step.bucket.is_last else name
+
+
+def test_memory_for_a_tensor_that_is_put_together_is_left() -> None:
+    gib = 1 << 30
+    size = plan.bucket_size(60 * gib, 30 * gib, 8 * gib, may_cut=True)
+    assert size == BucketSize(8 * gib, True)
+    assert plan.bucket_size(42 * gib, 30 * gib, 8 * gib, may_cut=True) == BucketSize(4 * gib, True)
+    with pytest.raises(ValueError, match="largest tensor"):
+        plan.bucket_size(20 * gib, 30 * gib, 8 * gib, may_cut=True)
+    assert plan.bucket_size(60 * gib, gib, 8 * gib, may_cut=True) == plan.bucket_size(
+        60 * gib, gib, 8 * gib
+    )
+
+
 def test_a_huge_tensor_does_not_decide_how_large_buckets_are() -> None:
     huge, rest = 3 << 30, 5 << 30
     metas = {0: owned(0, [([huge, rest // 4, rest // 4, rest // 2], False)])}
@@ -101,8 +124,8 @@ def test_parts_make_a_tensor_in_any_order(sizes: list[list[int]], rng: Any) -> N
     for number, begin, nbytes in arrivals:
         start = rng.randrange(0, 2000 - nbytes + 1)
         buffer[start : start + nbytes] = content[number][begin : begin + nbytes]
-        part = [start, nbytes, begin, sum(sizes[number])]
-        whole = parts.add(str(number).encode(), part, buffer)
+        part = [start, nbytes, begin, sum(sizes[number]), number]
+        whole = parts.add(b"of one name", part, buffer)
         if whole is not None:
             made[number] = whole
     parts.check_complete()
@@ -112,16 +135,16 @@ def test_parts_make_a_tensor_in_any_order(sizes: list[list[int]], rng: Any) -> N
 @pytest.mark.parametrize(
     "part",
     [
-        [0, 40, 0, 30],
-        [90, 20, 0, 30],
-        [0, 20, 20, 30],
-        [0, 0, 0, 30],
-        [0, -1, 0, 30],
-        [0, 10, 0],
+        [0, 40, 0, 30, 0],
+        [90, 20, 0, 30, 0],
+        [0, 20, 20, 30, 0],
+        [0, 0, 0, 30, 0],
+        [0, -1, 0, 30, 0],
+        [0, 10, 0, 30],
         "part",
         None,
-        [0, 10.0, 0, 30],
-        [0, True, 0, "30"],
+        [0, 10.0, 0, 30, 0],
+        [0, True, 0, "30", 0],
     ],
 )
 def test_a_part_that_cannot_be(part: Any) -> None:
@@ -131,11 +154,11 @@ def test_a_part_that_cannot_be(part: Any) -> None:
 
 def test_a_part_that_comes_twice_or_never() -> None:
     parts, buffer = Parts(), torch.zeros(100, dtype=torch.uint8)
-    assert parts.add(b"a", [0, 10, 0, 30], buffer) is None
+    assert parts.add(b"a", [0, 10, 0, 30, 0], buffer) is None
     with pytest.raises(WireError, match="before"):
-        parts.add(b"a", [0, 10, 0, 30], buffer)
+        parts.add(b"a", [0, 10, 0, 30, 0], buffer)
     with pytest.raises(WireError, match="another's"):
-        parts.add(b"a", [0, 10, 10, 31], buffer)
+        parts.add(b"a", [0, 10, 10, 31, 0], buffer)
     with pytest.raises(WireError, match="ended before"):
         parts.check_complete()
 
@@ -168,6 +191,13 @@ def test_a_worker_that_cannot_join_parts_is_said_so_and_gets_whole_tensors_next(
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-16))  # 16 KiB
     server._known_worker.joins_parts = True
     seconds = timedelta(seconds=20)
+
+    def refuse(paths: list[tuple[str, str]]) -> None:
+        raise ConnectionError("no engine")
+
+    with pytest.raises(UpdateError, match="no engine"):
+        server.update("c", refuse, timeout=seconds)
+    assert server._known_worker.joins_parts
     with pytest.raises(UpdateError, match="update again"):
         server.update("c", OtherWorker(), timeout=seconds)
     other = OtherWorker()
