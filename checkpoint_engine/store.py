@@ -156,7 +156,7 @@ class _Connection:
     def __init__(self, addr: str, port: int, world_size: int, hosted: bool) -> None:
         """``hosted``: this process shall host it."""
         with _opening:
-            known = {found.getsockname() for found in _sockets_to(port)}
+            known = _sockets_to(port)
             self.store: Any = dist.TCPStore(
                 addr,
                 port,
@@ -165,7 +165,10 @@ class _Connection:
                 timeout=_CONNECT_TIMEOUT,
                 wait_for_workers=False,
             )
-            self._sockets = [s for s in _sockets_to(port) if s.getsockname() not in known]
+            opened = _sockets_to(port)
+            self._sockets = [opened.pop(name) for name in opened.keys() - known.keys()]
+            for found in (*known.values(), *opened.values()):
+                found.close()
         self.is_cut = False
 
     def cut(self) -> None:
@@ -184,16 +187,16 @@ class _Connection:
 _opening = threading.Lock()
 
 
-def _sockets_to(port: int) -> list[socket.socket]:
-    """This process's connections to a port, by descriptors of our own: torch does not show its."""
-    found = []
+def _sockets_to(port: int) -> dict[Any, socket.socket]:
+    """This process's connections to a port by their own address, each as one descriptor of ours:
+    torch does not show its."""
+    found: dict[Any, socket.socket] = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
                 candidate = socket.socket(fileno=os.dup(int(fd)))
-                if candidate.family != socket.AF_UNIX and candidate.getpeername()[1] == port:
-                    found.append(candidate)
-                else:
+                wanted = candidate.family != socket.AF_UNIX and candidate.getpeername()[1] == port
+                if not wanted or found.setdefault(candidate.getsockname(), candidate) != candidate:
                     candidate.close()
     return found
 

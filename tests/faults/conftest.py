@@ -12,32 +12,13 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from fault_fleet import Fleet, running_fleet  # noqa: E402  (found by the line above)
+from fault_fleet import Fleets  # noqa: E402  (found by the line above)
 from run_case import Verdict  # noqa: E402
 
 if not any("faults" in argument for argument in sys.argv):
     collect_ignore_glob = ["test_*.py"]  # minutes, and root: only where they are asked for
 
 VERDICTS: dict[str, Verdict] = {}
-
-
-class Fleets:
-    """One fleet for all cases, and a new one after a case that broke it."""
-
-    def __init__(self) -> None:
-        self._running = running_fleet()
-        self.fleet: Fleet | None = None
-
-    def get(self) -> Fleet:
-        if self.fleet is None:
-            self._running = running_fleet()
-            self.fleet = self._running.__enter__()
-        return self.fleet
-
-    def drop(self) -> None:
-        if self.fleet is not None:
-            self.fleet = None
-            self._running.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
@@ -93,8 +93,24 @@ class Fleet:
         process = _context.Process(
             target=programs_of_faults.run_worker, args=(str(self.folder), rank), daemon=True
         )
+        (self.folder / f"engine-{rank}").unlink(missing_ok=True)
         process.start()
-        return process
+        ends = time.monotonic() + LONGEST
+        while True:  # until it listens
+            try:
+                self.ask_worker(rank, "version")
+                return process
+            except OSError:
+                assert time.monotonic() < ends, f"worker {rank} does not start"
+                time.sleep(0.01)
+
+    def worker_is_there(self, rank: int) -> bool:
+        """Whether its process answers; the forkserver is late to say that it ended."""
+        try:
+            self.ask_worker(rank, "version")
+        except OSError:
+            self.workers[rank].join(LONGEST)
+        return self.workers[rank].is_alive()
 
     def _start_server(self, rank: int) -> _Rank:
         ours, theirs = _context.Pipe()
@@ -264,7 +280,7 @@ class Fleet:
     def repair(self) -> list[int]:
         """Start again what has died; returns the ranks of these processes."""
         for rank in range(RANKS):
-            if not self.workers[rank].is_alive():
+            if not self.worker_is_there(rank):
                 self.workers[rank] = self._start_worker(rank)
         dead = [rank for rank in range(RANKS) if not _is_alive(self.servers[rank])]
         for rank in dead:
@@ -341,13 +357,21 @@ def _is_alive(server: _Rank) -> bool:
     return server.process.is_alive()
 
 
-@contextlib.contextmanager
-def running_fleet() -> Iterator[Fleet]:
-    fleet = Fleet()
-    try:
-        yield fleet
-    finally:
-        fleet.close()
+class Fleets:
+    """One fleet for all cases, and a new one after a case that broke it."""
+
+    def __init__(self) -> None:
+        self._fleet: Fleet | None = None
+
+    def get(self) -> Fleet:
+        if self._fleet is None:
+            self._fleet = Fleet()
+        return self._fleet
+
+    def drop(self) -> None:
+        if self._fleet is not None:
+            self._fleet.close()
+            self._fleet = None
 
 
 def closed_port() -> int:
@@ -357,4 +381,4 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-__all__ = ["NAME", "RANKS", "Answer", "Fleet", "HangError", "closed_port", "running_fleet"]
+__all__ = ["NAME", "RANKS", "Answer", "Fleet", "Fleets", "HangError", "closed_port"]

@@ -157,7 +157,7 @@ def _judge_workers(
 ) -> None:
     """No worker says that it holds what it does not, and no rank says so of one."""
     for rank in range(RANKS):
-        if not fleet.workers[rank].is_alive():
+        if not fleet.worker_is_there(rank):
             continue
         holds = fleet.ask_worker(rank, "version")["version"] == version
         if holds and fleet.ask_worker(rank, "digests") != fleet.expected(seed):

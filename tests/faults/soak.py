@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
-from fault_fleet import running_fleet  # noqa: E402  (found by the line above)
+from fault_fleet import Fleets  # noqa: E402  (found by the line above)
 from run_case import run_case  # noqa: E402
 from table import LAST, TABLE, Case  # noqa: E402
 
@@ -41,14 +41,18 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"soak: {arguments.updates} updates, seeds from {arguments.seed}", flush=True)
     bad, longest, began = 0, 0.0, time.monotonic()
-    with running_fleet() as fleet:
+    fleets = Fleets()
+    try:
         for seed in range(arguments.seed, arguments.seed + arguments.updates):
             case = chosen_by(seed)
-            verdict = run_case(fleet, case)
+            verdict = run_case(fleets.get(), case)
             longest = max(longest, verdict.seconds)
             if verdict.faults:
                 bad += 1
                 print(f"seed {seed}: {case.name}: {verdict.faults}", flush=True)
+                fleets.drop()
+    finally:
+        fleets.drop()
     print(
         f"soak: {arguments.updates} updates from seed {arguments.seed}, {bad} bad, longest time "
         f"to an error {longest:.2f} s, {time.monotonic() - began:.0f} s in all"

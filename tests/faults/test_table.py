@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import VERDICTS, Fleets
+from conftest import VERDICTS
+from fault_fleet import Fleets
 from run_case import run_case
 from table import TABLE, Case
 
