@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.deadline import poll
+from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import GroupError
 
 _MEETING_TIME = timedelta(seconds=30)
@@ -90,8 +90,11 @@ def _destroy(holder: list[Any], in_flight: list[Any], connections: Sequence[sock
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         connection.close()
+    soon = Deadline(_LAST_MESSAGES)
     while not all(work.is_completed() for work in in_flight):
-        if not threading.main_thread().is_alive():  # destroying it now would block the exit
+        # Python's end must not come between: what ends then takes the process along. But it must
+        # not wait for what does not end, either, as destroying the group would.
+        if soon.remaining() == 0.0 and not threading.main_thread().is_alive():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder[0]))
             return
         time.sleep(0.01)
