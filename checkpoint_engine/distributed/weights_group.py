@@ -271,7 +271,11 @@ def _create_nccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-_OURS_TO_END = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+_OURS_TO_END = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",  # of which it sleeps four, dump or not
+}
 """Where a peer died, we end the group ourselves: torch's watchdog shall neither end the process nor
 hold the group for a minute, as it does to write a report. There are no options for that."""
 
