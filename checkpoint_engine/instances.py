@@ -78,7 +78,7 @@ class Instance:
     def worker_joins_parts(self) -> bool | None:
         return self._session.worker_joins_parts
 
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool) -> None:
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
         self._attempt(lambda: self._session.hand_over(buffer, seconds_left, in_parts))
 
     def check(self) -> None:
