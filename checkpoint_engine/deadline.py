@@ -33,12 +33,15 @@ class Deadline:
 def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
     """Wait until ``done()``; ``check()`` runs between looks and ends the wait by raising.
 
-    Looks often at first, for events that are microseconds away, then every 0.2 ms; ``check``, which
-    may ask around, less often.
+    Looks often at first, for events that are microseconds away, then after every twentieth of the
+    time that it has waited, from 0.2 to 1 ms; ``check``, which may ask around, less often.
     """
     looks = 0
+    waited = 0.0
     while not done():
         if looks % _LOOKS_PER_CHECK == 0:
             check()
         looks += 1
-        time.sleep(0 if looks < _LOOKS_PER_CHECK else 0.0002)
+        pause = 0.0 if looks < _LOOKS_PER_CHECK else min(max(waited / 20, 0.0002), 0.001)
+        time.sleep(pause)
+        waited += pause

@@ -183,7 +183,7 @@ class RemoteLoader:
         self._checked: set[int] = set()
         self._ended = threading.Event()
         # Not daemons: Python kills those inside C++, which takes the process along.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-read")
+        self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-engine-read")
         self._reads: list[InThread] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
