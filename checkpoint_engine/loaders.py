@@ -159,8 +159,8 @@ class HostLoader:
 
 
 class RemoteLoader:
-    """Loads from the owners' memory by P2P, checking that they still hold it. A thread reads one
-    bucket after the other."""
+    """Loads from the owners' memory by P2P, checking that they still hold it. Two threads read:
+    while one looks whether a bucket's owner does, the other has the next."""
 
     blocks_stream = False
 
@@ -183,7 +183,7 @@ class RemoteLoader:
         self._checked: set[int] = set()
         self._ended = threading.Event()
         # Not daemons: Python kills those inside C++, which takes the process along.
-        self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-engine-read")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-engine-read")
         self._reads: list[InThread] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
@@ -195,7 +195,7 @@ class RemoteLoader:
             with self._tracer.reading(step):
                 self.read(step.owner, step.bucket, target, self._check)
 
-        begun = InThread(self._thread, read)
+        begun = InThread(self._threads, read)
         self._reads = [*(one for one in self._reads if not one.is_over), begun]
         return begun
 
@@ -208,7 +208,7 @@ class RemoteLoader:
     def close(self) -> None:
         """End a read that is under way; the store keeps what it might still write into."""
         self._ended.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         farewell = Deadline(_FAREWELL)
         for read in self._reads:
             read.close(farewell)

@@ -17,8 +17,7 @@ class Parts:
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[bytes, int], tuple[torch.Tensor, set[int]]] = {}
-        self._missing: dict[tuple[bytes, int], int] = {}
+        self._tensors: dict[tuple[bytes, int], tuple[torch.Tensor, dict[int, int]]] = {}
 
     def add(self, message: bytes, part: Any, buffer: torch.Tensor) -> torch.Tensor | None:
         """Take a part out of the double buffer; returns the tensor's bytes when all are there.
@@ -37,23 +36,21 @@ class Parts:
             raise WireError(f"a part of {nbytes} bytes at {begin} of {total} cannot be at {start}")
         if tensor not in self._tensors:
             whole = torch.empty(total, dtype=torch.uint8, device=buffer.device)
-            self._tensors[tensor] = whole, set()
-            self._missing[tensor] = total
+            self._tensors[tensor] = whole, {}
         whole, seen = self._tensors[tensor]
         if begin in seen or total != whole.numel():
             raise WireError(f"the part at {begin} of {total} bytes came before, or is another's")
         whole[begin : begin + nbytes].copy_(buffer[start : start + nbytes])
-        seen.add(begin)
-        self._missing[tensor] -= nbytes
-        if self._missing[tensor] > 0:
+        seen[begin] = nbytes
+        if sum(seen.values()) < total:
             return None
-        del self._tensors[tensor], self._missing[tensor]
+        del self._tensors[tensor]
         return whole
 
     def check_complete(self) -> None:
         """Raises ``WireError`` if a part of some tensor never came."""
-        if self._missing:
-            raise WireError(f"{len(self._missing)} tensors ended before all of their parts came")
+        if self._tensors:
+            raise WireError(f"{len(self._tensors)} tensors ended before all of their parts came")
 
 
 def _sizes(part: Any) -> tuple[int, int, int, int, int]:

@@ -121,7 +121,7 @@ class RankTracer:
             return
         began = self._clock.mark()
         yield
-        self._on_device.append((COPY, step, began, self._clock.mark()))
+        self.note_on_device(COPY, step, began, self._clock.mark())
 
     def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
         return self._on_host(READ, step)

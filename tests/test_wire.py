@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,12 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import map_shared_memory
 from checkpoint_engine.plan import to_named_tensor
 
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+from samples import CUDA_ARGS
+
 PROTOCOLS = range(3, pickle.HIGHEST_PROTOCOL + 1)  # below 3, Python writes Python 2's names
 
 SEGMENT = ("/dev/shm/checkpoint-engine-0-abc", 1024)
-CUDA_ARGS = (
-    torch.Tensor,
-    torch.Size([1024]),
-    (1,),
-    0,
-    torch.storage.TypedStorage,
-    torch.uint8,
-    0,
-    b"\x01" * 64,
-    1024,
-    0,
-    False,
-    b"\x02" * 32,
-    0,
-    b"\x03" * 64,
-    True,
-)
 ENTRIES = [
     {"name": "a", "dtype": torch.bfloat16, "shape": torch.Size([3, 4]), "offset": 0},
     {"name": "b", "dtype": torch.float8_e4m3fn, "shape": torch.Size([]), "offset": 256},

@@ -38,25 +38,9 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.http_guard import Guard
 from checkpoint_engine.ipc import map_shared_memory, open_buffer
 from checkpoint_engine.worker import extract_weights
+from samples import CUDA_ARGS
 
 logger.remove()
-CUDA_ARGS = (
-    torch.Tensor,
-    torch.Size([1024]),
-    (1,),
-    0,
-    torch.storage.TypedStorage,
-    torch.uint8,
-    0,
-    b"\x01" * 64,
-    1024,
-    0,
-    False,
-    b"\x02" * 32,
-    0,
-    b"\x03" * 64,
-    True,
-)
 ENTRIES = [
     {"name": "a.weight", "dtype": torch.bfloat16, "shape": torch.Size([3, 4]), "offset": 0},
     {"name": "b", "dtype": torch.float8_e4m3fn, "shape": torch.Size([]), "offset": 256},
