@@ -47,8 +47,8 @@ fuzz: $(INSTALLED) ## everything that others send, with FUZZ_COUNT inputs for ea
 	@$(BIN)/python tests/fuzz/run.py --count $(FUZZ_COUNT)
 
 lint: $(INSTALLED) ## ruff, format check, mypy over the package
-	@$(BIN)/python -m ruff check .
-	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m ruff check --no-cache .
+	@$(BIN)/python -m ruff format --check --no-cache .
 	@$(BIN)/python -m mypy
 
 format: $(INSTALLED) ## let ruff format and mend what it can
