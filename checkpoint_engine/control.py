@@ -95,13 +95,10 @@ class ControlPlane:
         ``ranks``: those ranks, sorted; default: the world.
         """
         deadline = Deadline(timeout)
-        try:
+        with self._asking_first(name):
             circle = self._circle(ranks, deadline)
             circle.begin_operation(self.rank)
             return Operation(circle, self.rank, name, deadline)
-        except dist.DistError as error:
-            lost = NO_ANSWER if self._world is None else self._world.why_lost
-            raise UpdateError(name, self.rank, "start", _describe(error, lost)) from error
 
     def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
         """Return when the operation of ``ranks`` that this rank has no part in is over; returns
@@ -115,11 +112,29 @@ class ControlPlane:
         """
         began = time.monotonic()
         deadline = Deadline(timeout)
-        self._circle(ranks, deadline).visit(name, deadline)
+        with self._asking_first(name):
+            circle = self._circle(ranks, deadline)
+            circle.visit(name, deadline)
+            circle.expect_end(None)
         return time.monotonic() - began
 
+    @contextlib.contextmanager
+    def _asking_first(self, name: str) -> Iterator[None]:
+        """Make the loss of the store, before an operation has begun, an error of its call."""
+        try:
+            yield
+        except BaseException as error:
+            if self._world is not None:
+                self._world.peers.expect_end(None)
+            if not isinstance(error, dist.DistError):
+                raise
+            lost = NO_ANSWER if self._world is None else self._world.why_lost
+            raise UpdateError(name, self.rank, "start", _describe(error, lost)) from error
+
     def _circle(self, ranks: Sequence[int] | None, deadline: Deadline) -> _Circle:
+        """From now on the store's answers are awaited until the deadline."""
         world = self._meet(deadline)
+        world.peers.expect_end(deadline.remaining() + _CLEANING_UP)
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if members not in self._circles:
             name = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
@@ -197,6 +212,10 @@ class _Circle:
         self.store.set("last", _Last(self._count, outcome).encode())
         self.store.add("finished", 1)
 
+    def expect_end(self, seconds: float | None) -> None:
+        """Give up the store if it does not answer until so long from now."""
+        self.world.peers.expect_end(seconds)
+
     def gone(self) -> list[int]:
         """The members that are not there any more."""
         return sorted(self.world.peers.gone.intersection(self.members))
@@ -268,7 +287,6 @@ class Operation:
         self.state: Callable[[], str] | None = None
         self._absent = circle.gone()
         self._awaits_return_until = self._began + _RETURN_SECONDS
-        circle.world.peers.expect_end(deadline.remaining() + _CLEANING_UP)
         if self._leads:
             self._keys += ["done", "left"]
             circle.store.add("started", 1)
@@ -389,7 +407,7 @@ class Operation:
                 self._fail(exc)
         finally:
             del exc  # this frame lives on in the traceback of what is raised
-            self._circle.world.peers.expect_end(None)
+            self._circle.expect_end(None)
             self.state = None
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
@@ -478,7 +496,7 @@ class Operation:
 
     def _fail(self, error: BaseException) -> None:
         """End the operation everywhere, and raise the one error that every rank raises."""
-        self._circle.world.peers.expect_end(1.2 * _FAREWELL)
+        self._circle.expect_end(1.2 * _FAREWELL)
         outcome = self.publish(error)
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):

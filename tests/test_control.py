@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -569,13 +570,7 @@ def test_a_stopped_rank_ends_the_operation_at_its_deadline(stopped: int) -> None
         if me.rank == stopped:
             with contextlib.suppress(UpdateError), me.plane.operation("work", 1.5) as operation:
                 operation.all_gather("v", b"")
-                pid = os.getpid()
-                if os.fork() == 0:
-                    me.signals[0].wait(LONG)
-                    os.kill(pid, signal.SIGCONT)
-                    os._exit(0)
-                os.kill(pid, signal.SIGSTOP)
-            os.wait()
+                _stop_until(me.signals[0])
             seen = ("", 0.0)
         else:
             seen = me.failing(never, timeout=1.5)[:2]
@@ -591,3 +586,48 @@ def test_a_stopped_rank_ends_the_operation_at_its_deadline(stopped: int) -> None
     text, seconds = run_world(2, program)[1 - stopped]
     assert "gave up after 1.5 s" in text or "rank 0" in text
     assert seconds < SOON
+
+
+@pytest.mark.parametrize("what", ["an operation", "that of others"])
+def test_rank_0_is_stopped_before_the_others_call(what: str) -> None:
+    """The first question to the store is answered by nobody."""
+
+    def program(me: Rank) -> Any:
+        pid = int(me.exchange(f" {os.getpid()}")[0].split()[1])
+        if me.rank == 0:
+            _stop_until(me.signals[0])
+            return "", 0.0
+        _await_stop(pid)
+        began = time.monotonic()
+        try:
+            if what == "an operation":
+                with me.plane.operation("work", 1.5):
+                    pass
+            else:
+                me.plane.await_others("work", 1.5, [0])
+        except UpdateError as error:
+            return str(error), time.monotonic() - began
+        finally:
+            me.signals[0].set()
+        raise AssertionError("nobody answered, and that was no error")
+
+    text, seconds = run_world(2, program)[1]
+    assert "rank 0, which hosts the store of this world, does not answer" in text
+    assert seconds < SOON
+
+
+def _stop_until(signal_to_go_on: Any) -> None:
+    pid = os.getpid()
+    if os.fork() == 0:
+        signal_to_go_on.wait(LONG)
+        os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    os.kill(pid, signal.SIGSTOP)
+    os.wait()
+
+
+def _await_stop(pid: int) -> None:
+    ends = Deadline(LONG)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        ends.check(f"process {pid} to be stopped")
+        time.sleep(0.01)
