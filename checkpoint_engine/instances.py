@@ -6,9 +6,10 @@ updated on all of its ranks, or failed on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from checkpoint_engine.control import Operation
@@ -55,10 +56,10 @@ class Instance:
         self._operation = operation
         self._instances = instances
         self._name = instances[place]
-        self._request = request
-        self._session = WorkerSession(link, self._check_engine, version)
-        self._patience: Deadline | None = None
-        self._looked = 0.0
+        self._key = f"engine/{self._name}"
+        shared = instances.count(self._name) > 1
+        self._wait = _EngineWait(operation, request, self._key if shared else None)
+        self._session = WorkerSession(link, self._wait.check, version)
         self._failure: InstanceFailure | None = None
         self.failed: list[InstanceFailure] = []
 
@@ -126,19 +127,15 @@ class Instance:
                 raise InstanceError(f"rank {failure.rank} of this instance failed")
 
     def _attempt(self, action: Callable[[], Any], waits: bool = True) -> None:
-        """``waits``: for the engine, which may take half of the time that is left: the other
-        instances need some, too."""
+        """``waits``: for the engine."""
         if self._failure is not None:
             self._operation.check()
             return
-        self._patience = Deadline(max(self._operation.deadline.remaining() / 2, 1e-3))
-        self._patience = self._patience if waits else None
         try:
-            action()
+            with self._wait.limited() if waits else contextlib.nullcontext():
+                action()
         except (WireError, WorkerError, RequestError, InstanceError) as error:
             self._fail(error)
-        finally:
-            self._patience = None
 
     def _fail(self, error: Exception) -> None:
         self._failure = InstanceFailure(
@@ -155,7 +152,29 @@ class Instance:
         self._operation.tell(self._key, json.dumps(str(error)).encode())
         self._link.abort(str(error) or type(error).__name__)
 
-    def _check_engine(self) -> None:
+
+class _EngineWait:
+    """What ends a wait for this rank's engine. Apart from ``Instance``, whose session refers to
+    it: what refers to itself would keep the store's connections until the next collection."""
+
+    def __init__(self, operation: Operation, request: Request, failed_key: str | None) -> None:
+        """``failed_key``: what another rank of the instance tells where it fails."""
+        self._operation = operation
+        self._request = request
+        self._failed_key = failed_key
+        self._patience: Deadline | None = None
+        self._looked = 0.0
+
+    @contextlib.contextmanager
+    def limited(self) -> Iterator[None]:
+        """The engine may take half of the time that is left: other instances need some, too."""
+        self._patience = Deadline(max(self._operation.deadline.remaining() / 2, 1e-3))
+        try:
+            yield
+        finally:
+            self._patience = None
+
+    def check(self) -> None:
         self._operation.check()
         self._request.check()
         if self._patience is not None and self._patience.remaining() == 0.0:
@@ -164,11 +183,7 @@ class Instance:
                 "was left"
             )
         now = time.monotonic()
-        if self._instances.count(self._name) > 1 and now - self._looked > _LOOK_SECONDS:
+        if self._failed_key is not None and now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            if self._operation.is_told(self._key):
+            if self._operation.is_told(self._failed_key):
                 raise InstanceError("another rank of this instance failed")
-
-    @property
-    def _key(self) -> str:
-        return f"engine/{self._name}"

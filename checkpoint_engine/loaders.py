@@ -53,7 +53,10 @@ class InThread:
             raise RuntimeError("the update has ended")
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # this frame lives on in its traceback
         return True
 
     @property

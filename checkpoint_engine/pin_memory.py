@@ -781,22 +781,25 @@ class _Crew:
     def wait_for_one(self) -> _Arena:
         """The arena of the next task that is done. Raises the error of one that failed."""
         arena, error = self._results.get()
-        if error is not None:
+        if error is None:
+            return arena
+        try:
             raise error
-        return arena
+        finally:
+            del error  # this frame lives on in its traceback
 
     def stop(self) -> None:
         """Returns once no thread is at work any more. An interrupt is raised after that."""
-        interrupt = None
+        interrupts: list[KeyboardInterrupt] = []
         while not self._stopped or self._busy > 0:
             try:
                 with self._lock:
                     self._stopped = True
                 time.sleep(0.0001)
-            except KeyboardInterrupt as again:
-                interrupt = again
-        if interrupt is not None:
-            raise interrupt
+            except KeyboardInterrupt as interrupt:
+                interrupts = [interrupt]
+        if interrupts:
+            raise interrupts.pop()
 
     def _work(self) -> None:
         with self._lock:

@@ -281,5 +281,5 @@ def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -
         lambda: deadline.check(f"rank 0 at {addr}:{port}, which listens but does not answer"),
     )
     if errors:
-        raise errors[0]
+        raise errors.pop()  # a frame that keeps what it raises keeps all that it refers to
     return results[0]

@@ -96,7 +96,10 @@ def update_weights_from_ipc(
         if server_waits:
             _acknowledge(link, failure)
         if failure is not None:
-            raise failure.error
+            try:
+                raise failure.error
+            finally:
+                del failure  # this frame lives on in its traceback
 
 
 @contextlib.contextmanager

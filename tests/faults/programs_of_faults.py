@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -129,6 +130,7 @@ def spoil_bytes(memory: torch.Tensor, start: int, how: str) -> None:
 def run_worker(folder: str, rank: int) -> None:
     here = Path(folder)
     prepare(here)
+    gc.disable()
     engine = Engine(here, rank)
     path = str(here / f"engine-{rank}")
     with contextlib.suppress(FileNotFoundError):
@@ -356,6 +358,7 @@ def run_server(pipe: Connection, folder: str, rank: int, size: int, port: int) -
     """Does what the pipe says, until it closes. An answer: (kind, value, when)."""
     here = Path(folder)
     prepare(here)
+    gc.disable()  # what a call holds must not wait for the next collection
     server = ServerRank(here, rank, size, port)
     pipe.send(("ready", None, time.monotonic()))
     while True:
