@@ -372,14 +372,14 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
     for number, lane in enumerate(LANES):
         if any(span[0] == lane for span in spans):
-            place = {"ph": "M", "pid": rank, "tid": number}
+            place = {"ph": "M", "pid": rank, "tid": _thread(rank, number)}
             yield {**place, "name": "thread_name", "args": {"name": lane}}
             yield {**place, "name": "thread_sort_index", "args": {"sort_index": number}}
     for lane, name, began, ended, details in spans:
         yield {
             "ph": "X",
             "pid": rank,
-            "tid": LANES.index(lane),
+            "tid": _thread(rank, LANES.index(lane)),
             "name": name,
             "cat": lane,
             "ts": (began - zero) / 1e3,  # microseconds
@@ -387,3 +387,9 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
             "dur": max(0, ended - began - 1) / 1e3,
             "args": details,
         }
+
+
+def _thread(rank: int, lane: int) -> int:
+    """A number that no other thread and no process has: Perfetto takes both for those of one
+    Linux, where 0 is the idle task, and drops what overlaps then."""
+    return 10_000 * (lane + 1) + rank

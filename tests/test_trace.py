@@ -26,6 +26,9 @@ def lanes_of(path: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     threads = {
         (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
     }
+    numbers = [tid for _, tid in threads]
+    assert len(set(numbers)) == len(numbers)  # Perfetto knows one thread of a number
+    assert not {0, *(pid for pid, _ in threads)}.intersection(numbers)
     lanes = defaultdict(list)
     for event in events:
         if event["ph"] == "X":
