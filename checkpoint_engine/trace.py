@@ -357,10 +357,10 @@ def _is_failure(failure: UpdateError, event: dict[str, Any]) -> bool:
 
 
 def _mark(failure: UpdateError, event: dict[str, Any]) -> dict[str, Any]:
-    """A line across all ranks."""
+    """A mark in its phases."""
     what = f"rank {failure.rank} failed during {failure.phase}"
     place = {key: event[key] for key in ("pid", "tid", "ts")}
-    return {**place, "ph": "i", "s": "g", "name": what, "args": {"cause": failure.cause}}
+    return {**place, "ph": "i", "s": "t", "name": what, "args": {"cause": failure.cause}}
 
 
 def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
