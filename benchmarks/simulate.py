@@ -263,34 +263,44 @@ def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
     """What all ranks and workers do at once in an update, the ranks do at once here: they share
     the memory, too. A copy is one owner's."""
     dist.init_process_group("gloo")
-    buffer = torch.zeros(2 * nbytes, dtype=torch.uint8).share_memory_()
-    halves = buffer.split(nbytes)
-    # As large as a checkpoint: what is copied was not in a cache before.
+    # As large as a checkpoint, and at both ends of every copy: until a double buffer's half is used
+    # again, all ranks' and workers' other buckets have been through the cache that they share.
     memory = torch.ones(_COLD * nbytes, dtype=torch.uint8)
     pieces = list(memory.split(nbytes))
-    inputs = measure_loader(halves[0], pieces) | measure_buffers(2 * nbytes)
+    inputs = measure_loader(pieces) | measure_buffers(2 * nbytes)
     dist.barrier()
     if dist.get_rank() == 0:
-        inputs["copy"] = nbytes / 1e9 / each(lambda piece: halves[0].copy_(piece), pieces)
+        seconds = each(lambda piece, other: piece.copy_(other), pieces)
+        inputs["copy"] = nbytes / 1e9 / seconds
     dist.barrier()
     if dist.get_world_size() > 1:
-        inputs |= measure_broadcast(pieces, halves)
+        inputs |= measure_broadcast(pieces)
     dist.destroy_process_group()
     return inputs | measure_messages()
 
 
-def measure_broadcast(
-    pieces: list[torch.Tensor], halves: Sequence[torch.Tensor]
-) -> dict[str, float]:
-    """The owner sends what lies in its memory; the others receive into their double buffer."""
-    mine = pieces if dist.get_rank() == 0 else [halves[i % 2] for i in range(len(pieces))]
+def measure_broadcast(pieces: list[torch.Tensor]) -> dict[str, float]:
+    """By the group of an update, each rank looking meanwhile whether it is over."""
+    from checkpoint_engine.deadline import poll
+    from checkpoint_engine.distributed.weights_group import create_weights_group
+
+    ranks = list(range(dist.get_world_size()))
+    store = dist.PrefixStore("measured", dist.distributed_c10d._get_default_store())
+    device = torch.device("cpu")
+    group = create_weights_group(
+        "gloo", store, ranks, dist.get_rank(), "127.0.0.1", device, lambda: None
+    )
+
+    def broadcast(piece: torch.Tensor, other: torch.Tensor) -> None:
+        poll(group.broadcast(piece, 0).is_completed, lambda: None)
+
     began, used = time.perf_counter(), cpu_seconds()
-    seconds = each(lambda piece: dist.broadcast(piece, 0), mine)
+    seconds = each(broadcast, pieces)
     cores = torch.tensor((cpu_seconds() - used) / (time.perf_counter() - began))
     dist.all_reduce(cores)
-    nbytes = pieces[0].nbytes
+    group.close()
     return {
-        "broadcast": nbytes / 1e9 / seconds,
+        "broadcast": pieces[0].nbytes / 1e9 / seconds,
         "broadcast_cores": float(cores) / dist.get_world_size(),
     }
 
@@ -298,9 +308,11 @@ def measure_broadcast(
 _COLD = 60
 
 
-def each(action: Callable[[torch.Tensor], Any], pieces: list[torch.Tensor]) -> float:
-    """Seconds of one call, over all pieces; the fastest of several rounds."""
-    return fastest(lambda: [action(piece) for piece in pieces], repeats=5) / len(pieces)
+def each(action: Callable[[torch.Tensor, torch.Tensor], Any], pieces: list[torch.Tensor]) -> float:
+    """Seconds of one call, over all pieces, each with another one; the fastest of several
+    rounds."""
+    pairs = list(zip(pieces, pieces[_COLD // 2 :] + pieces[: _COLD // 2], strict=True))
+    return fastest(lambda: [action(*pair) for pair in pairs], repeats=5) / len(pieces)
 
 
 def cpu_seconds() -> float:
@@ -369,18 +381,18 @@ def start_sink(rank: int) -> tuple[Callable[[str], None], Callable[[], float]]:
     return receive, used
 
 
-def measure_loader(buffer: torch.Tensor, pieces: list[torch.Tensor]) -> dict[str, float]:
-    """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones. The
-    bucket has just been written, the parameters have not been touched for long."""
+def measure_loader(pieces: list[torch.Tensor]) -> dict[str, float]:
+    """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones."""
     size = 3 << 20
-    views = list(buffer[: len(buffer) // size * size].split(size))
+    count = pieces[0].nbytes // size
     empty = [torch.empty(0, dtype=torch.uint8) for _ in range(1000)]
     per_tensor = fastest(lambda: torch._foreach_copy_(empty, empty)) / 1000
 
-    def load(piece: torch.Tensor) -> None:
-        torch._foreach_copy_(list(piece[: len(views) * size].split(size)), views)
+    def load(piece: torch.Tensor, bucket: torch.Tensor) -> None:
+        parameters, views = (list(one[: count * size].split(size)) for one in (piece, bucket))
+        torch._foreach_copy_(parameters, views)
 
-    return {"load": len(views) * size / 1e9 / each(load, pieces), "per_tensor": per_tensor}
+    return {"load": count * size / 1e9 / each(load, pieces), "per_tensor": per_tensor}
 
 
 def measure_buffers(nbytes: int) -> dict[str, float]:

@@ -80,10 +80,10 @@ def sglang_request(
     timeout: float = 300.0,
     uds: str | None = None,
 ) -> RequestFunction:
-    """A ``req_func`` for SGLang, which receives by ``/update_weights_from_ipc``.
+    """A ``req_func`` for SGLang, which receives by ``/update_weights_from_ipc``; the other
+    arguments are as of ``vllm_request``.
 
     Args:
-        url, inference_parallel_size, rank, timeout, uds: as of ``vllm_request``.
         flush_cache: forget what was computed with the old weights.
         weight_version: what the engine shall call the new ones.
 

@@ -285,6 +285,7 @@ class Operation:
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
         self.state: Callable[[], str] | None = None
+        self._failure_trace: _FailureTrace | None = None
         self._absent = circle.gone()
         self._awaits_return_until = self._began + _RETURN_SECONDS
         if self._leads:
@@ -383,6 +384,16 @@ class Operation:
         self._wait(keys)
         return self.store.multi_get(keys)
 
+    def trace_failure(
+        self,
+        part: Callable[[], bytes],
+        writers: Sequence[int],
+        write: Callable[[Sequence[bytes], UpdateError], str | None],
+    ) -> None:
+        """If this fails, have the first of ``writers`` that is there ``write`` the ``part`` of each
+        rank that says it soon, as ``UpdateError.trace``. Called by all ranks."""
+        self._failure_trace = _FailureTrace(part, writers, write)
+
     def tell(self, key: str, value: bytes) -> None:
         """Say something that other ranks may look for."""
         self._put(key, value)
@@ -408,7 +419,7 @@ class Operation:
         finally:
             del exc  # this frame lives on in the traceback of what is raised
             self._circle.expect_end(None)
-            self.state = None
+            self.state = self._failure_trace = None
             self._circle.old_keys += [f"{self._circle.prefix}/{key}" for key in self._keys]
             if self._watcher is not None:
                 self._watcher.join(_FAREWELL)
@@ -498,18 +509,41 @@ class Operation:
         """End the operation everywhere, and raise the one error that every rank raises."""
         self._circle.expect_end(1.2 * _FAREWELL)
         outcome = self.publish(error)
+        self.on_phase = None
+        self.begin("failed")
+        trace = self._failure_trace
+        parts = [] if trace is None else [trace.part()]
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
+            for part in parts:
+                self._put(f"part/{self.rank}", part)
             states = self._exchange_states()
+            parts = self._parts_of(list(states))
             self._leave(outcome, Deadline(_FAREWELL))
-        if isinstance(error, UpdateError):
-            error.engines = states
-            try:
-                raise error
-            finally:
-                del error  # this frame lives on in its traceback
-        if isinstance(error, Exception):
-            raise _Failure.decode(outcome).error(self.name, states) from error
+        failure = (
+            error if isinstance(error, UpdateError) else _Failure.decode(outcome).error(self.name)
+        )
+        failure.engines, failure.seconds = states, dict(self.seconds)
+        if trace is not None and self.rank in trace.writers and parts:
+            failure.trace = trace.write(parts, failure)
+        try:
+            if failure is error:
+                raise failure
+            if isinstance(error, Exception):
+                raise failure from error
+        finally:
+            del error, failure, trace  # this frame lives on in their traceback
+
+    def _parts_of(self, ranks: Sequence[int]) -> list[bytes]:
+        """On the rank that writes the trace of a failure, what ``ranks`` put there for it."""
+        writers = () if self._failure_trace is None else self._failure_trace.writers
+        if next((rank for rank in writers if rank in ranks), None) != self.rank:
+            return []
+        return [
+            self.store.get(key)
+            for key in (f"part/{rank}" for rank in ranks)
+            if self.store.check([key])
+        ]
 
     def _exchange_states(self) -> dict[int, str]:
         """What the engine of each rank holds; of those that say so soon."""
@@ -546,6 +580,12 @@ class Operation:
             self._outcome = self._watched.get("outcome")
         except RuntimeError as error:
             logger.debug("{}: no longer watching the other ranks: {}", self.name, error)
+
+
+class _FailureTrace(NamedTuple):
+    part: Callable[[], bytes]
+    writers: Sequence[int]
+    write: Callable[[Sequence[bytes], UpdateError], str | None]
 
 
 class MissingRanksError(TimeoutError):
@@ -599,10 +639,8 @@ class _Failure(NamedTuple):
     def decode(outcome: bytes) -> _Failure:
         return _Failure(*json.loads(outcome))
 
-    def error(self, operation: str, engines: dict[int, str] | None = None) -> UpdateError:
-        error = UpdateError(operation, self.rank, self.phase, self.cause)
-        error.engines = engines or {}
-        return error
+    def error(self, operation: str) -> UpdateError:
+        return UpdateError(operation, self.rank, self.phase, self.cause)
 
 
 def _describe(error: BaseException, lost: str) -> str:

@@ -17,7 +17,9 @@ class UpdateError(RuntimeError):
     The same text is raised on every rank. ``rank`` failed first, in ``phase``; ``cause`` is what it
     said, a worker's remote traceback included. ``engines`` says of each rank of an update what its
     engine holds now: ``untouched``, ``partly written`` or ``holds VERSION``. A rank that is
-    gone, or does not say so soon, is not in it.
+    gone, or does not say so soon, is not in it. ``seconds`` is what the rank that raises this had
+    spent in each phase; ``trace``, on one rank, the file with what all had done until then, if one
+    was asked for.
     """
 
     def __init__(self, operation: str, rank: int, phase: str, cause: str) -> None:
@@ -27,6 +29,8 @@ class UpdateError(RuntimeError):
         self.phase = phase
         self.cause = cause
         self.engines: dict[int, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.trace: str | None = None
 
 
 class GroupError(RuntimeError):

@@ -15,6 +15,17 @@ class Problem(BaseModel):
     code: str = Field(description="One of a few words that do not change.", examples=["busy"])
     message: str = Field(description="The error's text, a worker's traceback included.")
     hint: str = Field(default="", description="What to do about it.")
+    rank: int | None = Field(default=None, description="That failed first, of several.")
+    phase: str = Field(default="", description="In which it failed.", examples=["reload"])
+    engines: dict[int, str] = Field(
+        default={}, description="What the engine of each rank held then, of an update."
+    )
+    seconds: dict[str, float] = Field(
+        default={}, description="That this rank had spent in each phase until then."
+    )
+    trace: str | None = Field(
+        default=None, description="A file with what the ranks did until then."
+    )
 
 
 _HINTS = {
@@ -33,7 +44,11 @@ _HINTS = {
 def describe(error: BaseException) -> Problem:
     """The problem that an exception stands for."""
     code = code_of(error)
-    return Problem(code=code, message=str(error) or repr(error), hint=_HINTS[code])
+    problem = Problem(code=code, message=str(error) or repr(error), hint=_HINTS[code])
+    if not isinstance(error, UpdateError):
+        return problem
+    known = ("rank", "phase", "engines", "seconds", "trace")
+    return problem.model_copy(update={name: getattr(error, name) for name in known})
 
 
 def code_of(error: BaseException) -> str:

@@ -483,7 +483,8 @@ class ParameterServer:
             compare_ranks: learn what every rank spent its time with, for the report's ``by_rank``
                 and ``slowest``; the same on all ranks. Takes one more exchange between them.
             trace: a folder, for a Chrome trace of all ranks. Default: ``PS_TRACE``. Enough on one
-                rank; the first that has it writes, and says the file in its report.
+                rank; the first that has it writes, and says the file in its report, or in its
+                error.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
@@ -510,6 +511,8 @@ class ParameterServer:
             self._observe(operation, transfer, on_progress, stack)
             traced = any(one["trace"] for one in hellos)
             tracer = RankTracer(self._rank, transfer, self.device_manager, exact=traced)
+            if traced:
+                self._trace_failure(operation, tracer, hellos, checkpoint_name)
             self._log.debug(
                 "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB, by {}",
                 checkpoint_name,
@@ -624,9 +627,37 @@ class ParameterServer:
         parts = operation.gather_at(writer, "trace", tracer.encode(operation.history))
         if self._rank != writer:
             return None
-        folder = Path(next(one["trace"] for one in hellos if one["trace"]))
+        return self._write_trace(hellos, checkpoint_name, parts)
+
+    def _trace_failure(
+        self,
+        operation: Operation,
+        tracer: RankTracer,
+        hellos: list[dict[str, Any]],
+        checkpoint_name: str,
+    ) -> None:
+        """If the update fails from now on, let a trace say what the ranks did until then."""
+
+        def write(parts: Sequence[bytes], failure: UpdateError) -> str | None:
+            return self._write_trace(hellos, checkpoint_name, parts, failure)
+
+        operation.trace_failure(
+            part=lambda: tracer.encode_failure(operation.history),
+            writers=[one["rank"] for one in hellos if one["trace"]],
+            write=write,
+        )
+
+    def _write_trace(
+        self,
+        hellos: list[dict[str, Any]],
+        checkpoint_name: str,
+        parts: Sequence[bytes],
+        failure: UpdateError | None = None,
+    ) -> str | None:
+        folder = Path(next(one["trace"] for one in hellos if one["rank"] == self._rank))
+        version = _agreed_version(hellos)
         try:
-            return str(write_trace(folder, checkpoint_name, _agreed_version(hellos), parts))
+            return str(write_trace(folder, checkpoint_name, version, parts, failure))
         except (OSError, ValueError) as error:  # the latter: no name for a file
             self._log.warning("the trace cannot be written into {}: {}", folder, error)
             return None

@@ -1,8 +1,8 @@
 """What every rank did when, in one update: a Chrome trace, which Perfetto opens.
 
 Each rank notes spans: of its host by the monotonic clock, of its device by events on the streams.
-One rank writes those of all into one file. A host's ranks share a clock; those of several hosts are
-as close as the hosts' clocks are.
+One rank writes those of all into one file, also if the update fails. A host's ranks share a clock;
+those of several hosts are as close as the hosts' clocks are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.plan import Step, TransferPlan
 from checkpoint_engine.report import Stage
 
@@ -30,6 +31,8 @@ BROADCAST = "broadcast"
 RELOAD = "reload"
 LANES = (PHASES, COPY, READ, BROADCAST, RELOAD)
 """A row of each rank, from top to bottom. Phases are what its update waited for."""
+FAILED = "failed"
+"""The phase of a rank whose update is over by an error, until the ranks have told each other."""
 
 
 class Span(NamedTuple):
@@ -106,9 +109,11 @@ class RankTracer:
         """
         self.exact = exact
         self._rank = rank
-        self._steps = {id(step): number for number, step in enumerate(plan.steps)}
+        self._steps = {id(step): number for number, step in enumerate(plan.steps, 1)}
         self._spans: list[Span] = []
         self._on_device: list[tuple[str, Step, Any, Any]] = []
+        self._unfinished: dict[int, tuple[str, Step, float]] = {}
+        self._numbers = itertools.count()
         self._clock: _DeviceClock | None = None
         if device_manager.is_accelerator:
             self._clock = _DeviceClock(device_manager.device_module)
@@ -134,9 +139,18 @@ class RankTracer:
             return _HostBroadcast(self, step)
         return _DeviceBroadcast(self, step, self._clock)
 
-    def note(self, lane: str, step: Step, began: float, ended: float) -> None:
+    def begin(self, lane: str, step: Step) -> int:
+        """A span of the host; returns a number for ``end``. Without that it was broken off."""
+        number = next(self._numbers)
+        self._unfinished[number] = (lane, step, time.monotonic())
+        return number
+
+    def end(self, number: int, ended: float) -> None:
+        self.note(*self._unfinished.pop(number), ended)
+
+    def note(self, lane: str, step: Step, began: float, ended: float, what: str = "") -> None:
         details = {"bytes": step.bucket.size, "owner": step.owner, "receiver": step.receiver}
-        name = f"bucket {self._steps[id(step)]}"
+        name = f"bucket {self._steps[id(step)]}{what}"
         self._spans.append(Span(lane, name, began, ended, details))
 
     def note_on_device(self, lane: str, step: Step, began: Any, ended: Any) -> None:
@@ -156,6 +170,19 @@ class RankTracer:
             if spans:
                 found[lane] = Stage(bytes=moved, seconds=_covered(spans))
         return found
+
+    def encode_failure(self, phases: Sequence[tuple[str, float]]) -> bytes:
+        """The same of a failed update, whose last phase is the failure; does not wait for what the
+        device has not done yet."""
+        failed = phases[-1][1]
+        with contextlib.suppress(RuntimeError):  # of a device that does not answer any more
+            self._on_device = [span for span in self._on_device if span[3].query()]
+            self._read_marks()
+        self._on_device.clear()
+        for lane, step, began in list(self._unfinished.values()):
+            self.note(lane, step, began, failed, " broken off")
+        self._unfinished.clear()
+        return self.encode([*phases, ("", time.monotonic())])
 
     def encode(self, phases: Sequence[tuple[str, float]]) -> bytes:
         """This rank's part of the trace. ``phases``: what it began when, in order."""
@@ -187,9 +214,9 @@ class RankTracer:
 
     @contextlib.contextmanager
     def _on_host(self, lane: str, step: Step) -> Iterator[None]:
-        began = time.monotonic()
+        number = self.begin(lane, step)
         yield
-        self.note(lane, step, began, time.monotonic())
+        self.end(number, time.monotonic())
 
 
 def _covered(spans: Sequence[Span]) -> float:
@@ -215,8 +242,7 @@ class _HostBroadcast:
 
     def __init__(self, tracer: RankTracer, step: Step) -> None:
         self._tracer = tracer
-        self._step = step
-        self._began = time.monotonic()
+        self._number = tracer.begin(BROADCAST, step)
 
     def follow(self, work: Any) -> None:
         if self._tracer.exact:
@@ -227,7 +253,7 @@ class _HostBroadcast:
             self._end(time.monotonic())
 
     def _end(self, ended: float) -> None:
-        self._tracer.note(BROADCAST, self._step, self._began, ended)
+        self._tracer.end(self._number, ended)
 
 
 class _DeviceBroadcast:
@@ -276,10 +302,17 @@ class _DeviceClock:
         return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))
 
 
-def write_trace(folder: Path, title: str, version: str, parts: Sequence[bytes]) -> Path:
+def write_trace(
+    folder: Path,
+    title: str,
+    version: str,
+    parts: Sequence[bytes],
+    failure: UpdateError | None = None,
+) -> Path:
     """Join the ranks' parts into a file in ``folder``, which is made if need be.
 
     Returns its path: ``<title>-<version>.json``, or with a number where that is there already.
+    ``failure``: of the update; it is marked, and the name ends in ``-failed``.
 
     Raises:
         OSError: it cannot be written.
@@ -287,28 +320,47 @@ def write_trace(folder: Path, title: str, version: str, parts: Sequence[bytes]) 
     ranks = [json.loads(zlib.decompress(part)) for part in parts]
     began = min(span[2] for rank in ranks for span in rank["spans"])
     about = {"checkpoint": title, "version": version, "ranks": len(ranks), "began_ns": began}
-    trace = {
-        "displayTimeUnit": "ms",
-        "otherData": about,
-        "traceEvents": [event for rank in ranks for event in _events(rank, began)],
-    }
+    events = [event for rank in ranks for event in _events(rank, began)]
+    name = f"{title}-{version}"
+    if failure is not None:
+        about["failure"] = str(failure)
+        events += [_mark(failure, event) for event in events if _is_failure(failure, event)]
+        name += "-failed"
+    trace = {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
     folder.mkdir(parents=True, exist_ok=True)
-    path = _unused(folder, re.sub(r"[^\w.-]+", "_", f"{title}-{version}"))
+    path = _reserve(folder, re.sub(r"[^\w.-]+", "_", name))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(json.dumps(trace))
         beside.rename(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         beside.unlink(missing_ok=True)
     return path
 
 
-def _unused(folder: Path, name: str) -> Path:
-    path, number = folder / f"{name}.json", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{name}-{number}.json"
-    return path
+def _reserve(folder: Path, name: str) -> Path:
+    """A file that was not there: several ranks may write about the same update."""
+    for number in itertools.count(1):
+        path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError
+
+
+def _is_failure(failure: UpdateError, event: dict[str, Any]) -> bool:
+    """Where the rank that failed first gave up."""
+    return (event["ph"], event["pid"], event["name"]) == ("X", failure.rank, FAILED)
+
+
+def _mark(failure: UpdateError, event: dict[str, Any]) -> dict[str, Any]:
+    """A mark in its phases."""
+    what = f"rank {failure.rank} failed during {failure.phase}"
+    place = {key: event[key] for key in ("pid", "tid", "ts")}
+    return {**place, "ph": "i", "s": "t", "name": what, "args": {"cause": failure.cause}}
 
 
 def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
@@ -320,14 +372,14 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
     for number, lane in enumerate(LANES):
         if any(span[0] == lane for span in spans):
-            place = {"ph": "M", "pid": rank, "tid": number}
+            place = {"ph": "M", "pid": rank, "tid": _thread(rank, number)}
             yield {**place, "name": "thread_name", "args": {"name": lane}}
             yield {**place, "name": "thread_sort_index", "args": {"sort_index": number}}
     for lane, name, began, ended, details in spans:
         yield {
             "ph": "X",
             "pid": rank,
-            "tid": LANES.index(lane),
+            "tid": _thread(rank, LANES.index(lane)),
             "name": name,
             "cat": lane,
             "ts": (began - zero) / 1e3,  # microseconds
@@ -335,3 +387,9 @@ def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
             "dur": max(0, ended - began - 1) / 1e3,
             "args": details,
         }
+
+
+def _thread(rank: int, lane: int) -> int:
+    """A number that no other thread and no process has: Perfetto takes both for those of one
+    Linux, where 0 is the idle task, and drops what overlaps then."""
+    return 10_000 * (lane + 1) + rank

@@ -419,7 +419,9 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
         call()
     except Exception as error:
         seconds = time.monotonic() - began
-        return {"error": str(error), "type": type(error).__name__, "seconds": seconds}
+        trace = getattr(error, "trace", None)
+        name = type(error).__name__
+        return {"error": str(error), "type": name, "seconds": seconds, "trace": trace}
     return {"error": "", "type": "", "seconds": time.monotonic() - began}
 
 

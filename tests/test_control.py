@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -434,6 +434,50 @@ def test_the_store_going_away_is_an_error_soon(when: str) -> None:
     text, seconds, *_ = run_world(2, program, first=1)[0]
     assert "rank 0" in text or "store" in text
     assert seconds < PROMPT
+
+
+def fail_traced(me: Rank, act: Callable[[Any], None]) -> list[str]:
+    """The parts that this rank's trace of the failure has; of both ranks, who may both write it."""
+    written: list[str] = []
+
+    def write(parts: Sequence[bytes], failure: UpdateError) -> str:
+        written.extend(part.decode() for part in parts)
+        return failure.phase
+
+    def traced(operation: Any) -> None:
+        operation.state = lambda: "untouched"
+        operation.trace_failure(lambda: f"rank {me.rank}".encode(), [0, 1], write)
+        operation.all_gather("v", b"")
+        act(operation)
+
+    with pytest.raises(UpdateError) as caught, me.plane.operation("work", LONG) as operation:
+        traced(operation)
+    assert caught.value.trace == (caught.value.phase if written else None)
+    return written
+
+
+def test_one_rank_writes_a_trace_of_the_failure() -> None:
+    def act(me: Rank, operation: Any) -> None:
+        if me.rank == 1:
+            raise ValueError("cannot load")
+        wait(operation)
+
+    def program(me: Rank) -> Any:
+        return fail_traced(me, lambda operation: act(me, operation))
+
+    assert run_world(2, program) == [["rank 0", "rank 1"], []]
+
+
+def test_a_rank_whose_store_is_gone_writes_what_it_knows() -> None:
+    def program(me: Rank) -> Any:
+        def act(operation: Any) -> None:
+            if me.rank == 0:
+                os._exit(0)
+            wait(operation)
+
+        return fail_traced(me, act)
+
+    assert run_world(2, program, first=1) == [["rank 1"]]
 
 
 def _await_refusal(port: int) -> None:

@@ -60,7 +60,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Fenced blocks; in README.md indented ones too, which are for a shell."""
+    """Fenced blocks of a language; in README.md indented ones too, which are for a shell."""
     text = page.read_text()
     fence = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.M | re.S)
     found = [(one.start(), Block(one[1], one[2] or "", one[3])) for one in fence.finditer(text)]
@@ -172,6 +172,14 @@ def test_every_exception_is_of_a_block_that_there_is() -> None:
 def test_blocks_are_found() -> None:
     assert len(blocks_of(ROOT / "docs" / "tutorial.md")) >= 9
     assert len(blocks_of(ROOT / "README.md")) >= 10
+
+
+def test_no_block_is_written_in_another_way() -> None:
+    """Plain fences hold what a program prints."""
+    for page in PAGES:
+        opened = re.findall(r"^\s*(?:```|~~~)[ \t]*\S.*", page.read_text(), re.M)
+        known = re.findall(r"^```\w+(?: title=\"[^\"]*\")?$", page.read_text(), re.M)
+        assert len(opened) == len(known), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

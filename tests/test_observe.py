@@ -332,12 +332,55 @@ def test_timelines_share_one_scale() -> None:
     assert 'title="reload: 0.4000 s"' in page
     assert 'style="width:40.000%"' in page  # of one second
     assert 'class="failed" style="width:100.000%"' in page
+    assert "not to scale" not in page
+
+
+def test_a_single_slow_update_does_not_flatten_the_others() -> None:
+    slow = job(seconds=50.0, report=REPORT.model_copy(update={"phases": {"reload": 50.0}}))
+    page = render_page(status_with(jobs=[job(report=REPORT), job(report=REPORT), slow]))
+    assert 'style="width:26.667%"' in page  # 0.4 s of thrice the median
+    assert page.count("bar not to scale") == 1
+    assert 'style="width:100.000%"' in page
+
+
+def test_what_is_known_of_a_failure_is_shown() -> None:
+    error = UpdateError("update", 1, "reload", "no room")
+    error.engines = {0: "untouched", 1: "partly written", 2: "partly written"}
+    error.seconds = {"plan": 0.25, "reload": 0.125}
+    error.trace = "/traces/c-1-failed.json"
+    page = render_page(status_with(jobs=[job(state="failed", error=describe(error))]))
+    assert "failed after 0.500&nbsp;s on rank 1 during reload" in page
+    assert "untouched (rank 0); partly written (ranks 1, 2)" in page
+    assert error.trace in page
+    assert re.search(r'class="p6" style="width:25.000%".*class="failed" style="width:25.0', page)
+    assert "not known, or in part" in page
+
+
+def test_amounts_have_three_digits_and_stay_on_one_line() -> None:
+    sizes = [
+        Checkpoint(name="c", tensors=1, bytes=n) for n in (0, 999_700, 999_400, 15_300 * 10**8)
+    ]
+    page = render_page(status_with(checkpoints=sizes))
+    for shown in ("0 B", "1 MB", "999 kB", "1530.00 GB"):
+        assert f">{shown.replace(' ', chr(160))}<" in page
+
+
+def test_a_large_world_makes_no_large_page() -> None:
+    ranks = [Rank(rank=r, nic=f"rank-{r}@h{r}", tensors=1, bytes=1, p2p=None) for r in range(4096)]
+    page = render_page(status_with(ranks=ranks))
+    assert "<td>h63</td><td>none</td>" in page
+    assert "h64" not in page
+    assert "4,032 more" in page
 
 
 def test_progress_is_drawn() -> None:
-    progress = Progress(call="update", checkpoint="c", phase="reload", done_bytes=3, total_bytes=4)
-    page = render_page(status_with(progress=progress, jobs=[job(state="running")]))
+    progress = Progress(
+        call="update", checkpoint="c", phase="reload", done_bytes=3, total_bytes=4,
+        seconds={"plan": 0.5},
+    )  # fmt: skip
+    page = render_page(status_with(progress=progress, jobs=[job(state="running", seconds=2.0)]))
     assert 'aria-valuenow="75"' in page
+    assert "reload <b>1.50&nbsp;s</b>" in page  # what is going on counts, too
 
 
 # ---------------------------------------------------------------------- the dashboard

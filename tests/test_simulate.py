@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoint_engine.data_types import ParameterMeta
-from checkpoint_engine.plan import Step
+from checkpoint_engine.plan import Step, TransferPlan
 from checkpoint_engine.simulate.checkpoint import make_plan, read_headers, share_out
 from checkpoint_engine.simulate.cluster import Cluster, Costs
 from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
@@ -264,6 +266,24 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_tensor_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ValueError, match="largest tensor"):
         update(EIGHT, free=20 * MB)
+
+
+def test_a_large_tensor_travels_in_parts_and_is_copied_once_more() -> None:
+    metas = share_out(tensors(2, 64 * MB), range(1))
+    slow_worker = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=1.0)
+    cluster = replace(ONE, device_memory=2.0)
+
+    def planned(**how: Any) -> TransferPlan:
+        return make_plan(metas, cluster, free_device_bytes=400 * MB, cap=32 * MB, **how)
+
+    assert [len(planned().steps), len(planned(joins_parts=False).steps)] == [4, 2]
+    assert len(planned(receivers=[0]).steps) == 2  # by P2P none is cut
+    whole, cut = (
+        predict(plan, cluster, slow_worker) for plan in (planned(joins_parts=False), planned())
+    )
+    assert whole.critical["reload"] == pytest.approx(128 * MB / 1e9, rel=0.01)
+    assert cut.critical["reload"] == pytest.approx(128 * MB / 1e9 * 1.5, rel=0.01)
+    assert cut.device_bytes == (2 * 32 + 64) * MB
 
 
 def steps_of(receivers: list[int] | None) -> tuple[Step, ...]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.trace import write_trace
 from torchrun import torchrun
 
+SOON = 2.0  # seconds in which an error is on every rank, with a trace or without
 SMALL_BUCKETS = {"PS_DEVICE": "cpu", "PS_MAX_BUCKET_SIZE_GB": "1e-4"}
 
 
@@ -21,6 +26,9 @@ def lanes_of(path: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     threads = {
         (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
     }
+    numbers = [tid for _, tid in threads]
+    assert len(set(numbers)) == len(numbers)  # Perfetto knows one thread of a number
+    assert not {0, *(pid for pid, _ in threads)}.intersection(numbers)
     lanes = defaultdict(list)
     for event in events:
         if event["ph"] == "X":
@@ -51,7 +59,7 @@ def test_every_bucket_is_in_every_lane_in_order(tmp_path: Path, ranks: int) -> N
         broadcasts = {"broadcast"} if ranks > 1 else set()
         expected = {"phases", "host to device", "reload"} | broadcasts
         assert set(lanes) == {(rank, lane) for rank in range(ranks) for lane in expected}
-        everything = {f"bucket {number}" for number in range(report["buckets"])}
+        everything = {f"bucket {number}" for number in range(1, report["buckets"] + 1)}
         copied = [lane for (_, name), lane in lanes.items() if name == "host to device"]
         assert {event["name"] for lane in copied for event in lane} == everything
         assert sum(event["args"]["bytes"] for lane in copied for event in lane) == report["bytes"]
@@ -86,6 +94,46 @@ def test_one_rank_that_asks_is_enough_and_nothing_is_overwritten(tmp_path: Path)
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("fault", "phase"), [("bucket:2", "reload"), ("hook", "post hook")])
+def test_a_failed_update_has_one_too(tmp_path: Path, fault: str, phase: str) -> None:
+    folder = tmp_path / "traces"
+    env = {**SMALL_BUCKETS, "PS_TRACE": str(folder)}
+    results = torchrun(tmp_path, 2, "faults", env=env, cases=[{"fault": fault, "rank": 1}])
+    seen = [result["seen"][0] for result in results]
+    assert all(one["seconds"] < SOON and one["leaked"] == [] for one in seen)
+    path = Path(seen[0]["trace"])  # rank 0 writes
+    assert seen[1]["trace"] is None
+    assert [path] == [one for one in folder.iterdir() if one.name.endswith("-failed.json")]
+    trace = json.loads(path.read_text())
+    assert trace["otherData"]["failure"] == seen[0]["error"] == seen[1]["error"]
+    (mark,) = [event for event in trace["traceEvents"] if event["ph"] == "i"]
+    assert mark["name"] == f"rank 1 failed during {phase}"
+    lanes = lanes_of(path)
+    for rank in range(2):
+        phases = [event["name"] for event in lanes[rank, "phases"]]
+        assert (phases[0], phases[-1]) == ("start", "failed")
+    names = [event["name"] for event in lanes[1, "reload"]]
+    assert names[0] == "bucket 1"
+    broken = re.findall(r"failed in (bucket \d+) of", seen[0]["error"])
+    assert len(broken) == (phase == "reload")
+    assert [name for name in names if name.endswith("broken off")] == [
+        f"{name} broken off" for name in broken
+    ]
+    assert mark["ts"] == lanes[1, "phases"][-1]["ts"]
+    assert end_of(lanes[1, "reload"][-1]) <= mark["ts"]
+
+
+def test_a_rank_that_is_gone_has_no_lanes_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    spans = [("phases", "start", 10, 20, {}), ("phases", "failed", 20, 30, {})]
+    part = zlib.compress(json.dumps({"rank": 1, "host": "h", "spans": spans}).encode())
+    failure = UpdateError("update", 0, "reload", "rank 0 is gone")
+    paths = [write_trace(tmp_path, "c", "1", [part], failure) for _ in range(2)]
+    assert [path.name for path in paths] == ["c-1-failed.json", "c-1-failed-2.json"]
+    for path in paths:
+        assert list(lanes_of(path)) == [(1, "phases")]
+        assert "rank 0 is gone" in json.loads(path.read_text())["otherData"]["failure"]
+
+
 def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
@@ -93,3 +141,13 @@ def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
         tmp_path, 1, "updates", env={**SMALL_BUCKETS, "PS_TRACE": str(taken)}, steps=[{"seed": 1}]
     )
     assert results[0]["reports"][0]["trace"] is None
+
+
+def test_of_a_failure_neither(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    env = {**SMALL_BUCKETS, "PS_TRACE": str(taken)}
+    (result,) = torchrun(tmp_path, 1, "faults", env=env, cases=[{"fault": "hook", "rank": 0}])
+    (seen,) = result["seen"]
+    assert "cannot repack the weights" in seen["error"]
+    assert seen["trace"] is None

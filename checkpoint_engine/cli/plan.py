@@ -68,7 +68,8 @@ def plan(
 ) -> None:
     """Predict an update of CHECKPOINT, a safetensors file or a folder of them.
 
-    Reads only their headers; needs no GPU. The cluster is described by the options.
+    Reads only their headers; needs no GPU. The cluster is described by the options, the workers
+    are this library's and not new: tensors larger than a bucket are broadcast in parts.
     """
     per_node = min(gpus_per_node, world_size)
     try:

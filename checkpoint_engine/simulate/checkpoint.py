@@ -72,6 +72,7 @@ def make_plan(
     cap: int,
     receivers: Sequence[int] | None = None,
     algorithm: Algorithm = "pipelined",
+    joins_parts: bool = True,
 ) -> TransferPlan:
     """The plan that the ranks would cut.
 
@@ -80,14 +81,17 @@ def make_plan(
         cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         receivers: P2P to these ranks. ``None``: broadcast to all.
         algorithm: the original fills its buckets up to ``cap``.
+        joins_parts: the workers are this library's and have been updated before: then a broadcast
+            may cut tensors, as ``ParameterServer`` decides it.
 
     Raises:
         ValueError: the largest tensor does not fit.
     """
-    size = bucket_size(free_device_bytes, largest_tensor(metas), cap)
+    may_cut = joins_parts and receivers is None and algorithm == "pipelined"
+    size = bucket_size(free_device_bytes, largest_tensor(metas), cap, may_cut)
     local, remote = _on_nics(range(cluster.gpus), cluster), _on_nics(metas, cluster)
     pace = _pace(cluster, receivers) if algorithm == "pipelined" else None
-    return plan_transfer(metas, size, local, remote, receivers, pace)
+    return plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
 
 
 def _pace(cluster: Cluster, receivers: Sequence[int] | None) -> Pace:

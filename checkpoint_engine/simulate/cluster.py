@@ -54,6 +54,11 @@ class Cluster:
         """What all NICs of a node carry together."""
         return self.nic * self.nics_per_node
 
+    @property
+    def copy_rate(self) -> float:
+        """Of a worker's copy within its memory."""
+        return self.device_memory if self.cores is None else self.host_to_device
+
     def node_of(self, rank: int) -> int:
         return rank // self.gpus_per_node
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from checkpoint_engine.data_types import H2DBucket, TensorPart
 from checkpoint_engine.plan import Step, TransferPlan
 from checkpoint_engine.simulate.cluster import GB, Algorithm, Cluster, Costs
 from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
@@ -25,7 +26,8 @@ class Prediction:
         critical: the seconds, by what the update waited for: a bucket's ``fetch`` into a device,
             its way from staging (``deliver``), its ``broadcast``, its ``reload``, and what happens
             ``once``.
-        device_bytes: double buffer and staging on a receiver's device.
+        device_bytes: double buffer, staging and the tensor that is put together on a receiver's
+            device.
         spans: when each stage of each bucket ran.
     """
 
@@ -89,7 +91,7 @@ def predict(
         tensors=plan.tensor_count,
         buckets=len(plan.steps),
         bucket_bytes=plan.bucket_bytes,
-        device_bytes=double_buffer + plan.bucket_bytes * staged,
+        device_bytes=double_buffer + plan.bucket_bytes * staged + _put_together(plan),
         critical=critical,
         spans=tuple(spans),
     )
@@ -198,14 +200,24 @@ class _Model:
     def _reload(self, step: Step, after: list[int | None]) -> int:
         """All workers load a bucket: messages, Python for each tensor, then the bytes that they
         need."""
-        messages = self._costs.per_bucket
-        copying = step.bucket.size / GB / (self._costs.load or self._cluster.device_memory)
-        loading = len(step.bucket.items) * self._costs.per_tensor + copying
+        messages, loading = self._costs.per_bucket, self._loading(step.bucket)
         amounts = {"workers": messages + loading}
         if self._cluster.cores is not None:
             busy = messages * self._costs.bucket_cores + loading
             amounts["cores"] = busy * self._on_one_node
         return self._add("reload", step, amounts, after)
+
+    def _loading(self, bucket: H2DBucket) -> float:
+        """A worker's seconds with a bucket. A part is copied to where its tensor is put together,
+        which is loaded with the last one."""
+        joining, nbytes = 0.0, bucket.size
+        if isinstance(bucket, TensorPart):
+            joining = bucket.size / GB / self._cluster.copy_rate
+            if not bucket.is_last:
+                return joining
+            nbytes = bucket.total
+        python = len(bucket.items) * self._costs.per_tensor
+        return joining + python + nbytes / GB / (self._costs.load or self._cluster.device_memory)
 
     def _add(
         self,
@@ -233,6 +245,12 @@ class _Model:
             links[f"out {cluster.nic_of(step.owner)}"] = cluster.nic
             links[f"in {cluster.nic_of(step.receiver)}"] = cluster.nic
         return links
+
+
+def _put_together(plan: TransferPlan) -> int:
+    """Bytes of the largest tensor that travels in parts."""
+    parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
+    return max((part.total for part in parts), default=0)
 
 
 def _rounds(steps: Sequence[Step]) -> list[list[Step]]:
