@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -22,11 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import limits
 import models
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.checksum import checksum
 from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.simulate.checkpoint import make_plan, share_out
 from checkpoint_engine.simulate.cluster import Algorithm, Cluster, Costs
 from checkpoint_engine.simulate.update import Prediction, predict
@@ -221,7 +226,7 @@ def owners_of(layers: int, world: int) -> list[int]:
     return [r for r in range(world) if layers * (r + 1) // world > layers * r // world]
 
 
-RATES = ("copy", "load", "broadcast")
+RATES = ("copy", "memory", "load", "check", "broadcast")
 
 
 def fastest_inputs(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
@@ -244,6 +249,7 @@ def describe(inputs: dict[str, float], world: int) -> tuple[Cluster, Costs]:
         gpus_per_node=world,
         nics_per_node=1,
         host_to_device=inputs["copy"],
+        host_memory=inputs["memory"],
         nvlink=inputs.get("broadcast", 1.0),
         cores=os.cpu_count(),
         broadcast_cores=inputs.get("broadcast_cores", 0.0),
@@ -254,6 +260,7 @@ def describe(inputs: dict[str, float], world: int) -> tuple[Cluster, Costs]:
         bucket_cores=inputs["bucket_cores"],
         per_update=inputs["per_update"],
         load=inputs["load"],
+        check=inputs["check"],
         per_buffer_gb=inputs["per_buffer_gb"],
     )
     return cluster, costs
@@ -265,21 +272,25 @@ def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
     dist.init_process_group("gloo")
     # As large as a checkpoint, and at both ends of every copy: until a double buffer's half is used
     # again, all ranks' and workers' other buckets have been through the cache that they share.
-    memory = torch.ones(_COLD * nbytes, dtype=torch.uint8)
-    pieces = list(memory.split(nbytes))
-    inputs = measure_loader(pieces) | measure_buffers(2 * nbytes)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        seconds = each(lambda piece, other: piece.copy_(other), pieces)
-        inputs["copy"] = nbytes / 1e9 / seconds
-    dist.barrier()
-    if dist.get_world_size() > 1:
-        inputs |= measure_broadcast(pieces)
+    with SharedBuffer(DeviceManager("cpu"), 0, _COLD * nbytes) as shared:
+        shared.unlink()
+        buffers = list(shared.tensor.fill_(1).split(nbytes))
+        memory = list(torch.ones(_COLD * nbytes, dtype=torch.uint8).split(nbytes))
+        inputs = measure_loader(memory, buffers) | measure_buffers(2 * nbytes)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            seconds = each(lambda buffer, piece: buffer.copy_(piece), buffers, memory)
+            inputs["copy"] = nbytes / 1e9 / seconds
+            inputs["memory"] = limits.host_memcpy(_COLD * nbytes)
+        dist.barrier()
+        if dist.get_world_size() > 1:
+            inputs |= measure_broadcast(buffers)
+        del buffers
     dist.destroy_process_group()
     return inputs | measure_messages()
 
 
-def measure_broadcast(pieces: list[torch.Tensor]) -> dict[str, float]:
+def measure_broadcast(buffers: list[torch.Tensor]) -> dict[str, float]:
     """By the group of an update, each rank looking meanwhile whether it is over."""
     from checkpoint_engine.deadline import poll
     from checkpoint_engine.distributed.weights_group import create_weights_group
@@ -291,16 +302,16 @@ def measure_broadcast(pieces: list[torch.Tensor]) -> dict[str, float]:
         "gloo", store, ranks, dist.get_rank(), "127.0.0.1", device, lambda: None
     )
 
-    def broadcast(piece: torch.Tensor, other: torch.Tensor) -> None:
-        poll(group.broadcast(piece, 0).is_completed, lambda: None)
+    def broadcast(buffer: torch.Tensor, _: torch.Tensor) -> None:
+        poll(group.broadcast(buffer, 0).is_completed, lambda: None)
 
     began, used = time.perf_counter(), cpu_seconds()
-    seconds = each(broadcast, pieces)
+    seconds = each(broadcast, buffers, buffers)
     cores = torch.tensor((cpu_seconds() - used) / (time.perf_counter() - began))
     dist.all_reduce(cores)
     group.close()
     return {
-        "broadcast": pieces[0].nbytes / 1e9 / seconds,
+        "broadcast": buffers[0].nbytes / 1e9 / seconds,
         "broadcast_cores": float(cores) / dist.get_world_size(),
     }
 
@@ -308,11 +319,14 @@ def measure_broadcast(pieces: list[torch.Tensor]) -> dict[str, float]:
 _COLD = 60
 
 
-def each(action: Callable[[torch.Tensor, torch.Tensor], Any], pieces: list[torch.Tensor]) -> float:
-    """Seconds of one call, over all pieces, each with another one; the fastest of several
-    rounds."""
-    pairs = list(zip(pieces, pieces[_COLD // 2 :] + pieces[: _COLD // 2], strict=True))
-    return fastest(lambda: [action(*pair) for pair in pairs], repeats=5) / len(pieces)
+def each(
+    action: Callable[[torch.Tensor, torch.Tensor], Any],
+    some: list[torch.Tensor],
+    others: list[torch.Tensor],
+) -> float:
+    """Seconds of one call, over all pairs; the fastest of several rounds."""
+    pairs = list(zip(some, others, strict=True))
+    return fastest(lambda: [action(*pair) for pair in pairs], repeats=5) / len(pairs)
 
 
 def cpu_seconds() -> float:
@@ -381,10 +395,10 @@ def start_sink(rank: int) -> tuple[Callable[[str], None], Callable[[], float]]:
     return receive, used
 
 
-def measure_loader(pieces: list[torch.Tensor]) -> dict[str, float]:
+def measure_loader(memory: list[torch.Tensor], buffers: list[torch.Tensor]) -> dict[str, float]:
     """What ``update.py``'s worker does with a bucket of its tensors, and with empty ones."""
     size = 3 << 20
-    count = pieces[0].nbytes // size
+    count = buffers[0].nbytes // size
     empty = [torch.empty(0, dtype=torch.uint8) for _ in range(1000)]
     per_tensor = fastest(lambda: torch._foreach_copy_(empty, empty)) / 1000
 
@@ -392,17 +406,24 @@ def measure_loader(pieces: list[torch.Tensor]) -> dict[str, float]:
         parameters, views = (list(one[: count * size].split(size)) for one in (piece, bucket))
         torch._foreach_copy_(parameters, views)
 
-    return {"load": count * size / 1e9 / each(load, pieces), "per_tensor": per_tensor}
+    seconds = each(lambda buffer, _: checksum(buffer, 0), buffers, memory)
+    return {
+        "load": count * size / 1e9 / each(load, memory, buffers),
+        "check": buffers[0].nbytes / 1e9 / seconds,
+        "per_tensor": per_tensor,
+    }
 
 
 def measure_buffers(nbytes: int) -> dict[str, float]:
-    """Shared memory made by one process and mapped once more, as a worker does, then dropped."""
-    from checkpoint_engine.device_utils import DeviceManager
-    from checkpoint_engine.ipc import SharedBuffer
+    """Shared memory made by a server and mapped by its worker, touched by both, then dropped."""
 
     def make() -> None:
         buffer = SharedBuffer(DeviceManager("cpu"), 0, nbytes)
+        rebuild, where = buffer.handle()
+        mapped = rebuild(*where)
         buffer.unlink()
+        buffer.tensor[:: mmap.PAGESIZE] = 1
+        mapped[:: mmap.PAGESIZE].sum()
         buffer.close()
 
     return {"per_buffer_gb": fastest(make) / (nbytes / 1e9)}

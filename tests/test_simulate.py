@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,14 @@ def test_on_cores_everything_shares_them() -> None:
     one = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=1)
     ratio = update(one, costs).seconds / update(two, costs).seconds
     assert ratio == pytest.approx(2.0, rel=0.1)
+
+
+def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
+    cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=1e9)
+    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0)
+    summed = dataclasses.replace(costs, check=5.0)
+    ratio = update(cluster, summed).seconds / update(cluster, costs).seconds
+    assert ratio == pytest.approx(3.0, rel=0.01)
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 2.0), (2, 1.0)])

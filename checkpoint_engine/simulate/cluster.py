@@ -18,7 +18,8 @@ class Cluster:
     Attributes:
         host_to_device: pinned memory to one device (PCIe); on a machine without devices, one
             thread's copy.
-        host_memory: what all devices of a node together can read of it.
+        host_memory: what all devices of a node together can read of it; where ``cores`` count,
+            what all of them together can copy.
         nvlink: a broadcast among the devices of one node.
         nic: one NIC, each way.
         device_memory: a copy within a device, counted once.
@@ -95,6 +96,7 @@ class Costs:
             count.
         per_update: everything that happens once: plan, buffers, handshake, release, post hook.
         load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
+        check: rate at which a worker sums the bytes of a bucket; ``None``: it does not.
         per_buffer_gb: making and dropping a rank's double buffer, for each GB of it. Next to
             nothing on a device; shared memory is cleared page by page.
     """
@@ -104,6 +106,7 @@ class Costs:
     bucket_cores: float = 0.0
     per_update: float = 0.01
     load: float | None = None
+    check: float | None = None
     per_buffer_gb: float = 0.0
 
 

@@ -198,13 +198,16 @@ class _Model:
         return self._add("broadcast", step, amounts, after, fixed=fixed)
 
     def _reload(self, step: Step, after: list[int | None]) -> int:
-        """All workers load a bucket: messages, Python for each tensor, then the bytes that they
-        need."""
+        """All workers load a bucket: messages, its checksum, Python for each tensor, then the
+        bytes that they need."""
         messages, loading = self._costs.per_bucket, self._loading(step.bucket)
         amounts = {"workers": messages + loading}
         if self._cluster.cores is not None:
             busy = messages * self._costs.bucket_cores + loading
             amounts["cores"] = busy * self._on_one_node
+            amounts[f"memory {self._cluster.node_of(step.receiver)}"] = (
+                self._on_one_node * step.bucket.size / GB
+            )
         return self._add("reload", step, amounts, after)
 
     def _loading(self, bucket: H2DBucket) -> float:
@@ -217,7 +220,9 @@ class _Model:
                 return joining
             nbytes = bucket.total
         python = len(bucket.items) * self._costs.per_tensor
-        return joining + python + nbytes / GB / (self._costs.load or self._cluster.device_memory)
+        checking = 0.0 if self._costs.check is None else nbytes / GB / self._costs.check
+        copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
+        return joining + checking + python + copying
 
     def _add(
         self,
