@@ -182,10 +182,10 @@ def test_a_bad_gpu_count(gpu_count: int) -> None:
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings.from_env() == Settings(8 * GIB, 0.9, True)
+    assert Settings.from_env() == Settings(8 * GIB, 0.9, True, "shared-memory")
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "0.5")
     monkeypatch.setenv("PS_MEM_FRACTION", "1")
-    assert Settings.from_env() == Settings(GIB // 2, 1.0, True)
+    assert Settings.from_env() == Settings(GIB // 2, 1.0, True, "shared-memory")
     assert Settings.from_env(0.25).mem_fraction == 0.25
 
 
