@@ -531,7 +531,7 @@ class ParameterServer:
             )
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
-            if not self._all_are_neighbours(operation, neighbours, hellos, buffer):
+            if neighbours is not None and not self._meet(operation, neighbours, hellos, buffer):
                 neighbours = None
             streams = make_streams(self.device_manager, order_broadcasts=neighbours is not None)
             stack.callback(streams.close)
@@ -1125,8 +1125,8 @@ class ParameterServer:
         return connect_store(self._rank, self._world_size, addr, port)
 
     def _await_neighbours(self, operation: Operation, stack: ExitStack) -> Neighbours | None:
-        """Where the other ranks can reach this one if they are on this host; ``None`` where that
-        would be of no use."""
+        """The other ranks, where they may turn out to be on this host; ``None`` where that would
+        be of no use."""
         wanted = Settings.from_env().cpu_transport == SHARED_MEMORY
         if self.device_manager.is_accelerator or len(operation.members) == 1 or not wanted:
             return None
@@ -1134,20 +1134,24 @@ class ParameterServer:
         stack.callback(neighbours.close)
         return neighbours
 
-    def _all_are_neighbours(
+    def _meet(
         self,
         operation: Operation,
-        neighbours: Neighbours | None,
+        neighbours: Neighbours,
         hellos: list[dict[str, Any]],
         buffer: SharedBuffer,
     ) -> bool:
-        """Whether all ranks can pass weights on through shared memory. The same on every rank."""
-        if not all(one["neighbour"] for one in hellos) or neighbours is None:
-            return False
+        """Whether every rank has reached every other one on this host. The same on all ranks that
+        await neighbours; where one does not, nobody has."""
         operation.begin("process group")
         addresses = {one["rank"]: one["neighbour"] for one in hellos}
-        reached = b"1" if neighbours.reach(addresses, buffer) else b""
-        return all(operation.all_gather("reached", reached))
+        if not all(addresses.values()):
+            return False
+        reached = neighbours.reach(addresses, buffer)
+        if not all(operation.all_gather("neighbours", b"1" if reached else b"")):
+            return False
+        neighbours.accept()
+        return True
 
     def _share_memory(
         self,
@@ -1157,7 +1161,7 @@ class ParameterServer:
         streams: Streams,
         stack: ExitStack,
     ) -> WeightsGroup:
-        neighbours.accept()
+        """A group of neighbours that have met."""
         group = SharedMemoryGroup(neighbours, buffer, streams)
         stack.push(lambda exc_type, *_: group.abort() if exc_type else group.close())
         group.expect_end(operation.deadline.remaining())

@@ -92,14 +92,18 @@ class Neighbours:
 
     def _take_in(self, connection: socket.socket) -> None:
         """Anybody on this host can connect; who is no rank of this update is turned away."""
-        connection.settimeout(_AT_ONCE)
-        with _received(connection) as (hello, descriptors):
-            if not _is_of_this_user(connection) or len(hello) != _HELLO.size or not descriptors:
-                connection.close()
+        with contextlib.ExitStack() as refusal:
+            refusal.callback(connection.close)
+            if not _is_of_this_user(connection):
                 return
-            rank, nbytes = _HELLO.unpack(hello)
-            self.incoming[rank] = connection
-            self.memory[rank] = map_descriptor(descriptors[0], nbytes)
+            connection.settimeout(_AT_ONCE)
+            with _received(connection) as (hello, descriptors):
+                if len(hello) != _HELLO.size or not descriptors:
+                    return
+                rank, nbytes = _HELLO.unpack(hello)
+                self.memory[rank] = map_descriptor(descriptors[0], nbytes)
+                self.incoming[rank] = connection
+            refusal.pop_all()
 
     def hang_up(self) -> None:
         """End every wait for these connections, here and at their other ends."""
@@ -156,11 +160,12 @@ class SharedMemoryGroup:
         self._end = time.monotonic() + seconds + _GRACE
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> _Work:
+        over: torch.futures.Future[None] = torch.futures.Future()
         if src in self._neighbours.incoming:
-            return _Work(self._on_stream(partial(self._take, tensor, src)), lambda: True)
+            return _Work(self._on_stream(partial(self._take, tensor, src, over)), over)
         self._sent += 1
         offered = self._on_stream(partial(self._offer, tensor))
-        return _Work(offered, partial(self._is_taken, self._sent))
+        return _Work(offered, over, partial(self._is_taken, self._sent))
 
     def abort(self) -> None:
         self._neighbours.hang_up()
@@ -177,7 +182,7 @@ class SharedMemoryGroup:
         for rank, connection in self._neighbours.outgoing.items():
             _send(connection, place, rank)
 
-    def _take(self, target: torch.Tensor, src: int) -> None:
+    def _take(self, target: torch.Tensor, src: int, over: torch.futures.Future[None]) -> None:
         connection = self._neighbours.incoming[src]
         connection.settimeout(max(0.001, self._end - time.monotonic()))
         start, nbytes = _PLACE.unpack(_receive(connection, _PLACE.size, src))
@@ -185,6 +190,7 @@ class SharedMemoryGroup:
             raise GroupError(f"rank {src} sent {nbytes} bytes, not {target.nbytes}")
         target.copy_(self._neighbours.memory[src][start : start + nbytes])
         _send(connection, _TAKEN, src)
+        over.set_result(None)
 
     def _is_taken(self, number: int) -> bool:
         """Whether every other rank has the ``number``-th bucket that was sent."""
@@ -199,12 +205,17 @@ class SharedMemoryGroup:
 class _Work:
     """A broadcast that has begun, as torch's ``Work``."""
 
-    def __init__(self, on_stream: Any, is_taken: Callable[[], bool]) -> None:
-        """``on_stream``: this rank's part of it. ``is_taken``: whether the others did theirs."""
+    def __init__(
+        self,
+        on_stream: Any,
+        over: torch.futures.Future[None],
+        is_taken: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """``on_stream``: this rank's part of it. ``is_taken``: whether the others have it."""
         self._on_stream = on_stream
+        self._over = over
         self._is_taken = is_taken
         self._failure = ""
-        self._over: torch.futures.Future[None] = torch.futures.Future()
 
     def is_completed(self) -> bool:
         """Whether it is over, successfully or not."""
@@ -223,7 +234,7 @@ class _Work:
             raise GroupError(self._failure)
 
     def get_future(self) -> torch.futures.Future[None]:
-        """Done as soon as somebody sees that this is."""
+        """Done when a receiver has it, and once a sender sees that all have."""
         return self._over
 
 

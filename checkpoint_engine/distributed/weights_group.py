@@ -41,6 +41,10 @@ class Work(Protocol):
         """Raises ``RuntimeError`` if it failed."""
         ...
 
+    def get_future(self) -> Any:
+        """A future whose ``then`` calls back when it is over."""
+        ...
+
 
 class WeightsGroup(Protocol):
     """Some ranks that broadcast weights to each other. Owned by one ``ParameterServer`` per
