@@ -157,6 +157,7 @@ def test_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "x"}, "PS_MAX_BUCKET_SIZE_GB"),
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "0"}, "must be positive"),
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "inf"}, "must be positive"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "PS_CPU_TRANSPORT": "tcp"}, "PS_CPU_TRANSPORT must be"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE"),
     ],
 )
