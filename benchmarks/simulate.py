@@ -240,6 +240,7 @@ def launch(world: int, command: list[str]) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         run = [*torchrun, f"--nproc-per-node={world}", *command, "--json", str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PS_DEVICE": "cpu"}
+        environment["PS_CPU_TRANSPORT"] = "gloo"  # whose broadcast is among the inputs
         subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())
 

@@ -6,7 +6,8 @@
 The checkpoint has the shape of Qwen3-30B-A3B: 390 tensors and 1.25 GB of bf16 per layer; with
 ``--shapes dense`` that of Qwen2.5-72B: 9 tensors and 1.76 GB. Every phase is printed with its
 bytes, seconds and rate, beside this machine's limit from the same run. With several ranks the
-limit of an update is a bare broadcast and one memcpy, measured in turns with the updates.
+limit of an update is a bare broadcast and one memcpy, measured in turns with the updates. On CPUs
+that broadcast is gloo's; an update takes gloo, too, with ``PS_CPU_TRANSPORT=gloo``.
 
     python benchmarks/update.py --layers 11 --against original==0.4.2 --turns 3
 
@@ -174,6 +175,8 @@ class Benchmark:
         self.bare: list[float] = []
 
     def time(self, phase: str, action: Callable[[], Any]) -> Any:
+        if WORLD_SIZE > 1:
+            dist.barrier()  # nobody waits for what another rank did before
         began = time.perf_counter()
         result = action()
         self.seconds.setdefault(phase, []).append(time.perf_counter() - began)

@@ -46,6 +46,13 @@ class SharedBuffer:
 
         return reduce_tensor(self.tensor)
 
+    @property
+    def descriptor(self) -> int:
+        """Of the shared memory of a cpu device, as long as that has a name."""
+        if self._segment is None:
+            raise RuntimeError("this buffer has no name any more, or never had one")
+        return self._segment.fd
+
     def unlink(self) -> None:
         """Remove its name, once the worker has it: nothing is left even if this process is
         killed."""
@@ -83,10 +90,10 @@ class _Segment:
     def __init__(self, nbytes: int) -> None:
         for path in abandoned(Path(SHARED_MEMORY_FOLDER), f"{_PREFIX}{os.getuid()}-*"):
             remove(path)
-        self.path, self._fd = create_locked(_new_path)
+        self.path, self.fd = create_locked(_new_path)
         try:
-            os.posix_fallocate(self._fd, 0, nbytes)  # now, not as a SIGBUS when it is written
-            self.tensor = _map(self._fd, nbytes)
+            os.posix_fallocate(self.fd, 0, nbytes)  # now, not as a SIGBUS when it is written
+            self.tensor = _map(self.fd, nbytes)
         except BaseException as error:
             self.unlink()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
@@ -98,7 +105,7 @@ class _Segment:
 
     def unlink(self) -> None:
         remove(self.path)
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def _new_path() -> str:
@@ -124,11 +131,20 @@ def map_shared_memory(path: str, nbytes: int) -> torch.Tensor:
         raise ValueError(f"{path!r} is not a shared buffer of checkpoint-engine")
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if os.fstat(fd).st_size < nbytes:
-            raise ValueError(f"{path!r} is shorter than the {nbytes} bytes its server announced")
-        return _map(fd, nbytes)
+        return map_descriptor(fd, nbytes)
     finally:
         os.close(fd)
+
+
+def map_descriptor(fd: int, nbytes: int) -> torch.Tensor:
+    """The memory of a cpu server's buffer. ``fd`` stays the caller's.
+
+    Raises:
+        ValueError: it is shorter than ``nbytes``.
+    """
+    if os.fstat(fd).st_size < nbytes:
+        raise ValueError(f"a buffer is shorter than the {nbytes} bytes its server announced")
+    return _map(fd, nbytes)
 
 
 def open_buffer(

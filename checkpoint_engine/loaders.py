@@ -67,6 +67,9 @@ class InThread:
         """Wait so long for it at most, and forget it."""
         if not self._future.cancelled():  # which ``wait`` takes for one that goes on
             wait([self._future], deadline.remaining())
+        self.forget()
+
+    def forget(self) -> None:
         self._closed = True
         self._error = None
 

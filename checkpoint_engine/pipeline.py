@@ -233,7 +233,7 @@ class Streams(Protocol):
 
     @property
     def are_queues(self) -> bool:
-        """Whether work that is queued later on the current stream waits by itself."""
+        """Whether copies and broadcasts that are begun later wait by themselves."""
         ...
 
     def copying(self) -> contextlib.AbstractContextManager[Any]: ...
@@ -295,9 +295,10 @@ class _Done:
 class _HostStreams:
     """One thread that copies, beside the one that runs the update."""
 
-    are_queues = False
-
-    def __init__(self) -> None:
+    def __init__(self, are_queues: bool) -> None:
+        self.are_queues = are_queues
+        self._failed = False
+        self._begun: list[InThread] = []
         self._ended = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-copy")
 
@@ -315,25 +316,37 @@ class _HostStreams:
 
     def copy(self, action: Callable[[], None], after: Arrival) -> Arrival:
         def wait_and_copy() -> None:
-            self.wait(after)
-            action()
+            if self._failed:  # what is ordered after a copy may count on it
+                raise RuntimeError("an earlier copy of this update failed")
+            try:
+                self.wait(after)
+                action()
+            except BaseException:
+                self._failed = True
+                raise
 
-        return InThread(self._thread, wait_and_copy)
+        self._begun.append(InThread(self._thread, wait_and_copy))
+        return self._begun[-1]
 
     def close(self) -> None:
         self._ended.set()
         self._thread.shutdown(cancel_futures=True)
+        for copy in self._begun:
+            copy.forget()
 
     def _check(self) -> None:
         if self._ended.is_set():
             raise RuntimeError("the update has ended")
 
 
-def make_streams(device_manager: DeviceManager) -> Streams:
-    """The streams of one update on the current device. Close them before the memory is freed."""
+def make_streams(device_manager: DeviceManager, order_broadcasts: bool = False) -> Streams:
+    """The streams of one update on the current device. Close them before the memory is freed.
+
+    ``order_broadcasts``: on the cpu device, whether broadcasts are in the streams, too.
+    """
     if device_manager.is_accelerator:
         return _AcceleratorStreams(device_manager.device_module)
-    return _HostStreams()
+    return _HostStreams(order_broadcasts)
 
 
 class Staging:

@@ -43,7 +43,12 @@ from checkpoint_engine.data_types import (
     tensor_nbytes,
 )
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.distributed.weights_group import WeightsGroup, create_weights_group
+from checkpoint_engine.distributed.shared_memory import Neighbours, SharedMemoryGroup
+from checkpoint_engine.distributed.weights_group import (
+    TorchGroup,
+    WeightsGroup,
+    create_weights_group,
+)
 from checkpoint_engine.door import KnownWorker
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import (
@@ -81,7 +86,7 @@ from checkpoint_engine.pipeline import (
 from checkpoint_engine.plan import BucketSize, TransferPlan
 from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.report import Served, UpdateReport
-from checkpoint_engine.settings import Settings, from_launcher, trace_folder
+from checkpoint_engine.settings import SHARED_MEMORY, Settings, from_launcher, trace_folder
 from checkpoint_engine.store import connect_store
 from checkpoint_engine.trace import UNTRACED, RankTracer, Tracer, write_trace
 
@@ -191,7 +196,7 @@ class ParameterServer:
         self._known_layouts = KnownLayouts()
         self._planned: _Planned | None = None
         self._known_worker = KnownWorker()
-        self._weights_group: WeightsGroup | None = None
+        self._weights_group: TorchGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
         self._memory_lock = threading.Lock()
@@ -504,7 +509,9 @@ class ParameterServer:
             stack.callback(self._leave_default_group)
             operation.state = lambda: "untouched"
             link = self._listen(stack)
+            neighbours = self._await_neighbours(operation, stack)
             options = self._options(req_func, version, on_instance_failure, trace)
+            options["neighbour"] = "" if neighbours is None else neighbours.address
             hellos, planned = self._agree(operation, checkpoint_name, link.url, members, options)
             transfer = planned.transfer
             version = _agreed_version(hellos)
@@ -524,14 +531,20 @@ class ParameterServer:
             )
             operation.begin("buffers")
             buffer = stack.enter_context(self._share_buffer(transfer))
-            streams = make_streams(self.device_manager)
+            if neighbours is not None and not self._meet(operation, neighbours, hellos, buffer):
+                neighbours = None
+            streams = make_streams(self.device_manager, order_broadcasts=neighbours is not None)
             stack.callback(streams.close)
             staging = self._make_staging(transfer, operation, remote=members is not None)
-            reading = stack.enter_context(ExitStack())
+            moving = stack.enter_context(ExitStack())
             loader = self._make_loader(
-                checkpoint_name, members, streams, reading, buffer, staging, tracer
+                checkpoint_name, members, streams, moving, buffer, staging, tracer
             )
-            group = self._join_weights_group(operation, members, stack)
+            group: WeightsGroup | None
+            if neighbours is not None:
+                group = self._share_memory(operation, neighbours, buffer, streams, moving)
+            else:
+                group = self._join_weights_group(operation, members, stack)
             pipeline = Pipeline(
                 transfer,
                 planned.messages,
@@ -567,7 +580,7 @@ class ParameterServer:
             pipeline.run(operation, session)
             operation.begin("release")
             session.release()
-            reading.close()  # NICs let go of the memory before it is given back
+            moving.close()  # NICs and neighbours let go of the memory before it is given back
             del pipeline, staging, loader
             buffer.close()
             operation.begin("post hook")
@@ -861,6 +874,8 @@ class ParameterServer:
             self._copy_to_buffer(checkpoint_name, bucket, target)
 
         def lying(bucket: H2DBucket) -> torch.Tensor | None:
+            if streams.are_queues:  # nobody reads it there
+                return None
             return lying_on_host(self._memory_pool[checkpoint_name], bucket)
 
         own = HostLoader(copy, lying, streams, tracer)
@@ -1109,6 +1124,49 @@ class ParameterServer:
         addr, port = control.master_addr(addr), control.master_port(port)
         return connect_store(self._rank, self._world_size, addr, port)
 
+    def _await_neighbours(self, operation: Operation, stack: ExitStack) -> Neighbours | None:
+        """The other ranks, where they may turn out to be on this host; ``None`` where that would
+        be of no use."""
+        wanted = Settings.from_env().cpu_transport == SHARED_MEMORY
+        if self.device_manager.is_accelerator or len(operation.members) == 1 or not wanted:
+            return None
+        neighbours = Neighbours(self._rank, operation.members)
+        stack.callback(neighbours.close)
+        return neighbours
+
+    def _meet(
+        self,
+        operation: Operation,
+        neighbours: Neighbours,
+        hellos: list[dict[str, Any]],
+        buffer: SharedBuffer,
+    ) -> bool:
+        """Whether every rank has reached every other one on this host. The same on all ranks that
+        await neighbours; where one does not, nobody has."""
+        operation.begin("process group")
+        addresses = {one["rank"]: one["neighbour"] for one in hellos}
+        if not all(addresses.values()):
+            return False
+        reached = neighbours.reach(addresses, buffer)
+        if not all(operation.all_gather("neighbours", b"1" if reached else b"")):
+            return False
+        neighbours.accept()
+        return True
+
+    def _share_memory(
+        self,
+        operation: Operation,
+        neighbours: Neighbours,
+        buffer: SharedBuffer,
+        streams: Streams,
+        stack: ExitStack,
+    ) -> WeightsGroup:
+        """A group of neighbours that have met."""
+        group = SharedMemoryGroup(neighbours, buffer, streams)
+        stack.push(lambda exc_type, *_: group.abort() if exc_type else group.close())
+        group.expect_end(operation.deadline.remaining())
+        return group
+
     def _join_weights_group(
         self, operation: Operation, members: list[int] | None, stack: ExitStack
     ) -> WeightsGroup | None:
@@ -1125,7 +1183,7 @@ class ParameterServer:
         group.expect_end(operation.deadline.remaining())
         return group
 
-    def _make_group(self, operation: Operation) -> WeightsGroup:
+    def _make_group(self, operation: Operation) -> TorchGroup:
         with operation.store_to_block() as store:
             return create_weights_group(
                 self.device_manager.backend,

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 GIB = 1 << 30
+SHARED_MEMORY, GLOO = "shared-memory", "gloo"
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,14 @@ class Settings:
         max_bucket_bytes: cap of a bucket.
         mem_fraction: share of free device memory.
         retain_host_memory: whether memory of unregistered checkpoints is kept for the next.
+        cpu_transport: of weights between ranks of one host on the cpu device: ``SHARED_MEMORY`` or
+            ``GLOO``.
     """
 
     max_bucket_bytes: int
     mem_fraction: float
     retain_host_memory: bool
+    cpu_transport: str
 
     @staticmethod
     def from_env(mem_fraction: float | None = None) -> Settings:
@@ -36,7 +40,12 @@ class Settings:
         if not 0 < cap < math.inf:
             raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
         retain = integer("PS_RETAIN_HOST_MEMORY", 1) != 0
-        return Settings(int(cap * GIB), fraction, retain)
+        transport = os.environ.get("PS_CPU_TRANSPORT", SHARED_MEMORY)
+        if transport not in (SHARED_MEMORY, GLOO):
+            raise ValueError(
+                f"PS_CPU_TRANSPORT must be {SHARED_MEMORY} or {GLOO}, got {transport!r}"
+            )
+        return Settings(int(cap * GIB), fraction, retain, transport)
 
 
 def _number(variable: str, default: float) -> float:

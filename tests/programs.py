@@ -279,6 +279,22 @@ def process_groups() -> dict[str, Any]:
     return seen
 
 
+def transports() -> list[bool]:
+    """Whether gloo was used: never, where one rank wants it, where all do."""
+    worker, used = Worker(device_index=0), []
+    for on in ((), (0,), range(WORLD_SIZE)):
+        os.environ["PS_CPU_TRANSPORT"] = "gloo" if RANK in on else "shared-memory"
+        ps = ParameterServer(auto_pg=False)  # keeps what it made
+        ps.register_checkpoint("c", named_tensors=mixed_tensors(7, RANK))
+        ps.gather_metas("c")
+        worker.call("forget")
+        ps.update("c", request_of(worker, RANK), timeout=SHORT)
+        assert len(worker.call("digests")) == WORLD_SIZE * len(mixed_tensors(7, RANK))
+        used.append(ps._weights_group is not None)
+    worker.stop()
+    return used
+
+
 def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Updates of some ranks by P2P; the others call too, unless the step says not."""
     rank = Rank()
@@ -427,7 +443,18 @@ def _error_of(call: Callable[[], object]) -> dict[str, Any]:
 
 PROGRAMS = {
     f.__name__: f
-    for f in (updates, traced, faults, instances, bad_calls, process_groups, p2p, source, joiner)
+    for f in (
+        updates,
+        traced,
+        faults,
+        instances,
+        bad_calls,
+        process_groups,
+        transports,
+        p2p,
+        source,
+        joiner,
+    )
 }
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def test_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "x"}, "PS_MAX_BUCKET_SIZE_GB"),
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "0"}, "must be positive"),
         ({"RANK": "0", "WORLD_SIZE": "1", "PS_MAX_BUCKET_SIZE_GB": "inf"}, "must be positive"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "PS_CPU_TRANSPORT": "tcp"}, "PS_CPU_TRANSPORT must be"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE"),
     ],
 )
@@ -182,10 +183,10 @@ def test_a_bad_gpu_count(gpu_count: int) -> None:
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings.from_env() == Settings(8 * GIB, 0.9, True)
+    assert Settings.from_env() == Settings(8 * GIB, 0.9, True, "shared-memory")
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "0.5")
     monkeypatch.setenv("PS_MEM_FRACTION", "1")
-    assert Settings.from_env() == Settings(GIB // 2, 1.0, True)
+    assert Settings.from_env() == Settings(GIB // 2, 1.0, True, "shared-memory")
     assert Settings.from_env(0.25).mem_fraction == 0.25
 
 

@@ -140,3 +140,8 @@ def test_process_groups_belong_to_who_made_them(tmp_path: Path, ranks: int, devi
             "None callers": True,
             "False callers": True,
         }
+
+
+def test_gloo_is_for_ranks_that_share_no_memory(tmp_path: Path) -> None:
+    for used in torchrun(tmp_path, 2, "transports", env=environment("cpu", 2)):
+        assert used == [False, True, True]

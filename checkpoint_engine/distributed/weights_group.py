@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,38 +30,71 @@ _LAST_MESSAGES = 2.0  # seconds for what is under way when a group is aborted
 _SILENCE = 0.3  # seconds without a byte under way, after which nothing is
 
 
-class WeightsGroup:
-    """Some ranks and the communicator between them. Owned by one ``ParameterServer`` per rank."""
+class Work(Protocol):
+    """A broadcast that has begun: torch's, or like it."""
+
+    def is_completed(self) -> bool:
+        """Whether it is over, successfully or not."""
+        ...
+
+    def wait(self) -> Any:
+        """Raises ``RuntimeError`` if it failed."""
+        ...
+
+    def get_future(self) -> Any:
+        """A future whose ``then`` calls back when it is over."""
+        ...
+
+
+class WeightsGroup(Protocol):
+    """Some ranks that broadcast weights to each other. Owned by one ``ParameterServer`` per
+    rank."""
+
+    def expect_end(self, seconds: float) -> None:
+        """What is broadcast from now on may fail after so long."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> Work:
+        """Begin to overwrite ``tensor`` with that of global rank ``src``. Called by all ranks, in
+        the same order."""
+        ...
+
+    def abort(self) -> None:
+        """Leave at once, whatever is in flight; peers that still wait for this rank get an
+        error."""
+        ...
+
+    def close(self) -> None:
+        """Leave when nothing is in flight."""
+        ...
+
+
+class TorchGroup:
+    """A ``WeightsGroup`` with one of torch's communicators."""
 
     def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket]) -> None:
         """``sockets``: its connections, if it does not end them itself when it is aborted."""
-        self.ranks = ranks
+        self._ranks = ranks
         self._group = group
         self._sockets = sockets
         self._in_flight: list[Any] = []
 
     def expect_end(self, seconds: float) -> None:
-        """What is broadcast from now on may fail after so long. Gloo does not notice a peer that
-        dies half-way through a message."""
+        """Gloo does not notice a peer that dies half-way through a message."""
         if self._sockets and hasattr(self._group, "set_timeout"):
             self._group.set_timeout(timedelta(seconds=seconds + 1.0))
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
-        """Begin to overwrite ``tensor`` with that of global rank ``src``; returns torch's ``Work``.
-
-        On an accelerator it is ordered after what the current stream holds.
-        """
+        """On an accelerator it is ordered after what the current stream holds."""
         options = dist.BroadcastOptions()
-        options.rootRank = self.ranks.index(src)
+        options.rootRank = self._ranks.index(src)
         options.rootTensor = 0
         work = self._group.broadcast([tensor], options)
         self._in_flight = [*(old for old in self._in_flight if not old.is_completed()), work]
         return work
 
     def abort(self) -> None:
-        """Leave at once, whatever is in flight; peers that still wait for this rank get an error.
-
-        Gloo blocks whoever destroys a group with something in flight, so a thread does that once
+        """Gloo blocks whoever destroys a group with something in flight, so a thread does that once
         it has ended. Not a daemon: Python kills those inside C++.
         """
         if hasattr(self._group, "abort"):
@@ -75,7 +108,6 @@ class WeightsGroup:
         abandoned.start()
 
     def close(self) -> None:
-        """Leave when nothing is in flight."""
         if hasattr(self._group, "shutdown"):
             self._group.shutdown()
         self._group, self._in_flight = None, []
@@ -134,7 +166,7 @@ def create_weights_group(
     local_ip: str,
     device: torch.device,
     check: Callable[[], None],
-) -> WeightsGroup:
+) -> TorchGroup:
     """The group of exactly ``ranks``. Called by each of them, with a store of its own.
 
     Its members meet in a thread, because nothing else ends that where one of them does not come.
@@ -147,7 +179,7 @@ def create_weights_group(
     """
     meeting = _Meeting(backend, store, (ranks.index(rank), len(ranks)), local_ip, device)
     poll(lambda: meeting.is_over, check)
-    return WeightsGroup(ranks, meeting.group(), meeting.sockets)
+    return TorchGroup(ranks, meeting.group(), meeting.sockets)
 
 
 class _Meeting:

@@ -1,0 +1,322 @@
+"""Broadcasts between real processes: one contract, over gloo and over shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.distributed.shared_memory import Neighbours, SharedMemoryGroup
+from checkpoint_engine.distributed.weights_group import WeightsGroup, Work, create_weights_group
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.pipeline import make_streams
+
+pytestmark = pytest.mark.timeout(60)
+
+SLOT = 1 << 20
+ROUNDS = 12
+PATIENCE = 20.0
+SOON = 2.0  # seconds, until a peer's end is known
+STOPPED = 3.0  # seconds to wait for one that is only stopped
+AT_ONCE = 0.5
+TRANSPORTS = ["gloo", "shared memory"]
+
+Member = Callable[["Rank"], Any]
+
+
+class Rank:
+    """One member of a group, with the double buffer that it broadcasts out of and into."""
+
+    def __init__(self, transport: str, rank: int, size: int, store: dist.Store) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.before = resources()
+        self.stack = contextlib.ExitStack()
+        device = DeviceManager("cpu")
+        self.buffer = self.stack.enter_context(SharedBuffer(device, 0, 2 * SLOT))
+        self.streams = make_streams(device, order_broadcasts=transport != "gloo")
+        neighbours = self._meet() if transport != "gloo" else None
+        self.stack.callback(self.streams.close)
+        self.buffer.unlink()
+        ranks = list(range(size))
+        self.group: WeightsGroup = (
+            create_weights_group(
+                "gloo", store, ranks, rank, "127.0.0.1", device.device(0), patience("the others")
+            )
+            if neighbours is None
+            else SharedMemoryGroup(neighbours, self.buffer, self.streams)
+        )
+        self.group.expect_end(PATIENCE)
+
+    def _meet(self) -> Neighbours:
+        neighbours = Neighbours(self.rank, range(self.size))
+        self.stack.callback(neighbours.close)
+        addresses = [address.decode() for address in self.gather("address", neighbours.address)]
+        assert neighbours.reach(dict(enumerate(addresses)), self.buffer)
+        self.gather("reached", "yes")
+        neighbours.accept()
+        return neighbours
+
+    def gather(self, what: str, value: str) -> list[bytes]:
+        self.store.set(f"{what}/{self.rank}", value)
+        return [self.store.get(f"{what}/{rank}") for rank in range(self.size)]
+
+    def slot(self, number: int, nbytes: int = SLOT) -> torch.Tensor:
+        start = number % 2 * SLOT
+        return self.buffer.tensor[start : start + nbytes]
+
+    def leave(self, how: str) -> dict[str, Any]:
+        """Returns what is left of it that was not there before."""
+        getattr(self.group, how)()
+        self.stack.close()
+        del self.group, self.streams, self.buffer
+        ends = time.monotonic() + 5.0
+        while (after := resources()) != self.before and time.monotonic() < ends:
+            time.sleep(0.02)
+        return {k: (self.before[k], after[k]) for k in after if after[k] != self.before[k]}
+
+
+def resources() -> dict[str, Any]:
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "mapped": maps.count("checkpoint-engine-"),
+    }
+
+
+def patience(what: str, seconds: float = PATIENCE) -> Callable[[], None]:
+    deadline = Deadline(seconds)
+    return lambda: deadline.check(what)
+
+
+def finish(work: Work, seconds: float = PATIENCE) -> None:
+    poll(work.is_completed, patience("a broadcast", seconds))
+    work.wait()
+
+
+def content(number: int, nbytes: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def size_of(number: int) -> int:
+    return SLOT if number % 3 else 1 + number
+
+
+# ---------------------------------------------------------------------- what a member does
+
+
+def broadcasts(me: Rank) -> dict[str, Any]:
+    """Two at a time, from every rank in turn, of several sizes."""
+    wrong, in_flight = [], []
+
+    def begin(number: int) -> None:
+        src, target = number % me.size, me.slot(number, size_of(number))
+        target.copy_(content(number, target.nbytes)) if src == me.rank else target.zero_()
+        in_flight.append((number, me.group.broadcast(target, src)))
+
+    def end() -> None:
+        number, work = in_flight.pop(0)
+        finish(work)
+        if not torch.equal(me.slot(number, size_of(number)), content(number, size_of(number))):
+            wrong.append(number)
+
+    begin(0)
+    for number in range(1, ROUNDS):
+        begin(number)
+        end()
+    end()
+    return {"wrong": wrong, "left": me.leave("close")}
+
+
+def lose_rank_0(me: Rank) -> dict[str, Any]:
+    """It says nothing, and something happens to it."""
+    if me.rank == 0:
+        time.sleep(2 * PATIENCE)
+    work = me.group.broadcast(me.slot(0), 0)
+    me.store.set(f"waits/{me.rank}", "yes")
+    failed = _error(work, STOPPED)
+    del work
+    began = time.monotonic()
+    me.group.abort()
+    seconds = time.monotonic() - began
+    return {"failed": failed, "abort": seconds, "left": me.leave("close")}
+
+
+def abort_on_rank_0(me: Rank) -> dict[str, Any]:
+    """With something in flight, while the others wait for it."""
+    work = me.group.broadcast(me.slot(0), 1 if me.rank == 0 else 0)
+    if me.rank > 0:
+        me.store.set(f"waits/{me.rank}", "yes")
+        failed = _error(work)
+        del work
+        return {"failed": failed, "abort": 0.0, "left": me.leave("abort")}
+    me.store.wait([f"waits/{rank}" for rank in range(1, me.size)])
+    del work
+    began = time.monotonic()
+    me.group.abort()
+    seconds = time.monotonic() - began
+    return {"failed": ("RuntimeError", seconds), "abort": seconds, "left": me.leave("close")}
+
+
+def _error(work: Work, seconds: float = PATIENCE) -> tuple[str, float]:
+    """How it fails, and after how long."""
+    began = time.monotonic()
+    try:
+        finish(work, seconds)
+    except TimeoutError:
+        return "TimeoutError", time.monotonic() - began
+    except RuntimeError:
+        return "RuntimeError", time.monotonic() - began
+    return "", 0.0
+
+
+# ---------------------------------------------------------------------- the processes
+
+
+class Processes:
+    def __init__(self, transport: str, size: int, folder: Path, member: Member) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self.processes = [], []
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            arguments = (theirs, transport, rank, size, str(folder / "store"), member)
+            process = context.Process(target=_run, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self.processes.append(process)
+        self._others = [f"waits/{rank}" for rank in range(1, size)]
+        self._store = dist.PrefixStore("second", dist.FileStore(str(folder / "store"), -1))
+
+    def signal_rank_0(self, number: int) -> None:
+        """Once the others wait for it."""
+        self._store.wait(self._others)
+        os.kill(self.processes[0].pid, number)
+
+    def results(self, *ranks: int) -> list[dict[str, Any]]:
+        return [self._result(rank) for rank in ranks or range(len(self._pipes))]
+
+    def _result(self, rank: int) -> dict[str, Any]:
+        assert self._pipes[rank].poll(2 * PATIENCE), f"rank {rank} does not answer"
+        return self._pipes[rank].recv()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+
+
+def _run(
+    pipe: Connection, transport: str, rank: int, size: int, store: str, member: Member
+) -> None:
+    torch.set_num_threads(1)
+    common = dist.FileStore(store, size)
+    broadcasts(Rank(transport, rank, size, dist.PrefixStore("first", common)))
+    pipe.send(member(Rank(transport, rank, size, dist.PrefixStore("second", common))))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str, int, Member], Processes]]:
+    with contextlib.ExitStack() as stack:
+
+        def begin(transport: str, size: int, member: Member) -> Processes:
+            processes = Processes(transport, size, tmp_path, member)
+            stack.callback(processes.close)
+            return processes
+
+        yield begin
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_rank_gets_every_byte_in_order(start: Any, transport: str, size: int) -> None:
+    for result in start(transport, size, broadcasts).results():
+        assert result == {"wrong": [], "left": {}}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_waits_for_a_rank_that_dies_is_told(start: Any, transport: str) -> None:
+    processes = start(transport, 3, lose_rank_0)
+    processes.signal_rank_0(signal.SIGKILL)
+    for result in processes.results(1, 2):
+        assert result["failed"][0] == "RuntimeError"
+        assert result["failed"][1] < SOON
+        assert result["left"] == {}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stopped_rank_does_not_hold_whoever_aborts(start: Any, transport: str) -> None:
+    processes = start(transport, 3, lose_rank_0)
+    processes.signal_rank_0(signal.SIGSTOP)
+    for result in processes.results(1, 2):
+        assert result["failed"][0] == "TimeoutError"
+        assert result["abort"] < AT_ONCE
+        assert result["left"] == {}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_abort_ends_what_is_in_flight_everywhere(start: Any, transport: str) -> None:
+    for result in start(transport, 3, abort_on_rank_0).results():
+        assert result["failed"][0] == "RuntimeError"
+        assert result["failed"][1] < SOON
+        assert result["abort"] < AT_ONCE
+        assert result["left"] == {}
+
+
+# ---------------------------------------------------------------------- who is a neighbour
+
+
+@pytest.fixture
+def buffer() -> Iterator[SharedBuffer]:
+    with SharedBuffer(DeviceManager("cpu"), 0, SLOT) as buffer:
+        yield buffer
+
+
+def test_a_rank_elsewhere_is_no_neighbour(buffer: SharedBuffer) -> None:
+    with contextlib.closing(Neighbours(0, [0, 1])) as mine:
+        assert not mine.reach({0: mine.address, 1: "checkpoint-engine-elsewhere"}, buffer)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_another_users_rank_is_no_neighbour(buffer: SharedBuffer) -> None:
+    with contextlib.closing(Neighbours(0, [0, 1])) as mine:
+        os.seteuid(65534)
+        try:
+            theirs = Neighbours(1, [0, 1])
+        finally:
+            os.seteuid(0)
+        with contextlib.closing(theirs):
+            assert not mine.reach({0: mine.address, 1: theirs.address}, buffer)
+
+
+def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
+    with (
+        contextlib.closing(Neighbours(0, [0, 1])) as mine,
+        contextlib.closing(Neighbours(1, [0, 1])) as theirs,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
+    ):
+        stranger.connect(f"\0{mine.address}")
+        stranger.send(b"hello")
+        assert theirs.reach({0: mine.address, 1: theirs.address}, buffer)
+        mine.accept()
+        assert set(mine.incoming) == {1}
+        assert stranger.recv(1) == b""
+        buffer.tensor[:3] = torch.tensor([1, 2, 3])
+        assert mine.memory[1][:4].tolist() == [1, 2, 3, 0]
