@@ -7,6 +7,7 @@ Unix sockets say when. A bucket's sender says where it lies, and each receiver t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -81,14 +82,17 @@ class Neighbours:
 
         Raises:
             GroupError: a rank is not there any more.
+            RuntimeError: this rank cannot take them, as it has too many open files.
         """
         while len(self.memory) < len(self._others):
+            missing = sorted(set(self._others) - set(self.memory))
             try:
                 connection, _ = self._listener.accept()
                 self._take_in(connection)
-            except (OSError, ValueError) as error:
-                missing = sorted(set(self._others) - set(self.memory))
+            except (TimeoutError, ConnectionError, ValueError) as error:
                 raise GroupError(f"ranks {missing}, on this host, are not there: {error}") from None
+            except OSError as error:
+                raise RuntimeError(f"cannot share memory with ranks {missing}: {error}") from error
 
     def _take_in(self, connection: socket.socket) -> None:
         """Anybody on this host can connect; who is no rank of this update is turned away."""
@@ -120,8 +124,10 @@ class Neighbours:
 @contextlib.contextmanager
 def _received(connection: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
     """A message and the descriptors that came with it, which are closed afterwards."""
-    message, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
+    message, descriptors, flags, _ = socket.recv_fds(connection, _HELLO.size, 1)
     try:
+        if flags & socket.MSG_CTRUNC and not descriptors:  # there was no room for it here
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         yield message, descriptors
     finally:
         for descriptor in descriptors:
