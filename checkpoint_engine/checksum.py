@@ -54,11 +54,11 @@ def checksum(memory: torch.Tensor, first_block: int) -> int:
         memory: contiguous uint8; a last block that is not whole counts as if zeros followed.
     """
     step = _piece_bytes() if memory.device.type == "cpu" else _DEVICE_PIECE_BYTES
-    total = 0
-    for start in range(0, memory.numel(), step):
-        piece = memory[start : start + step]
-        total += int(_blocks(piece, first_block + start // ALIGNMENT).sum())
-    return total & _MASK
+    pieces = [
+        _blocks(memory[start : start + step], first_block + start // ALIGNMENT).sum()
+        for start in range(0, memory.numel(), step)
+    ]
+    return int(torch.stack(pieces).sum()) & _MASK if pieces else 0  # a device is waited for once
 
 
 def _piece_bytes() -> int:
