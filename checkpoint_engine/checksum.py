@@ -29,7 +29,7 @@ from checkpoint_engine.data_types import (
 
 _WORDS = ALIGNMENT // 8
 _PIECE_BYTES = 16 << 20
-"""For each thread of torch's. With less, threads would wait for Python more than for memory."""
+"""For each thread. With less, threads would wait for Python more than for memory."""
 _DEVICE_PIECE_BYTES = 64 << 20
 _MAX_THREADS = 16
 _MASK = (1 << 64) - 1
@@ -73,6 +73,16 @@ def _blocks(memory: torch.Tensor, first_block: int) -> torch.Tensor:
     return counts.mul_(torch.arange(first, end, 2, device=memory.device))
 
 
+def _blocks_by_one_thread(memory: torch.Tensor, first_block: int) -> np.ndarray:
+    """The same by numpy, as uint64: in each of many threads torch would start as many again."""
+    words = _words(memory).numpy().view(np.uint64)
+    counts = np.add.reduce(words, axis=1)
+    counts += words[:, 0] << np.uint64(1)
+    first, end = 2 * first_block + 1, 2 * (first_block + len(words)) + 1
+    counts *= np.arange(first, end, 2, dtype=np.uint64)
+    return counts
+
+
 def _words(memory: torch.Tensor) -> torch.Tensor:
     """By block; a last one that is not whole is filled up with zeros."""
     missing = -memory.numel() % ALIGNMENT
@@ -94,22 +104,23 @@ def sums_of_buffers(buffers: Sequence[MemoryBuffer]) -> list[str | None]:
         if buffer.metas:
             tables.append(_TensorSums(buffer, first_block))
             first_block += tables[-1].block_count
-    step = _piece_bytes() // ALIGNMENT
+    step = _PIECE_BYTES // ALIGNMENT
     tasks = [
         (table, start, min(start + step, table.block_count))
         for table in tables
         for start in range(0, table.block_count, step)
     ]
-    cores = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    threads = min(cores // torch.get_num_threads(), len(tasks))
-    if threads > 1:
-        with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
-            parts = list(pool.map(lambda task: task[0].of_piece(*task[1:]), tasks))
-    else:  # torch has threads of its own for it
-        parts = [table.of_piece(start, end) for table, start, end in tasks]
-    for (table, *_), part in zip(tasks, parts, strict=True):
+    for (table, *_), part in zip(tasks, _parts_of(tasks), strict=True):
         table.add(part)
     return [table.encode() for table in tables]
+
+
+def _parts_of(tasks: list[tuple[_TensorSums, int, int]]) -> list[_Part]:
+    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks))
+    if threads < 2:
+        return [table.of_piece(start, end) for table, start, end in tasks]
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+        return list(pool.map(lambda task: task[0].of_piece(*task[1:]), tasks))
 
 
 class _Part(NamedTuple):
@@ -135,7 +146,7 @@ class _TensorSums:
     def of_piece(self, start: int, end: int) -> _Part:
         """Of the blocks from ``start`` to ``end``. Any thread."""
         piece = self._memory[start * ALIGNMENT : end * ALIGNMENT]
-        blocks = _blocks(piece, self._first_block + start).numpy().view(np.uint64)
+        blocks = _blocks_by_one_thread(piece, self._first_block + start)
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._begins, end))
         begins = np.maximum(self._begins[first:last] - start, 0)
