@@ -216,7 +216,7 @@ def here(world: int) -> None:
 
 def measure_update(world: int, shapes: str, layers: int, cap: int) -> float:
     script = str(Path(__file__).with_name("update.py"))
-    options = ["--shapes", shapes, "--layers", str(layers), "--repeats", "8"]
+    options = ["--shapes", shapes, "--layers", str(layers), "--repeats", "8", "--checksum", "on"]
     phases = launch(world, [script, *options, "--bucket-gb", str(cap / GIB)])["phases"]
     return min(*next(one["all"] for one in phases if one["phase"] == "update"))
 

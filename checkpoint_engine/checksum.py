@@ -36,12 +36,12 @@ _MASK = (1 << 64) - 1
 
 
 def is_wanted() -> bool:
-    """Whether checkpoints are registered with sums: unless ``PS_CHECKSUM=off``.
+    """Whether checkpoints are registered with sums: with ``PS_CHECKSUM=on``.
 
     Raises:
         ValueError: the variable is neither ``on`` nor ``off``.
     """
-    value = os.environ.get("PS_CHECKSUM", "on")
+    value = os.environ.get("PS_CHECKSUM", "off")
     if value not in ("on", "off"):
         raise ValueError(f"PS_CHECKSUM must be on or off, got {value!r}")
     return value == "on"
@@ -183,8 +183,8 @@ class Checksums:
     """What every owner's tensors add up to, from the metas that were gathered or loaded."""
 
     def __init__(self, owners: Mapping[int, MemoryBufferMetaList]) -> None:
-        """Owners whose metas have no sums are not checked: the original's, or with
-        ``PS_CHECKSUM=off``."""
+        """Owners whose metas have no sums are not checked: the original's, or without
+        ``PS_CHECKSUM=on``."""
         self._tables: dict[int, tuple[dict[str, int], np.ndarray, np.ndarray]] = {}
         for owner, owned in owners.items():
             buffers = owned.memory_buffer_metas_list

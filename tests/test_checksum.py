@@ -96,9 +96,9 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
 
 def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PS_CHECKSUM", raising=False)
-    assert module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "off")
     assert not module.is_wanted()
+    monkeypatch.setenv("PS_CHECKSUM", "on")
+    assert module.is_wanted()
     monkeypatch.setenv("PS_CHECKSUM", "maybe")
     with pytest.raises(ValueError, match="PS_CHECKSUM"):
         module.is_wanted()
