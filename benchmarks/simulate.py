@@ -10,6 +10,7 @@ its inputs (copy, broadcast, loader, buffers) one by one, then whole updates wit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import mmap
 import os
@@ -32,6 +33,7 @@ from checkpoint_engine.checksum import checksum
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.settings import SHARED_MEMORY
 from checkpoint_engine.simulate.checkpoint import make_plan, share_out
 from checkpoint_engine.simulate.cluster import Algorithm, Cluster, Costs
 from checkpoint_engine.simulate.update import Prediction, predict
@@ -191,9 +193,10 @@ SIZES = [("small", 1), ("small", 2), ("moe", 1)]
 """Shapes and layers: 0.34, 0.69 and 1.25 GB."""
 
 
-def here(world: int) -> None:
+def here(world: int, transport: str) -> None:
     """So many ranks: the inputs, whole updates, and the inputs again. The fastest of several of
     each, since nothing else is alike from one second to the next on a machine that is shared."""
+    os.environ["PS_CPU_TRANSPORT"] = transport
     before = launch(world, [__file__, "--inputs"])
     measured = {
         (shapes, layers, cap): measure_update(world, shapes, layers, cap)
@@ -202,7 +205,11 @@ def here(world: int) -> None:
     }
     inputs = fastest_inputs(before, launch(world, [__file__, "--inputs"]))
     cluster, costs = describe(inputs, world)
-    print(f"{world} ranks: " + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items()))
+    cluster = dataclasses.replace(cluster, shared_memory=transport == SHARED_MEMORY)
+    print(
+        f"{world} ranks, {transport}: "
+        + ", ".join(f"{name} {one:.3g}" for name, one in inputs.items())
+    )
     rows = []
     for (shapes, layers, cap), seconds in measured.items():
         owners = owners_of(layers, world)
@@ -240,7 +247,6 @@ def launch(world: int, command: list[str]) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         run = [*torchrun, f"--nproc-per-node={world}", *command, "--json", str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PS_DEVICE": "cpu"}
-        environment["PS_CPU_TRANSPORT"] = "gloo"  # whose broadcast is among the inputs
         subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())
 
@@ -443,6 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="measure on this machine's cores")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="for --here")
+    parser.add_argument("--transport", choices=(SHARED_MEMORY, "gloo"), default=SHARED_MEMORY)
     parser.add_argument("--inputs", action="store_true", help="for --here: under torchrun")
     parser.add_argument("--json", help="for --inputs: where they go")
     arguments = parser.parse_args()
@@ -452,7 +459,7 @@ def main() -> None:
             Path(arguments.json).write_text(json.dumps(inputs))
     elif arguments.here:
         for world in arguments.ranks:
-            here(world)
+            here(world, arguments.transport)
     else:
         published()
         h200()

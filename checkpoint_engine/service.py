@@ -107,13 +107,12 @@ def serve(options: ServeOptions, *, rank: int | None = None, world_size: int | N
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    # uvicorn shuts down on SIGTERM, then raises it again: without this the process would end there.
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        with _listening(options) as listener:
-            _answer(rank, world_size, options, listener)
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
+    # uvicorn shuts down on either, then raises it again: without this the process would end there,
+    # or asyncio would miss it.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _exit)
+    with _listening(options) as listener:
+        _answer(rank, world_size, options, listener)
 
 
 def _exit(signum: int, _frame: object) -> NoReturn:

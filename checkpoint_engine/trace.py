@@ -229,9 +229,16 @@ def _covered(spans: Sequence[Span]) -> float:
 
 
 def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
-    """In order. What was queued while another bucket had the link began once that was through."""
+    """In order. What was queued while another bucket had the link began once that was through; a
+    broadcast whose end was seen only after that of the next had ended by then."""
     free = dict.fromkeys(LANES, 0.0)
-    for span in sorted(spans, key=lambda span: (span.began, span.ended)):
+    ordered = sorted(spans, key=lambda span: (span.began, span.ended))
+    latest = float("inf")
+    for index in reversed(range(len(ordered))):
+        if ordered[index].lane == BROADCAST:
+            latest = max(min(latest, ordered[index].ended), ordered[index].began)
+            ordered[index] = ordered[index]._replace(ended=latest)
+    for span in ordered:
         began = min(max(span.began, free[span.lane]), span.ended)
         free[span.lane] = span.ended
         yield span._replace(began=began)

@@ -206,6 +206,17 @@ def test_on_cores_everything_shares_them() -> None:
     assert ratio == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.parametrize(("cores", "expected"), [(8, 2.0), (1, 4.0)])
+def test_ranks_of_one_host_copy_out_of_each_others_memory(cores: int, expected: float) -> None:
+    """One copies a bucket in, then three take it at once, if there are cores for them."""
+    cluster = Cluster(
+        gpus_per_node=4, nics_per_node=1, host_to_device=10.0, cores=cores, shared_memory=True
+    )
+    found = update(cluster, FREE)
+    one_copy = found.total_bytes / 1e9 / 10.0
+    assert found.seconds == pytest.approx(expected * one_copy, rel=0.1)
+
+
 def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
     cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=1e9)
     costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0)

@@ -27,6 +27,8 @@ class Cluster:
         cores: only where copies and broadcasts take the cores that the engine needs: how many a
             node has. ``None``: devices and NICs do the work.
         broadcast_cores: cores that each rank of a broadcast keeps busy, where ``cores`` count.
+        shared_memory: where ``cores`` count: whether the ranks of one node copy buckets out of
+            each other's memory instead.
     """
 
     nodes: int = 1
@@ -40,6 +42,7 @@ class Cluster:
     hop: float = 20e-6
     cores: int | None = None
     broadcast_cores: float = 0.0
+    shared_memory: bool = False
 
     def __post_init__(self) -> None:
         wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
@@ -70,6 +73,8 @@ class Cluster:
 
     def broadcast(self, nodes: int) -> float:
         """The rate of a broadcast over ranks on so many nodes."""
+        if self.shared_memory and nodes <= 1:
+            return self.host_to_device
         return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
 
 

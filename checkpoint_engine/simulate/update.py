@@ -131,14 +131,19 @@ class _Model:
 
     def add_direct(self) -> None:
         """Without staging a bucket is fetched into the double buffer. Host memory is broadcast from
-        where it lies, beside the copy."""
-        in_place = self._cluster.cores is not None and not self._remote
+        where it lies, beside the copy, but shared memory from there."""
+        on_cores = self._cluster.cores is not None and not self._remote
+        in_place = on_cores and not self._cluster.shared_memory
+        last: int | None = None
         fetches: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
         for step in self._plan.steps:
             slot_free = reloads[-2]
-            before = fetches[step.receiver] if in_place else broadcast
+            # Each rank's one thread fetches its own buckets and takes those of others in turn.
+            apart = in_place or (on_cores and step.receiver == last)
+            before = fetches[step.receiver] if apart else broadcast
+            last = step.receiver
             fetched = fetches[step.receiver] = self._fetch(step, [slot_free, before])
             broadcast = self._broadcast(step, [slot_free, broadcast, None if in_place else fetched])
             reloads = [reloads[-1], self._reload(step, [fetched, broadcast, reloads[-1]])]
@@ -191,7 +196,11 @@ class _Model:
             receivers = {each.receiver for each in self._plan.steps}
             share = nbytes / self._cluster.nics_per_node
             amounts |= {f"in {self._cluster.nic_of(rank)}": share for rank in receivers}
-        if self._cluster.cores is not None:
+        if self._cluster.shared_memory and self._nodes == 1:
+            copied = (len(self._ranks) - 1) * nbytes
+            amounts[f"memory {self._cluster.node_of(step.receiver)}"] = copied
+            amounts["cores"] = copied / rate
+        elif self._cluster.cores is not None:
             busy = self._cluster.broadcast_cores * self._on_one_node
             amounts["cores"] = busy * nbytes / rate
         fixed = self._cluster.hop * (self._nodes - 1)

@@ -359,6 +359,7 @@ def run_server(pipe: Connection, folder: str, rank: int, size: int, port: int) -
     here = Path(folder)
     prepare(here)
     gc.disable()  # what a call holds must not wait for the next collection
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     server = ServerRank(here, rank, size, port)
     pipe.send(("ready", None, time.monotonic()))
     while True:
