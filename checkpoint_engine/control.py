@@ -342,6 +342,8 @@ class Operation:
         if self._outcome is None and (gone := self._gone()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
+                # A rank that was stopped until its deadline finds that the others have left.
+                self.deadline.check(f"{self.phase} of {self.name}")
                 raise GoneError(gone, self.name)
         if self._outcome not in (None, _SUCCESS):
             raise _Failure.decode(self._outcome).error(self.name)

@@ -21,7 +21,7 @@ from typing import Any
 
 _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
 _HELLO_SECONDS = 10.0  # for a connection to say who it is
-_LOOK = 0.25  # seconds between two looks at the clock
+_LOOK = 0.15  # seconds between two looks at the clock
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _MAX_LINE = 1 << 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +53,14 @@ def test_blocks_that_are_zeroed_doubled_or_exchanged(dtype: torch.dtype, value: 
 def test_a_place_counts() -> None:
     memory = random_bytes(512)
     assert checksum(memory, 0) != checksum(memory, 1)
+
+
+@pytest.mark.parametrize("count", [256 * 1000, 256 * 1000 + 17])
+def test_numpy_and_torch_agree(count: int) -> None:
+    """The one counts what is registered, the other what arrives."""
+    memory = random_bytes(count)
+    by_torch = module._blocks(memory, 77).numpy().view(np.uint64)
+    assert np.array_equal(by_torch, module._blocks_by_one_thread(memory, 77))
 
 
 def test_memory_may_begin_anywhere() -> None:

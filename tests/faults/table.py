@@ -122,7 +122,7 @@ def stopped_servers() -> list[Case]:
         Case(
             "SIGSTOP of rank 0, the store's host",
             step,
-            "rank 0, which hosts the store|gave up after|(is|are) gone",
+            "rank 0, which hosts the store|gave up after|are gone",
             fault,
             call,
             timeout=SHORT,
