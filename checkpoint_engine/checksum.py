@@ -11,9 +11,11 @@ at nearly the speed of a plain sum, for which torch reads memory as fast as that
 from __future__ import annotations
 
 import base64
+import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from checkpoint_engine.data_types import (
 )
 
 _WORDS = ALIGNMENT // 8
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 32 << 20
 """For each thread. With less, threads would wait for Python more than for memory."""
 _DEVICE_PIECE_BYTES = 64 << 20
 _MAX_THREADS = 16
@@ -36,12 +38,12 @@ _MASK = (1 << 64) - 1
 
 
 def is_wanted() -> bool:
-    """Whether checkpoints are registered with sums: with ``PS_CHECKSUM=on``.
+    """Whether checkpoints are registered with sums: unless ``PS_CHECKSUM=off``.
 
     Raises:
         ValueError: the variable is neither ``on`` nor ``off``.
     """
-    value = os.environ.get("PS_CHECKSUM", "off")
+    value = os.environ.get("PS_CHECKSUM", "on")
     if value not in ("on", "off"):
         raise ValueError(f"PS_CHECKSUM must be on or off, got {value!r}")
     return value == "on"
@@ -71,16 +73,6 @@ def _blocks(memory: torch.Tensor, first_block: int) -> torch.Tensor:
     counts = words.sum(1).add_(words[:, 0], alpha=2)
     first, end = 2 * first_block + 1, 2 * (first_block + len(words)) + 1
     return counts.mul_(torch.arange(first, end, 2, device=memory.device))
-
-
-def _blocks_by_one_thread(memory: torch.Tensor, first_block: int) -> np.ndarray:
-    """The same by numpy, as uint64: in each of many threads torch would start as many again."""
-    words = _words(memory).numpy().view(np.uint64)
-    counts = np.add.reduce(words, axis=1)
-    counts += words[:, 0] << np.uint64(1)
-    first, end = 2 * first_block + 1, 2 * (first_block + len(words)) + 1
-    counts *= np.arange(first, end, 2, dtype=np.uint64)
-    return counts
 
 
 def _words(memory: torch.Tensor) -> torch.Tensor:
@@ -119,8 +111,19 @@ def _parts_of(tasks: list[tuple[_TensorSums, int, int]]) -> list[_Part]:
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks))
     if threads < 2:
         return [table.of_piece(start, end) for table, start, end in tasks]
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+    with ThreadPoolExecutor(threads, "checkpoint-engine-sum", _confine_torch) as pool:
         return list(pool.map(lambda task: task[0].of_piece(*task[1:]), tasks))
+
+
+def _confine_torch() -> None:
+    """Have torch compute in this thread alone, not start as many again in each of many threads.
+
+    ``torch.set_num_threads`` would be for all threads that begin later, the caller's too; OpenMP's
+    own setting is for this one. Without OpenMP nothing is confined, and only speed is lost.
+    """
+    torch.get_num_threads()  # makes torch's own setting for this thread, if it is the first use
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
 class _Part(NamedTuple):
@@ -146,7 +149,7 @@ class _TensorSums:
     def of_piece(self, start: int, end: int) -> _Part:
         """Of the blocks from ``start`` to ``end``. Any thread."""
         piece = self._memory[start * ALIGNMENT : end * ALIGNMENT]
-        blocks = _blocks_by_one_thread(piece, self._first_block + start)
+        blocks = _blocks(piece, self._first_block + start).numpy().view(np.uint64)
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._begins, end))
         begins = np.maximum(self._begins[first:last] - start, 0)
@@ -183,8 +186,8 @@ class Checksums:
     """What every owner's tensors add up to, from the metas that were gathered or loaded."""
 
     def __init__(self, owners: Mapping[int, MemoryBufferMetaList]) -> None:
-        """Owners whose metas have no sums are not checked: the original's, or without
-        ``PS_CHECKSUM=on``."""
+        """Owners whose metas have no sums are not checked: the original's, or with
+        ``PS_CHECKSUM=off``."""
         self._tables: dict[int, tuple[dict[str, int], np.ndarray, np.ndarray]] = {}
         for owner, owned in owners.items():
             buffers = owned.memory_buffer_metas_list

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,14 +56,6 @@ def test_a_place_counts() -> None:
     assert checksum(memory, 0) != checksum(memory, 1)
 
 
-@pytest.mark.parametrize("count", [256 * 1000, 256 * 1000 + 17])
-def test_numpy_and_torch_agree(count: int) -> None:
-    """The one counts what is registered, the other what arrives."""
-    memory = random_bytes(count)
-    by_torch = module._blocks(memory, 77).numpy().view(np.uint64)
-    assert np.array_equal(by_torch, module._blocks_by_one_thread(memory, 77))
-
-
 def test_memory_may_begin_anywhere() -> None:
     memory = random_bytes(4099)
     assert checksum(memory[3:], 1) == checksum(memory[3:].clone(), 1)
@@ -103,11 +96,36 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
             expected.check(memory, "it")
 
 
+def test_pieces_add_up_whatever_thread_sums_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate([70_000, 5, 0, 300_000])}
+    buffers = HostMemory("cpu").fill(tensor_sources(tensors))
+    whole = sums_of_buffers(buffers)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 4096)
+    assert sums_of_buffers(buffers) == whole
+
+
+def test_summing_leaves_the_number_of_threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), of_a_new_thread()
+    buffers = HostMemory("cpu").fill(tensor_sources({"t": random_bytes(1 << 20)}))
+    monkeypatch.setattr(module, "_PIECE_BYTES", 1 << 16)
+    sums_of_buffers(buffers)
+    assert (torch.get_num_threads(), of_a_new_thread()) == before
+
+
+def test_a_thread_that_sums_has_torch_to_itself() -> None:
+    with ThreadPoolExecutor(1, initializer=module._confine_torch) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+
+
 def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PS_CHECKSUM", raising=False)
-    assert not module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "on")
     assert module.is_wanted()
+    monkeypatch.setenv("PS_CHECKSUM", "off")
+    assert not module.is_wanted()
     monkeypatch.setenv("PS_CHECKSUM", "maybe")
     with pytest.raises(ValueError, match="PS_CHECKSUM"):
         module.is_wanted()
