@@ -29,6 +29,8 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 
+MAX_BLOCKS = 1 << 60
+"""More than any owner can have; the places of blocks are counted in 64 bits."""
 _WORDS = ALIGNMENT // 8
 _PIECE_BYTES = 32 << 20
 """For each thread. With less, threads would wait for Python more than for memory."""

@@ -92,8 +92,9 @@ class Instance:
     def await_reload(self, what: str) -> None:
         self._attempt(lambda: self._session.await_reload(what))
 
-    def announce_end(self) -> None:
+    def announce_end(self, planned: Sequence[str | None]) -> None:
         """The post hook has to wait for the other ranks of this instance."""
+        self._attempt(lambda: self._session.announce_end(planned, go_on=False))
 
     def release(self) -> None:
         self._attempt(self._session.release)

@@ -20,6 +20,7 @@ from checkpoint_engine.checksum import Checksums
 from checkpoint_engine.control import Operation
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.delivery import digest
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import WeightsGroup
 from checkpoint_engine.errors import GroupError, RequestError, WireError, WorkerError
@@ -31,6 +32,7 @@ from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.trace import TracedBroadcast, Tracer
 from checkpoint_engine.wire import (
     ACK,
+    DELIVERED,
     JSON_BUCKETS,
     NOTHING_MORE,
     PART,
@@ -111,7 +113,7 @@ class Session(Protocol):
     def check(self) -> None: ...
     def begin_reload(self, message: bytes) -> None: ...
     def await_reload(self, what: str) -> None: ...
-    def announce_end(self) -> None: ...
+    def announce_end(self, planned: Sequence[str | None]) -> None: ...
     def release(self) -> None: ...
     def finish(self, request: Request) -> None: ...
 
@@ -132,7 +134,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
-        self._end_announced = False
+        self._nones = 0
         self.state = "untouched"
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
@@ -186,17 +188,24 @@ class WorkerSession:
         if reply != ACK:
             raise _failed(what, reply)
 
-    def announce_end(self) -> None:
-        """Let a worker of ours go on by itself from the last bucket to its post hook; it does not
-        go on after a failure. Workers of other releases wait to be told."""
+    def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
+        """Tell a worker of ours which buckets it was to load, and let it go on by itself from the
+        last one to its post hook. It does not go on after a failure. Workers of other releases wait
+        to be told.
+
+        Args:
+            planned: as ``Messages.planned`` gives them.
+            go_on: whether to its post hook, too.
+        """
         if self._extensions:
-            self._link.send(NOTHING_MORE, self._check)
-            self._link.send(NOTHING_MORE, self._check)
-            self._end_announced = True
+            told = {DELIVERED: planned} if self._extensions.get(DELIVERED) else {}
+            self._say_nothing_more(1, told)
+            self._say_nothing_more(2 if go_on else 1)
 
     def release(self) -> None:
         """Have the worker drop the double buffer."""
-        self._conclude("the release of the buffer")
+        self._say_nothing_more(1)
+        self.await_reload("the release of the buffer")
 
     def finish(self, request: Request) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.
@@ -206,7 +215,8 @@ class WorkerSession:
         """
         self.state = "partly written"
         try:
-            self._conclude("its post hook")
+            self._say_nothing_more(2)
+            self.await_reload("its post hook")
         except WireError:
             if self._extensions:
                 raise
@@ -217,10 +227,12 @@ class WorkerSession:
         request.join(self._check)
         self.state = f"holds {self._version}"
 
-    def _conclude(self, what: str) -> None:
-        if not self._end_announced:
-            self._link.send(NOTHING_MORE, self._check)
-        self.await_reload(what)
+    def _say_nothing_more(self, times: int, extensions: dict[str, Any] | None = None) -> None:
+        """So often in all."""
+        if self._nones < times:
+            told = encode_extensions(extensions) if extensions else b""
+            self._link.send(NOTHING_MORE + told, self._check)
+            self._nones += 1
 
 
 def _failed(what: str, reply: bytes) -> WorkerError:
@@ -445,7 +457,7 @@ class Pipeline:
             with self._tracer.reloading(step):
                 session.begin_reload(message)
                 if index + 1 == count:
-                    session.announce_end()
+                    session.announce_end(self._messages.planned(session.encode_bucket))
                 if not self._loader.only_queues:
                     self._start_next(session.check)
                 if index + 1 < count:
@@ -537,16 +549,29 @@ class Messages:
 
     def __init__(self, plan: TransferPlan) -> None:
         self._plan = plan
-        self._encoded: dict[tuple[BucketEncoder, int], bytes] = {}
+        self._encoded: dict[tuple[BucketEncoder, int], tuple[bytes, str]] = {}
 
     def of(self, index: int, encode: BucketEncoder) -> bytes:
         """The message of the plan's step ``index``."""
+        return self._message(index, encode)[0]
+
+    def planned(self, encode: BucketEncoder) -> list[str | None]:
+        """The digest of each step's message, ``None`` for a part that does not end its tensor."""
+        return [
+            None
+            if isinstance(step.bucket, TensorPart) and not step.bucket.is_last
+            else self._message(index, encode)[1]
+            for index, step in enumerate(self._plan.steps)
+        ]
+
+    def _message(self, index: int, encode: BucketEncoder) -> tuple[bytes, str]:
         if (encode, index) not in self._encoded:
             step = self._plan.steps[index]
             start = step.slot * self._plan.bucket_bytes
             if isinstance(step.bucket, TensorPart):
                 start = 0  # of the tensor that the worker puts together
-            self._encoded[encode, index] = encode(to_named_tensor(step.bucket.items, start))
+            message = encode(to_named_tensor(step.bucket.items, start))
+            self._encoded[encode, index] = message, digest(message)
         return self._encoded[encode, index]
 
 

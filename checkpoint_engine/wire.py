@@ -39,6 +39,10 @@ PART = "part"
 whole tensor, alone in a buffer, followed by where the part lies in the double buffer, its bytes,
 where it belongs in the tensor, the tensor's bytes, and its owner."""
 
+DELIVERED = "delivered"
+"""An extension: a worker that accepts it is told with the first ``None`` which buckets there were,
+and fails if it loaded others; see ``delivery.py``."""
+
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
 
@@ -160,7 +164,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def encode_extensions(extensions: dict[str, Any]) -> bytes:
-    """What may follow a bucket's message, where readers of 0.4 do not look."""
+    """What may follow a message, where readers of 0.4 do not look."""
     return _EXTENSION_MARK + json.dumps(extensions).encode()
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import zmq
 
-from checkpoint_engine.checksum import Expected
+from checkpoint_engine.checksum import MAX_BLOCKS, Expected
 from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.delivery import Delivery
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
@@ -23,6 +24,7 @@ from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
+    DELIVERED,
     JSON_BUCKETS,
     PART,
     Abort,
@@ -186,7 +188,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(handle.extensions["timeout"])
-    accepted = {"version": 1, "checksum": True, PART: True}
+    accepted = {"version": 1, "checksum": True, PART: True, DELIVERED: True}
     accepted |= {key: True for key in (JSON_BUCKETS,) if key in handle.extensions}
     link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
     return handle, buffer
@@ -199,7 +201,7 @@ def _load_buckets(
     it. ``begin``: called before anything is written."""
     failure: _Failure | None = None
     begun = False
-    parts = Parts()
+    parts, delivery = Parts(), Delivery()
     try:
         while True:
             received = link.receive()
@@ -214,11 +216,11 @@ def _load_buckets(
                 begin()
                 begun = True
             if isinstance(message, NothingMore):
-                return failure or _attempt(parts.check_complete)
+                return failure or _attempt(partial(_check_end, extensions, parts, delivery))
             if isinstance(message, Abort):
                 raise message.error from (failure and failure.error)
             failure = failure or _attempt(
-                partial(_load, received, message, extensions, buffer, parts, loader)
+                partial(_load, received, message, extensions, buffer, parts, delivery, loader)
             )
             _acknowledge(link, failure)
     finally:
@@ -231,6 +233,7 @@ def _load(
     extensions: dict[str, Any],
     buffer: torch.Tensor,
     parts: Parts,
+    delivery: Delivery,
     loader: BucketLoader,
 ) -> None:
     """Load what lies in the double buffer. ``bucket``: ``None`` if it can be replayed."""
@@ -243,15 +246,31 @@ def _load(
             loader.replay(received, source)
         else:
             loader.load_bucket(extract_weights(bucket.tensors, source), received, source)
+        delivery.note(received)
     _synchronize(buffer.device.type)
+
+
+def _check_end(extensions: dict[str, Any], parts: Parts, delivery: Delivery) -> None:
+    """Raise unless everything was loaded once, as far as the server says what there was."""
+    parts.check_complete()
+    if DELIVERED in extensions:
+        delivery.check(extensions[DELIVERED])
 
 
 def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
     """Raise unless a bucket's bytes are those that its owner registered."""
-    if expected is not None:
-        start, nbytes, first_block, total = expected
-        where = f"the bucket at {start}"
-        Expected(first_block, total).check(buffer[start : start + nbytes], where)
+    match expected:
+        case None:
+            return
+        case [int(start), int(nbytes), int(first_block), int(total)] if (
+            min(start, nbytes, first_block) >= 0
+            and start + nbytes <= buffer.numel()
+            and first_block < MAX_BLOCKS
+        ):
+            where = f"the bucket at {start}"
+            Expected(first_block, total).check(buffer[start : start + nbytes], where)
+        case _:
+            raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
 
 
 def _knows(

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -919,3 +920,32 @@ class TestOnGpu:
             pin_memory._cuda_register(arena.memory.data_ptr(), arena.nbytes)
         assert (torch.ones(3, device="cuda") + 1).sum().item() == 6
         arena.free()
+
+    def test_under_a_limit_of_locked_memory(self) -> None:
+        """Whether it is for what CUDA registers depends on the driver: pinned, or an error that
+        says it."""
+        program = """
+import os, resource, torch
+from checkpoint_engine.checkpoint_files import tensor_sources
+from checkpoint_engine.pin_memory import HostMemory
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
+if os.getuid() == 0:
+    os.setuid(65534)  # root may lock all memory
+memory = HostMemory("cuda")
+try:
+    (buffer,) = memory.fill(tensor_sources({"w": torch.ones(1 << 24)}))
+    print("pinned" if buffer.buffer.is_pinned() else "not pinned")
+except RuntimeError as error:
+    print("error", error)
+    print("left", memory.usage)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+        print(done.stdout)
+        assert re.fullmatch(
+            r"pinned|error cudaHostRegister .*RLIMIT_MEMLOCK is 65536 bytes.*"
+            r"left MemoryUsage\(in_use=0, retained=0\)",
+            done.stdout.strip(),
+            re.DOTALL,
+        ), done.stdout + done.stderr

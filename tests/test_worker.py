@@ -20,11 +20,18 @@ import torch
 import zmq
 
 from checkpoint_engine import ps, worker
+from checkpoint_engine.delivery import digest
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.wire import decode_acceptance, encode_handle
+from checkpoint_engine.wire import (
+    DELIVERED,
+    NOTHING_MORE,
+    decode_acceptance,
+    encode_extensions,
+    encode_handle,
+)
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, mixed_tensors
 
@@ -364,7 +371,7 @@ def test_a_sender_that_says_none_once_and_waits_for_the_engine(
     assert engine.hooks == 1
 
 
-ACCEPTED = {"version": 1, "checksum": True, "part": True}
+ACCEPTED = {"version": 1, "checksum": True, "part": True, "delivered": True}
 
 
 def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
@@ -378,6 +385,48 @@ def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
     with pytest.raises(WireError, match="the parameter server closed"):
         update.result(SOON)
     assert engine.hooks == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ([0, 1, 2], ""),
+        ([2, 0, 1], ""),
+        ([0, 2], r"bucket 2 of 3 was loaded 0 times, not 1$"),
+        ([0, 1, 1, 2], r"bucket 2 of 3 was loaded 2 times, not 1$"),
+        ([0, 1, 2, 3], r"1 buckets were loaded that were not planned$"),
+        ([0, 3, 3], r"bucket 2 of 3 .* 0 times.*bucket 3 of 3 .* 0 times.*2 buckets were loaded"),
+    ],
+)
+def test_what_was_loaded_is_what_the_server_planned(
+    sender: Sender, engine: Engine, update: Future[None], sent: list[int], says: str
+) -> None:
+    weights = [*BUCKETS, {"strange": torch.ones(3)}]
+    messages = [pickle.dumps(sender.bucket(bucket)) for bucket in weights]
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    for index in sent:
+        assert sender.say(messages[index]) == b""
+    planned = [digest(message) for message in messages[:3]]
+    reply = sender.say(NOTHING_MORE + encode_extensions({DELIVERED: planned})).decode()
+    assert bool(reply) == bool(says)
+    sender.say(None)
+    if not says:
+        update.result(SOON)
+        assert engine.hooks == 1
+        return
+    with pytest.raises(WireError, match=says):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+@pytest.mark.parametrize("planned", [None, 3, {}, [[]], ["a", 2], "abc"])
+def test_a_plan_that_is_none(sender: Sender, update: Future[None], planned: Any) -> None:
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    reply = sender.say(NOTHING_MORE + encode_extensions({DELIVERED: planned})).decode()
+    assert "planned buckets are digests" in reply
+    sender.say(None)
+    with pytest.raises(WireError, match="planned buckets are digests"):
+        update.result(SOON)
 
 
 def test_a_server_that_stops_sending_is_given_up_at_its_own_deadline(

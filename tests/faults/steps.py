@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[Any, str]] = {
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (worker, "open_buffer"),
     "bucket": (worker, "_check_bytes"),
+    "load": (worker, "_load"),
     "release": (worker, "_release_device_memory"),
     "post hook": (worker, "_finish"),
 }
@@ -38,7 +39,10 @@ WORKER_STEPS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """``action`` at the ``nth`` call of ``step``, on ``rank``'s server or its worker."""
+    """``action`` at the ``nth`` call of ``step``, on ``rank``'s server or its worker.
+
+    ``skip`` and ``twice``: the call itself is left out, or made twice.
+    """
 
     action: str
     step: str
@@ -119,6 +123,10 @@ def armed(
             else:
                 note.write_text(str(time.monotonic()))
                 extra(*args)
+            if fault.action == "skip":
+                return None
+            if fault.action == "twice":
+                original(*args, **options)
         return original(*args, **options)
 
     with mock.patch.object(owner, name, step):

@@ -482,6 +482,24 @@ def corruption() -> list[Case]:
     return [*in_buffer, *in_memory]
 
 
+def miscounted() -> list[Case]:
+    """Buckets that are lost or doubled, where nothing else would notice."""
+
+    def of(what: str, says: str, action: str, step: str, of_worker: bool) -> list[Case]:
+        return [
+            Case(what, name, says.format(nth), Fault(action, step, 1, nth, of_worker))
+            for name, nth in BUCKETS.items()
+        ]
+
+    times = "bucket {} of .* was loaded %d times"
+    overwritten = "|not those that were registered"  # meanwhile, by the bucket after the next
+    return [
+        *of("a bucket is not loaded", times % 0, "skip", "load", True),
+        *of("a bucket is loaded twice", times % 2, "twice", "load", True),
+        *of("a bucket is sent twice", times % 2 + overwritten, "twice", "bucket", False),
+    ]
+
+
 TABLE: list[Case] = [
     *killed_servers(),
     *stopped_servers(),
@@ -495,6 +513,7 @@ TABLE: list[Case] = [
     *at_once(),
     *p2p(),
     *corruption(),
+    *miscounted(),
 ]
 
 assert len({case.name for case in TABLE}) == len(TABLE)

@@ -34,10 +34,12 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
     ParameterMeta,
 )
+from checkpoint_engine.delivery import Delivery, digest
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.http_guard import Guard
 from checkpoint_engine.ipc import map_shared_memory, open_buffer
-from checkpoint_engine.worker import extract_weights
+from checkpoint_engine.parts import Parts
+from checkpoint_engine.worker import _check_bytes, extract_weights
 from samples import CUDA_ARGS
 
 logger.remove()
@@ -89,6 +91,18 @@ def message(data: bytes) -> None:
             extract_weights(read.tensors, BUFFER)
     elif isinstance(read, wire.Abort):
         assert isinstance(str(read.error), str)
+
+
+def extensions(data: bytes) -> None:
+    _, found = wire.split_extensions(data)
+    uses: dict[str, Callable[[Any], object]] = {
+        wire.PART: lambda part: Parts().add(b"message", part, BUFFER),
+        wire.DELIVERED: Delivery().check,
+        "checksum": lambda expected: _check_bytes(expected, BUFFER),
+    }
+    for key in uses.keys() & found.keys():
+        with contextlib.suppress(WireError, ValueError, RuntimeError):  # the last: a huge part
+            uses[key](found[key])
 
 
 def reply(data: bytes) -> None:
@@ -249,6 +263,19 @@ TARGETS = (
         message,
         (WireError,),
         (*_pickles(RuntimeError("why", 3)), *_pickles(OSError(2, "no"))),
+    ),
+    Target(
+        "wire: extensions",
+        extensions,
+        (WireError,),
+        tuple(
+            wire.NOTHING_MORE + wire.encode_extensions(one)
+            for one in (
+                {wire.PART: [0, 256, 256, 512, 1]},
+                {wire.DELIVERED: [digest(b"a"), None]},
+                {"checksum": [0, 512, 3, 7]},
+            )
+        ),
     ),
     Target(
         "wire: replies",

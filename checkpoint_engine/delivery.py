@@ -1,0 +1,59 @@
+"""Whether a worker loaded every bucket of an update's plan once, and no other.
+
+The server says with the first ``None`` what was planned, the worker compares it with what it loaded
+itself. That buckets hold every tensor once is the plan's property, which its tests show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from checkpoint_engine.errors import WireError
+
+
+def digest(message: bytes) -> str:
+    """What stands for a bucket: names, dtypes, shapes and places of its tensors are in it."""
+    return hashlib.blake2b(message, digest_size=8).hexdigest()
+
+
+class Delivery:
+    """The buckets that a worker has loaded in one update."""
+
+    def __init__(self) -> None:
+        self._loaded: Counter[str] = Counter()
+
+    def note(self, message: bytes) -> None:
+        """This bucket is loaded; with tensors in parts: the whole tensor."""
+        self._loaded[digest(message)] += 1
+
+    def check(self, planned: Any) -> None:
+        """Raise ``WireError`` if other buckets were loaded than those ``planned``.
+
+        Args:
+            planned: the digest of each, in the plan's order; ``None`` in place of those that end
+                no tensor.
+        """
+        kinds = {type(one) for one in planned} if isinstance(planned, list) else {list}
+        if not kinds <= {str, type(None)}:
+            raise WireError(f"planned buckets are digests, not {planned!r:.100}")
+        wanted = Counter(one for one in planned if one is not None)
+        if wanted != self._loaded:
+            raise WireError("; ".join(_differences(planned, wanted, self._loaded)))
+
+
+def _differences(
+    planned: Sequence[str | None], wanted: Counter[str], loaded: Counter[str]
+) -> list[str]:
+    texts = [
+        f"bucket {planned.index(one) + 1} of {len(planned)} was loaded {loaded[one]} times, "
+        f"not {wanted[one]}"
+        for one in wanted
+        if loaded[one] != wanted[one]
+    ]
+    strange = sum(count for one, count in loaded.items() if one not in wanted)
+    if strange:
+        texts.append(f"{strange} buckets were loaded that were not planned")
+    return texts[:3] + [f"and {len(texts) - 3} more"] * (len(texts) > 3)
