@@ -1,22 +1,21 @@
 """Sums that show whether the bytes that a worker is about to load are those that were registered.
 
-A block of 256 bytes counts as the sum of its 64-bit words, the first of them three times, times an
-odd number that its place among everything that its owner registered gives; a tensor, or a bucket,
-as the sum of its blocks; all modulo 2**64. Every changed bit changes the sum, because all factors
-are odd; zeroed, stale, doubled or exchanged blocks do, but by the rarest chance. Words that change
-places within a block do not, but for the first. It guards against accidents, not against forgery,
-at nearly the speed of a plain sum, for which torch reads memory as fast as that can be read.
+Every 64-bit word is multiplied by a factor that is odd, looks random, and depends on its place
+among all that its owner registered; a tensor, or a bucket, counts as the sum of its words, modulo
+2**64. So every changed bit changes the sum; so do zeroed, stale or doubled bytes, but by the rarest
+chance (a likely one only where words differ in nothing but their topmost bits), and words that
+change places, unless they are a multiple of ``PERIOD`` apart, when they have the same factor. It
+guards against accidents, not against forgery. Words of the same factor are added up first, row
+below row: that is all that is done for every byte, and runs at the speed of memory.
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +28,17 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 
-MAX_BLOCKS = 1 << 60
-"""More than any owner can have; the places of blocks are counted in 64 bits."""
+MAX_BLOCKS = 1 << 58
+"""More than any owner can have; the places of words are counted in 64 bits."""
+PERIOD = 2047
+"""Words in a row. Odd, so that blocks and pages are no multiple of it apart; its 16 KB of sums stay
+in the nearest cache."""
 _WORDS = ALIGNMENT // 8
 _PIECE_BYTES = 32 << 20
 """For each thread. With less, threads would wait for Python more than for memory."""
-_DEVICE_PIECE_BYTES = 64 << 20
 _MAX_THREADS = 16
 _MASK = (1 << 64) - 1
+_FACTORS = np.arange(PERIOD, dtype=np.int64) * -0x61C8864680B583EB | 1  # 2**64 / golden ratio, odd
 
 
 def is_wanted() -> bool:
@@ -52,39 +54,37 @@ def is_wanted() -> bool:
 
 
 def checksum(memory: torch.Tensor, first_block: int) -> int:
-    """The sum of bytes whose first block has this place. On the device that they are on.
+    """The sum of bytes whose first block of ``ALIGNMENT`` has this place. On the device that they
+    are on, for which it waits.
 
     Args:
-        memory: contiguous uint8; a last block that is not whole counts as if zeros followed.
+        memory: contiguous uint8; a last word that is not whole counts as if zeros followed.
     """
-    step = _piece_bytes() if memory.device.type == "cpu" else _DEVICE_PIECE_BYTES
-    pieces = [
-        _blocks(memory[start : start + step], first_block + start // ALIGNMENT).sum()
-        for start in range(0, memory.numel(), step)
-    ]
-    return int(torch.stack(pieces).sum()) & _MASK if pieces else 0  # a device is waited for once
-
-
-def _piece_bytes() -> int:
-    return min(_PIECE_BYTES * torch.get_num_threads(), _DEVICE_PIECE_BYTES)
-
-
-def _blocks(memory: torch.Tensor, first_block: int) -> torch.Tensor:
-    """What each block counts for, modulo 2**64, as int64."""
-    words = _words(memory)
-    counts = words.sum(1).add_(words[:, 0], alpha=2)
-    first, end = 2 * first_block + 1, 2 * (first_block + len(words)) + 1
-    return counts.mul_(torch.arange(first, end, 2, device=memory.device))
-
-
-def _words(memory: torch.Tensor) -> torch.Tensor:
-    """By block; a last one that is not whole is filled up with zeros."""
-    missing = -memory.numel() % ALIGNMENT
+    missing = -memory.numel() % 8
     if missing:
         memory = torch.cat([memory, memory.new_zeros(missing)])
-    elif memory.data_ptr() % 8 or memory.storage_offset() % 8:
-        memory = memory.clone()  # a tensor of a file mapped in place may begin anywhere
-    return memory.view(torch.int64).view(-1, _WORDS)
+    first = first_block * _WORDS
+    if memory.device.type == "cpu":
+        words = memory.numpy().view(np.int64)
+        return int(_sum(words, first, np.zeros(PERIOD, np.int64), _FACTORS)) & _MASK
+    factors = torch.from_numpy(_FACTORS).to(memory.device)
+    return int(_sum(memory.view(torch.int64), first, torch.zeros_like(factors), factors)) & _MASK
+
+
+def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
+    """Of words, the first of which has this place.
+
+    Args:
+        words: int64; these and the others are arrays of numpy, or tensors of one device.
+        columns: zeros, one for each of ``factors``.
+    """
+    head = min(-first % PERIOD, len(words))
+    rows = (len(words) - head) // PERIOD
+    body = head + rows * PERIOD
+    columns[first % PERIOD :][:head] += words[:head]
+    columns += words[head:body].reshape(rows, PERIOD).sum(0)
+    columns[: len(words) - body] += words[body:]
+    return (columns * factors).sum()
 
 
 # ---------------------------------------------------------------------- of what a rank registers
@@ -93,16 +93,16 @@ def _words(memory: torch.Tensor) -> torch.Tensor:
 def sums_of_buffers(buffers: Sequence[MemoryBuffer]) -> list[str | None]:
     """The sums of every buffer's tensors, as ``MemoryBufferMetas.checksums`` has them."""
     tables = []
-    first_block = 0
+    first = 0
     for buffer in buffers:
         if buffer.metas:
-            tables.append(_TensorSums(buffer, first_block))
-            first_block += tables[-1].block_count
-    step = _PIECE_BYTES // ALIGNMENT
+            tables.append(_TensorSums(buffer, first))
+            first += tables[-1].word_count
+    step = _PIECE_BYTES // 8
     tasks = [
-        (table, start, min(start + step, table.block_count))
+        (table, start, min(start + step, table.word_count))
         for table in tables
-        for start in range(0, table.block_count, step)
+        for start in range(0, table.word_count, step)
     ]
     for (table, *_), part in zip(tasks, _parts_of(tasks), strict=True):
         table.add(part)
@@ -113,19 +113,8 @@ def _parts_of(tasks: list[tuple[_TensorSums, int, int]]) -> list[_Part]:
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks))
     if threads < 2:
         return [table.of_piece(start, end) for table, start, end in tasks]
-    with ThreadPoolExecutor(threads, "checkpoint-engine-sum", _confine_torch) as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
         return list(pool.map(lambda task: task[0].of_piece(*task[1:]), tasks))
-
-
-def _confine_torch() -> None:
-    """Have torch compute in this thread alone, not start as many again in each of many threads.
-
-    ``torch.set_num_threads`` would be for all threads that begin later, the caller's too; OpenMP's
-    own setting is for this one. Without OpenMP nothing is confined, and only speed is lost.
-    """
-    torch.get_num_threads()  # makes torch's own setting for this thread, if it is the first use
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
 class _Part(NamedTuple):
@@ -138,30 +127,65 @@ class _Part(NamedTuple):
 class _TensorSums:
     """The sums of one buffer's tensors, added up from those of its pieces."""
 
-    def __init__(self, buffer: MemoryBuffer, first_block: int) -> None:
-        counts = np.array([meta.aligned_size // ALIGNMENT for meta in buffer.metas])
-        self.block_count = int(counts.sum())
-        self._memory = buffer.buffer[: buffer.size]
-        self._first_block = first_block
+    def __init__(self, buffer: MemoryBuffer, first: int) -> None:
+        """``first``: the place of its first word."""
+        counts = np.array([meta.aligned_size // 8 for meta in buffer.metas])
+        self.word_count = int(counts.sum())
+        self._memory = buffer.buffer[: buffer.size].numpy()
+        self._first = first
         self._with_bytes = np.flatnonzero(counts)
         self._ends = np.cumsum(counts)[self._with_bytes]
-        self._begins = self._ends - counts[self._with_bytes]
-        self._sums = np.zeros(len(counts), dtype=np.uint64)
+        self._sums = np.zeros(len(counts), dtype=np.int64)
 
     def of_piece(self, start: int, end: int) -> _Part:
-        """Of the blocks from ``start`` to ``end``. Any thread."""
-        piece = self._memory[start * ALIGNMENT : end * ALIGNMENT]
-        blocks = _blocks(piece, self._first_block + start).numpy().view(np.uint64)
+        """Of the words from ``start`` to ``end``. Any thread."""
         first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._begins, end))
-        begins = np.maximum(self._begins[first:last] - start, 0)
-        return _Part(self._with_bytes[first:last], np.add.reduceat(blocks, begins))
+        last = int(np.searchsorted(self._ends, end)) + 1
+        ends = np.minimum(self._ends[first:last], end) - start
+        sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
+        return _Part(self._with_bytes[first:last], sums)
+
+    def _words(self, start: int, end: int) -> np.ndarray:
+        piece = self._memory[8 * start : 8 * end]
+        missing = 8 * (end - start) - len(piece)  # a file mapped in place may end within padding
+        if missing:
+            piece = np.concatenate([piece, np.zeros(missing, np.uint8)])
+        return piece.view(np.int64)
 
     def add(self, part: _Part) -> None:
         self._sums[part.tensors] += part.sums
 
     def encode(self) -> str:
-        return base64.b64encode(self._sums.astype("<u8").tobytes()).decode()
+        return base64.b64encode(self._sums.astype("<i8").tobytes()).decode()
+
+
+def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
+    """Of tensors that fill ``words`` one behind the other, up to ``ends``. For all of them at once:
+    many threads that call Python for each tensor wait for each other more than for memory."""
+    shift = first % PERIOD
+    head = -first % PERIOD
+    count = max(0, len(words) - head) // PERIOD
+    begun, whole, ended = np.split(words, [head, head + count * PERIOD])
+    whole = whole.reshape(count, PERIOD)
+    skipped = 1 if shift else 0  # the row that had begun before these words
+    rows, columns = np.divmod(np.concatenate([[0], ends]) + shift, PERIOD)  # of all borders
+
+    used, lines = np.unique(rows, return_inverse=True)
+    with_borders = np.zeros((len(used), PERIOD), dtype=np.int64)
+    inside = (used >= skipped) & (used < skipped + count)
+    with_borders[inside] = whole[used[inside] - skipped]
+    with_borders[0, shift : shift + len(begun)] += begun
+    with_borders[-1, : len(ended)] += ended
+    with_borders *= _FACTORS
+    places = lines * PERIOD + columns
+    sums = np.add.reduceat(with_borders.reshape(-1)[: places[-1]], places[:-1])
+
+    running = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.einsum("rp,p->r", whole, _FACTORS), out=running[1:])
+    large = np.diff(rows) > 1
+    between = running[rows[1:][large] - skipped] - running[rows[:-1][large] + 1 - skipped]
+    sums[large] += between
+    return sums
 
 
 # ---------------------------------------------------------------------- of a bucket on its way

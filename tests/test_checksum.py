@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import base64
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +40,7 @@ def test_every_single_bit_counts(place: int, bit: int) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1.0, 2.0, -1.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_blocks_that_are_zeroed_doubled_or_exchanged(dtype: torch.dtype, value: float) -> None:
     memory = random_bytes(4096)
     if value is not None:
@@ -96,29 +97,36 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
             expected.check(memory, "it")
 
 
-def test_pieces_add_up_whatever_thread_sums_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate([70_000, 5, 0, 300_000])}
-    buffers = HostMemory("cpu").fill(tensor_sources(tensors))
-    whole = sums_of_buffers(buffers)
-    monkeypatch.setattr(module, "_PIECE_BYTES", 4096)
-    assert sums_of_buffers(buffers) == whole
+def by_definition(memory: torch.Tensor, first_block: int) -> int:
+    raw = memory.numpy().tobytes()
+    words = [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
+    factors = [place * 0x9E3779B97F4A7C15 | 1 for place in range(2047)]
+    first = 32 * first_block
+    return sum(factors[(first + i) % 2047] * word for i, word in enumerate(words)) % 2**64
 
 
-def test_summing_leaves_the_number_of_threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_a_new_thread() -> int:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(torch.get_num_threads).result()
-
-    before = torch.get_num_threads(), of_a_new_thread()
-    buffers = HostMemory("cpu").fill(tensor_sources({"t": random_bytes(1 << 20)}))
-    monkeypatch.setattr(module, "_PIECE_BYTES", 1 << 16)
-    sums_of_buffers(buffers)
-    assert (torch.get_num_threads(), of_a_new_thread()) == before
+@given(st.integers(0, 50_000), st.integers(0, 2**40))
+def test_a_sum_is_that_of_its_words(count: int, first: int) -> None:
+    memory = random_bytes(count)
+    assert checksum(memory, first) == by_definition(memory, first)
 
 
-def test_a_thread_that_sums_has_torch_to_itself() -> None:
-    with ThreadPoolExecutor(1, initializer=module._confine_torch) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 1
+@pytest.mark.parametrize("piece", [256, 4096, 2047 * 8, 1 << 17, 1 << 25])
+def test_tensors_of_any_size_in_pieces_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    sizes = [70_000, 5, 0, 300_000, 256, 16, 500_000, 3, 8192, 2047 * 256, 0]
+    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(sizes)}
+    (buffer,) = HostMemory("cpu").fill(tensor_sources(tensors))
+    monkeypatch.setattr(module, "_PIECE_BYTES", piece)
+    (text,) = sums_of_buffers([buffer])
+    assert text is not None
+    sums = np.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
+    at = 0
+    for meta, found in zip(buffer.metas, sums, strict=True):
+        memory = buffer.buffer[at : at + meta.aligned_size]
+        assert found == by_definition(memory, at // 256)
+        at += meta.aligned_size
 
 
 def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:

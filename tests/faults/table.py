@@ -487,11 +487,11 @@ def miscounted() -> list[Case]:
 
     def of(what: str, says: str, action: str, step: str, of_worker: bool) -> list[Case]:
         return [
-            Case(what, name, says.format(nth), Fault(action, step, 1, nth, of_worker))
+            Case(what, name, says, Fault(action, step, 1, nth, of_worker))
             for name, nth in BUCKETS.items()
         ]
 
-    times = "bucket {} of .* was loaded %d times"
+    times = r"bucket \d+ of .* was loaded %d times"
     overwritten = "|not those that were registered"  # meanwhile, by the bucket after the next
     return [
         *of("a bucket is not loaded", times % 0, "skip", "load", True),
