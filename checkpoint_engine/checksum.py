@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from checkpoint_engine.data_types import (
     H2DBucket,
     MemoryBuffer,
     MemoryBufferMetaList,
+    ParameterMeta,
     align_up,
 )
 
@@ -34,7 +36,7 @@ PERIOD = 2047
 """Words in a row. Odd, so that blocks and pages are no multiple of it apart; its 16 KB of sums stay
 in the nearest cache."""
 _WORDS = ALIGNMENT // 8
-_PIECE_BYTES = 32 << 20
+PIECE_WORDS = 4 << 20
 """For each thread. With less, threads would wait for Python more than for memory."""
 _MAX_THREADS = 16
 _MASK = (1 << 64) - 1
@@ -90,60 +92,34 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
 # ---------------------------------------------------------------------- of what a rank registers
 
 
-def sums_of_buffers(buffers: Sequence[MemoryBuffer]) -> list[str | None]:
-    """The sums of every buffer's tensors, as ``MemoryBufferMetas.checksums`` has them."""
-    tables = []
-    first = 0
-    for buffer in buffers:
-        if buffer.metas:
-            tables.append(_TensorSums(buffer, first))
-            first += tables[-1].word_count
-    step = _PIECE_BYTES // 8
-    tasks = [
-        (table, start, min(start + step, table.word_count))
-        for table in tables
-        for start in range(0, table.word_count, step)
-    ]
-    for (table, *_), part in zip(tasks, _parts_of(tasks), strict=True):
-        table.add(part)
-    return [table.encode() for table in tables]
+class TensorSums:
+    """The sums of the tensors in one buffer, added up from those of its pieces."""
 
-
-def _parts_of(tasks: list[tuple[_TensorSums, int, int]]) -> list[_Part]:
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(tasks))
-    if threads < 2:
-        return [table.of_piece(start, end) for table, start, end in tasks]
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
-        return list(pool.map(lambda task: task[0].of_piece(*task[1:]), tasks))
-
-
-class _Part(NamedTuple):
-    """What some tensors add up to in one piece of a buffer."""
-
-    tensors: np.ndarray
-    sums: np.ndarray
-
-
-class _TensorSums:
-    """The sums of one buffer's tensors, added up from those of its pieces."""
-
-    def __init__(self, buffer: MemoryBuffer, first: int) -> None:
-        """``first``: the place of its first word."""
-        counts = np.array([meta.aligned_size // 8 for meta in buffer.metas])
+    def __init__(self, metas: Sequence[ParameterMeta], memory: torch.Tensor, first: int) -> None:
+        """
+        Args:
+            memory: that begins with the tensors, as uint8.
+            first: the place of its first word.
+        """
+        counts = np.array([meta.aligned_size // 8 for meta in metas], dtype=np.int64)
         self.word_count = int(counts.sum())
-        self._memory = buffer.buffer[: buffer.size].numpy()
+        self._memory = memory.numpy()[: 8 * self.word_count]
         self._first = first
         self._with_bytes = np.flatnonzero(counts)
         self._ends = np.cumsum(counts)[self._with_bytes]
         self._sums = np.zeros(len(counts), dtype=np.int64)
+        self._lock = threading.Lock()
 
-    def of_piece(self, start: int, end: int) -> _Part:
-        """Of the words from ``start`` to ``end``. Any thread."""
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, end)) + 1
-        ends = np.minimum(self._ends[first:last], end) - start
-        sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
-        return _Part(self._with_bytes[first:last], sums)
+    def add(self, start: int, end: int) -> None:
+        """Add the words from ``start`` to ``end``, once each. Any thread."""
+        end = min(end, self.word_count)
+        if start < end:
+            first = int(np.searchsorted(self._ends, start, side="right"))
+            last = int(np.searchsorted(self._ends, end)) + 1
+            ends = np.minimum(self._ends[first:last], end) - start
+            sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
+            with self._lock:
+                self._sums[self._with_bytes[first:last]] += sums
 
     def _words(self, start: int, end: int) -> np.ndarray:
         piece = self._memory[8 * start : 8 * end]
@@ -152,11 +128,31 @@ class _TensorSums:
             piece = np.concatenate([piece, np.zeros(missing, np.uint8)])
         return piece.view(np.int64)
 
-    def add(self, part: _Part) -> None:
-        self._sums[part.tensors] += part.sums
-
     def encode(self) -> str:
+        """As ``MemoryBufferMetas.checksums`` has them, when all words are added."""
         return base64.b64encode(self._sums.astype("<i8").tobytes()).decode()
+
+
+def add_missing_sums(buffers: Sequence[MemoryBuffer]) -> None:
+    """Sum the tensors of those buffers, all of a rank's, that have no sums yet."""
+    first = 0
+    missing = []
+    for buffer in buffers:
+        sums = TensorSums(buffer.metas, buffer.buffer[: buffer.size], first)
+        first += sums.word_count
+        if buffer.checksums is None:
+            missing.append((buffer, sums))
+    tasks = [
+        (sums, start, start + PIECE_WORDS)
+        for _, sums in missing
+        for start in range(0, sums.word_count, PIECE_WORDS)
+    ]
+    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), max(len(tasks), 1))
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+        for done in [pool.submit(sums.add, start, end) for sums, start, end in tasks]:
+            done.result()
+    for buffer, sums in missing:
+        buffer.checksums = sums.encode()
 
 
 def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:

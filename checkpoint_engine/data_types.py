@@ -197,7 +197,10 @@ class MemoryBufferMetas(BaseModel):
 
 
 class MemoryBuffer(BaseModel):
-    """One host buffer and the tensors in it, consecutive and padded, from offset 0."""
+    """One host buffer and the tensors in it, consecutive and padded, from offset 0.
+
+    ``checksums``: as ``MemoryBufferMetas`` has them.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -205,6 +208,7 @@ class MemoryBuffer(BaseModel):
     size: int
     metas: list[ParameterMeta]
     manually_pinned: bool = False
+    checksums: str | None = None
 
 
 class Lease(BaseModel):

@@ -190,7 +190,6 @@ class ParameterServer:
         self._remote_rdma_devices: dict[str, set[int]] = {}
         self._device_uuids: dict[int, str] = {}
         self._leases: dict[str, Lease] = {}
-        self._own_checksums: dict[str, list[str | None]] = {}
         self._checksums: Checksums | None = None
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
@@ -253,21 +252,22 @@ class ParameterServer:
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
             nbytes = sum(source.nbytes for source in sources.values())
+            with_sums = checksum.is_wanted()
             with self._observed_filling(checkpoint_name, nbytes, on_progress) as advance:
                 buffers = self._host_memory.fill(
-                    sources, pool if use_shared_memory_pool else None, advance
+                    sources, pool if use_shared_memory_pool else None, advance, with_sums
                 )
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
                 buffers += self._pin_in_place(in_place, taken, overridden, buffers)
+            if with_sums:
+                checksum.add_missing_sums(buffers)
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
             self._memory_pool[checkpoint_name] = buffers
             self._encoded_layouts.pop(checkpoint_name, None)
-            if checksum.is_wanted():
-                self._own_checksums[checkpoint_name] = checksum.sums_of_buffers(buffers)
             self._offer(checkpoint_name, new_memory=not use_shared_memory_pool or pool is None)
             self._log.info(
                 "registered {}: {} tensors, {:.3f} GB in {} buffers",
@@ -331,7 +331,6 @@ class ParameterServer:
                     f"checkpoint {checkpoint_name!r} is being updated from: try again after it"
                 )
             self._revoke(checkpoint_name)
-            self._own_checksums.pop(checkpoint_name, None)
             self._encoded_layouts.pop(checkpoint_name, None)
             if checkpoint_name != self._pool_user:
                 self._free(checkpoint_name)
@@ -1011,10 +1010,11 @@ class ParameterServer:
 
     def _what_i_own(self, checkpoint_name: str) -> DataToGather:
         buffers = [b for b in self._memory_pool.get(checkpoint_name, []) if b.metas]
-        sums = self._own_checksums.get(checkpoint_name, [None] * len(buffers))
         owned = [
-            MemoryBufferMetas(metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=one)
-            for b, one in zip(buffers, sums, strict=True)
+            MemoryBufferMetas(
+                metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=b.checksums
+            )
+            for b in buffers
         ]
         lease = self._leases.get(checkpoint_name)
         unreadable = self._p2p_store is None or (owned and lease is None)
