@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--pool", action="store_true", help="also with the shared memory pool")
     parser.add_argument("--json", help="write the table there too")
     parser.add_argument("--against", help="original==VERSION: compare with that release")
-    parser.add_argument("--checksum", choices=("on", "off"), default="off", help="PS_CHECKSUM")
+    parser.add_argument("--checksum", choices=("on", "off"), default="on", help="PS_CHECKSUM")
     parser.add_argument("--turns", type=int, default=3, help="runs of each, with --against")
     arguments = parser.parse_args()
     os.environ["PS_CHECKSUM"] = arguments.checksum

@@ -111,10 +111,6 @@ class TensorSource:
         """Bytes of the contiguous tensor, without padding."""
         return tensor_nbytes(self.dtype, self.shape)
 
-    @property
-    def is_on_device(self) -> bool:
-        return isinstance(self.data, torch.Tensor) and self.data.device.type != "cpu"
-
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key that puts layer 2 before layer 10; names that differ only in zeros keep an order."""

@@ -26,7 +26,6 @@ from checkpoint_engine.data_types import (
     H2DBucket,
     MemoryBuffer,
     MemoryBufferMetaList,
-    ParameterMeta,
     align_up,
 )
 
@@ -36,8 +35,8 @@ PERIOD = 2047
 """Words in a row. Odd, so that blocks and pages are no multiple of it apart; its 16 KB of sums stay
 in the nearest cache."""
 _WORDS = ALIGNMENT // 8
-PIECE_WORDS = 4 << 20
-"""For each thread. With less, threads would wait for Python more than for memory."""
+_SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
+"""Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
 _MAX_THREADS = 16
 _MASK = (1 << 64) - 1
 _FACTORS = np.arange(PERIOD, dtype=np.int64) * -0x61C8864680B583EB | 1  # 2**64 / golden ratio, odd
@@ -92,18 +91,35 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
 # ---------------------------------------------------------------------- of what a rank registers
 
 
-class TensorSums:
-    """The sums of the tensors in one buffer, added up from those of its pieces."""
+def add_sums(buffers: Sequence[MemoryBuffer]) -> None:
+    """Sum the tensors of all buffers of a rank, and note the sums with them."""
+    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    total = sum(buffer.size for buffer in buffers) // 8
+    step = min(max(total // (4 * threads), _SMALLEST_PIECE), _LARGEST_PIECE)
+    tables = []
+    first = 0
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+        tasks = []
+        for buffer in buffers:
+            tables.append(_TensorSums(buffer, first))
+            count = tables[-1].word_count
+            first += count
+            for start in range(0, count, step):
+                tasks.append(pool.submit(tables[-1].add, start, min(start + step, count)))
+        for task in tasks:
+            task.result()
+    for buffer, table in zip(buffers, tables, strict=True):
+        buffer.checksums = table.encode()
 
-    def __init__(self, metas: Sequence[ParameterMeta], memory: torch.Tensor, first: int) -> None:
-        """
-        Args:
-            memory: that begins with the tensors, as uint8.
-            first: the place of its first word.
-        """
-        counts = np.array([meta.aligned_size // 8 for meta in metas], dtype=np.int64)
+
+class _TensorSums:
+    """The sums of one buffer's tensors, added up from those of its pieces."""
+
+    def __init__(self, buffer: MemoryBuffer, first: int) -> None:
+        """``first``: the place of its first word."""
+        counts = np.array([meta.aligned_size // 8 for meta in buffer.metas], dtype=np.int64)
         self.word_count = int(counts.sum())
-        self._memory = memory.numpy()[: 8 * self.word_count]
+        self._memory = buffer.buffer[: buffer.size].numpy()
         self._first = first
         self._with_bytes = np.flatnonzero(counts)
         self._ends = np.cumsum(counts)[self._with_bytes]
@@ -111,15 +127,13 @@ class TensorSums:
         self._lock = threading.Lock()
 
     def add(self, start: int, end: int) -> None:
-        """Add the words from ``start`` to ``end``, once each. Any thread."""
-        end = min(end, self.word_count)
-        if start < end:
-            first = int(np.searchsorted(self._ends, start, side="right"))
-            last = int(np.searchsorted(self._ends, end)) + 1
-            ends = np.minimum(self._ends[first:last], end) - start
-            sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
-            with self._lock:
-                self._sums[self._with_bytes[first:last]] += sums
+        """Add the words from ``start`` to ``end``. Any thread."""
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, end)) + 1
+        ends = np.minimum(self._ends[first:last], end) - start
+        sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
+        with self._lock:
+            self._sums[self._with_bytes[first:last]] += sums
 
     def _words(self, start: int, end: int) -> np.ndarray:
         piece = self._memory[8 * start : 8 * end]
@@ -129,30 +143,7 @@ class TensorSums:
         return piece.view(np.int64)
 
     def encode(self) -> str:
-        """As ``MemoryBufferMetas.checksums`` has them, when all words are added."""
         return base64.b64encode(self._sums.astype("<i8").tobytes()).decode()
-
-
-def add_missing_sums(buffers: Sequence[MemoryBuffer]) -> None:
-    """Sum the tensors of those buffers, all of a rank's, that have no sums yet."""
-    first = 0
-    missing = []
-    for buffer in buffers:
-        sums = TensorSums(buffer.metas, buffer.buffer[: buffer.size], first)
-        first += sums.word_count
-        if buffer.checksums is None:
-            missing.append((buffer, sums))
-    tasks = [
-        (sums, start, start + PIECE_WORDS)
-        for _, sums in missing
-        for start in range(0, sums.word_count, PIECE_WORDS)
-    ]
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), max(len(tasks), 1))
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
-        for done in [pool.submit(sums.add, start, end) for sums, start, end in tasks]:
-            done.result()
-    for buffer, sums in missing:
-        buffer.checksums = sums.encode()
 
 
 def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:

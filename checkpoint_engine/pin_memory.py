@@ -23,7 +23,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
@@ -37,7 +37,6 @@ from checkpoint_engine.checkpoint_files import (
     natural_key,
     open_files,
 )
-from checkpoint_engine.checksum import PIECE_WORDS, TensorSums
 from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
 
 MAX_BUFFER_BYTES = 4 << 30
@@ -60,9 +59,6 @@ _lingering: deque[tuple[float, int, int]] = deque()
 """Address ranges to unmap: from when on, address, bytes."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: a dtype that every dtype of this size can be copied as, bit for bit."""
-
-_Sums: TypeAlias = "Mapping[_Arena, TensorSums]"
-_Task: TypeAlias = "tuple[_Arena, list[_Piece]]"
 
 _address, _size, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -202,7 +198,6 @@ class HostMemory:
         sources: Mapping[str, TensorSource],
         reuse: list[MemoryBuffer] | None = None,
         on_progress: Callable[[float], None] | None = None,
-        with_sums: bool = False,
     ) -> list[MemoryBuffer]:
         """Copies the tensors into host buffers. Once it returns, the sources may change or go.
 
@@ -212,8 +207,6 @@ class HostMemory:
                 tensors are laid out in them by ``pack_into``, and nothing is allocated.
             on_progress: called in this thread with the share that is filled; what it raises ends
                 the filling.
-            with_sums: whether to sum the tensors, too, while their bytes are in the caches. What
-                comes from a device is left for ``checksum.add_missing_sums``.
 
         Returns:
             The buffers, of which the first ``size`` bytes hold tensors. With ``reuse``, those of
@@ -226,17 +219,16 @@ class HostMemory:
             On any of them, and when interrupted, everything allocated here is freed again.
         """
         if reuse is not None:
-            return self._refill(sources, reuse, on_progress, with_sums)
+            return self._refill(sources, reuse, on_progress)
         layout = pack(sources)
         sizes = [max(packed_size(metas), ALIGNMENT) for metas in layout]
         with ExitStack() as undo:
             arenas = self._take(sizes, undo)
-            sums = _sums_of_arenas(arenas, layout, sources) if with_sums else {}
-            _fill_arenas(arenas, layout, sources, self._cpus, on_progress, sums)
+            _fill_arenas(arenas, layout, sources, self._cpus, on_progress)
             undo.pop_all()
         self._largest_fill = max(self._largest_fill, sum(arena.nbytes for arena in arenas))
         return [
-            _memory_buffer(self._lend(arena, 0, size), metas, arena, sums)
+            _memory_buffer(self._lend(arena, 0, size), metas, arena)
             for arena, size, metas in zip(arenas, sizes, layout, strict=True)
         ]
 
@@ -294,7 +286,6 @@ class HostMemory:
         sources: Mapping[str, TensorSource],
         buffers: list[MemoryBuffer],
         on_progress: Callable[[float], None] | None,
-        with_sums: bool,
     ) -> list[MemoryBuffer]:
         arenas = [arena for b in buffers if (arena := self._lent.get(b.buffer)) is not None]
         if len(arenas) < len(buffers):
@@ -302,10 +293,9 @@ class HostMemory:
                 f"{len(buffers) - len(arenas)} of {len(buffers)} buffers to reuse are not lent out"
             )
         layout = pack_into(sources, [buffer.buffer.numel() for buffer in buffers])
-        sums = _sums_of_arenas(arenas, layout, sources) if with_sums else {}
-        _fill_arenas(arenas, layout, sources, self._cpus, on_progress, sums)
+        _fill_arenas(arenas, layout, sources, self._cpus, on_progress)
         return [
-            _memory_buffer(buffer.buffer, metas, arena, sums)
+            _memory_buffer(buffer.buffer, metas, arena)
             for buffer, metas, arena in zip(buffers, layout, arenas, strict=True)
             if metas
         ]
@@ -357,15 +347,9 @@ class HostMemory:
         )
 
 
-def _memory_buffer(
-    tensor: torch.Tensor, metas: list[ParameterMeta], arena: _Arena, sums: _Sums
-) -> MemoryBuffer:
+def _memory_buffer(tensor: torch.Tensor, metas: list[ParameterMeta], arena: _Arena) -> MemoryBuffer:
     return MemoryBuffer(
-        buffer=tensor,
-        size=packed_size(metas),
-        metas=metas,
-        manually_pinned=arena.pinned,
-        checksums=sums[arena].encode() if arena in sums else None,
+        buffer=tensor, size=packed_size(metas), metas=metas, manually_pinned=arena.pinned
     )
 
 
@@ -711,10 +695,8 @@ def _fill_arenas(
     sources: Mapping[str, TensorSource],
     cpus: Set[int] | None,
     on_progress: Callable[[float], None] | None,
-    sums: _Sums,
 ) -> None:
-    """Puts the tensors of each list into the arena of the same index, sums those that ``sums`` are
-    wanted of, and pins the arenas.
+    """Puts the tensors of each list into the arena of the same index, and pins the arenas.
 
     An arena is pinned, and the copies from devices into it begin, while the next one is filled.
     """
@@ -726,28 +708,13 @@ def _fill_arenas(
     def finish(arena: _Arena) -> None:
         arena.pin()
         for at, source in places[arena]:
-            if isinstance(source.data, torch.Tensor) and source.is_on_device:
+            if isinstance(source.data, torch.Tensor) and source.data.device.type != "cpu":
                 copies.start(source.data, arena.memory[at : at + source.nbytes])
 
-    pieces = {arena: _pieces(where) for arena, where in places.items()}
     try:
-        _work(pieces, finish, cpus, on_progress, sums)
+        _work({arena: _pieces(where) for arena, where in places.items()}, finish, cpus, on_progress)
     finally:
         copies.finish()
-
-
-def _sums_of_arenas(
-    arenas: list[_Arena], layout: list[list[ParameterMeta]], sources: Mapping[str, TensorSource]
-) -> _Sums:
-    """Of those arenas that threads fill from first to last."""
-    sums = {}
-    first = 0
-    for arena, metas in zip(arenas, layout, strict=True):
-        one = TensorSums(metas, arena.memory, first)
-        first += one.word_count
-        if not any(sources[meta.name].is_on_device for meta in metas):
-            sums[arena] = one
-    return sums
 
 
 def _places(
@@ -766,11 +733,8 @@ def _work(
     finish: Callable[[_Arena], None],
     cpus: Set[int] | None,
     on_progress: Callable[[float], None] | None = None,
-    sums: _Sums | None = None,
 ) -> None:
     """Writes all pieces, by several threads, and in this one calls ``finish`` for each done arena.
-
-    The threads also sum what they wrote, for the arenas of ``sums``.
 
     However it ends, no thread touches the memory any more.
     """
@@ -778,7 +742,7 @@ def _work(
     usable = usable or os.sched_getaffinity(0)
     tasks = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
     left = Counter(arena for arena, _ in tasks)
-    crew = _Crew(tasks, usable, _Spans(tasks, sums or {}))
+    crew = _Crew(tasks, usable)
     try:
         crew.start(min(MAX_THREADS, len(usable), len(tasks)))
         for done in range(1, len(tasks) + 1):
@@ -800,10 +764,9 @@ class _Crew:
     thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` can be relied on.
     """
 
-    def __init__(self, tasks: Sequence[_Task], cpus: Set[int], spans: _Spans) -> None:
+    def __init__(self, tasks: Iterable[tuple[_Arena, list[_Piece]]], cpus: Set[int]) -> None:
         self._cpus = cpus
-        self._spans = spans
-        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[_Arena, list[_Piece]]] = SimpleQueue()
         self._results: SimpleQueue[tuple[_Arena, BaseException | None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._busy = 0
@@ -847,7 +810,7 @@ class _Crew:
             os.sched_setaffinity(0, self._cpus)  # of this thread alone
             while not self._stopped:
                 arena, batch = self._tasks.get_nowait()
-                self._results.put((arena, _failure(arena, batch, self._spans)))
+                self._results.put((arena, _failure(arena, batch)))
         except Empty:
             pass
         finally:
@@ -855,41 +818,10 @@ class _Crew:
                 self._busy -= 1
 
 
-class _Spans:
-    """Parts of arenas that are summed as soon as all of their batches are written, whoever wrote
-    them."""
-
-    def __init__(self, tasks: Sequence[_Task], sums: _Sums) -> None:
-        self._sums = sums
-        self._lock = threading.Lock()
-        self._left = Counter(span for task in tasks if task[0] in sums for span in self._of(*task))
-
-    def written(self, arena: _Arena, batch: list[_Piece]) -> None:
-        """Sum what this batch was the last of."""
-        if arena not in self._sums:
-            return
-        touched = self._of(arena, batch)
-        with self._lock:
-            self._left.subtract(touched)
-            complete = [span for span in touched if self._left[span] == 0]
-        for _, start in complete:
-            self._sums[arena].add(start, start + PIECE_WORDS)
-
-    @staticmethod
-    def _of(arena: _Arena, batch: list[_Piece]) -> list[tuple[_Arena, int]]:
-        """The spans that a batch touches, by their first words."""
-        if not batch:
-            return []
-        first, last = batch[0].at // 8, (batch[-1].at + batch[-1].nbytes - 1) // 8
-        start = first // PIECE_WORDS * PIECE_WORDS
-        return [(arena, word) for word in range(start, last + 1, PIECE_WORDS)]
-
-
-def _failure(arena: _Arena, batch: list[_Piece], spans: _Spans) -> BaseException | None:
+def _failure(arena: _Arena, batch: list[_Piece]) -> BaseException | None:
     """Writes a batch; what it raised, if anything."""
     try:
         _write_batch(arena, batch)
-        spans.written(arena, batch)
     except BaseException as error:
         return error
     return None

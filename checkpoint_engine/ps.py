@@ -251,18 +251,18 @@ class ParameterServer:
                 **tensor_sources(named_tensors or {}),
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
-            nbytes = sum(source.nbytes for source in sources.values())
             with_sums = checksum.is_wanted()
+            nbytes = sum(source.nbytes for source in sources.values())
             with self._observed_filling(checkpoint_name, nbytes, on_progress) as advance:
                 buffers = self._host_memory.fill(
-                    sources, pool if use_shared_memory_pool else None, advance, with_sums
+                    sources, pool if use_shared_memory_pool else None, advance
                 )
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
                 buffers += self._pin_in_place(in_place, taken, overridden, buffers)
             if with_sums:
-                checksum.add_missing_sums(buffers)
+                checksum.add_sums(buffers)
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name

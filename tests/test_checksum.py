@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from checkpoint_engine import checksum as module
 from checkpoint_engine import pin_memory
-from checkpoint_engine.checkpoint_files import open_files, tensor_sources
-from checkpoint_engine.checksum import Checksums, add_missing_sums, checksum
-from checkpoint_engine.data_types import (
-    MemoryBuffer,
-    MemoryBufferMetaList,
-    MemoryBufferMetas,
-)
+from checkpoint_engine.checkpoint_files import tensor_sources
+from checkpoint_engine.checksum import Checksums, add_sums, checksum
+from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas
 from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.plan import gen_h2d_buckets
 
@@ -80,7 +74,7 @@ def test_a_sum_on_a_gpu_is_that_on_the_host() -> None:
 def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
     tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(sizes)}
     buffers = HostMemory("cpu").fill(tensor_sources(tensors))
-    add_missing_sums(buffers)
+    add_sums(buffers)
     owned = [
         MemoryBufferMetas(
             metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=b.checksums
@@ -122,10 +116,19 @@ def test_a_sum_is_that_of_its_words(count: int, first: int) -> None:
 
 
 SIZES = [70_000, 5, 0, 300_000, 256, 16, 500_000, 3, 8192, 2047 * 256, 0]
-PIECES = [32, 512, 2047, 1 << 14, 1 << 22]
 
 
-def check_sums(buffers: list[MemoryBuffer]) -> None:
+@pytest.mark.parametrize("piece", [32, 512, 2047, 1 << 14, 1 << 22])
+def test_tensors_of_any_size_in_pieces_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(module, "_SMALLEST_PIECE", piece)
+    monkeypatch.setattr(module, "_LARGEST_PIECE", piece)
+    monkeypatch.setattr(pin_memory, "MAX_BUFFER_BYTES", 600_000)
+    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(SIZES)}
+    buffers = HostMemory("cpu").fill(tensor_sources(tensors))
+    assert len(buffers) > 1
+    add_sums(buffers)
     place = 0
     for buffer in buffers:
         assert buffer.checksums is not None
@@ -136,43 +139,6 @@ def check_sums(buffers: list[MemoryBuffer]) -> None:
             assert found == by_definition(memory, place), meta.name
             at += meta.aligned_size
             place += meta.aligned_size // 256
-
-
-@pytest.mark.parametrize("piece", PIECES)
-def test_tensors_of_any_size_in_pieces_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, piece: int
-) -> None:
-    monkeypatch.setattr(module, "PIECE_WORDS", piece)
-    tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(SIZES)}
-    buffers = HostMemory("cpu").fill(tensor_sources(tensors))
-    assert buffers[0].checksums is None
-    add_missing_sums(buffers)
-    check_sums(buffers)
-
-
-@pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("chunk", [1000, 1 << 16, 1 << 24])
-def test_sums_while_memory_is_filled(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, piece: int, chunk: int
-) -> None:
-    """Into several buffers, and again into the same, where the padding is what was left of other
-    tensors. ``test_pin_memory.py`` sums what it fills, from shards, too."""
-    monkeypatch.setattr(pin_memory, "PIECE_WORDS", piece)
-    monkeypatch.setattr(pin_memory, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(pin_memory, "MAX_BUFFER_BYTES", 600_000)
-    in_memory = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(SIZES)}
-    strided = {"s1": random_bytes(90_000).view(300, 300).t(), "s2": random_bytes(90_001)[::3]}
-    save_file({"f1": random_bytes(99_999), "f2": random_bytes(7)}, tmp_path / "a.safetensors")
-    sources = {
-        **open_files([tmp_path / "a.safetensors"]),
-        **tensor_sources({**in_memory, **strided}),
-    }
-    memory = HostMemory("cpu")
-    buffers = memory.fill(sources, with_sums=True)
-    assert len(buffers) > 1
-    check_sums(buffers)
-    smaller = {name: one[300:] for name, one in in_memory.items() if len(one) > 300}
-    check_sums(memory.fill(tensor_sources(smaller), reuse=buffers, with_sums=True))
 
 
 def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
@@ -33,7 +32,6 @@ from checkpoint_engine.checkpoint_files import (
     open_files,
     tensor_sources,
 )
-from checkpoint_engine.checksum import checksum
 from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
 from checkpoint_engine.pin_memory import (
     HostMemory,
@@ -85,20 +83,13 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def contents(buffers: list[MemoryBuffer]) -> dict[str, bytes]:
-    """The bytes of the tensors; where there are sums, they are those of these bytes."""
     found = {}
-    block = 0
     for buffer in buffers:
         at = 0
-        sums = base64.b64decode(buffer.checksums) if buffer.checksums is not None else b""
-        for index, meta in enumerate(buffer.metas):
+        for meta in buffer.metas:
             nbytes = math.prod(meta.shape) * meta.dtype.itemsize
             found[meta.name] = buffer.buffer[at : at + nbytes].numpy().tobytes()
-            if sums:
-                (one,) = struct.unpack_from("<Q", sums, 8 * index)
-                assert one == checksum(buffer.buffer[at : at + meta.aligned_size], block)
             at += meta.aligned_size
-            block += meta.aligned_size // ALIGNMENT
     return found
 
 
@@ -116,7 +107,6 @@ def open_fds() -> set[str]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pin_memory, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(pin_memory, "MAX_BUFFER_BYTES", 8192)
-    monkeypatch.setattr(pin_memory, "PIECE_WORDS", 160)
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +206,7 @@ class TestFillFromMemory:
             "offset": base.view(-1)[3:],
         }
         memory = HostMemory("cpu")
-        buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+        buffers = memory.fill(tensor_sources(tensors))
         assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
         memory.release(buffers)
 
@@ -225,14 +215,14 @@ class TestFillFromMemory:
         tensors = {"conj": base.conj(), "neg": base.conj().imag, "strided": base.conj()[::2]}
         assert tensors["neg"].is_neg()
         memory = HostMemory("cpu")
-        buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+        buffers = memory.fill(tensor_sources(tensors))
         assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
         memory.release(buffers)
 
     def test_parameters(self) -> None:
         model = torch.nn.Linear(20, 30)
         memory = HostMemory("cpu")
-        buffers = memory.fill(tensor_sources(dict(model.named_parameters())), with_sums=True)
+        buffers = memory.fill(tensor_sources(dict(model.named_parameters())))
         assert contents(buffers) == {"weight": raw(model.weight), "bias": raw(model.bias)}
         memory.release(buffers)
 
@@ -247,7 +237,7 @@ class TestFillFromMemory:
             dims = data.draw(st.permutations(range(tensor.dim())))
             tensors[f"layers.{i}"] = tensor.permute(dims)
         memory = HostMemory("cpu")
-        buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+        buffers = memory.fill(tensor_sources(tensors))
         assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
         for buffer in buffers:
             assert buffer.buffer.data_ptr() % ALIGNMENT == 0
@@ -306,7 +296,7 @@ class TestFillFromFiles:
                 write_safetensors(Path(folder, f"{i}.safetensors"), {n: tensors[n] for n in part})
                 for i, part in enumerate((names[::2], names[1::2]))
             ]
-            buffers = memory.fill(open_files(files), with_sums=True)
+            buffers = memory.fill(open_files(files))
         assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
         memory.release(buffers)
 
@@ -342,7 +332,7 @@ class TestFillFromFiles:
             Path(f"{path}.meta").write_bytes(pickle.dumps(metas))
             files.append(path)
         memory = HostMemory("cpu")
-        buffers = memory.fill(open_files(files), with_sums=True)
+        buffers = memory.fill(open_files(files))
         assert contents(buffers) == {name: raw(tensor) for name, tensor in whole.items()}
         memory.release(buffers)
 
@@ -356,7 +346,7 @@ class TestFillFromFiles:
 
         monkeypatch.setattr(os, "preadv", short)
         memory = HostMemory("cpu")
-        buffers = memory.fill(open_files([path]), with_sums=True)
+        buffers = memory.fill(open_files([path]))
         assert contents(buffers) == {"w": raw(tensor)}
         memory.release(buffers)
 
@@ -365,7 +355,7 @@ class TestFillFromFiles:
         named = {f"m{i}": any_bits(torch.float32, (i, 13)) for i in range(30)}
         path = write_safetensors(tmp_path / "a.safetensors", files)
         memory = HostMemory("cpu")
-        buffers = memory.fill({**open_files([path]), **tensor_sources(named)}, with_sums=True)
+        buffers = memory.fill({**open_files([path]), **tensor_sources(named)})
         assert len(buffers) > 1
         assert contents(buffers) == {n: raw(t) for n, t in {**files, **named}.items()}
         memory.release(buffers)
@@ -445,7 +435,7 @@ class TestFailuresLeaveNothing:
             memory.fill(sources)
 
     def test_stopping_goes_on_through_interrupts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        crew = pin_memory._Crew([], os.sched_getaffinity(0), pin_memory._Spans([], {}))
+        crew = pin_memory._Crew([], os.sched_getaffinity(0))
         crew._busy = 1  # a thread that ends after the third look
         looks = []
 
@@ -524,7 +514,7 @@ class TestReuse:
         mapped = len(arenas)
         for step in range(3):
             tensors = {f"v{i}": any_bits(torch.float64, (i, 20 + step)) for i in range(9)}
-            buffers = memory.fill(tensor_sources(tensors), reuse=pool, with_sums=True)
+            buffers = memory.fill(tensor_sources(tensors), reuse=pool)
             assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
             assert {b.buffer.data_ptr() for b in buffers} <= {b.buffer.data_ptr() for b in pool}
         assert len(arenas) == mapped
@@ -594,7 +584,7 @@ class TestRetaining:
         memory = HostMemory("cpu", retain_bytes=1 << 20)
         for step in range(4):
             tensors = {f"w{i}": any_bits(torch.float32, (1900 - step,), i) for i in range(5)}
-            buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+            buffers = memory.fill(tensor_sources(tensors))
             assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
             assert memory.usage == MemoryUsage(5 * 8192, 0)
             memory.release(buffers)
@@ -888,7 +878,7 @@ class TestOnGpu:
         }
         memory = HostMemory("cuda", retain_bytes=1 << 30)
         for _ in range(2):  # fresh, then retained
-            buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+            buffers = memory.fill(tensor_sources(tensors))
             assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
             assert all(buffer.buffer.is_pinned() for buffer in buffers)
             memory.release(buffers)
@@ -907,7 +897,7 @@ class TestOnGpu:
         memory = HostMemory("cuda")
         tensors = {f"w{i}": torch.full((1 << 20,), float(i)) for i in range(20)}
         for _ in range(5):
-            buffers = memory.fill(tensor_sources(tensors), with_sums=True)
+            buffers = memory.fill(tensor_sources(tensors))
             there = torch.cat([b.buffer.cuda(non_blocking=True) for b in buffers])
             assert there.view(torch.float32)[:: 1 << 20].tolist() == [float(i) for i in range(20)]
             memory.release(buffers)
