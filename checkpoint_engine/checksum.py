@@ -1,12 +1,12 @@
 """Sums that show whether the bytes that a worker is about to load are those that were registered.
 
-Every 64-bit word is multiplied by a factor that is odd, looks random, and depends on its place
-among all that its owner registered; a tensor, or a bucket, counts as the sum of its words, modulo
-2**64. So every changed bit changes the sum; so do zeroed, stale or doubled bytes, but by the rarest
-chance (a likely one only where words differ in nothing but their topmost bits), and words that
-change places, unless they are a multiple of ``PERIOD`` apart, when they have the same factor. It
-guards against accidents, not against forgery. Words of the same factor are added up first, row
-below row: that is all that is done for every byte, and runs at the speed of memory.
+Every 64-bit word is multiplied by a factor that is odd, random, and depends on its place among all
+that its owner registered; a tensor, or a bucket, counts as the sum of its words, modulo 2**64. So
+every changed bit changes the sum; so do, but by the rarest chance, bytes that are zeroed, stale,
+doubled or exchanged, unless they are a multiple of ``PERIOD`` words apart, when they have the same
+factors. Of changes to nothing but the topmost bits of words many go unnoticed. It guards against
+accidents, not against forgery. Words of the same factor can be added up first, row below row, which
+runs at the speed of memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,17 +29,29 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 
-MAX_BLOCKS = 1 << 58
-"""More than any owner can have; the places of words are counted in 64 bits."""
+FORMULA = "odd factors, 2047"
+"""Names what is below, between two ends that may be of different releases."""
 PERIOD = 2047
 """Words in a row. Odd, so that blocks and pages are no multiple of it apart; its 16 KB of sums stay
 in the nearest cache."""
 _WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
+_TENSORS_AT_ONCE = 512
+"""Each may take a row of ``PERIOD`` words beside the checkpoint's memory."""
 _MAX_THREADS = 16
 _MASK = (1 << 64) - 1
-_FACTORS = np.arange(PERIOD, dtype=np.int64) * -0x61C8864680B583EB | 1  # 2**64 / golden ratio, odd
+
+
+def _make_factors() -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014) of each place, made odd."""
+    z = np.arange(1, PERIOD + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+
+
+_FACTORS = _make_factors()
 
 
 def is_wanted() -> bool:
@@ -59,11 +71,8 @@ def checksum(memory: torch.Tensor, first_block: int) -> int:
     are on, for which it waits.
 
     Args:
-        memory: contiguous uint8; a last word that is not whole counts as if zeros followed.
+        memory: contiguous uint8, of whole words.
     """
-    missing = -memory.numel() % 8
-    if missing:
-        memory = torch.cat([memory, memory.new_zeros(missing)])
     first = first_block * _WORDS
     if memory.device.type == "cpu":
         words = memory.numpy().view(np.int64)
@@ -91,14 +100,21 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
 # ---------------------------------------------------------------------- of what a rank registers
 
 
-def add_sums(buffers: Sequence[MemoryBuffer]) -> None:
-    """Sum the tensors of all buffers of a rank, and note the sums with them."""
+def add_sums(
+    buffers: Sequence[MemoryBuffer], on_progress: Callable[[float], None] | None = None
+) -> None:
+    """Sum the tensors of all buffers of a rank, and note the sums with them.
+
+    Args:
+        on_progress: called in this thread with the share that is done; what it raises ends it.
+    """
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     total = sum(buffer.size for buffer in buffers) // 8
     step = min(max(total // (4 * threads), _SMALLEST_PIECE), _LARGEST_PIECE)
     tables = []
     first = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum")
+    try:
         tasks = []
         for buffer in buffers:
             tables.append(_TensorSums(buffer, first))
@@ -106,8 +122,12 @@ def add_sums(buffers: Sequence[MemoryBuffer]) -> None:
             first += count
             for start in range(0, count, step):
                 tasks.append(pool.submit(tables[-1].add, start, min(start + step, count)))
-        for task in tasks:
+        for done, task in enumerate(tasks, start=1):
             task.result()
+            if on_progress is not None:
+                on_progress(done / len(tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
     for buffer, table in zip(buffers, tables, strict=True):
         buffer.checksums = table.encode()
 
@@ -130,10 +150,14 @@ class _TensorSums:
         """Add the words from ``start`` to ``end``. Any thread."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, end)) + 1
-        ends = np.minimum(self._ends[first:last], end) - start
-        sums = _sums_of_tensors(self._words(start, end), ends, self._first + start)
-        with self._lock:
-            self._sums[self._with_bytes[first:last]] += sums
+        for some in range(first, last, _TENSORS_AT_ONCE):
+            tensors = slice(some, min(some + _TENSORS_AT_ONCE, last))
+            stop = min(int(self._ends[tensors.stop - 1]), end)
+            ends = np.minimum(self._ends[tensors], stop) - start
+            sums = _sums_of_tensors(self._words(start, stop), ends, self._first + start)
+            with self._lock:
+                self._sums[self._with_bytes[tensors]] += sums
+            start = stop
 
     def _words(self, start: int, end: int) -> np.ndarray:
         piece = self._memory[8 * start : 8 * end]
@@ -143,7 +167,7 @@ class _TensorSums:
         return piece.view(np.int64)
 
     def encode(self) -> str:
-        return base64.b64encode(self._sums.astype("<i8").tobytes()).decode()
+        return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
 
 
 def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
@@ -199,14 +223,15 @@ class Checksums:
     """What every owner's tensors add up to, from the metas that were gathered or loaded."""
 
     def __init__(self, owners: Mapping[int, MemoryBufferMetaList]) -> None:
-        """Owners whose metas have no sums are not checked: the original's, or with
+        """Owners whose metas have no sums of this formula are not checked: the original's, or with
         ``PS_CHECKSUM=off``."""
         self._tables: dict[int, tuple[dict[str, int], np.ndarray, np.ndarray]] = {}
         for owner, owned in owners.items():
             buffers = owned.memory_buffer_metas_list
-            if all(buffer.checksums is not None for buffer in buffers):
+            parts = [(buffer.checksums or "").rpartition(":") for buffer in buffers]
+            if all(formula == FORMULA for formula, _, _ in parts):
                 metas = [meta for buffer in buffers for meta in buffer.metas]
-                raw = b"".join(base64.b64decode(buffer.checksums or "") for buffer in buffers)
+                raw = b"".join(base64.b64decode(text) for _, _, text in parts)
                 sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
                 sums = np.frombuffer(raw, dtype="<u8")
                 if len(sums) != len(metas):

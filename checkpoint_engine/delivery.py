@@ -13,6 +13,8 @@ from typing import Any
 
 from checkpoint_engine.errors import WireError
 
+_SHOWN = 3
+
 
 def digest(message: bytes) -> str:
     """What stands for a bucket: names, dtypes, shapes and places of its tensors are in it."""
@@ -36,8 +38,7 @@ class Delivery:
             planned: the digest of each, in the plan's order; ``None`` in place of those that end
                 no tensor.
         """
-        kinds = {type(one) for one in planned} if isinstance(planned, list) else {list}
-        if not kinds <= {str, type(None)}:
+        if not isinstance(planned, list) or {type(one) for one in planned} - {str, type(None)}:
             raise WireError(f"planned buckets are digests, not {planned!r:.100}")
         wanted = Counter(one for one in planned if one is not None)
         if wanted != self._loaded:
@@ -47,13 +48,15 @@ class Delivery:
 def _differences(
     planned: Sequence[str | None], wanted: Counter[str], loaded: Counter[str]
 ) -> list[str]:
+    wrong = [one for one in wanted if loaded[one] != wanted[one]]
     texts = [
         f"bucket {planned.index(one) + 1} of {len(planned)} was loaded {loaded[one]} times, "
         f"not {wanted[one]}"
-        for one in wanted
-        if loaded[one] != wanted[one]
+        for one in wrong[:_SHOWN]
     ]
+    if len(wrong) > _SHOWN:
+        texts.append(f"{len(wrong) - _SHOWN} more were not loaded once")
     strange = sum(count for one, count in loaded.items() if one not in wanted)
     if strange:
         texts.append(f"{strange} buckets were loaded that were not planned")
-    return texts[:3] + [f"and {len(texts) - 3} more"] * (len(texts) > 3)
+    return texts

@@ -236,11 +236,15 @@ class HostMemory:
         self,
         files: Iterable[str | os.PathLike[str]],
         allowed_folders: Sequence[str] | None = None,
+        before_deleting: Callable[[list[MemoryBuffer]], None] = lambda pinned: None,
     ) -> list[MemoryBuffer]:
         """Takes over safetensors files in shared memory: maps and pins them, then deletes them.
 
         Every tensor is a buffer of its own. Its ``size`` is its padded size, so its last bytes may
         be its neighbour's; it is smaller only where the file's last page ends.
+
+        Args:
+            before_deleting: called with the buffers; what it raises keeps the files.
 
         Raises:
             ValueError: as ``open_files``, or a file is no safetensors file in /dev/shm.
@@ -257,10 +261,15 @@ class HostMemory:
                 undo.callback(arenas[path].free)
             room = {arena: _room(0, arena.nbytes) for arena in arenas.values()}
             _work(room, _Arena.pin, self._cpus)
+            buffers = [
+                self._lend_part(source, parts[name], arenas) for name, source in sources.items()
+            ]
+            undo.callback(self.release, buffers)
+            before_deleting(buffers)
             undo.pop_all()
         for path, inode in inodes.items():
             _unlink(path, inode)
-        return [self._lend_part(source, parts[name], arenas) for name, source in sources.items()]
+        return buffers
 
     def release(self, buffers: Iterable[MemoryBuffer]) -> None:
         """Takes buffers back: frees or retains their memory, and empties their ``buffer`` tensor.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoint_engine.checksum import Checksums
+from checkpoint_engine.checksum import FORMULA, Checksums
 from checkpoint_engine.control import Operation
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.deadline import Deadline, poll
@@ -32,6 +32,7 @@ from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.trace import TracedBroadcast, Tracer
 from checkpoint_engine.wire import (
     ACK,
+    CHECKSUM,
     DELIVERED,
     JSON_BUCKETS,
     NOTHING_MORE,
@@ -134,7 +135,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
-        self._nones = 0
+        self._told_to_release = self._told_to_finish = False
         self.state = "untouched"
 
     def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
@@ -166,7 +167,7 @@ class WorkerSession:
     @property
     def worker_checks_sums(self) -> bool:
         """Whether the worker looks at checksums itself, right before it loads."""
-        return bool(self._extensions.get("checksum"))
+        return bool(self._extensions.get(CHECKSUM) == FORMULA)
 
     @property
     def worker_joins_parts(self) -> bool | None:
@@ -189,22 +190,27 @@ class WorkerSession:
             raise _failed(what, reply)
 
     def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
-        """Tell a worker of ours which buckets it was to load, and let it go on by itself from the
-        last one to its post hook. It does not go on after a failure. Workers of other releases wait
-        to be told.
+        """Tell a worker of ours which buckets it was to load, and let it go on by itself after the
+        last one; it does not go on after a failure. Workers of other releases wait to be told.
 
         Args:
             planned: as ``Messages.planned`` gives them.
-            go_on: whether to its post hook, too.
+            go_on: to its post hook; otherwise only until it has dropped the double buffer.
         """
         if self._extensions:
-            told = {DELIVERED: planned} if self._extensions.get(DELIVERED) else {}
-            self._say_nothing_more(1, told)
-            self._say_nothing_more(2 if go_on else 1)
+            told = b""
+            if self._extensions.get(DELIVERED):
+                told = encode_extensions({DELIVERED: planned})
+            self._link.send(NOTHING_MORE + told, self._check)
+            self._told_to_release = True
+            if go_on:
+                self._link.send(NOTHING_MORE, self._check)
+                self._told_to_finish = True
 
     def release(self) -> None:
         """Have the worker drop the double buffer."""
-        self._say_nothing_more(1)
+        if not self._told_to_release:
+            self._link.send(NOTHING_MORE, self._check)
         self.await_reload("the release of the buffer")
 
     def finish(self, request: Request) -> None:
@@ -215,7 +221,8 @@ class WorkerSession:
         """
         self.state = "partly written"
         try:
-            self._say_nothing_more(2)
+            if not self._told_to_finish:
+                self._link.send(NOTHING_MORE, self._check)
             self.await_reload("its post hook")
         except WireError:
             if self._extensions:
@@ -226,13 +233,6 @@ class WorkerSession:
                 raise
         request.join(self._check)
         self.state = f"holds {self._version}"
-
-    def _say_nothing_more(self, times: int, extensions: dict[str, Any] | None = None) -> None:
-        """So often in all."""
-        if self._nones < times:
-            told = encode_extensions(extensions) if extensions else b""
-            self._link.send(NOTHING_MORE + told, self._check)
-            self._nones += 1
 
 
 def _failed(what: str, reply: bytes) -> WorkerError:
@@ -443,6 +443,8 @@ class Pipeline:
         is first given what has arrived, to load it meanwhile.
         """
         count = len(self._plan.steps)
+        if not count:
+            session.announce_end([])
         operation.begin("transfer")
         if not self._in_flight:
             self._start_next(session.check)
@@ -502,7 +504,7 @@ class Pipeline:
             lies_at, nbytes = 0, bucket.total  # once it has been put together
         expected = self._checksums.of(step.owner, bucket)
         if expected is not None and session.worker_checks_sums:
-            extensions["checksum"] = [lies_at, nbytes, *expected]
+            extensions[CHECKSUM] = [lies_at, nbytes, *expected]
         elif expected is not None:
             where = f"a bucket from {self._loader.source_of(step)}"
             expected.check(self._buffer[start : start + bucket.size], where)

@@ -17,9 +17,11 @@ class Progress(BaseModel):
     call: str = Field(examples=["update"])
     checkpoint: str
     phase: str = Field(
-        description="What this rank does or waits for.", examples=["reload", "filling"]
+        description="What this rank does or waits for.", examples=["reload", "filling", "summing"]
     )
-    done_bytes: int = Field(description="That this rank's worker has loaded, or that are filled.")
+    done_bytes: int = Field(
+        description="That this rank's worker has loaded, or that are filled, or summed."
+    )
     total_bytes: int = Field(description="0 while it is not known yet.")
     seconds: dict[str, float] = Field(default={}, description="Spent in the phases before.")
 

@@ -241,7 +241,7 @@ class ParameterServer:
             MemoryError: there is not enough host memory; nothing is kept.
             RuntimeError: memory cannot be pinned, or a file cannot be read; nothing is kept.
         """
-        with self._memory_lock:
+        with self._memory_lock, ExitStack() as undo:
             self._check_can_register(checkpoint_name, use_shared_memory_pool)
             in_place, copied = _split_in_place(
                 files, use_inplace_pin_memory and not use_shared_memory_pool
@@ -251,18 +251,25 @@ class ParameterServer:
                 **tensor_sources(named_tensors or {}),
             }
             pool = self._memory_pool.get(self.shared_memory_pool_name) or None
-            with_sums = checksum.is_wanted()
+            add_sums = self._choose_sums(checkpoint_name, on_progress)
             nbytes = sum(source.nbytes for source in sources.values())
-            with self._observed_filling(checkpoint_name, nbytes, on_progress) as advance:
+            with self._observed("filling", checkpoint_name, nbytes, on_progress) as advance:
                 buffers = self._host_memory.fill(
                     sources, pool if use_shared_memory_pool else None, advance
                 )
+            if not (use_shared_memory_pool and pool):
+                undo.callback(self._host_memory.release, buffers)
+
             if in_place:
                 overridden = set(named_tensors or ())
                 taken = sources.keys() - overridden
-                buffers += self._pin_in_place(in_place, taken, overridden, buffers)
-            if with_sums:
-                checksum.add_sums(buffers)
+                pinned = self._pin_in_place(
+                    in_place, taken, overridden, lambda pinned: add_sums([*buffers, *pinned])
+                )
+                buffers = [*buffers, *pinned]
+            else:
+                add_sums(buffers)
+            undo.pop_all()
             if use_shared_memory_pool:
                 self._memory_pool[self.shared_memory_pool_name] = pool or buffers
                 self._pool_user = checkpoint_name
@@ -277,21 +284,39 @@ class ParameterServer:
                 len(buffers),
             )
 
+    def _choose_sums(
+        self, checkpoint_name: str, on_progress: Callable[[Progress], None] | None
+    ) -> Callable[[list[MemoryBuffer]], None]:
+        """What sums all buffers of the checkpoint, if that is wanted."""
+        if not checksum.is_wanted():
+            return lambda buffers: None
+
+        def add_sums(buffers: list[MemoryBuffer]) -> None:
+            nbytes = sum(buffer.size for buffer in buffers)
+            with self._observed("summing", checkpoint_name, nbytes, on_progress) as advance:
+                checksum.add_sums(buffers, advance)
+
+        return add_sums
+
     @contextlib.contextmanager
-    def _observed_filling(
-        self, checkpoint_name: str, total: int, on_progress: Callable[[Progress], None] | None
+    def _observed(
+        self,
+        phase: str,
+        checkpoint_name: str,
+        total: int,
+        on_progress: Callable[[Progress], None] | None,
     ) -> Iterator[Callable[[float], None]]:
-        """Gives what to call with the share that is filled."""
+        """A phase of registering. Gives what to call with the share that is done."""
         with ExitStack() as stack:
             show = on_progress
             if show is None and total and self._draws_bars():
-                show = stack.enter_context(drawn_bar("register", total))
+                show = stack.enter_context(drawn_bar(f"register: {phase}", total))
 
             def advance(share: float) -> None:
                 self._filling = Progress(
                     call="register",
                     checkpoint=checkpoint_name,
-                    phase="filling",
+                    phase=phase,
                     done_bytes=int(share * total),
                     total_bytes=total,
                 )
@@ -973,19 +998,21 @@ class ParameterServer:
         files: list[str],
         taken: Set[str],
         overridden: Set[str],
-        copied: list[MemoryBuffer],
+        before_deleting: Callable[[list[MemoryBuffer]], None],
     ) -> list[MemoryBuffer]:
-        """Pin files where they are; on failure release what was copied beside them."""
-        try:
-            clashes = sorted(set(open_files(files, self.allowed_folders)) & taken)
-            if clashes:
-                raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
-            pinned = self._host_memory.pin_in_place(files, self.allowed_folders)
-        except BaseException:
-            self._host_memory.release(copied)
-            raise
+        """Pin files where they are, but for the tensors that are ``overridden``."""
+        clashes = sorted(set(open_files(files, self.allowed_folders)) & taken)
+        if clashes:
+            raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
+
+        def wanted(buffers: list[MemoryBuffer]) -> list[MemoryBuffer]:
+            return [buffer for buffer in buffers if buffer.metas[0].name not in overridden]
+
+        pinned = self._host_memory.pin_in_place(
+            files, self.allowed_folders, lambda pinned: before_deleting(wanted(pinned))
+        )
         self._host_memory.release([b for b in pinned if b.metas[0].name in overridden])
-        return [b for b in pinned if b.metas[0].name not in overridden]
+        return wanted(pinned)
 
     def _gather(self, operation: Operation, checkpoint_name: str) -> tuple[list[DataToGather], str]:
         """Every rank's part, and a digest of it all. Layouts that all ranks know are not sent."""

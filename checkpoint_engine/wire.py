@@ -39,6 +39,10 @@ PART = "part"
 whole tensor, alone in a buffer, followed by where the part lies in the double buffer, its bytes,
 where it belongs in the tensor, the tensor's bytes, and its owner."""
 
+CHECKSUM = "checksum"
+"""An extension: a worker that checks sums itself accepts it with the formula that it knows. With a
+bucket: where the bytes lie, how many, the place of the first block, and the sum."""
+
 DELIVERED = "delivered"
 """An extension: a worker that accepts it is told with the first ``None`` which buckets there were,
 and fails if it loaded others; see ``delivery.py``."""

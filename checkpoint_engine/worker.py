@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import zmq
 
-from checkpoint_engine.checksum import MAX_BLOCKS, Expected
-from checkpoint_engine.data_types import tensor_nbytes
+from checkpoint_engine.checksum import FORMULA, Expected
+from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
 from checkpoint_engine.delivery import Delivery
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
@@ -24,6 +24,7 @@ from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.wire import (
     ACK,
+    CHECKSUM,
     DELIVERED,
     JSON_BUCKETS,
     PART,
@@ -91,7 +92,7 @@ def update_weights_from_ipc(
             del buffer
             _release_device_memory(device_type)
         _acknowledge(link, failure)
-        server_waits = _server_waits_for_post_hook(link, handle)
+        server_waits = _server_waits_for_post_hook(link, handle, failure)
         failure = failure or _attempt(partial(_finish, loader, post_hook, device_type))
         if failure is None:
             version.complete()
@@ -188,7 +189,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         raise
     if "timeout" in handle.extensions:
         link.set_deadline(handle.extensions["timeout"])
-    accepted = {"version": 1, "checksum": True, PART: True, DELIVERED: True}
+    accepted = {"version": 1, CHECKSUM: FORMULA, PART: True, DELIVERED: True}
     accepted |= {key: True for key in (JSON_BUCKETS,) if key in handle.extensions}
     link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
     return handle, buffer
@@ -241,7 +242,7 @@ def _load(
     if PART in extensions:
         source = parts.add(received, extensions[PART], buffer)
     if source is not None:
-        _check_bytes(extensions.get("checksum"), source)
+        _check_bytes(extensions.get(CHECKSUM), source)
         if bucket is None:
             loader.replay(received, source)
         else:
@@ -265,7 +266,7 @@ def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
         case [int(start), int(nbytes), int(first_block), int(total)] if (
             min(start, nbytes, first_block) >= 0
             and start + nbytes <= buffer.numel()
-            and first_block < MAX_BLOCKS
+            and start % ALIGNMENT == nbytes % ALIGNMENT == 0
         ):
             where = f"the bucket at {start}"
             Expected(first_block, total).check(buffer[start : start + nbytes], where)
@@ -334,7 +335,7 @@ def _acknowledge(link: ServerLink, failure: _Failure | None) -> None:
     link.reply() if failure is None else link.reply(encode_failure(failure.text))
 
 
-def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:
+def _server_waits_for_post_hook(link: ServerLink, handle: Handle, failure: _Failure | None) -> bool:
     """Whether the second ``None`` came. Senders of release 0.2 leave after the first, or wait for
     the engine to answer their request."""
     try:
@@ -345,7 +346,7 @@ def _server_waits_for_post_hook(link: ServerLink, handle: Handle) -> bool:
         return False
     message = decode_message(received)
     if isinstance(message, Abort):
-        raise message.error
+        raise message.error from (failure and failure.error)
     if isinstance(message, Bucket):
         raise WireError("the server sent a bucket after it had said there are no more")
     return True

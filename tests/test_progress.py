@@ -103,7 +103,8 @@ def test_a_bar_is_drawn_on_terminals_alone(
     ps.update("c", ask_engine)
     assert ("100%" in stream.getvalue()) == draws
     ps.register_checkpoint("d", named_tensors=WEIGHTS)
-    assert ("register 0.00 GB" in stream.getvalue()) == draws
+    assert ("register: filling 0.00 GB" in stream.getvalue()) == draws
+    assert ("register: summing 0.00 GB" in stream.getvalue()) == draws
     ps.register_checkpoint("nothing")
     assert stream.getvalue().count("register") <= stream.getvalue().count("100%")
 
@@ -117,10 +118,13 @@ def test_registering_is_told_too(ps: ParameterServer) -> None:
 
     large = {f"layer.{i}": torch.zeros(CHUNK_BYTES, dtype=torch.uint8) for i in range(4)}
     ps.register_checkpoint("d", named_tensors=large, on_progress=note)
-    shares = [one.fraction for one in seen]
-    assert len(set(shares)) >= 4
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
+    phases = [one.phase for one in seen]
+    assert phases == sorted(phases)  # all of the filling, then all of the summing
+    for phase in ("filling", "summing"):
+        shares = [one.fraction for one in seen if one.phase == phase]
+        assert len(set(shares)) >= 4
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0
     assert {(one.call, one.checkpoint, one.total_bytes) for one in seen} == {
         ("register", "d", 4 * CHUNK_BYTES)
     }

@@ -19,7 +19,7 @@ import zmq
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from checkpoint_engine import ps
+from checkpoint_engine import checksum, ps
 from checkpoint_engine.data_types import Lease, MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.ps import ParameterServer
@@ -422,6 +422,56 @@ def test_a_failure_in_place_deletes_and_keeps_nothing(
     assert shm_file.exists()
     assert in_use(server) == 0
     server.register_checkpoint("c", named_tensors=some(2))
+
+
+@pytest.mark.parametrize("raised", [MemoryError, KeyboardInterrupt])
+def test_a_failure_while_summing_deletes_and_keeps_nothing(
+    server: ParameterServer,
+    shm_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: type[BaseException],
+) -> None:
+    server.register_checkpoint("before", named_tensors=some(3))
+    before = in_use(server)
+
+    def fail(*_: object) -> None:
+        raise raised("no room for sums")
+
+    ways: list[dict[str, Any]] = [
+        {"named_tensors": some(1)},
+        {"named_tensors": some(1), "use_shared_memory_pool": True},
+        {"files": [str(shm_file)], "use_inplace_pin_memory": True},
+        {"files": [str(shm_file)], "named_tensors": some(2), "use_inplace_pin_memory": True},
+    ]
+    for options in ways:
+        with monkeypatch.context() as patch:
+            patch.setattr(checksum._TensorSums, "encode", fail)
+            with pytest.raises(raised, match="no room for sums"):
+                server.register_checkpoint("c", **options)
+        assert in_use(server) == before
+        assert shm_file.exists()
+    server.register_checkpoint("c", files=[str(shm_file)], use_inplace_pin_memory=True)
+    assert not shm_file.exists()
+    assert same(received(server, "c"), some(1))
+
+
+def test_a_failure_while_summing_leaves_the_pool_to_others(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.register_checkpoint("a", named_tensors=some(1), use_shared_memory_pool=True)
+    server.unregister_checkpoint("a")
+    before = in_use(server)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room for sums")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checksum._TensorSums, "encode", fail)
+        with pytest.raises(MemoryError, match="no room for sums"):
+            server.register_checkpoint("b", named_tensors=some(2), use_shared_memory_pool=True)
+    assert in_use(server) == before
+    server.register_checkpoint("b", named_tensors=some(2), use_shared_memory_pool=True)
+    assert same(received(server, "b"), some(2))
 
 
 def test_in_place_and_the_shared_pool(server: ParameterServer, shm_file: Path) -> None:

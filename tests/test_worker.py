@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from checkpoint_engine import ps, worker
+from checkpoint_engine.checksum import FORMULA
 from checkpoint_engine.delivery import digest
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
@@ -371,7 +372,7 @@ def test_a_sender_that_says_none_once_and_waits_for_the_engine(
     assert engine.hooks == 1
 
 
-ACCEPTED = {"version": 1, "checksum": True, "part": True, "delivered": True}
+ACCEPTED = {"version": 1, "checksum": FORMULA, "part": True, "delivered": True}
 
 
 def test_a_server_of_ours_that_dies_between_the_nones_is_no_success(
