@@ -46,7 +46,7 @@ SPARE = 40 * GIB
 H800 = Cluster(nodes=1, host_to_device=50.0, nvlink=165.0, nic=45.0)
 H20 = Cluster(nodes=2, host_to_device=50.0, nvlink=400.0, nic=45.0)
 H20_256 = Cluster(nodes=32, host_to_device=50.0, nvlink=400.0, nic=45.0)
-ORIGINAL_020 = Costs(per_tensor=80e-6, per_bucket=10e-3, per_update=1.0)
+ORIGINAL_020 = Costs(per_tensor=80e-6, per_bucket=10e-3, per_update=1.0, check=None)
 """One set for all rows: loader, vote and synchronisation of a bucket, process group of an update;
 with them no stage overlaps but loading and the next broadcast."""
 PLAIN = Costs(per_tensor=60e-6)

@@ -19,7 +19,7 @@ from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
 from checkpoint_engine.simulate.update import Prediction, predict
 
 MB = 1 << 20
-FREE = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=1e9)
+FREE = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=1e9, check=None)
 """Software that takes no time."""
 
 
@@ -198,7 +198,7 @@ def test_the_originals_rounds_take_longer_than_the_pipeline() -> None:
 
 def test_on_cores_everything_shares_them() -> None:
     """One copies while the other loads; with one core they take turns."""
-    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0)
+    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0, check=None)
     two = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=2)
     one = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=1)
     ratio = update(one, costs).seconds / update(two, costs).seconds
@@ -218,7 +218,7 @@ def test_ranks_of_one_host_copy_out_of_each_others_memory(cores: int, expected: 
 
 def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
     cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=1e9)
-    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0)
+    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0, check=None)
     summed = dataclasses.replace(costs, check=5.0)
     ratio = update(cluster, summed).seconds / update(cluster, costs).seconds
     assert ratio == pytest.approx(3.0, rel=0.01)
@@ -228,7 +228,7 @@ def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
 def test_messages_take_cores_too(cores: int, expected: float) -> None:
     """A bucket's copy and the messages of the one before take as long; one core does both."""
     one_copy = 16 * MB / 1e9 / 10.0
-    costs = Costs(per_tensor=0.0, per_bucket=one_copy, bucket_cores=1.0, per_update=0.0, load=1e9)
+    costs = dataclasses.replace(FREE, per_bucket=one_copy, bucket_cores=1.0)
     cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=cores)
     found = update(cluster, costs)
     assert found.seconds == pytest.approx(expected * found.buckets * one_copy, rel=0.1)

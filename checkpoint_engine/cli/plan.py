@@ -25,6 +25,7 @@ _UNITS = {
     "hop": "seconds that each further node adds to a broadcast",
     "per_tensor": "seconds of the engine's loader for a tensor: 60e-6 for vLLM's, 5e-6 replayed",
     "per_bucket": "seconds between two buckets",
+    "check": "GB/s at which workers check the sums of a bucket",
     "per_update": "seconds of what happens once",
 }
 
