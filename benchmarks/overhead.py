@@ -38,7 +38,7 @@ from update import NAME, RANK, WORLD_SIZE, Worker, make_tensors
 class Unobserving(type(UNTRACED)):  # type: ignore[misc]
     """Takes the place of a ``RankTracer``. No mock: that would cost more than what it replaces."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         """Nothing to keep."""
 
     def stages(self) -> dict[str, Stage]:
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1, help="of 1.25 GB")
     parser.add_argument("--bucket-gb", type=float, default=2.0)
     parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--no-log", action="store_true", help="report and metrics alone")
     arguments = parser.parse_args()
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = f"{arguments.bucket_gb:g}"
     torch.set_num_threads(1)
@@ -118,7 +119,8 @@ def main() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     with tempfile.TemporaryFile("w") as log:
         logger.remove()
-        logger.add(log, level="DEBUG")
+        if not arguments.no_log:
+            logger.add(log, level="DEBUG")
         observed, plain = Overhead(arguments.layers).measure(arguments.pairs)
     if RANK > 0:
         return
@@ -126,7 +128,8 @@ def main() -> None:
     usual, added = statistics.median(plain), statistics.median(more)
     error = 1.25 * statistics.stdev(more) / math.sqrt(len(more))
     print(
-        f"update {usual * 1e3:.2f} ms; with report, metrics and log {added * 1e3:+.3f} "
+        f"update {usual * 1e3:.2f} ms; with report, metrics{'' if arguments.no_log else ', log'} "
+        f"{added * 1e3:+.3f} "
         f"+- {error * 1e3:.3f} ms, {added / usual:+.2%} +- {error / usual:.2%}; "
         f"{len(more)} pairs"
     )
