@@ -55,6 +55,6 @@ class Parts:
 
 def _sizes(part: Any) -> tuple[int, int, int, int, int]:
     match part:
-        case [int(), int(), int(), int(), int()] if min(part) >= 0:
+        case [int(), int(), int(), int(), int()] if 0 <= min(part) <= max(part) < 1 << 62:
             return part[0], part[1], part[2], part[3], part[4]
     raise WireError(f"a part is five numbers, not {part!r:.100}")

@@ -145,6 +145,7 @@ def test_parts_make_a_tensor_in_any_order(sizes: list[list[int]], rng: Any) -> N
         None,
         [0, 10.0, 0, 30, 0],
         [0, True, 0, "30", 0],
+        [0, 10, 0, 1 << 70, 0],
     ],
 )
 def test_a_part_that_cannot_be(part: Any) -> None:
