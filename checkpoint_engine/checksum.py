@@ -88,13 +88,19 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
         words: int64; these and the others are arrays of numpy, or tensors of one device.
         columns: zeros, one for each of ``factors``.
     """
-    head = min(-first % PERIOD, len(words))
-    rows = (len(words) - head) // PERIOD
-    body = head + rows * PERIOD
-    columns[first % PERIOD :][:head] += words[:head]
-    columns += words[head:body].reshape(rows, PERIOD).sum(0)
-    columns[: len(words) - body] += words[body:]
+    begun, whole, ended = _in_rows(words, first)
+    columns[first % PERIOD :][: len(begun)] += begun
+    columns += whole.sum(0)
+    columns[: len(ended)] += ended
     return (columns * factors).sum()
+
+
+def _in_rows(words: Any, first: int) -> tuple[Any, Any, Any]:
+    """What is left of the row that had begun before, the rows that are whole, and the rest."""
+    head = min(-first % PERIOD, len(words))
+    count = (len(words) - head) // PERIOD
+    body = head + count * PERIOD
+    return words[:head], words[head:body].reshape(count, PERIOD), words[body:]
 
 
 # ---------------------------------------------------------------------- of what a rank registers
@@ -174,16 +180,13 @@ def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndar
     """Of tensors that fill ``words`` one behind the other, up to ``ends``. For all of them at once:
     many threads that call Python for each tensor wait for each other more than for memory."""
     shift = first % PERIOD
-    head = -first % PERIOD
-    count = max(0, len(words) - head) // PERIOD
-    begun, whole, ended = np.split(words, [head, head + count * PERIOD])
-    whole = whole.reshape(count, PERIOD)
+    begun, whole, ended = _in_rows(words, first)
     skipped = 1 if shift else 0  # the row that had begun before these words
     rows, columns = np.divmod(np.concatenate([[0], ends]) + shift, PERIOD)  # of all borders
 
     used, lines = np.unique(rows, return_inverse=True)
     with_borders = np.zeros((len(used), PERIOD), dtype=np.int64)
-    inside = (used >= skipped) & (used < skipped + count)
+    inside = (used >= skipped) & (used < skipped + len(whole))
     with_borders[inside] = whole[used[inside] - skipped]
     with_borders[0, shift : shift + len(begun)] += begun
     with_borders[-1, : len(ended)] += ended
@@ -191,7 +194,7 @@ def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndar
     places = lines * PERIOD + columns
     sums = np.add.reduceat(with_borders.reshape(-1)[: places[-1]], places[:-1])
 
-    running = np.zeros(count + 1, dtype=np.int64)
+    running = np.zeros(len(whole) + 1, dtype=np.int64)
     np.cumsum(np.einsum("rp,p->r", whole, _FACTORS), out=running[1:])
     large = np.diff(rows) > 1
     between = running[rows[1:][large] - skipped] - running[rows[:-1][large] + 1 - skipped]

@@ -86,6 +86,7 @@ def test_a_place_counts() -> None:
 def test_memory_may_begin_anywhere() -> None:
     memory = random_bytes(4099)
     assert checksum(memory[3:], 1) == checksum(memory[3:].clone(), 1)
+    assert checksum(memory[3:-256], 1) == checksum(memory[3:-256].clone(), 1)
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def extensions(data: bytes) -> None:
     uses: dict[str, Callable[[Any], object]] = {
         wire.PART: lambda part: Parts().add(b"message", part, BUFFER),
         wire.DELIVERED: Delivery().check,
-        "checksum": lambda expected: _check_bytes(expected, BUFFER),
+        wire.CHECKSUM: lambda expected: _check_bytes(expected, BUFFER),
     }
     for key in uses.keys() & found.keys():
         with contextlib.suppress(WireError, ValueError, RuntimeError):  # the last: a huge part
@@ -273,7 +273,7 @@ TARGETS = (
             for one in (
                 {wire.PART: [0, 256, 256, 512, 1]},
                 {wire.DELIVERED: [digest(b"a"), None]},
-                {"checksum": [0, 512, 3, 7]},
+                {wire.CHECKSUM: [0, 512, 3, 7]},
             )
         ),
     ),
