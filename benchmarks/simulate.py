@@ -245,7 +245,8 @@ def launch(world: int, command: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output.json")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        run = [*torchrun, f"--nproc-per-node={world}", *command, "--json", str(output)]
+        torchrun += [f"--nproc-per-node={world}", f"--log-dir={folder}"]
+        run = [*torchrun, *command, "--json", str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PS_DEVICE": "cpu"}
         subprocess.run(run, check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())

@@ -188,7 +188,8 @@ def push(account: Account, checkpoint: Path, engine: HasUrl, device: str) -> Non
         RuntimeError: it failed, or took longer than ``TIMEOUT`` seconds.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={TP}", str(EXAMPLES / "update.py")]
+    command += [f"--nproc-per-node={TP}", f"--log-dir={checkpoint.parent}"]
+    command += [str(EXAMPLES / "update.py")]
     command += [f"--checkpoint-path={checkpoint}", f"--checkpoint-name={checkpoint.name}"]
     command += [f"--endpoint={engine.url}", f"--inference-parallel-size={TP}"]
     command += ["--update-method=broadcast"]

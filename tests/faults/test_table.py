@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import VERDICTS
 from fault_fleet import Fleets
 from run_case import run_case
 from table import TABLE, Case
+
+from conftest import VERDICTS
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

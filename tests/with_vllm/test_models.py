@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import EngineHost
 from models import KINDS
 
+from conftest import EngineHost
 from torchrun import torchrun
 
 SMALLER_THAN_A_LAYER, EVERYTHING = "1e-4", "1"  # GiB; a layer has 0.3 to 0.5 MB

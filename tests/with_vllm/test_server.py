@@ -16,10 +16,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
 import dying_worker
-from conftest import ENGINE_ENV
 from test_models import CPU, PROGRAMS
 
 import demo_vllm
+from conftest import ENGINE_ENV
 from demo_vllm import TP, VllmServer
 from torchrun import Run
 
