@@ -157,9 +157,11 @@ def instances(cases: list[dict[str, Any]]) -> dict[str, Any]:
         mine = case["fault"] if case["rank"] == RANK else ""
         rank.worker.call("forget")
 
-        def ask(paths: list[tuple[str, str]], mine: str = mine) -> None:
+        def ask(paths: list[tuple[str, str]], mine: str = mine, case: Any = case) -> None:
             if mine == "refuse":
                 raise ConnectionError("the engine is not up")
+            if case.get("unreached") == RANK:
+                return
             rank.worker.call("update", paths[RANK][1], mine)
 
         ask.instance = f"engine {RANK // case['size']}"  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ CASES = [
     {"fault": "bucket:3", "rank": 2, "size": 1, "phase": "reload", "says": "bucket 3"},
     {"fault": "bucket:last", "rank": 3, "size": 1, "phase": "reload", "says": "for bucket"},
     {"fault": "hook", "rank": 0, "size": 1, "phase": "post hook", "says": "cannot repack"},
-    {"fault": "bucket:2", "rank": 1, "size": 2, "phase": "reload", "says": "bucket 2"},
+    {"fault": "bucket:3", "rank": 1, "size": 2, "phase": "reload", "says": "bucket 3"},
     {"fault": "refuse", "rank": 2, "size": 2, "phase": "handshake", "says": "is not up"},
     {"fault": "hook", "rank": 3, "size": 2, "phase": "post hook", "says": "cannot repack"},
 ]
@@ -55,13 +55,23 @@ UPDATED: dict[str, Any] = {"updating": None}
 
 @pytest.mark.parametrize("device", ON_EVERY_DEVICE)
 def test_an_update_of_no_instance_is_an_error(tmp_path: Path, device: str) -> None:
+    """The third bucket reaches a rank only once the first is loaded on all of them."""
     env = environment(device, 2) | SMALL_BUCKETS
-    cases = [{"fault": "bucket:2", "rank": 1, "size": 2}]
+    cases = [{"fault": "bucket:3", "rank": 1, "size": 2}]
     for result in torchrun(tmp_path, 2, "instances", env=env, cases=cases):
         (seen,) = result["seen"]
         assert "no engine could be updated" in seen["error"]
-        assert seen["holds"]["state"] == "failed"
-        assert seen["holds"]["updating"] == "version-0"
+        assert seen["holds"] == {"version": None, "state": "failed", "updating": "version-0"}
+
+
+@pytest.mark.parametrize("device", ON_EVERY_DEVICE)
+def test_a_worker_that_was_never_reached_is_not_called_failed(tmp_path: Path, device: str) -> None:
+    env = environment(device, 2) | SMALL_BUCKETS
+    cases = [{"fault": "bucket:1", "rank": 1, "size": 2, "unreached": 0}]
+    untouched, _ = torchrun(tmp_path, 2, "instances", env=env, cases=cases)
+    (seen,) = untouched["seen"]
+    assert "no engine could be updated" in seen["error"]
+    assert seen["holds"] == {"version": None, "state": "initial", "updating": None}
 
 
 def test_a_version_is_held_only_when_it_is_whole() -> None:
