@@ -15,12 +15,13 @@ import base64
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from checkpoint_engine import crew
 from checkpoint_engine.data_types import (
     ALIGNMENT,
     H2DBucket,
@@ -39,7 +40,6 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
 _TENSORS_AT_ONCE = 512
 """Each may take a row of ``PERIOD`` words beside the checkpoint's memory."""
-_MAX_THREADS = 16
 _MASK = (1 << 64) - 1
 
 
@@ -114,26 +114,28 @@ def add_sums(
     Args:
         on_progress: called in this thread with the share that is done; what it raises ends it.
     """
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     total = sum(buffer.size for buffer in buffers) // 8
+    threads = min(crew.MAX_THREADS, len(os.sched_getaffinity(0)))
     step = min(max(total // (4 * threads), _SMALLEST_PIECE), _LARGEST_PIECE)
     tables = []
+    tasks = []
     first = 0
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-sum")
-    try:
-        tasks = []
-        for buffer in buffers:
-            tables.append(_TensorSums(buffer, first))
-            count = tables[-1].word_count
-            first += count
-            for start in range(0, count, step):
-                tasks.append(pool.submit(tables[-1].add, start, min(start + step, count)))
-        for done, task in enumerate(tasks, start=1):
-            task.result()
-            if on_progress is not None:
-                on_progress(done / len(tasks))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for buffer in buffers:
+        tables.append(_TensorSums(buffer, first))
+        count = tables[-1].word_count
+        first += count
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            tasks.append((end - start, partial(tables[-1].add, start, end)))
+    left = first
+
+    def summed(words: int) -> None:
+        nonlocal left
+        left -= words
+        if on_progress is not None:
+            on_progress(1 - left / first)
+
+    crew.work(tasks, summed)
     for buffer, table in zip(buffers, tables, strict=True):
         buffer.checksums = table.encode()
 

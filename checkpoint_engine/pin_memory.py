@@ -7,27 +7,26 @@ a fraction of ``torch.empty(pin_memory=True)``. On the cpu device the memory sta
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import errno
 import itertools
 import mmap
 import os
 import resource
-import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
 
+from checkpoint_engine import crew
 from checkpoint_engine.checkpoint_files import (
     FileParts,
     FileSlice,
@@ -43,7 +42,6 @@ MAX_BUFFER_BYTES = 4 << 30
 """Most bytes of one host buffer, unless a single tensor needs more."""
 CHUNK_BYTES = 16 << 20
 """Bytes that one thread fills at a time, and about the most it reads at once."""
-MAX_THREADS = 16
 SHM_DIR = "/dev/shm"
 CGROUP_ROOT = "/sys/fs/cgroup"
 
@@ -747,93 +745,19 @@ def _work(
 
     However it ends, no thread touches the memory any more.
     """
-    usable = os.sched_getaffinity(0) & cpus if cpus else os.sched_getaffinity(0)
-    usable = usable or os.sched_getaffinity(0)
-    tasks = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
-    left = Counter(arena for arena, _ in tasks)
-    crew = _Crew(tasks, usable)
-    try:
-        crew.start(min(MAX_THREADS, len(usable), len(tasks)))
-        for done in range(1, len(tasks) + 1):
-            arena = crew.wait_for_one()
-            left[arena] -= 1
-            if left[arena] == 0:
-                arena.fresh = False
-                finish(arena)
-            if on_progress is not None:
-                on_progress(done / len(tasks))
-    finally:
-        crew.stop()
+    batches = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
+    left = Counter(arena for arena, _ in batches)
 
+    def wrote_batch(arena: _Arena) -> None:
+        left[arena] -= 1
+        if left[arena] == 0:
+            arena.fresh = False
+            finish(arena)
+        if on_progress is not None:
+            on_progress(1 - left.total() / len(batches))
 
-class _Crew:
-    """Threads that write batches of pieces into arenas.
-
-    ``threading.Thread`` and executors wait in Python code, where an interrupt can lose a running
-    thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` can be relied on.
-    """
-
-    def __init__(self, tasks: Iterable[tuple[_Arena, list[_Piece]]], cpus: Set[int]) -> None:
-        self._cpus = cpus
-        self._tasks: SimpleQueue[tuple[_Arena, list[_Piece]]] = SimpleQueue()
-        self._results: SimpleQueue[tuple[_Arena, BaseException | None]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._busy = 0
-        self._stopped = False
-        for task in tasks:
-            self._tasks.put(task)
-
-    def start(self, count: int) -> None:
-        for _ in range(count):
-            _thread.start_new_thread(self._work, ())
-
-    def wait_for_one(self) -> _Arena:
-        """The arena of the next task that is done. Raises the error of one that failed."""
-        arena, error = self._results.get()
-        if error is None:
-            return arena
-        try:
-            raise error
-        finally:
-            del error  # this frame lives on in its traceback
-
-    def stop(self) -> None:
-        """Returns once no thread is at work any more. An interrupt is raised after that."""
-        interrupts: list[KeyboardInterrupt] = []
-        while not self._stopped or self._busy > 0:
-            try:
-                with self._lock:
-                    self._stopped = True
-                time.sleep(0.0001)
-            except KeyboardInterrupt as interrupt:
-                interrupts = [interrupt]
-        if interrupts:
-            raise interrupts.pop()
-
-    def _work(self) -> None:
-        with self._lock:
-            if self._stopped:
-                return
-            self._busy += 1
-        try:
-            os.sched_setaffinity(0, self._cpus)  # of this thread alone
-            while not self._stopped:
-                arena, batch = self._tasks.get_nowait()
-                self._results.put((arena, _failure(arena, batch)))
-        except Empty:
-            pass
-        finally:
-            with self._lock:
-                self._busy -= 1
-
-
-def _failure(arena: _Arena, batch: list[_Piece]) -> BaseException | None:
-    """Writes a batch; what it raised, if anything."""
-    try:
-        _write_batch(arena, batch)
-    except BaseException as error:
-        return error
-    return None
+    tasks = [(arena, partial(_write_batch, arena, batch)) for arena, batch in batches]
+    crew.work(tasks, wrote_batch, cpus)
 
 
 def _write_batch(arena: _Arena, batch: list[_Piece]) -> None:

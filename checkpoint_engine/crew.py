@@ -1,0 +1,111 @@
+"""Threads that read and write memory which is freed afterwards: however their work ends, none of
+them touches it any more."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence, Set
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+MAX_THREADS = 16
+
+_Key = TypeVar("_Key")
+Task = tuple[_Key, Callable[[], None]]
+
+
+def work(
+    tasks: Sequence[Task[_Key]],
+    on_done: Callable[[_Key], None],
+    cpus: Set[int] | None = None,
+) -> None:
+    """Run all tasks, several at a time, and in this thread call ``on_done`` with the key of each.
+
+    Args:
+        cpus: where the threads run, as far as this thread may use them.
+
+    Raises:
+        BaseException: what a task or ``on_done`` raised first; tasks that have not begun by then
+            never begin.
+    """
+    allowed = os.sched_getaffinity(0)
+    usable = (allowed & cpus if cpus else allowed) or allowed
+    crew = _Crew(tasks, usable)
+    try:
+        crew.start(min(MAX_THREADS, len(usable), len(tasks)))
+        for _ in tasks:
+            on_done(crew.wait_for_one())
+    finally:
+        crew.stop()
+
+
+class _Crew(Generic[_Key]):
+    """``threading.Thread`` and executors wait in Python code, where an interrupt can lose a running
+    thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` can be relied on.
+    """
+
+    def __init__(self, tasks: Iterable[Task[_Key]], cpus: Set[int]) -> None:
+        self._cpus = cpus
+        self._tasks: SimpleQueue[Task[_Key]] = SimpleQueue()
+        self._results: SimpleQueue[tuple[_Key, BaseException | None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._busy = 0
+        self._stopped = False
+        for task in tasks:
+            self._tasks.put(task)
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            _thread.start_new_thread(self._work, ())
+
+    def wait_for_one(self) -> _Key:
+        """The key of the next task that is done. Raises the error of one that failed."""
+        key, error = self._results.get()
+        if error is None:
+            return key
+        try:
+            raise error
+        finally:
+            del error  # this frame lives on in its traceback
+
+    def stop(self) -> None:
+        """Returns once no thread is at work any more. An interrupt is raised after that."""
+        interrupts: list[KeyboardInterrupt] = []
+        while not self._stopped or self._busy > 0:
+            try:
+                with self._lock:
+                    self._stopped = True
+                time.sleep(0.0001)
+            except KeyboardInterrupt as interrupt:
+                interrupts = [interrupt]
+        if interrupts:
+            raise interrupts.pop()
+
+    def _work(self) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._busy += 1
+        try:
+            os.sched_setaffinity(0, self._cpus)  # of this thread alone
+            while not self._stopped:
+                key, action = self._tasks.get_nowait()
+                self._results.put((key, _failure(action)))
+                del action
+        except Empty:
+            pass
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+
+def _failure(action: Callable[[], None]) -> BaseException | None:
+    """Does it; what it raised, if anything."""
+    try:
+        action()
+    except BaseException as error:
+        return error
+    return None
