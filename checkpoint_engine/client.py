@@ -221,8 +221,15 @@ def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:
         time.sleep(0.1)
 
 
-def fetch_metas(url: str, timeout: float = 60.0, uds: str | None = None) -> Metas:
+def fetch_metas(
+    url: str, timeout: float = 60.0, uds: str | None = None, token: str | None = None
+) -> Metas:
     """What a running server owns, from its ``/v1/metas`` or from a file that is served somewhere.
+
+    Args:
+        timeout: seconds.
+        uds: path of the Unix socket that the server listens on, where it is not TCP.
+        token: the bearer token that a server on TCP asks for.
 
     Raises:
         httpx.HTTPError: no answer within ``timeout`` seconds, or a refusal.
@@ -230,7 +237,7 @@ def fetch_metas(url: str, timeout: float = 60.0, uds: str | None = None) -> Meta
     """
     from checkpoint_engine.metas_file import decode_metas
 
-    return decode_metas(_send("GET", url, timeout, uds).content)
+    return decode_metas(_send("GET", url, timeout, uds, token=token).content)
 
 
 def _send(
@@ -240,14 +247,16 @@ def _send(
     uds: str | None,
     body: Any = None,
     query: dict[str, str] | None = None,
+    token: str | None = None,
 ) -> httpx.Response:
     import httpx
 
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
     # Reading the certificates takes longer than most requests.
     transport = httpx.HTTPTransport(uds=uds, verify=url.startswith("https:"))
     # No proxy, netrc or certificates from the environment: engines are neighbours.
     with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
-        request = client.build_request(method, url, json=body, params=query)
+        request = client.build_request(method, url, json=body, params=query, headers=headers)
         try:
             response = client.send(request)
         except httpx.TransportError as error:

@@ -182,6 +182,7 @@ class ParameterServer:
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
+        self._metas_were_loaded = False
         self._gather_seconds = 0.0
         self._gathered_digest = ""
         self._gathered_layout = ""
@@ -396,6 +397,7 @@ class ParameterServer:
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name if known else None
+        self._metas_were_loaded = False
         self._gather_seconds = sum(operation.seconds.values())
         self._gathered_digest = digest
         self._gathered_layout = self._layout_of(checkpoint_name).digest
@@ -440,6 +442,7 @@ class ParameterServer:
             )
         self._set_global_metas(owners)
         self._gathered_name = None
+        self._metas_were_loaded = True
         self._gather_seconds = 0.0
         self._gathered_digest = hashlib.sha256(
             json.dumps(
@@ -1107,8 +1110,13 @@ class ParameterServer:
 
     def _check_gathered(self, checkpoint_name: str, remote: bool) -> None:
         """What was gathered must be of this checkpoint, and still be what is registered here."""
-        if remote and self._gathered_name is None and self._current_global_parameter_metas:
-            return  # loaded from another world, whose leases tell whether they still hold
+        if remote and self._metas_were_loaded:
+            if not self._current_global_parameter_metas:
+                raise RuntimeError(
+                    "the metas that were loaded name no owner of weights: gather the checkpoint in "
+                    "the world that registered it, and load its metas again"
+                )
+            return  # the leases of the other world tell whether they still hold
         if self._gathered_name != checkpoint_name:
             raise RuntimeError(
                 f"the metas of {checkpoint_name!r} have not been gathered (last: "

@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-path", type=Path, help="folder with safetensors files")
     add("--save-metas-file", type=Path, help="write for --load-metas-file who owns what")
     add("--load-metas-file", type=Path, help="take the weights from the ranks that wrote this")
-    add("--metas-url", help="the same, from a server's /v1/metas")
+    add("--metas-url", help="the same, from a server's /v1/metas; PS_HTTP_TOKEN is sent")
     add("--sleep-time", type=float, default=0, help="seconds to stay alive for others to read from")
     add("--endpoint", default="http://localhost:19730", help="of the engine")
     add("--inference-parallel-size", type=int, default=8, help="workers per engine")
@@ -225,7 +225,7 @@ def view_tensors(sources: Sequence[TensorSource]) -> dict[str, torch.Tensor]:
 
 def read_metas(args: argparse.Namespace) -> Metas:
     if args.metas_url is not None:
-        return fetch_metas(args.metas_url)
+        return fetch_metas(args.metas_url, token=os.environ.get("PS_HTTP_TOKEN"))
     try:
         return decode_metas(args.load_metas_file.read_bytes())
     except ValueError as error:

@@ -127,6 +127,31 @@ def test_a_checkpoint_on_its_way_through_all_commands(
     assert "rank 1: 4 tensors" in run("metas", *server).stdout
 
 
+def test_metas_of_a_checkpoint_that_no_update_has_gathered(
+    server: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    json_of("register", "step-3", checkpoint, *server)
+    output = tmp_path / "metas.json"
+    found = json_of("metas", "step-3", *server, "--output", output)
+    assert run("unregister", "step-3", *server).exit_code == 0
+    owned = [sum(len(b["metas"]) for b in of["memory_buffer_metas_list"]) for of in found.values()]
+    assert sum(owned) == len(WEIGHTS)
+    assert json.loads(output.read_text()) == found
+
+
+def test_no_file_of_metas_is_written_without_any(server: list[str], tmp_path: Path) -> None:
+    nothing, output = tmp_path / "nothing.json", tmp_path / "metas.json"
+    nothing.write_text("{}")
+    assert json_of("metas", *server, "--load", nothing) == {}
+    error = json_of("metas", *server, "--output", output, code=1)["error"]
+    assert "name a checkpoint" in error["message"]
+    assert not output.exists()
+    error = json_of("metas", "step-9", *server, "--output", output, code=1)["error"]
+    assert "step-9" in error["message"] or "name a checkpoint" in error["message"]
+    both = json_of("metas", "step-3", *server, "--load", nothing, code=1)["error"]
+    assert "either NAME or --load" in both["message"]
+
+
 def test_files_are_shared_among_the_ranks(server: list[str], checkpoint: Path) -> None:
     found = json_of("register", "step-2", checkpoint, *server)
     assert [len(files) for files in found["files"].values()] == [1, 1]

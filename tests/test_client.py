@@ -33,6 +33,7 @@ class Engine:
         self.statuses: list[int] = []
         self.text = ""
         self.bodies: list[Any] = []
+        self.authorizations: list[str | None] = []  # of those that only ask
         self.hold = threading.Event()
         self.hold.set()
 
@@ -44,7 +45,9 @@ class Engine:
                 self.end_headers()
                 self.wfile.write(engine.text.encode())
 
-            do_GET = answer  # noqa: N815
+            def do_GET(self) -> None:
+                engine.authorizations.append(self.headers["authorization"])
+                self.answer()
 
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
@@ -170,6 +173,8 @@ def test_metas_come_from_a_url(engine: Engine, url: str) -> None:
     }
     engine.text = encode_metas(metas).decode()
     assert fetch_metas(f"{url}/v1/metas") == metas
+    assert fetch_metas(f"{url}/v1/metas", token="of the server") == metas
+    assert engine.authorizations == [None, "Bearer of the server"]
 
 
 def test_a_url_that_serves_something_else_is_an_error(engine: Engine, url: str) -> None:

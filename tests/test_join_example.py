@@ -11,8 +11,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
+from click.testing import CliRunner
 
+from checkpoint_engine.cli import commands
 from hosts import Host, HostsUnavailableError, Network
 from torchrun import HERE, MOONCAKE_ADVICE, free_port_pair, mooncake_works
 
@@ -109,6 +112,49 @@ def test_an_engine_of_another_size_joins(
         expected = expected_digests(checkpoint, 2)
         await_(lambda: running.call_workers("weights_digest") == expected, source)
         assert running.generate() == new.generate()
+
+
+def test_an_engine_joins_from_a_running_service(
+    checkpoint: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service listens on TCP and wants its token."""
+    for name in ("PS_DEVICE", "PS_IPC_DIR", "PYTHONPATH"):
+        monkeypatch.setenv(name, environment[name])
+    environment |= {"PS_HTTP_TOKEN": "a-token-of-this-test-alone"}
+    port = free_port_pair()
+    address = f"http://127.0.0.1:{port}"
+    with ExitStack() as stack:
+        new = stack.enter_context(Engine(checkpoint, "dummy", tp=1))
+        serve = world(1, f"--master-port={free_port_pair()}", "-m", "checkpoint_engine")
+        service = subprocess.Popen([*serve, f"--port={port}"], env=environment, text=True)
+        stack.callback(stop, service)
+        await_(lambda: answers(address), service)
+        register = ["register", "my-checkpoint-iter-0", str(checkpoint), f"--server={address}"]
+        result = CliRunner().invoke(commands, register, env=environment)
+        assert result.exit_code == 0, result.output
+        gather = ["metas", "my-checkpoint-iter-0", f"--server={address}"]
+        result = CliRunner().invoke(commands, gather, env=environment)
+        assert result.exit_code == 0, result.output
+        new.wait_until_healthy()
+        join = world(
+            1,
+            f"--master-port={free_port_pair()}",
+            str(EXAMPLES / "update.py"),
+            f"--metas-url={address}/v1/metas",
+            f"--endpoint={new.url}",
+            "--inference-parallel-size=1",
+        )
+        subprocess.run(join, env=environment, check=True, timeout=60)
+        assert new.call_workers("weights_digest") == expected_digests(checkpoint, 1)
+        assert service.poll() is None
+
+
+def answers(address: str) -> bool:
+    """Whether a server is up, be it to refuse."""
+    try:
+        return httpx.get(f"{address}/v1/healthz", timeout=5).status_code in (200, 401)
+    except httpx.TransportError:
+        return False
 
 
 def test_every_engine_of_the_new_world_joins(

@@ -103,6 +103,18 @@ def test_what_could_not_be_registered_is_not_offered(
     store.close()
 
 
+def test_metas_of_nobody_say_where_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    server = ParameterServer(rank=0, world_size=1)
+    server.register_checkpoint("c", named_tensors={})
+    server.gather_metas("c")
+    server.load_metas({})
+    with pytest.raises(
+        UpdateError, match="no owner of weights: gather the checkpoint in the world"
+    ):
+        server.update("c", print, ranks=[0])
+
+
 def test_twenty_updates_leave_no_more_than_one(tmp_path: Path) -> None:
     """Rank 0 reads what rank 1 owns; threads and open files of both are counted."""
     (tmp_path / "sockets").mkdir(mode=0o700)

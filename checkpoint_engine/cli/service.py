@@ -69,7 +69,7 @@ def register(
     shares = [files[r * len(files) // count : (r + 1) * len(files) // count] for r in range(count)]
     began = time.perf_counter()
     bodies = [{"files": share} for share in shares]
-    ask_all(servers, "POST", f"/v1/checkpoints/{quote(name, safe='')}/files", timeout, bodies)
+    ask_all(servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
     seconds = time.perf_counter() - began
     result = {
         "checkpoint": name,
@@ -102,7 +102,9 @@ def _files_of(path: Path) -> list[Path]:
 @click.option("--inference-parallel-size", default=0, metavar="N",
               help="Workers per engine. Default: the ranks divided by the engines.")  # fmt: skip
 @click.option("--ranks", default="", metavar="LIST", help="P2P to these ranks, as 0,1,4-7.")
-@click.option("--gather/--no-gather", default=True, help="Learn first who owns what.")
+@click.option(
+    "--gather/--no-gather", "gather_first", default=True, help="Learn first who owns what."
+)
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds for the update.")
 @service_command
 def update(
@@ -112,7 +114,7 @@ def update(
     sockets: Sequence[str],
     inference_parallel_size: int,
     ranks: str,
-    gather: bool,
+    gather_first: bool,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -133,13 +135,11 @@ def update(
             "inference_group_ranks": group,
             "uds": uds,
         }
-    checkpoint = f"/v1/checkpoints/{quote(name, safe='')}"
     began = time.perf_counter()
-    if gather:
-        nothing = [None] * len(servers)
-        ask_all(servers, "POST", f"{checkpoint}/gather-metas", timeout + _GRACE, nothing)
+    if gather_first:
+        gather(servers, name, timeout)
     gathered = time.perf_counter()
-    ask_all(servers, "POST", f"{checkpoint}/update", timeout + _GRACE, bodies)
+    ask_all(servers, "POST", f"{_route_of(name)}/update", timeout + _GRACE, bodies)
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
     result = {"checkpoint": name, "ranks": members or list(range(len(servers))), "seconds": seconds}
     show(
@@ -147,6 +147,16 @@ def update(
         f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s",
         as_json,
     )
+
+
+def gather(servers: list[Server], name: str, timeout: float) -> None:
+    """Have all ranks learn who owns what of checkpoint ``name``."""
+    nothing = [None] * len(servers)
+    ask_all(servers, "POST", f"{_route_of(name)}/gather-metas", timeout + _GRACE, nothing)
+
+
+def _route_of(name: str) -> str:
+    return f"/v1/checkpoints/{quote(name, safe='')}"
 
 
 def parse_ranks(text: str) -> list[int]:
@@ -166,18 +176,32 @@ def parse_ranks(text: str) -> list[int]:
 
 
 @click.command()
+@click.argument("name", required=False)
 @click.option("--load", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Take over another world's metas from this file, on every rank.")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write them there, for --load or for examples/update.py.")  # fmt: skip
 @service_command
-def metas(servers: list[Server], load: Path | None, output: Path | None, as_json: bool) -> None:
-    """Show, write or load who owns what of the checkpoint that was gathered last."""
+def metas(
+    servers: list[Server],
+    name: str | None,
+    load: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Show, write or load who owns what: of checkpoint NAME, which is gathered for that, or of the
+    one that was gathered last."""
+    if name is not None and load is not None:
+        raise ValueError("give either NAME or --load")
+    if name is not None:
+        gather(servers, name, _SHORT)
     if load is not None:
         content = json.loads(load.read_bytes())
         ask_all(servers, "POST", "/v1/metas", _SHORT, [content] * len(servers))
     found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", _SHORT) or {}
     if output is not None:
+        if not found:
+            raise ValueError("nothing was gathered: name a checkpoint that is registered")
         output.write_text(json.dumps(found))
     show(found, _describe(found), as_json)
 
@@ -198,8 +222,7 @@ def _describe(found: dict[str, Any]) -> str:
 @service_command
 def unregister(servers: list[Server], name: str, as_json: bool) -> None:
     """Free checkpoint NAME on every rank."""
-    route = f"/v1/checkpoints/{quote(name, safe='')}"
-    ask_all(servers, "DELETE", route, _SHORT, [None] * len(servers))
+    ask_all(servers, "DELETE", _route_of(name), _SHORT, [None] * len(servers))
     show({"checkpoint": name}, f"unregistered {name}", as_json)
 
 
