@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from loguru import logger
+from worker_process import WorkerProcess
 
 from checkpoint_engine import ps as server
 from checkpoint_engine.control import Operation
@@ -32,7 +33,7 @@ from checkpoint_engine.metrics import Metrics
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.report import Stage
 from checkpoint_engine.trace import UNTRACED
-from update import NAME, RANK, WORLD_SIZE, Worker, make_tensors
+from update import NAME, RANK, WORLD_SIZE, Engine, make_tensors
 
 
 class Unobserving(type(UNTRACED)):  # type: ignore[misc]
@@ -67,7 +68,7 @@ class Overhead:
     """Updates of one rank."""
 
     def __init__(self, layers: int) -> None:
-        self._worker = Worker(layers)
+        self._worker = WorkerProcess(Engine, layers)
         options = {"auto_pg": True} if WORLD_SIZE > 1 else {}
         self._ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **options)
         self._journal = Journal()

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import zmq
+from worker_process import CopyingEngine, WorkerProcess
 
 from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.worker import update_weights_from_ipc
 
 NAME = "benchmark"
 SHAPE = (768, 2048)  # one expert's projection in Qwen3-30B-A3B
@@ -48,52 +46,16 @@ def make_tensors(count: int) -> dict[str, torch.Tensor]:
     }
 
 
-class Worker:
-    """An inference worker in a process of its own; its parameters stay where they are."""
+class Engine(CopyingEngine):
+    """What the worker's process serves."""
 
     def __init__(self, count: int) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("fork")  # before this process has threads
-        context.Process(target=_serve, args=(theirs, count), daemon=True).start()
+        torch.set_num_threads(1)  # the other core is for the transport
+        self._expected = make_tensors(count)
+        super().__init__({name: SHAPE for name in self._expected})
 
-    def call(self, method: str, *args: Any) -> Any:
-        self._pipe.send((method, args))
-        result = self._pipe.recv()
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-
-def _serve(pipe: Any, count: int) -> None:
-    torch.set_num_threads(1)  # the other core is for the transport
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    expected = make_tensors(count)
-    parameters = {name: torch.zeros_like(t, device=device) for name, t in expected.items()}
-
-    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
-        torch._foreach_copy_([parameters[name] for name, _ in weights], [t for _, t in weights])
-
-    def update(address: str) -> None:
-        with zmq.Context() as context:
-            update_weights_from_ipc(context, address, 0, run=load)
-
-    def check() -> list[str]:
-        """The tensors that differ; all are cleared."""
-        wrong = [name for name, t in parameters.items() if not torch.equal(t.cpu(), expected[name])]
-        for tensor in parameters.values():
-            tensor.zero_()
-        return wrong
-
-    methods: dict[str, Callable[..., Any]] = {"update": update, "check": check}
-    while True:
-        try:
-            method, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(methods[method](*args))
-        except Exception as error:
-            pipe.send(error)
+    def check(self) -> list[str]:
+        return self.wrong(self._expected)
 
 
 def own(count: int) -> None:
@@ -180,7 +142,7 @@ def _check(code: int) -> None:
 class Benchmark:
     """Takes turns and keeps the seconds."""
 
-    def __init__(self, metas: bytes, worker: Worker) -> None:
+    def __init__(self, metas: bytes, worker: WorkerProcess) -> None:
         self._worker = worker
         self._ps = ParameterServer(rank=0, world_size=1)
         self._ps.gather_metas(NAME)
@@ -245,7 +207,7 @@ def main() -> None:
         return own(arguments.own)
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = f"{arguments.bucket_gb:g}"
     count = max(1, round(arguments.gb * 1e9 / TENSOR_BYTES))
-    worker = Worker(count)
+    worker = WorkerProcess(Engine, count)
     with owner(count) as metas:
         benchmark = Benchmark(metas, worker)
         benchmark.run(arguments.repeats)

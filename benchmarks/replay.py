@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import statistics
@@ -27,6 +26,7 @@ from typing import Any, ClassVar
 
 import limits
 import torch
+from worker_process import WorkerProcess, device
 
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.replay import Replayed, replayed
@@ -257,7 +257,7 @@ def update(arguments: argparse.Namespace) -> None:
 
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = f"{arguments.bucket_gb:g}"
     layout = moe_layout(arguments.layers, hidden=2048, inner=768, heads=4096, kv_heads=512)
-    worker = _Worker(layout)
+    worker = WorkerProcess(_Engine, layout)
     ps = ParameterServer(rank=0, world_size=1)
     total = 2 * sum(torch.Size(shape).numel() for _, shape in layout)
     seconds: dict[str, list[float]] = {"off": [], "on": []}
@@ -316,42 +316,12 @@ def _tensors(layout: Layout, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-class _Worker:
-    """An inference worker in a process of its own."""
+class _Engine:
+    """What the worker's process serves."""
 
     def __init__(self, layout: Layout) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        multiprocessing.get_context("fork").Process(
-            target=_serve, args=(theirs, layout), daemon=True
-        ).start()
-
-    def call(self, method: str, *args: Any) -> Any:
-        self._pipe.send((method, args))
-        result = self._pipe.recv()
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-
-def _serve(pipe: Any, layout: Layout) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = StackedModel(layout, device)
-    answers = _Answers(model, layout)
-    while True:
-        try:
-            method, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(getattr(answers, method)(*args))
-        except Exception as error:
-            pipe.send(error)
-
-
-class _Answers:
-    def __init__(self, model: StackedModel, layout: Layout) -> None:
-        self._model, self._layout = model, layout
-        self._load = _TimedLoader(replayed(model.load_weights))
+        self._model, self._layout = StackedModel(layout, device()), layout
+        self._load = _TimedLoader(replayed(self._model.load_weights))
 
     def clear(self) -> None:
         """So that a tensor that is not loaded is noticed."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -34,11 +33,10 @@ from typing import Any
 import limits
 import torch
 import torch.distributed as dist
-import zmq
 from safetensors.torch import save_file
+from worker_process import CopyingEngine, WorkerProcess
 
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.worker import update_weights_from_ipc
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -102,58 +100,17 @@ def make_tensors(layers: range, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-class Worker:
-    """An inference worker in a process of its own; its parameters stay where they are."""
+class Engine(CopyingEngine):
+    """What the worker's process serves."""
 
     def __init__(self, layers: int) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(theirs, layers), daemon=True
+        super().__init__(
+            {name: shape for layer in range(layers) for name, shape in layer_shapes(layer).items()}
         )
-        process.start()
+        self._layers = range(layers)
 
-    def call(self, method: str, *args: Any) -> Any:
-        self._pipe.send((method, args))
-        result = self._pipe.recv()
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-
-def _serve(pipe: Any, layers: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parameters = {
-        name: torch.empty(shape, dtype=torch.bfloat16, device=device)
-        for layer in range(layers)
-        for name, shape in layer_shapes(layer).items()
-    }
-
-    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
-        torch._foreach_copy_([parameters[name] for name, _ in weights], [t for _, t in weights])
-
-    while True:
-        try:
-            method, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(_answer(method, args, parameters, load))
-        except Exception as error:
-            pipe.send(error)
-
-
-def _answer(method: str, args: Any, parameters: dict[str, torch.Tensor], load: Any) -> Any:
-    if method == "update":
-        with zmq.Context() as context:
-            return update_weights_from_ipc(context, args[0], 0, run=load)
-    if method == "check":
-        expected = make_tensors(range(args[1]), args[0])
-        return [name for name, p in parameters.items() if not _same_bits(p, expected[name])]
-    raise ValueError(method)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.cpu().view(torch.int16), other.view(torch.int16))
+    def check(self, seed: int) -> list[str]:
+        return self.wrong(make_tensors(self._layers, seed))
 
 
 class Benchmark:
@@ -161,7 +118,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.worker = Worker(arguments.layers)
+        self.worker = WorkerProcess(Engine, arguments.layers)
         self.ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **arguments.options)
         self.mine = range(
             arguments.layers * RANK // WORLD_SIZE, arguments.layers * (RANK + 1) // WORLD_SIZE
@@ -243,7 +200,7 @@ class Benchmark:
         return self.ps.update(NAME, lambda paths: self.worker.call("update", paths[RANK][1]))
 
     def _check(self, seed: int) -> None:
-        wrong = self.worker.call("check", seed, self.arguments.layers)
+        wrong = self.worker.call("check", seed)
         if wrong:
             raise SystemExit(f"rank {RANK}: {len(wrong)} tensors differ: {wrong[:3]}")
 
