@@ -23,7 +23,7 @@ from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import get_ip
-from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.errors import GroupError, UpdateError, kind_of
 from checkpoint_engine.store import NO_ANSWER, Alone, World, world_number
 
 _SUCCESS = b"ok"
@@ -129,7 +129,8 @@ class ControlPlane:
             if not isinstance(error, dist.DistError):
                 raise
             lost = NO_ANSWER if self._world is None else self._world.why_lost
-            raise UpdateError(name, self.rank, "start", _describe(error, lost)) from error
+            cause = _describe(error, lost)
+            raise UpdateError(name, self.rank, "start", cause, kind_of(error)) from error
 
     def _circle(self, ranks: Sequence[int] | None, deadline: Deadline) -> _Circle:
         """From now on the store's answers are awaited until the deadline."""
@@ -487,7 +488,9 @@ class Operation:
         error = self._cause_of(error)
         missing = getattr(error, "missing_ranks", [])
         culprit = getattr(error, "rank_at_fault", self.rank)
-        mine = _Failure(culprit, self.phase, self._circle.describe(error), missing).encode()
+        mine = _Failure(
+            culprit, self.phase, self._circle.describe(error), missing, kind_of(error)
+        ).encode()
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             return self.store.compare_set("outcome", "", mine.decode())
         return mine
@@ -593,6 +596,8 @@ class _FailureTrace(NamedTuple):
 class MissingRanksError(TimeoutError):
     """Some ranks did not make a collective call."""
 
+    kind = "rank_missing"
+
     def __init__(self, why: str, operation: str, ranks: list[int]) -> None:
         super().__init__(f"{why}: ranks {ranks} did not join {operation}")
         self.missing_ranks = ranks
@@ -600,6 +605,8 @@ class MissingRanksError(TimeoutError):
 
 class GoneError(RuntimeError):
     """Ranks of an operation whose process has ended, or whose host is cut off."""
+
+    kind = "rank_gone"
 
     def __init__(self, ranks: list[int], operation: str) -> None:
         one = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {ranks} are"
@@ -633,6 +640,7 @@ class _Failure(NamedTuple):
     phase: str
     cause: str
     missing: list[int]
+    kind: str
 
     def encode(self) -> bytes:
         return json.dumps(self).encode()
@@ -642,7 +650,7 @@ class _Failure(NamedTuple):
         return _Failure(*json.loads(outcome))
 
     def error(self, operation: str) -> UpdateError:
-        return UpdateError(operation, self.rank, self.phase, self.cause)
+        return UpdateError(operation, self.rank, self.phase, self.cause, self.kind)
 
 
 def _describe(error: BaseException, lost: str) -> str:

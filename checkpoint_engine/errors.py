@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import torch
+
+KINDS = (
+    "broadcast_failed",
+    "busy",
+    "failed",
+    "forbidden",
+    "interrupted",
+    "invalid",
+    "no_engine_left",
+    "not_found",
+    "out_of_memory",
+    "p2p_failed",
+    "rank_gone",
+    "rank_missing",
+    "request_failed",
+    "source_changed",
+    "store_lost",
+    "timeout",
+    "worker_failed",
+    "worker_lost",
+)
+"""What ``kind_of`` says, for programs that count failures by what caused them."""
+
 
 class AccessError(RuntimeError):
     """A file or an engine was named that this server may not touch."""
 
+    kind = "forbidden"
+
 
 class BusyError(RuntimeError):
     """A call was refused because it conflicts with one that is still running on this rank."""
+
+    kind = "busy"
 
 
 class UpdateError(RuntimeError):
     """A collective call failed on some rank and was ended on all of them.
 
     The same text is raised on every rank. ``rank`` failed first, in ``phase``; ``cause`` is what it
-    said, a worker's remote traceback included. ``engines`` says of each rank of an update what its
-    engine holds now: ``untouched``, ``partly written`` or ``holds VERSION``. A rank that is
-    gone, or does not say so soon, is not in it. ``seconds`` is what the rank that raises this had
-    spent in each phase; ``trace``, on one rank, the file with what all had done until then, if one
-    was asked for.
+    said, a worker's remote traceback included, and ``kind``, one of ``KINDS``, what that was.
+    ``engines`` says of each rank of an update what its engine holds now: ``untouched``, ``partly
+    written`` or ``holds VERSION``. A rank that is gone, or does not say so soon, is not in it.
+    ``seconds`` is what the rank that raises this had spent in each phase; ``trace``, on one rank,
+    the file with what all had done until then, if one was asked for.
     """
 
-    def __init__(self, operation: str, rank: int, phase: str, cause: str) -> None:
+    def __init__(
+        self, operation: str, rank: int, phase: str, cause: str, kind: str = "failed"
+    ) -> None:
         super().__init__(f"{operation} failed on rank {rank} during {phase}: {cause}")
         self.operation = operation
         self.rank = rank
         self.phase = phase
         self.cause = cause
+        self.kind = kind
         self.engines: dict[int, str] = {}
         self.seconds: dict[str, float] = {}
         self.trace: str | None = None
@@ -36,14 +67,36 @@ class UpdateError(RuntimeError):
 class GroupError(RuntimeError):
     """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
 
+    kind = "broadcast_failed"
+
 
 class RequestError(RuntimeError):
     """``req_func`` raised; the text says what."""
+
+    kind = "request_failed"
 
 
 class WireError(RuntimeError):
     """A message broke the protocol of ``wire.py``, or its sender is gone."""
 
+    kind = "worker_lost"
+
 
 class WorkerError(RuntimeError):
     """The inference worker reported a failure; the text holds its traceback."""
+
+    kind = "worker_failed"
+
+
+def kind_of(error: BaseException) -> str:
+    """One of ``KINDS``: what failed."""
+    kinds: list[tuple[type[BaseException] | tuple[type[BaseException], ...], str]] = [
+        (torch.distributed.DistError, "store_lost"),
+        (FileNotFoundError, "not_found"),
+        ((MemoryError, torch.OutOfMemoryError), "out_of_memory"),
+        (TimeoutError, "timeout"),
+        (ValueError, "invalid"),
+        ((KeyboardInterrupt, SystemExit), "interrupted"),
+    ]
+    found = next((kind for of, kind in kinds if isinstance(error, of)), "failed")
+    return str(getattr(error, "kind", found))

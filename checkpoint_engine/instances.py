@@ -30,6 +30,8 @@ class InstanceError(RuntimeError):
 class NoInstanceLeftError(RuntimeError):
     """Every instance failed."""
 
+    kind = "no_engine_left"
+
     def __init__(self, failed: Sequence[InstanceFailure]) -> None:
         first = failed[0]
         super().__init__(f"no engine could be updated; the first: {first.error}")

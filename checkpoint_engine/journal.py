@@ -20,6 +20,9 @@ from checkpoint_engine.report import UpdateReport
 _KEPT = 100
 """Calls that are remembered once they have ended."""
 
+CALLS = ("register", "unregister", "gather", "load metas", "update")
+"""What the service is asked to do."""
+
 State = Literal["running", "done", "failed"]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_engine.journal import Job, Journal
+from checkpoint_engine.errors import KINDS
+from checkpoint_engine.journal import CALLS, Job, Journal
+from checkpoint_engine.report import PHASES
 from checkpoint_engine.status import status_of
+from checkpoint_engine.trace import BROADCAST, COPY, READ, RELOAD
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -45,6 +48,18 @@ class Metrics:
         self._seconds = Histogram(
             "call_seconds", "Seconds of calls.", ["call"], buckets=_SECONDS, **common
         )
+        # Prometheus sees no rise in a series that begins with its first event.
+        for call in CALLS:
+            for outcome in ("done", "failed"):
+                self._calls.labels(call, outcome)
+            for cause in KINDS:
+                self._failures.labels(call, cause)
+            self._seconds.labels(call)
+        for phase in PHASES:
+            self._phases.labels(phase)
+        for stage in (COPY, READ, BROADCAST, RELOAD):
+            self._stage_seconds.labels(stage)
+            self._stage_bytes.labels(stage)
         self._registry.register(_Holdings(ps, journal))
         journal.listen(self._count)
 
@@ -52,7 +67,7 @@ class Metrics:
         self._calls.labels(job.call, job.state).inc()
         self._seconds.labels(job.call).observe(job.seconds)
         if job.error is not None:
-            self._failures.labels(job.call, job.error.code).inc()
+            self._failures.labels(job.call, job.error.cause).inc()
         if job.report is not None:
             self._bytes.inc(job.report.bytes)
             self._tensors.inc(job.report.tensors)

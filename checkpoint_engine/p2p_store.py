@@ -39,9 +39,13 @@ class P2PError(RuntimeError):
     """A transfer or registration that Mooncake refused; the text has its code and both
     addresses."""
 
+    kind = "p2p_failed"
+
 
 class StaleSourceError(P2PError):
     """A source does not hold any more what its metas say."""
+
+    kind = "source_changed"
 
 
 class P2PStore:

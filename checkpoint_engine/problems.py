@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.errors import AccessError, BusyError, UpdateError
+from checkpoint_engine.errors import UpdateError, kind_of
 
 
 class Problem(BaseModel):
@@ -14,6 +14,11 @@ class Problem(BaseModel):
 
     code: str = Field(description="One of a few words that do not change.", examples=["busy"])
     message: str = Field(description="The error's text, a worker's traceback included.")
+    cause: str = Field(
+        default="failed",
+        description="What failed, of a few words: of an update, on the rank that failed first.",
+        examples=["worker_failed"],
+    )
     hint: str = Field(default="", description="What to do about it.")
     rank: int | None = Field(default=None, description="That failed first, of several.")
     phase: str = Field(default="", description="In which it failed.", examples=["reload"])
@@ -43,22 +48,11 @@ _HINTS = {
 
 def describe(error: BaseException) -> Problem:
     """The problem that an exception stands for."""
-    code = code_of(error)
-    problem = Problem(code=code, message=str(error) or repr(error), hint=_HINTS[code])
+    cause = kind_of(error)
+    code = "update_failed" if isinstance(error, UpdateError) else cause
+    code = code if code in _HINTS else "failed"
+    problem = Problem(code=code, message=str(error) or repr(error), cause=cause, hint=_HINTS[code])
     if not isinstance(error, UpdateError):
         return problem
     known = ("rank", "phase", "engines", "seconds", "trace")
     return problem.model_copy(update={name: getattr(error, name) for name in known})
-
-
-def code_of(error: BaseException) -> str:
-    kinds: list[tuple[type[BaseException], str]] = [
-        (BusyError, "busy"),
-        (UpdateError, "update_failed"),
-        (AccessError, "forbidden"),
-        (FileNotFoundError, "not_found"),
-        (MemoryError, "out_of_memory"),
-        (TimeoutError, "timeout"),
-        (ValueError, "invalid"),
-    ]
-    return next((code for kind, code in kinds if isinstance(error, kind)), "failed")

@@ -6,6 +6,22 @@ import statistics
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PHASES = (
+    "start",
+    "plan",
+    "buffers",
+    "process group",
+    "handshake",
+    "transfer",
+    "reload",
+    "release",
+    "post hook",
+    "comparison",
+    "completion",
+)
+"""Of an update, in their order; some updates go without some. Each has a colour of its own in
+``status_page.html``."""
+
 
 class InstanceFailure(BaseModel):
     """An engine instance that an update went on without.

@@ -12,6 +12,7 @@ from importlib import resources
 from checkpoint_engine.journal import Job
 from checkpoint_engine.problems import Problem
 from checkpoint_engine.progress import Progress
+from checkpoint_engine.report import PHASES
 from checkpoint_engine.status import Rank, Status
 
 _SHOWN_UPDATES = 12
@@ -19,20 +20,6 @@ _SHOWN_FAILURES = 5
 _SHOWN_RANKS = 64
 _LONGEST_TO_SCALE = 3
 """Times the median of what is shown: a single slow update must not make the others unreadable."""
-_PHASES = (
-    "start",
-    "plan",
-    "buffers",
-    "process group",
-    "handshake",
-    "transfer",
-    "reload",
-    "release",
-    "post hook",
-    "comparison",
-    "completion",
-)
-"""Each has a colour of its own in ``status_page.html``; any other phase is grey."""
 
 
 def render_page(status: Status) -> str:
@@ -134,7 +121,7 @@ def _timelines(updates: Sequence[Job]) -> str:
 def _legend(phases: Mapping[str, float | None]) -> str:
     """The colours of ``phases``, and their seconds where there are any."""
     rows = []
-    for phase in (*_PHASES, *sorted(set(phases).difference(_PHASES))):
+    for phase in (*PHASES, *sorted(set(phases).difference(PHASES))):
         if phase in phases:
             seconds = phases[phase]
             figure = "" if seconds is None else f" <b>{seconds:.2f}&nbsp;s</b>"
@@ -183,7 +170,7 @@ def _bar(phases: Mapping[str, float], whole: float) -> str:
 def _class(phase: str) -> str:
     if phase == "failed":
         return "failed"
-    return f"p{_PHASES.index(phase)}" if phase in _PHASES else "other"
+    return f"p{PHASES.index(phase)}" if phase in PHASES else "other"
 
 
 def _failure(job: Job) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from checkpoint_engine.errors import AccessError, BusyError, UpdateError
+from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
 from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.observe import make_router
 from checkpoint_engine.problems import Problem, describe
@@ -120,6 +120,7 @@ def test_codes_of_errors(error: Exception, code: str) -> None:
     problem = describe(error)
     assert problem.code == code
     assert problem.hint or code == "failed"
+    assert problem.cause in KINDS
 
 
 # ---------------------------------------------------------------------- a real service
@@ -154,6 +155,7 @@ def test_a_failed_job_has_code_and_hint(world: World, engine: Engine, url: str) 
     for job in poll_jobs(world, [answer.json()["id"] for answer in answers]):
         assert job["state"] == "failed"
         assert job["error"]["code"] == "update_failed"
+        assert job["error"]["cause"] == "request_failed"
         assert "layer 7 does not fit" in job["error"]["message"]
         assert job["error"]["hint"]
 
@@ -202,10 +204,10 @@ def test_metrics_count_what_happened(world: World, engine: Engine, url: str) -> 
     after = figures(world)
 
     def rise(*key: str) -> float:
-        return after[key] - before.get(key, 0.0)
+        return after[key] - before[key]
 
     assert rise("checkpoint_engine_calls_total", "update", "done") == 1
-    assert rise("checkpoint_engine_failures_total", "update", "update_failed") == 1
+    assert rise("checkpoint_engine_failures_total", "update", "request_failed") == 1
     moved = sum(weight.nbytes for weight in WEIGHTS.values())
     assert moved <= rise("checkpoint_engine_updated_bytes_total") <= moved + 256 * len(WEIGHTS)
     assert rise("checkpoint_engine_phase_seconds_total", "reload") > 0
