@@ -15,6 +15,7 @@ from checkpoint_engine.service import (
     read_token,
     serve,
 )
+from checkpoint_engine.settings import integer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,13 +26,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
     try:
+        rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"RANK {rank} of WORLD_SIZE {world_size}: a launcher such as torchrun sets both"
+            )
         options = _options(args, rank)
     except ValueError as error:
         parser.error(str(error))
     try:
-        serve(options, rank=rank)
+        serve(options, rank=rank, world_size=world_size)
     except OSError as error:
         sys.exit(f"rank {rank} cannot serve on {options.where}: {error}")
 
@@ -69,8 +74,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="only engines at or below it may be asked; unix:PATH for a socket; repeatable",
     )
-    add("--max-body", type=int, default=MAX_BODY_BYTES, metavar="BYTES", help="of one request")
+    add(
+        "--max-body", type=_positive, default=MAX_BODY_BYTES, metavar="BYTES", help="of one request"
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _options(args: argparse.Namespace, rank: int) -> ServeOptions:

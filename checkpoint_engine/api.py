@@ -38,6 +38,11 @@ Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Wait = Annotated[
     bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
 ]
+_LONGEST_UPDATE = 30 * 86_400.0
+
+GatherTimeout = Annotated[
+    float, Query(gt=0, le=_LONGEST_UPDATE, description="Seconds for all ranks to meet.")
+]
 WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
 
 _LONG_CALL: dict[int | str, dict[str, Any]] = {
@@ -50,7 +55,6 @@ _LONG_CALL: dict[int | str, dict[str, Any]] = {
 _DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
 update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
 are a JSON string, as the original's; those of the others an object with code, message and hint."""
-_LONGEST_UPDATE = 30 * 86_400.0
 _SHOWN_ERRORS = 10
 
 
@@ -128,8 +132,9 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
         summary="Learn who owns what; post it to all ranks",
         responses=_LONG_CALL,
     )
-    def gather_metas(name: Name, wait: Wait = True) -> Response:
-        return do("gather", name, lambda: ps.gather_metas(name), wait)
+    def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = 600.0) -> Response:
+        limit = timedelta(seconds=timeout)
+        return do("gather", name, lambda: ps.gather_metas(name, timeout=limit), wait)
 
     @app.post(
         "/v1/checkpoints/{name}/update",

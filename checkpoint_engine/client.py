@@ -237,7 +237,11 @@ def fetch_metas(
     """
     from checkpoint_engine.metas_file import decode_metas
 
-    return decode_metas(_send("GET", url, timeout, uds, token=token).content)
+    content = _send("GET", url, timeout, uds, token=token).content
+    try:
+        return decode_metas(content)
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}; is it a server's /v1/metas?") from error
 
 
 def _send(

@@ -58,7 +58,8 @@ class Guard:
         scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
         right = hmac.compare_digest(token.strip(), self._token.encode())
         if scheme.lower() != b"bearer" or not right:
-            raise _Refusal(401, "this service wants its bearer token: Authorization: Bearer ...")
+            text = "this service wants its bearer token, which clients take from PS_HTTP_TOKEN"
+            raise _Refusal(401, text)
 
     def _check_length(self, scope: MutableMapping[str, Any]) -> None:
         for length in _headers(scope, b"content-length"):

@@ -37,7 +37,8 @@ def drawn_bar(call: str, total_bytes: int) -> Iterator[Callable[[Progress], None
 
     drawn = 0
     label = f"{call} {total_bytes / 1e9:.2f} GB"
-    with click.progressbar(length=total_bytes, label=label, file=sys.stderr) as bar:
+    # Seconds that are left are guessed wrong: the first bytes wait for engines.
+    with click.progressbar(length=total_bytes, label=label, file=sys.stderr, show_eta=False) as bar:
 
         def show(progress: Progress) -> None:
             nonlocal drawn

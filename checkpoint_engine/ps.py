@@ -182,6 +182,7 @@ class ParameterServer:
         self._memory_pool: dict[str, list[MemoryBuffer]] = {}
         self._pool_user: str | None = None
         self._gathered_name: str | None = None
+        self._gathered_in_vain: str | None = None
         self._metas_were_loaded = False
         self._gather_seconds = 0.0
         self._gathered_digest = ""
@@ -385,7 +386,7 @@ class ParameterServer:
         ranks.
 
         Raises:
-            UpdateError: no rank has registered it, or a rank did not come.
+            UpdateError: a rank did not come. That nobody has registered it, ``update`` tells.
         """
         with self._collective("gather_metas", checkpoint_name, timeout) as operation:
             gathered, digest = self._gather(operation, checkpoint_name)
@@ -397,6 +398,7 @@ class ParameterServer:
         )
         self._device_uuids = {rank: one.device_uuid for rank, one in enumerate(gathered)}
         self._gathered_name = checkpoint_name if known else None
+        self._gathered_in_vain = None if known else checkpoint_name
         self._metas_were_loaded = False
         self._gather_seconds = sum(operation.seconds.values())
         self._gathered_digest = digest
@@ -758,9 +760,11 @@ class ParameterServer:
 
     def _log_phases(self, operation: Operation, checkpoint_name: str) -> None:
         level = _level(self._rank == operation.members[0])
-        operation.on_phase = lambda phase: self._log.log(
-            level, "updating {}: {}", checkpoint_name, phase
-        )
+
+        def log_phase(phase: str) -> None:
+            self._log.log(level, "updating {}: {}", checkpoint_name, phase)
+
+        operation.on_phase = log_phase
 
     def _compare(self, operation: Operation) -> dict[int, _Spent]:
         """What every rank spent its time with so far."""
@@ -1117,6 +1121,11 @@ class ParameterServer:
                     "the world that registered it, and load its metas again"
                 )
             return  # the leases of the other world tell whether they still hold
+        if self._gathered_in_vain == checkpoint_name and not self._metas_were_loaded:
+            raise RuntimeError(
+                f"no rank has registered {checkpoint_name!r}: call register_checkpoint() and "
+                "gather_metas() again on all ranks"
+            )
         if self._gathered_name != checkpoint_name:
             raise RuntimeError(
                 f"the metas of {checkpoint_name!r} have not been gathered (last: "

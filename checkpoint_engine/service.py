@@ -52,13 +52,13 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         if (self.uds is None) == (self.port is None):
-            raise ValueError("serve either on a Unix socket or on a TCP port")
+            raise ValueError("serve either on a Unix socket (--uds) or on a TCP port (--port)")
         if self.port is not None and not 0 <= self.port < 1 << 16:
             raise ValueError(f"{self.port} is no TCP port")
         if self.port is not None and self.token is None and not self.allow_anyone:
             raise ValueError(
                 f"TCP can be reached by other users: give a token ({TOKEN_VARIABLE} or a token "
-                "file), or say explicitly that none is wanted"
+                "file), or say explicitly that none is wanted (--no-token)"
             )
         if self.token is not None:
             _check_token(self.token)

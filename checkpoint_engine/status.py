@@ -57,6 +57,9 @@ class Status(_Frozen):
     )
     checkpoints: list[Checkpoint]
     ranks: list[Rank]
+    metas_loaded: bool = Field(
+        default=False, description="Whether `ranks` own what another world told, for P2P."
+    )
     progress: Progress | None = Field(description="Of the call that is running, if one is.")
     jobs: list[Job] = Field(description="Calls of this rank, the latest first.")
 
@@ -88,6 +91,7 @@ def status_of(ps: ParameterServer, journal: Journal) -> Status:
         served=ps.served,
         checkpoints=checkpoints,
         ranks=_ranks(ps),
+        metas_loaded=ps._metas_were_loaded,
         progress=ps.progress,
         jobs=journal.jobs(),
     )

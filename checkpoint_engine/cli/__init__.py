@@ -1,8 +1,8 @@
 """``checkpoint-engine``: serve, ask a running service, plan without a GPU, look at a machine.
 
 Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 wrong usage; 3 no server
-answers; 4 the server is busy. With ``--json`` every command writes one JSON document to stdout, and
-a failure writes ``{"error": {"code", "message", "hint"}}``.
+answers; 4 the server is busy. With ``--json`` every command but ``serve`` writes one JSON document
+to stdout, and a failure writes ``{"error": {"code", "message", "hint"}}``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import click
 
 from checkpoint_engine.cli.doctor import doctor
+from checkpoint_engine.cli.output import Commands
 from checkpoint_engine.cli.plan import plan
 from checkpoint_engine.cli.serve import serve
 from checkpoint_engine.cli.service import metas, register, status, unregister, update
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="checkpoint-engine")
 def commands() -> None:
     """Move new weights into running inference engines.
@@ -35,8 +36,9 @@ for command in (serve, register, update, metas, status, unregister, plan, doctor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script. ``checkpoint-engine --uds PATH`` is short for ``serve --uds PATH``."""
+    """The console script. Options of ``serve`` may stand without it: ``--uds PATH``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].partition("=")[0] == "--uds":
+    first = arguments[0].partition("=")[0] if arguments else ""
+    if first.startswith("--") and first not in ("--help", "--version"):
         arguments.insert(0, "serve")
     commands(arguments, prog_name="checkpoint-engine")

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-FAILED, UNREACHABLE, BUSY = 1, 3, 4
-_CODES = {FAILED: "failed", UNREACHABLE: "unreachable", BUSY: "busy"}
+FAILED, WRONG_USAGE, UNREACHABLE, BUSY = 1, 2, 3, 4
+_CODES = {FAILED: "failed", WRONG_USAGE: "usage", UNREACHABLE: "unreachable", BUSY: "busy"}
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """A group that tells wrong usage as JSON, too, where that is asked for."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        if "--json" not in arguments or not options.get("standalone_mode", True):
+            return super().main(arguments, *rest, **options)
+        try:
+            sys.exit(super().main(arguments, *rest, **options | {"standalone_mode": False}))
+        except click.UsageError as error:
+            _tell(error.format_message(), "", as_json=True, status=WRONG_USAGE)
+            sys.exit(WRONG_USAGE)
+        except click.Abort:
+            sys.exit(FAILED)
 
 
 def json_option(function: F) -> F:
@@ -25,12 +42,16 @@ def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
 
 def fail(message: str, hint: str, as_json: bool, status: int = FAILED) -> NoReturn:
     """End the command; the text goes to stderr, the JSON to stdout."""
+    _tell(message, hint, as_json, status)
+    raise click.exceptions.Exit(status)
+
+
+def _tell(message: str, hint: str, as_json: bool, status: int) -> None:
     if as_json:
         error = {"code": _CODES[status], "message": message, "hint": hint}
         click.echo(json.dumps({"error": error}, indent=1))
     else:
         click.echo(f"Error: {message}" + (f"\n{hint}" if hint else ""), err=True)
-    raise click.exceptions.Exit(status)
 
 
 def gigabytes(nbytes: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,6 +31,17 @@ _UNITS = {
 }
 
 
+class _Gigabytes(click.FloatRange):
+    """More than nothing; not infinite, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1 << 30, min_open=True)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = float(super().convert(value, param, ctx))
+        return self.fail(f"{value!r} is no number of GiB") if math.isnan(found) else found
+
+
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """An option for each rate and cost, with the default of ``Cluster`` or ``Costs``."""
     for field in (*fields(Costs), *fields(Cluster)):
@@ -51,9 +63,11 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
-@click.option("--free-gb", default=40.0, show_default=True,
+@click.option("--free-gb", type=_Gigabytes(), default=40.0, show_default=True,
               help="GiB that buffers may take on the fullest device.")  # fmt: skip
-@click.option("--bucket-gb", default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB.")
+@click.option(
+    "--bucket-gb", type=_Gigabytes(), default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
+)
 @_describing_options
 @json_option
 def plan(

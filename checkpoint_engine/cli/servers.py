@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import escape, glob
+from queue import SimpleQueue
 from typing import Any
 
+import click
+
 RANK = "{rank}"
+SHORT = 10.0
+"""Seconds for what a server answers out of its memory."""
+
+_HINTS = {
+    401: "give its token: PS_HTTP_TOKEN, --token-file or --token",
+    404: "is this a rank's server, as `checkpoint-engine serve` starts it?",
+    409: "wait for the call that is running: `checkpoint-engine status` shows it",
+}
+_START = "is the server up? see `checkpoint-engine serve`"
 
 
 class ServiceError(Exception):
@@ -48,63 +61,188 @@ class Server:
         ) as client:
             try:
                 response = client.request(method, route, json=body)
+            except httpx.TimeoutException as error:
+                text, hint = f"no answer within {timeout:g} s", "`checkpoint-engine status`"
+                raise ServiceError(self.place, None, text, hint) from error
             except httpx.TransportError as error:
                 text = f"no answer: {str(error) or type(error).__name__}"
-                raise ServiceError(
-                    self.place, None, text, "is the server up? see `checkpoint-engine serve`"
-                ) from error
+                raise ServiceError(self.place, None, text, _START) from error
         if response.is_success:
             return response.json() if response.content else None
         raise _refusal(self.place, response.status_code, response.text)
 
 
 def _refusal(place: str, status: int, text: str) -> ServiceError:
-    """The error in an answer: a JSON string, or an object with message and hint."""
+    """The error in an answer: a JSON string, an object with message and hint, or FastAPI's own."""
     try:
         content = json.loads(text)
     except ValueError:
         content = text
+    hint = _HINTS.get(status, "")
     if isinstance(content, dict):
-        detail = content.get("error", content)
-        message = detail.get("message", text) if isinstance(detail, dict) else detail
-        hint = detail.get("hint", "") if isinstance(detail, dict) else ""
-        return ServiceError(place, status, str(message), str(hint or ""))
-    return ServiceError(place, status, str(content) or f"HTTP {status}")
+        detail = content.get("error", content.get("detail", text))
+        if isinstance(detail, dict):
+            hint = detail.get("hint") or hint
+            detail = detail.get("message", text)
+        elif isinstance(detail, list):
+            detail = "; ".join(map(_describe_value, detail))
+        content = detail
+    return ServiceError(place, status, str(content) or f"HTTP {status}", hint)
+
+
+def _describe_value(problem: Any) -> str:
+    """One entry of FastAPI's answer to a request with values that are wrong."""
+    try:
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    except (TypeError, KeyError):
+        return str(problem)
+
+
+# ---------------------------------------------------------------------- which servers there are
 
 
 def find_servers(places: Sequence[str], token: str | None) -> list[Server]:
-    """The servers, in rank order. ``{rank}`` in the path of a Unix socket stands for every rank
-    whose socket is there.
+    """The servers that these stand for. ``{rank}`` in the path of a Unix socket stands for every
+    rank whose socket is there.
 
     Raises:
-        ValueError: there is none.
+        click.UsageError: an address makes no sense.
+        ServiceError: no socket is there.
     """
     found = [place for pattern in places for place in _expand(pattern)]
     if not found:
-        raise ValueError(f"no socket matches {', '.join(places)}")
+        raise ServiceError(", ".join(places), None, "no socket is there", _START)
     return [Server(place, token) for place in found]
 
 
 def _expand(pattern: str) -> list[str]:
-    if RANK not in pattern or "://" in pattern:
+    if "://" in pattern:
+        _check_url(pattern)
         return [pattern]
-    found: list[str] = []
-    while os.path.exists(path := pattern.replace(RANK, str(len(found)))):
-        found.append(path)
-    return found
+    if "/" not in pattern and ":" in pattern:
+        raise click.UsageError(f"{pattern!r} is neither a path nor a URL as http://{pattern}")
+    if RANK not in pattern:
+        return [pattern]
+    before, _, after = pattern.partition(RANK)
+    number = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after.replace(RANK, ''))}$")
+    matches = map(number.match, glob(f"{escape(before)}[0-9]*{escape(after)}"))
+    return [match[0] for match in sorted(filter(None, matches), key=lambda found: int(found[1]))]
+
+
+def _check_url(text: str) -> None:
+    import httpx
+
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise click.UsageError(f"{text!r} is no URL: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host or set(url.host) & set(",{}"):
+        raise click.UsageError(f"{text!r} is no URL of one server, as http://host:8000")
+
+
+class World:
+    """All ranks of a service, in their order."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        """Learns from the servers which ranks they are.
+
+        Raises:
+            ServiceError: one does not answer, or a rank of theirs is not among them.
+        """
+        states = ask_all(servers, "GET", "/v1/status", SHORT)
+        by_rank = {
+            state["rank"]: (server, state) for server, state in zip(servers, states, strict=True)
+        }
+        size = max(state["world_size"] for state in states)
+        missing = sorted(set(range(size)) - by_rank.keys())
+        if missing or len(by_rank) < len(servers):
+            raise ServiceError(
+                ", ".join(server.place for server in servers),
+                None,
+                f"these are ranks {sorted(state['rank'] for state in states)} of {size}",
+                f"every rank takes part: name each once, and start those that are not up; "
+                f"missing: {missing}",
+            )
+        self.servers = [by_rank[rank][0] for rank in range(size)]
+        self._states = [by_rank[rank][1] for rank in range(size)]
+
+    def holders(self, name: str) -> list[int]:
+        """The ranks that have registered a checkpoint of this name."""
+        return [rank for rank, names in enumerate(self._registered()) if name in names]
+
+    @property
+    def registered(self) -> list[str]:
+        """The names of all checkpoints."""
+        return sorted(set().union(*self._registered()))
+
+    @property
+    def has_loaded_metas(self) -> bool:
+        """Whether all ranks know owners of another world."""
+        return all(state["metas_loaded"] for state in self._states)
+
+    def _registered(self) -> list[set[str]]:
+        return [{one["name"] for one in state["checkpoints"]} for state in self._states]
+
+    def ask(
+        self, method: str, route: str, timeout: float, bodies: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """As ``ask_all``."""
+        return ask_all(self.servers, method, route, timeout, bodies)
+
+
+# ---------------------------------------------------------------------- asking them together
 
 
 def ask_all(
-    servers: Sequence[Server], method: str, route: str, timeout: float, bodies: Sequence[Any]
+    servers: Sequence[Server],
+    method: str,
+    route: str,
+    timeout: float,
+    bodies: Sequence[Any] | None = None,
 ) -> list[Any]:
     """The answers of all ranks, asked at once, each with its own body.
 
     Raises:
-        ServiceError: of the first rank that failed, once all have answered.
+        ServiceError: of the first that fails, at once: the others may be waiting for it.
     """
-    with ThreadPoolExecutor(len(servers)) as pool:
-        calls = [
-            pool.submit(server.ask, method, route, timeout, body)
-            for server, body in zip(servers, bodies, strict=True)
-        ]
-    return [call.result() for call in calls]
+    answers: dict[int, Any] = {}
+    for place, answer in _ask_at_once(servers, method, route, timeout, bodies):
+        if isinstance(answer, Exception):
+            raise answer
+        answers[place] = answer
+    return [answers[place] for place in range(len(servers))]
+
+
+def ask_each(
+    servers: Sequence[Server],
+    method: str,
+    route: str,
+    timeout: float,
+    bodies: Sequence[Any] | None = None,
+) -> list[Any]:
+    """The same, but with the failures among the answers, once all have answered."""
+    answers = dict(_ask_at_once(servers, method, route, timeout, bodies))
+    return [answers[place] for place in range(len(servers))]
+
+
+def _ask_at_once(
+    servers: Sequence[Server],
+    method: str,
+    route: str,
+    timeout: float,
+    bodies: Sequence[Any] | None,
+) -> Iterable[tuple[int, Any]]:
+    """Each server's place and its answer or exception, in the order in which they come."""
+    came: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+
+    def ask(place: int, server: Server) -> None:
+        try:
+            body = None if bodies is None else bodies[place]
+            came.put((place, server.ask(method, route, timeout, body)))
+        except Exception as error:
+            came.put((place, error))
+
+    for place, server in enumerate(servers):
+        # The command may end before all have answered.
+        threading.Thread(target=ask, args=(place, server), daemon=True).start()
+    return (came.get() for _ in servers)

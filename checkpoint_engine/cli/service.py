@@ -21,10 +21,27 @@ from checkpoint_engine.cli.output import (
     json_option,
     show,
 )
-from checkpoint_engine.cli.servers import Server, ServiceError, ask_all, find_servers
+from checkpoint_engine.cli.servers import (
+    SHORT,
+    Server,
+    ServiceError,
+    World,
+    ask_each,
+    find_servers,
+)
 
-_SHORT = 10.0  # seconds for what a server answers out of its memory
-_GRACE = 30.0  # seconds beyond an update's own timeout until its answer is given up
+_GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given up
+
+
+class _Name(click.ParamType):
+    """A checkpoint's name, as it can stand in a route."""
+
+    name = "name"
+
+    def convert(self, value: str, param: Any, ctx: Any) -> str:
+        if not value or "/" in value or not value.isprintable():
+            self.fail(f"{value!r}: a checkpoint's name has no slash and no control character")
+        return value
 
 
 def service_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -37,14 +54,28 @@ def service_command(function: Callable[..., None]) -> Callable[..., None]:
         required=True,
         metavar="ADDRESS",
         envvar="PS_SERVERS",
-        help="A rank's Unix socket or URL; repeat it in rank order. {rank} in a socket's path "
-        "stands for every rank whose socket is there.",
+        show_envvar=True,
+        help="A rank's Unix socket or URL; repeat it for all ranks, of all nodes. {rank} in a "
+        "socket's path stands for every rank whose socket is there.",
     )
-    @click.option("--token", envvar="PS_HTTP_TOKEN", help="What a server on TCP asks for.")
+    @click.option("--token", envvar="PS_HTTP_TOKEN", show_envvar=True,
+                  help="What a server on TCP asks for.")  # fmt: skip
+    @click.option("--token-file", type=click.Path(exists=True, dir_okay=False),
+                  help="Holds the token.")  # fmt: skip
     @json_option
     @functools.wraps(function)
-    def command(places: Sequence[str], token: str | None, as_json: bool, **arguments: Any) -> None:
+    def command(
+        places: Sequence[str],
+        token: str | None,
+        token_file: str | None,
+        as_json: bool,
+        **arguments: Any,
+    ) -> None:
         try:
+            if token_file is not None:
+                from checkpoint_engine.service import read_token
+
+                token = read_token(token_file)
             function(find_servers(places, token), as_json=as_json, **arguments)
         except ServiceError as error:
             statuses = {None: UNREACHABLE, 409: BUSY}
@@ -55,32 +86,64 @@ def service_command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _route_of(name: str) -> str:
+    return f"/v1/checkpoints/{quote(name, safe='')}"
+
+
+# ---------------------------------------------------------------------- register, unregister
+
+
 @click.command()
-@click.argument("name")
+@click.argument("name", type=_Name())
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--timeout", default=3600.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=3600.0,
+              show_default=True, help="Seconds.")  # fmt: skip
 @service_command
 def register(
     servers: list[Server], name: str, paths: Sequence[Path], timeout: float, as_json: bool
 ) -> None:
-    """Register checkpoint NAME: the ranks share the files, or those in a folder, among them."""
+    """Register checkpoint NAME: the ranks share the files, or those in a folder, among them.
+
+    If one rank cannot, none keeps it.
+    """
+    world = World(servers)
+    if ranks := world.holders(name):
+        fail(f"checkpoint {name!r} is registered already, on ranks {ranks}",
+             f"give it another name, or `checkpoint-engine unregister {name}` first",
+             as_json)  # fmt: skip
     files = [str(file.absolute()) for path in paths for file in _files_of(path)]
-    count = len(servers)
+    count = len(world.servers)
     shares = [files[r * len(files) // count : (r + 1) * len(files) // count] for r in range(count)]
     began = time.perf_counter()
     bodies = [{"files": share} for share in shares]
-    ask_all(servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
+    answers = ask_each(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
+    _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began
     result = {
         "checkpoint": name,
         "seconds": seconds,
-        "files": {server.place: share for server, share in zip(servers, shares, strict=True)},
+        "files": {server.place: share for server, share in zip(world.servers, shares, strict=True)},
     }
     show(
         result,
         f"registered {name}: {len(files)} files on {count} ranks, {seconds:.2f} s",
         as_json,
     )
+
+
+def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> None:
+    """Raise the first failure, once the ranks that succeeded have forgotten the checkpoint."""
+    failures = [answer for answer in answers if isinstance(answer, Exception)]
+    if not failures:
+        return
+    done = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
+    registered = [world.servers[place] for place in done]
+    undone = ask_each(registered, "DELETE", _route_of(name), SHORT)
+    kept = [place for place, one in zip(done, undone, strict=True) if isinstance(one, Exception)]
+    first = failures[0]
+    if kept and isinstance(first, ServiceError):
+        first.hint = f"ranks {kept} hold their part: `checkpoint-engine unregister {name}`"
+    raise first
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -93,55 +156,76 @@ def _files_of(path: Path) -> list[Path]:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=_Name())
+@service_command
+def unregister(servers: list[Server], name: str, as_json: bool) -> None:
+    """Free checkpoint NAME on every rank."""
+    world = World(servers)
+    _check_registered(world, name)
+    world.ask("DELETE", _route_of(name), SHORT)
+    show({"checkpoint": name}, f"unregistered {name}", as_json)
+
+
+def _check_registered(world: World, name: str) -> None:
+    if not world.holders(name):
+        registered = ", ".join(world.registered) or "nothing"
+        raise ValueError(f"no rank has registered {name!r}; registered: {registered}")
+
+
+# ---------------------------------------------------------------------- update
+
+
+@click.command()
+@click.argument("name", type=_Name())
 @click.option("--engine", "engines", multiple=True, metavar="URL",
               help="An engine, as http://localhost:19730; repeat it in the order of the ranks "
               "that serve it. None: no engine is asked.")  # fmt: skip
 @click.option("--engine-uds", "sockets", multiple=True, metavar="PATH",
               help="An engine's Unix socket; these come after --engine.")  # fmt: skip
-@click.option("--inference-parallel-size", default=0, metavar="N",
+@click.option("--inference-parallel-size", type=click.IntRange(1), metavar="N",
               help="Workers per engine. Default: the ranks divided by the engines.")  # fmt: skip
 @click.option("--ranks", default="", metavar="LIST", help="P2P to these ranks, as 0,1,4-7.")
-@click.option(
-    "--gather/--no-gather", "gather_first", default=True, help="Learn first who owns what."
-)
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds for the update.")
+@click.option("--gather/--no-gather", "gather_first", default=None,
+              help="Learn first who owns what. Default: unless that was loaded, see `metas "
+              "--load`, and goes to --ranks.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=300.0,
+              show_default=True, help="Seconds for the update.")  # fmt: skip
 @service_command
 def update(
     servers: list[Server],
     name: str,
     engines: Sequence[str],
     sockets: Sequence[str],
-    inference_parallel_size: int,
+    inference_parallel_size: int | None,
     ranks: str,
-    gather_first: bool,
+    gather_first: bool | None,
     timeout: float,
     as_json: bool,
 ) -> None:
     """Send checkpoint NAME to the engines of all ranks, or of --ranks."""
     members = parse_ranks(ranks)
-    asked: list[tuple[str, str | None]] = [(url, None) for url in engines]
-    asked += [("http://engine", path) for path in sockets]
-    workers = inference_parallel_size or len(servers) // max(len(asked), 1)
-    if len(asked) * workers > len(servers):
-        raise ValueError(
-            f"{len(asked)} engines of {workers} workers need more ranks than {len(servers)}"
-        )
-    bodies: list[dict[str, Any]] = [{"ranks": members, "timeout": timeout} for _ in servers]
-    for place, (url, uds) in enumerate(asked):
-        group = list(range(place * workers, (place + 1) * workers))
-        bodies[group[0]] |= {
-            "update_url": f"{url.rstrip('/')}/collective_rpc",
-            "inference_group_ranks": group,
-            "uds": uds,
-        }
+    world = World(servers)
+    size = len(world.servers)
+    if members and max(members) >= size:
+        raise click.UsageError(f"--ranks names rank {max(members)}; the last one is {size - 1}")
+    asked = [(_engine(url), None) for url in engines]
+    bodies = _bodies(
+        [*asked, *(("http://engine", path) for path in sockets)],
+        inference_parallel_size,
+        members or list(range(size)),
+        size,
+    )
+    for body in bodies:
+        body |= {"ranks": members, "timeout": timeout}
+    if gather_first is None:
+        gather_first = not (members and world.has_loaded_metas and not world.holders(name))
     began = time.perf_counter()
     if gather_first:
-        gather(servers, name, timeout)
+        _gather(world, name, timeout)
     gathered = time.perf_counter()
-    ask_all(servers, "POST", f"{_route_of(name)}/update", timeout + _GRACE, bodies)
+    world.ask("POST", f"{_route_of(name)}/update", timeout + _GRACE, bodies)
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
-    result = {"checkpoint": name, "ranks": members or list(range(len(servers))), "seconds": seconds}
+    result = {"checkpoint": name, "ranks": members or list(range(size)), "seconds": seconds}
     show(
         result,
         f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s",
@@ -149,61 +233,121 @@ def update(
     )
 
 
-def gather(servers: list[Server], name: str, timeout: float) -> None:
+def _engine(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise click.UsageError(f"--engine {url!r} is no URL as http://localhost:19730")
+    return url.rstrip("/")
+
+
+def _bodies(
+    engines: Sequence[tuple[str, str | None]], workers: int | None, members: list[int], size: int
+) -> list[dict[str, Any]]:
+    """For each rank, the engine that it asks, if any: the first of an engine's ranks does.
+
+    Raises:
+        click.UsageError: a rank that takes part would wait for an engine that nobody asks.
+    """
+    bodies: list[dict[str, Any]] = [{} for _ in range(size)]
+    if not engines:
+        return bodies
+    workers = workers or max(1, size // len(engines))
+    if len(engines) * workers > size:
+        raise click.UsageError(
+            f"{len(engines)} engines of {workers} workers need more ranks than {size}"
+        )
+    for place, (url, uds) in enumerate(engines):
+        group = list(range(place * workers, (place + 1) * workers))
+        left_out = sorted(set(group) - set(members))
+        if len(left_out) == workers:
+            continue
+        if left_out:
+            raise click.UsageError(
+                f"ranks {group} serve one engine: --ranks has to name all of them or none"
+            )
+        bodies[group[0]] |= {
+            "update_url": f"{url}/collective_rpc",
+            "inference_group_ranks": group,
+            "uds": uds,
+        }
+    alone = [rank for rank in members if rank >= len(engines) * workers]
+    if alone:
+        raise click.UsageError(
+            f"{len(engines)} engines of {workers} workers are those of the first "
+            f"{len(engines) * workers} ranks, so ranks {alone} have none: give one --engine for "
+            "each group of ranks, in their order, or none at all"
+        )
+    return bodies
+
+
+def _gather(world: World, name: str, timeout: float) -> None:
     """Have all ranks learn who owns what of checkpoint ``name``."""
-    nothing = [None] * len(servers)
-    ask_all(servers, "POST", f"{_route_of(name)}/gather-metas", timeout + _GRACE, nothing)
-
-
-def _route_of(name: str) -> str:
-    return f"/v1/checkpoints/{quote(name, safe='')}"
+    _check_registered(world, name)
+    route = f"{_route_of(name)}/gather-metas?timeout={timeout:g}"
+    world.ask("POST", route, timeout + _GRACE)
 
 
 def parse_ranks(text: str) -> list[int]:
     """``0,1,4-7`` as a list.
 
     Raises:
-        ValueError: it is something else.
+        click.UsageError: it is something else.
     """
     ranks: list[int] = []
-    for part in filter(None, text.replace(" ", "").split(",")):
+    for part in text.replace(" ", "").split(",") if text else []:
         first, dash, last = part.partition("-")
         try:
-            ranks += range(int(first), int(last if dash else first) + 1)
+            some = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise ValueError(f"--ranks is a list as 0,1,4-7, not {text!r}") from None
+            some = range(0)
+        if not some:
+            raise click.UsageError(f"--ranks is a list as 0,1,4-7, not {text!r}")
+        ranks += some
     return ranks
 
 
+# ---------------------------------------------------------------------- metas, status
+
+
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=_Name())
 @click.option("--load", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Take over another world's metas from this file, on every rank.")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write them there, for --load or for examples/update.py.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0,
+              show_default=True, help="Seconds for all ranks to meet.")  # fmt: skip
 @service_command
 def metas(
     servers: list[Server],
     name: str | None,
     load: Path | None,
     output: Path | None,
+    timeout: float,
     as_json: bool,
 ) -> None:
     """Show, write or load who owns what: of checkpoint NAME, which is gathered for that, or of the
     one that was gathered last."""
     if name is not None and load is not None:
-        raise ValueError("give either NAME or --load")
+        raise click.UsageError("give either NAME or --load")
     if name is not None:
-        gather(servers, name, _SHORT)
+        _gather(World(servers), name, timeout)
     if load is not None:
-        content = json.loads(load.read_bytes())
-        ask_all(servers, "POST", "/v1/metas", _SHORT, [content] * len(servers))
-    found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", _SHORT) or {}
+        content = _read_json(load)
+        world = World(servers)
+        world.ask("POST", "/v1/metas", SHORT, [content] * len(world.servers))
+    found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", SHORT) or {}
     if output is not None:
         if not found:
             raise ValueError("nothing was gathered: name a checkpoint that is registered")
         output.write_text(json.dumps(found))
     show(found, _describe(found), as_json)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no metas as --output writes them: {error}") from error
 
 
 def _describe(found: dict[str, Any]) -> str:
@@ -218,37 +362,39 @@ def _describe(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("name")
-@service_command
-def unregister(servers: list[Server], name: str, as_json: bool) -> None:
-    """Free checkpoint NAME on every rank."""
-    ask_all(servers, "DELETE", _route_of(name), _SHORT, [None] * len(servers))
-    show({"checkpoint": name}, f"unregistered {name}", as_json)
-
-
-@click.command()
 @service_command
 def status(servers: list[Server], as_json: bool) -> None:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    states = [_state(server) for server in servers]
-    show({"servers": states}, "\n".join(map(_one_line, states)), as_json)
-    if not all(one["up"] for one in states):
+    answers = ask_each(servers, "GET", "/v1/status", SHORT)
+    states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
+    known = [state for state in states if "rank" in state]
+    size = max((state["world_size"] for state in known), default=0)
+    missing = sorted(set(range(size)) - {state["rank"] for state in known})
+    lines = list(map(_one_line, states))
+    if missing and len(known) == len(states):
+        lines.append(f"ranks {missing} of {size}: no server of theirs was named, or has a socket")
+    show({"servers": states, "missing_ranks": missing}, "\n".join(lines), as_json)
+    if missing or not all(state["up"] for state in states):
         raise click.exceptions.Exit(UNREACHABLE)
+    if len(known) < len(states):
+        raise click.exceptions.Exit(FAILED)
 
 
-def _state(server: Server) -> dict[str, Any]:
-    try:
-        found = server.ask("GET", "/v1/status", _SHORT)
-    except ServiceError as error:
-        return {"server": server.place, "up": False, "error": str(error)}
-    return {"server": server.place, "up": True, **found}
+def _state(server: Server, answer: Any) -> dict[str, Any]:
+    if isinstance(answer, ServiceError):
+        up = answer.status is not None
+        return {"server": server.place, "up": up, "error": str(answer), "hint": answer.hint}
+    if isinstance(answer, Exception):
+        raise answer
+    return {"server": server.place, "up": True, **answer}
 
 
 def _one_line(state: dict[str, Any]) -> str:
-    if not state["up"]:
-        return str(state["error"])
-    jobs = state["jobs"]
-    doing = f"{jobs[0]['call']} {jobs[0]['checkpoint']} {jobs[0]['state']}" if jobs else "idle"
+    if "error" in state:
+        return f"{state['error']}\n{state['hint']}".strip()
+    running = [job for job in state["jobs"] if job["state"] == "running"]
+    jobs = running or state["jobs"][:1]
+    doing = ", ".join(f"{job['call']} {job['checkpoint']} {job['state']}" for job in jobs) or "idle"
     return (
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
         f"{len(state['checkpoints'])} checkpoints, {gigabytes(state['pinned_bytes'])}, {doing}"

@@ -5,7 +5,8 @@ All rates are GB/s (10^9 bytes), all costs seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
 GB = 1e9
@@ -45,9 +46,11 @@ class Cluster:
     shared_memory: bool = False
 
     def __post_init__(self) -> None:
-        wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
+        wrong = [name for name in _POSITIVE if not 0 < getattr(self, name) < math.inf]
         if wrong:
-            raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive")
+            raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive and finite")
+        if not 0 <= self.hop < math.inf:
+            raise ValueError(f"hop, seconds, cannot be {self.hop}")
 
     @property
     def gpus(self) -> int:
@@ -114,6 +117,13 @@ class Costs:
     load: float | None = None
     check: float | None = 1400.0
     per_buffer_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            may_be_zero = field.name not in ("load", "check")  # these are rates
+            if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
+                raise ValueError(f"{field.name} cannot be {value}")
 
 
 Algorithm = Literal["pipelined", "original"]
