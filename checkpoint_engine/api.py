@@ -41,7 +41,8 @@ Wait = Annotated[
 _LONGEST_UPDATE = 30 * 86_400.0
 
 GatherTimeout = Annotated[
-    float, Query(gt=0, le=_LONGEST_UPDATE, description="Seconds for all ranks to meet.")
+    float | None,
+    Query(gt=0, le=_LONGEST_UPDATE, description="Seconds for all ranks to meet. Default: 600."),
 ]
 WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
 
@@ -132,9 +133,9 @@ def _init_api(ps: ParameterServer, access: Access | None = None) -> FastAPI:
         summary="Learn who owns what; post it to all ranks",
         responses=_LONG_CALL,
     )
-    def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = 600.0) -> Response:
-        limit = timedelta(seconds=timeout)
-        return do("gather", name, lambda: ps.gather_metas(name, timeout=limit), wait)
+    def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = None) -> Response:
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        return do("gather", name, lambda: ps.gather_metas(name, **limit), wait)
 
     @app.post(
         "/v1/checkpoints/{name}/update",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -23,9 +25,11 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class _Refusal(Exception):  # noqa: N818  # an answer, not an error of ours
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, browser: bool = False) -> None:
+        """``browser``: one may ask its user for the token."""
         super().__init__(text)
         self.status = status
+        self.browser = browser
 
 
 class Guard:
@@ -55,11 +59,10 @@ class Guard:
         if self._token is None:
             return
         given = _headers(scope, b"authorization")
-        scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
-        right = hmac.compare_digest(token.strip(), self._token.encode())
-        if scheme.lower() != b"bearer" or not right:
+        token = _token_in(given[0], scope["method"]) if len(given) == 1 else b""
+        if not hmac.compare_digest(token, self._token.encode()):
             text = "this service wants its bearer token, which clients take from PS_HTTP_TOKEN"
-            raise _Refusal(401, text)
+            raise _Refusal(401, text, browser=scope["method"] == "GET")
 
     def _check_length(self, scope: MutableMapping[str, Any]) -> None:
         for length in _headers(scope, b"content-length"):
@@ -91,6 +94,18 @@ class Guard:
         return _Refusal(413, f"a body may have {self._max_body_bytes} bytes here")
 
 
+def _token_in(authorization: bytes, method: str) -> bytes:
+    """The token that a caller presents. Browsers send one as a password, which is good for looking
+    only: they would send it with another site's requests, too."""
+    scheme, _, given = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return given.strip()
+    if scheme.lower() == b"basic" and method == "GET":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(given, validate=True).partition(b":")[2]
+    return b""
+
+
 def _headers(scope: MutableMapping[str, Any], name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key == name]
 
@@ -115,6 +130,8 @@ async def _answer(send: Send, refusal: _Refusal) -> None:
     ]
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refusal.browser:
+        headers.append((b"www-authenticate", b'Basic realm="the token, as password"'))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

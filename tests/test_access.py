@@ -220,6 +220,17 @@ def test_who_may_call(url: str) -> None:
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
+def test_a_browser_may_look_with_the_token_as_password(url: str) -> None:
+    assert httpx.get(url, auth=("anybody", TOKEN)).text == "0"
+    asked = httpx.get(url)
+    assert asked.status_code == 401
+    assert "Basic realm=" in asked.headers["www-authenticate"]
+    assert httpx.get(url, auth=("anybody", "x")).status_code == 401
+    assert httpx.get(url, headers={"authorization": "Basic ???"}).status_code == 401
+    for method in ("POST", "DELETE", "PUT", "HEAD"):
+        assert httpx.request(method, url, auth=("anybody", TOKEN)).status_code == 401
+
+
 def test_bodies_that_are_too_large(url: str) -> None:
     assert httpx.post(url, headers=RIGHT, content=bytes(1001)).status_code == 413
     chunks = (bytes(100) for _ in range(100))

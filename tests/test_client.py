@@ -179,7 +179,7 @@ def test_metas_come_from_a_url(engine: Engine, url: str) -> None:
 
 def test_a_url_that_serves_something_else_is_an_error(engine: Engine, url: str) -> None:
     engine.text = "<html>"
-    with pytest.raises(ValueError, match="not the metas of a checkpoint"):
+    with pytest.raises(ValueError, match=f"(?s){url}: not the metas.* is it a server's /v1/metas"):
         fetch_metas(url)
 
 
