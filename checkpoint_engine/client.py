@@ -263,6 +263,8 @@ def _send(
         request = client.build_request(method, url, json=body, params=query, headers=headers)
         try:
             response = client.send(request)
+        except httpx.LocalProtocolError:  # its text has the header, and so the token
+            raise ValueError(f"{url}: a token or address that HTTP does not allow") from None
         except httpx.TransportError as error:
             where = url if uds is None else f"{url} through {uds}"
             text = f"no answer from {where}: {error or type(error).__name__}; is the engine up?"

@@ -640,7 +640,7 @@ class _Failure(NamedTuple):
     phase: str
     cause: str
     missing: list[int]
-    kind: str
+    kind: str = "failed"
 
     def encode(self) -> bytes:
         return json.dumps(self).encode()

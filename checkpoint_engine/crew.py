@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -90,7 +91,8 @@ class _Crew(Generic[_Key]):
                 return
             self._busy += 1
         try:
-            os.sched_setaffinity(0, self._cpus)  # of this thread alone
+            with suppress(OSError):  # a hint, which a sandbox may forbid
+                os.sched_setaffinity(0, self._cpus)  # of this thread alone
             while not self._stopped:
                 key, action = self._tasks.get_nowait()
                 self._results.put((key, _failure(action)))

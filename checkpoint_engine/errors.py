@@ -63,6 +63,11 @@ class UpdateError(RuntimeError):
         self.seconds: dict[str, float] = {}
         self.trace: str | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """By the constructor's arguments: for callers in another process, as with Ray."""
+        made_of = (self.operation, self.rank, self.phase, self.cause, self.kind)
+        return type(self), made_of, self.__dict__
+
 
 class GroupError(RuntimeError):
     """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
@@ -99,4 +104,5 @@ def kind_of(error: BaseException) -> str:
         ((KeyboardInterrupt, SystemExit), "interrupted"),
     ]
     found = next((kind for of, kind in kinds if isinstance(error, of)), "failed")
-    return str(getattr(error, "kind", found))
+    own = getattr(error, "kind", None)  # also of exceptions that are not ours
+    return own if isinstance(own, str) and own in KINDS else found

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -59,10 +60,11 @@ class Guard:
         if self._token is None:
             return
         given = _headers(scope, b"authorization")
-        token = _token_in(given[0], scope["method"]) if len(given) == 1 else b""
+        may_be_browser = scope["method"] == "GET" and _SHOWN.fullmatch(scope["path"]) is not None
+        token = _token_in(given[0], may_be_browser) if len(given) == 1 else b""
         if not hmac.compare_digest(token, self._token.encode()):
             text = "this service wants its bearer token, which clients take from PS_HTTP_TOKEN"
-            raise _Refusal(401, text, browser=scope["method"] == "GET")
+            raise _Refusal(401, text, may_be_browser)
 
     def _check_length(self, scope: MutableMapping[str, Any]) -> None:
         for length in _headers(scope, b"content-length"):
@@ -94,13 +96,17 @@ class Guard:
         return _Refusal(413, f"a body may have {self._max_body_bytes} bytes here")
 
 
-def _token_in(authorization: bytes, method: str) -> bytes:
+_SHOWN = re.compile(r"/|/metrics|/openapi\.json|/v1/(status|jobs(/[^/]*)?)")
+"""What browsers may ask for: the page, and what it links to."""
+
+
+def _token_in(authorization: bytes, may_be_browser: bool) -> bytes:
     """The token that a caller presents. Browsers send one as a password, which is good for looking
     only: they would send it with another site's requests, too."""
     scheme, _, given = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
         return given.strip()
-    if scheme.lower() == b"basic" and method == "GET":
+    if scheme.lower() == b"basic" and may_be_browser:
         with contextlib.suppress(ValueError):
             return base64.b64decode(given, validate=True).partition(b":")[2]
     return b""

@@ -386,7 +386,8 @@ class ParameterServer:
         ranks.
 
         Raises:
-            UpdateError: a rank did not come. That nobody has registered it, ``update`` tells.
+            UpdateError: a rank did not come, or no rank has registered it. A world that can join
+                another by P2P learns the latter from ``update``.
         """
         with self._collective("gather_metas", checkpoint_name, timeout) as operation:
             gathered, digest = self._gather(operation, checkpoint_name)

@@ -225,7 +225,9 @@ def view_tensors(sources: Sequence[TensorSource]) -> dict[str, torch.Tensor]:
 
 def read_metas(args: argparse.Namespace) -> Metas:
     if args.metas_url is not None:
-        return fetch_metas(args.metas_url, token=os.environ.get("PS_HTTP_TOKEN"))
+        is_ours = args.metas_url.endswith("/v1/metas")  # not a file that somebody else serves
+        token = os.environ.get("PS_HTTP_TOKEN", "").strip() if is_ours else ""
+        return fetch_metas(args.metas_url, token=token or None)
     try:
         return decode_metas(args.load_metas_file.read_bytes())
     except ValueError as error:

@@ -193,20 +193,24 @@ def vllm_routes(workers: Workers, bodies: list[Any]) -> dict[str, Callable[[Any]
 
 
 @contextmanager
-def serve_http(routes: dict[str, Callable[[Any], Answer]]) -> Iterator[str]:
-    """An HTTP server in a thread; gives its address."""
+def serve_http(
+    routes: dict[str, Callable[[Any], Answer]], on_request: Callable[[Any], None] = lambda _: None
+) -> Iterator[str]:
+    """An HTTP server in a thread; gives its address. ``on_request``: gets the headers of each."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             length = int(self.headers.get("content-length", 0))
             sent = self.rfile.read(length)
+            on_request(self.headers)
             route = f"{self.command} {self.path.partition('?')[0]}"
-            status, content = routes[route](json.loads(sent) if sent else None)
+            handle = routes.get(route, lambda _: (404, {"detail": "Not Found"}))
+            status, content = handle(json.loads(sent) if sent else None)
             self.send_response(status)
             self.end_headers()
             self.wfile.write(b"" if content is None else json.dumps(content).encode())
 
-        do_GET = do_POST = answer  # noqa: N815
+        do_GET = do_POST = do_DELETE = answer  # noqa: N815
 
         def address_string(self) -> str:
             return "engine"

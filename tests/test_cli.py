@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import pytest
@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from checkpoint_engine.cli import commands
+from checkpoint_engine.cli import commands, servers
 from checkpoint_engine.cli.servers import Server, ServiceError, ask_all, find_servers
 from checkpoint_engine.cli.service import parse_ranks
 from checkpoint_engine.client import wait_until_ready
@@ -215,6 +215,8 @@ def test_a_name_that_no_rank_knows(server: list[str], registered: str, command: 
         (["--ranks", ","], "a list as"),
         (["--inference-parallel-size", "-1"], "-1 is not in the range"),
         (["--timeout", "-1"], "-1.0 is not in the range"),
+        (["--timeout", "inf"], "inf is not in the range"),
+        (["--timeout", "nan"], "no number"),
         (["--engine", "localhost:9"], "no URL as http"),
     ],
 )
@@ -233,7 +235,7 @@ def test_a_command_for_all_ranks_names_the_one_that_is_missing(
     one = ["--server", sockets / "1.sock"]
     error = json_of("register", "step-5", checkpoint, *one, code=3)["error"]
     assert "these are ranks [1] of 2" in error["message"]
-    assert "missing: [0]" in error["hint"]
+    assert "[0] are missing" in error["hint"]
     found = json_of("status", *one, code=3)
     assert found["missing_ranks"] == [0]
     twice = ["--server", sockets / "1.sock", *one]
@@ -260,11 +262,13 @@ def test_another_worlds_metas_are_not_gathered_away(
     json_of("metas", *server, "--load", output)
     engine = Engine()
     with listening(engine) as url:
-        base = url.removesuffix("/collective_rpc")
-        error = json_of("update", "theirs", *server, "--engine", base, code=1)["error"]
+        update = ["update", "theirs", *server, "--engine", url.removesuffix("/collective_rpc")]
+        error = json_of(*update, code=1)["error"]
         assert "no rank has registered 'theirs'" in error["message"]
-        ranks = ["--ranks", "0-1", "--timeout", "40"]
-        json_of("update", "theirs", *server, "--engine", base, *ranks)
+        update += ["--ranks", "0-1", "--timeout", "1000000"]
+        error = json_of(*update, code=1)["error"]  # it may be a slip of the pen: there are others
+        assert "--no-gather" in error["message"]
+        json_of(*update, "--no-gather")
     assert [weights.keys() for weights in engine.weights] == [WEIGHTS.keys()] * RANKS
 
 
@@ -307,49 +311,109 @@ def test_another_kind_of_server_is_named_so() -> None:
     assert "is this a rank's server" in error["hint"]
 
 
-def test_a_failure_does_not_wait_for_the_other_ranks() -> None:
-    go_on = threading.Event()
-    routes = [
-        {"GET /x": lambda _: (go_on.wait(30), (200, None))[1]},
-        {"GET /x": lambda _: (409, "an update is running")},
-    ]
+def test_a_failure_does_not_wait_long_for_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_FAREWELL", 0.1)
+    go_on, answered = threading.Event(), threading.Event()
+
+    def answer(_: Any) -> tuple[int, Any]:
+        go_on.wait(30)
+        answered.set()
+        return 200, None
+
+    routes = [{"GET /x": answer}, {"GET /x": lambda _: (409, "an update is running")}]
     with serve_http(routes[0]) as slow, serve_http(routes[1]) as busy:
         try:
             with pytest.raises(ServiceError, match="an update is running"):
                 ask_all([Server(slow), Server(busy)], "GET", "/x", 20)
-            assert not go_on.is_set()
+            assert not answered.is_set()
         finally:
             go_on.set()
 
 
-def test_the_token_of_a_file_is_sent(tmp_path: Path) -> None:
-    given = tmp_path / "token"
-    given.write_text("a-token-that-is-long\n")
-    (server,) = find_servers(["http://host:80"], "a-token-that-is-long")
-    sent = []
-    with mock.patch("checkpoint_engine.cli.service.find_servers") as find:
-        find.side_effect = lambda _, token: sent.append(token) or [server]
-        run("status", "--server", "http://host.invalid", "--token-file", given)
-    assert sent == ["a-token-that-is-long"]
+def test_the_first_failure_counts_also_if_others_follow() -> None:
+    first = threading.Event()
+
+    def late(_: Any) -> tuple[int, Any]:
+        first.wait(30)
+        return 500, "because of the other"
+
+    def early(_: Any) -> tuple[int, Any]:
+        first.set()
+        return 500, "no room"
+
+    with serve_http({"GET /x": late}) as one, serve_http({"GET /x": early}) as other:
+        with pytest.raises(ServiceError, match=r"no room|because of") as failure:
+            ask_all([Server(one), Server(other)], "GET", "/x", 20)
+        assert failure.value.status == 500
 
 
-def test_status(server: list[str]) -> None:
-    found = json_of("status", *server)
-    assert [(one["up"], one["rank"]) for one in found["servers"]] == [(True, 0), (True, 1)]
-    assert "rank 1 of 2, cpu" in run("status", *server).stdout
+@contextlib.contextmanager
+def ranks(
+    *names: str, refusing: int | None = None, of: int = 2, **known: Any
+) -> Iterator[list[str]]:
+    """Servers that say that they are ranks and hold checkpoints; one refuses to free ``c``."""
+    held = [{"name": name} for name in names]
+    with contextlib.ExitStack() as stack:
+        places = []
+        for rank in range(of):
+            state = {"rank": rank, "world_size": of, "checkpoints": held, "jobs": []}
+            state |= {"pinned_bytes": 0, **known}
+            freed = (409, "an update is running") if rank == refusing else (200, None)
+            routes: dict[str, Any] = {
+                "GET /v1/status": lambda _, state=state: (200, state),
+                "DELETE /v1/checkpoints/c": lambda _, freed=freed: freed,
+                "POST /v1/checkpoints/c/update": lambda _: (200, None),
+            }
+            places += ["--server", stack.enter_context(serve_http(routes))]
+        yield places
 
 
-def test_status_of_a_server_that_is_down(sockets: Path, tmp_path: Path) -> None:
-    places = ["--server", str(sockets / "0.sock"), "--server", str(tmp_path / "none.sock")]
-    result = run("status", *places, "--json")
-    assert result.exit_code == 3
-    assert [one["up"] for one in json.loads(result.stdout)["servers"]] == [True, False]
+def test_an_unregister_that_one_rank_refuses_says_who_has_done_it() -> None:
+    """They are of a release whose status has less."""
+    with ranks("c", refusing=0) as places:
+        error = json_of("unregister", "c", *places, code=4)["error"]
+    assert "an update is running" in error["message"]
+    assert error["hint"].endswith("ranks [0] failed, the others have done it")
+    with ranks("c") as places:
+        json_of("unregister", "c", *places)
 
 
-def test_no_server_is_no_answer(tmp_path: Path) -> None:
-    error = json_of("metas", "--server", tmp_path / "none.sock", code=3)["error"]
-    assert error["code"] == "unreachable"
-    assert "is the server up" in error["hint"]
+def test_metas_that_were_loaded_are_read_where_nothing_is_registered() -> None:
+    """These servers have no route to gather."""
+    with ranks(metas_loaded=True) as places:
+        assert json_of("update", "c", *places, "--ranks", "0-1")["ranks"] == [0, 1]
+        error = json_of("update", "c", *places, code=1)["error"]
+        assert "no rank has registered 'c'; registered: nothing" in error["message"]
+        error = json_of("update", "c", *places, "--ranks", "0", "--gather", code=1)["error"]
+        assert "no rank has registered 'c'" in error["message"]
+    with ranks() as places:
+        error = json_of("update", "c", *places, "--ranks", "0", code=1)["error"]
+        assert "no-gather" not in error["message"]
+
+
+@pytest.mark.parametrize("answer", [None, [], "x", {}, {"rank": "0", "world_size": 1}])
+def test_a_status_that_is_none(answer: Any) -> None:
+    with serve_http({"GET /v1/status": lambda _: (200, answer)}) as url:
+        error = json_of("unregister", "c", "--server", url, code=1)["error"]
+        assert "not that of a rank's server" in error["message"]
+        (found,) = json_of("status", "--server", url, code=1)["servers"]
+        assert found["up"]
+
+
+def test_a_token_is_sent_and_never_shown(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a-token-that-is-long\n")
+    seen = []
+    with serve_http({}, on_request=lambda headers: seen.append(headers["authorization"])) as url:
+        run("status", "--server", url, "--token-file", token)
+        run("status", "--server", url, "--token", "another-that-is-long\r\n")
+        strange = run("status", "--server", url, "--token", "a-secret\nthat-is-long", "--json")
+    assert seen == ["Bearer a-token-that-is-long", "Bearer another-that-is-long"]
+    assert strange.exit_code == 1
+    assert "a-secret" not in strange.output
+    wrong = run("status", "--server", "http://me:a-secret@localhost:9")
+    assert wrong.exit_code == 2
+    assert "a-secret" not in wrong.output
 
 
 # ---------------------------------------------------------------------- small things
@@ -365,13 +429,26 @@ def test_sockets_of_all_ranks_are_found_in_order(tmp_path: Path) -> None:
     (tmp_path / "x.sock").touch()
     found = find_servers([str(tmp_path / "{rank}.sock")], None)
     assert [server.place for server in found] == expected[1:]
+    for rank in ("3", "11"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / f"{rank}.s").touch()
+        (tmp_path / rank / "2.s").touch()
+    found = find_servers([str(tmp_path / "{rank}" / "{rank}.s")], None)
+    assert [server.place[-5:] for server in found] == ["3/3.s", "11/11.s"[-5:]]
     with pytest.raises(ServiceError, match="no socket is there") as gone:
         find_servers([str(tmp_path / "none-{rank}.sock")], None)
     assert gone.value.status is None
 
 
 @pytest.mark.parametrize(
-    "place", ["localhost:9", "http://localhost:bad", "http://a:1,http://b:1", "http://h:{rank}"]
+    "place",
+    [
+        "localhost:9",
+        "http://localhost:bad",
+        "http://localhost:99999",
+        "http://a:1,http://b:1",
+        "http://h:{rank}",
+    ],
 )
 def test_an_address_that_makes_no_sense_is_wrong_usage(place: str) -> None:
     error = json_of("status", "--server", place, code=2)["error"]

@@ -36,6 +36,16 @@ def test_threads_run_where_they_are_told_to_if_they_may() -> None:
     assert os.sched_getaffinity(0) == before
 
 
+def test_a_sandbox_may_forbid_to_choose_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(crew.os, "sched_setaffinity", refuse)
+    done: list[int] = []
+    crew.work([(1, lambda: None)], done.append)
+    assert done == [1]
+
+
 @pytest.mark.parametrize("caller_fails", [False, True])
 def test_after_a_failure_nothing_runs_and_nothing_begins(caller_fails: bool) -> None:
     running, ended = [], []

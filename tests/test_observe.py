@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import pickle
 import re
 import threading
 import time
@@ -121,6 +122,20 @@ def test_codes_of_errors(error: Exception, code: str) -> None:
     assert problem.code == code
     assert problem.hint or code == "failed"
     assert problem.cause in KINDS
+
+
+def test_an_exception_of_others_with_a_kind_of_its_own_is_no_new_kind() -> None:
+    error = RuntimeError("x")
+    error.kind = ["of theirs"]  # type: ignore[attr-defined]
+    assert describe(error).cause == "failed"
+
+
+def test_an_update_error_reaches_another_process_whole() -> None:
+    error = UpdateError("update", 1, "reload", "no room", "out_of_memory")
+    error.engines = {0: "untouched"}
+    other = pickle.loads(pickle.dumps(error))
+    assert str(other) == str(error)
+    assert vars(other) == vars(error)
 
 
 # ---------------------------------------------------------------------- a real service

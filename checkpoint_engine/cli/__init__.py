@@ -1,7 +1,7 @@
 """``checkpoint-engine``: serve, ask a running service, plan without a GPU, look at a machine.
 
-Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 wrong usage; 3 no server
-answers; 4 the server is busy. With ``--json`` every command but ``serve`` writes one JSON document
+Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 wrong usage; 3 a server
+does not answer; 4 it is busy. With ``--json`` every command but ``serve`` writes one JSON document
 to stdout, and a failure writes ``{"error": {"code", "message", "hint"}}``.
 """
 
@@ -24,7 +24,7 @@ from checkpoint_engine.cli.service import metas, register, status, unregister, u
 def commands() -> None:
     """Move new weights into running inference engines.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no server answers, 4 busy.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a server does not answer, 4 busy.
 
     Completion for bash: eval "$(_CHECKPOINT_ENGINE_COMPLETE=bash_source checkpoint-engine)"; zsh
     and fish likewise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -28,7 +29,23 @@ class Commands(click.Group):
             _tell(error.format_message(), "", as_json=True, status=WRONG_USAGE)
             sys.exit(WRONG_USAGE)
         except click.Abort:
+            _tell("interrupted", "", as_json=True, status=FAILED)
             sys.exit(FAILED)
+
+
+class Positive(click.FloatRange):
+    """More than nothing, no more than ``most``, and a number."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(0, most, min_open=True)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = float(super().convert(value, param, ctx))
+        return self.fail(f"{value!r} is no number", param, ctx) if math.isnan(found) else found
+
+
+SECONDS = Positive(30 * 86_400.0)
+"""As long as a server lets an update take."""
 
 
 def json_option(function: F) -> F:

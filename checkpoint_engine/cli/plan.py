@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from checkpoint_engine.cli.output import fail, gigabytes, json_option, show
+from checkpoint_engine.cli.output import Positive, fail, gigabytes, json_option, show
 from checkpoint_engine.settings import GIB
 from checkpoint_engine.simulate.cluster import Cluster, Costs
 
@@ -31,15 +30,7 @@ _UNITS = {
 }
 
 
-class _Gigabytes(click.FloatRange):
-    """More than nothing; not infinite, and a number."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1 << 30, min_open=True)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        found = float(super().convert(value, param, ctx))
-        return self.fail(f"{value!r} is no number of GiB") if math.isnan(found) else found
+_GIGABYTES = Positive(1 << 30)
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,10 +54,10 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
-@click.option("--free-gb", type=_Gigabytes(), default=40.0, show_default=True,
+@click.option("--free-gb", type=_GIGABYTES, default=40.0, show_default=True,
               help="GiB that buffers may take on the fullest device.")  # fmt: skip
 @click.option(
-    "--bucket-gb", type=_Gigabytes(), default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
+    "--bucket-gb", type=_GIGABYTES, default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
 )
 @_describing_options
 @json_option

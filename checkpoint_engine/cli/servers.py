@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import click
@@ -22,6 +25,10 @@ _HINTS = {
     404: "is this a rank's server, as `checkpoint-engine serve` starts it?",
     409: "wait for the call that is running: `checkpoint-engine status` shows it",
 }
+_STRANGE = "its answer is not that of a rank's server"
+_NEEDED = {"rank": int, "world_size": int, "checkpoints": list, "jobs": list, "pinned_bytes": int}
+_FAREWELL = 3.0
+"""Seconds that the other ranks have, once one has failed, to notice it."""
 _START = "is the server up? see `checkpoint-engine serve`"
 
 
@@ -64,12 +71,28 @@ class Server:
             except httpx.TimeoutException as error:
                 text, hint = f"no answer within {timeout:g} s", "`checkpoint-engine status`"
                 raise ServiceError(self.place, None, text, hint) from error
-            except httpx.TransportError as error:
+            except httpx.LocalProtocolError:  # its text has the header, and so the token
+                text = "a token or address that HTTP does not allow"
+                raise ServiceError(self.place, 400, text) from None
+            except httpx.RequestError as error:
                 text = f"no answer: {str(error) or type(error).__name__}"
                 raise ServiceError(self.place, None, text, _START) from error
-        if response.is_success:
+        if not response.is_success:
+            raise _refusal(self.place, response.status_code, response.text)
+        try:
             return response.json() if response.content else None
-        raise _refusal(self.place, response.status_code, response.text)
+        except ValueError:
+            raise ServiceError(self.place, response.status_code, _STRANGE, _HINTS[404]) from None
+
+    def status(self) -> dict[str, Any]:
+        """What it holds and does. Raises ``ServiceError``."""
+        found = self.ask("GET", "/v1/status", SHORT)
+        if not isinstance(found, dict) or not _NEEDED.keys() <= found.keys():
+            raise ServiceError(self.place, 200, _STRANGE, _HINTS[404])
+        for key, kind in _NEEDED.items():
+            if not isinstance(found[key], kind):
+                raise ServiceError(self.place, 200, _STRANGE, _HINTS[404])
+        return found
 
 
 def _refusal(place: str, status: int, text: str) -> ServiceError:
@@ -123,9 +146,9 @@ def _expand(pattern: str) -> list[str]:
         raise click.UsageError(f"{pattern!r} is neither a path nor a URL as http://{pattern}")
     if RANK not in pattern:
         return [pattern]
-    before, _, after = pattern.partition(RANK)
-    number = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after.replace(RANK, ''))}$")
-    matches = map(number.match, glob(f"{escape(before)}[0-9]*{escape(after)}"))
+    first, second, *others = map(re.escape, pattern.split(RANK))
+    number = re.compile(r"\1".join([f"{first}([0-9]+){second}", *others]))
+    matches = map(number.fullmatch, glob("*".join(map(escape, pattern.split(RANK)))))
     return [match[0] for match in sorted(filter(None, matches), key=lambda found: int(found[1]))]
 
 
@@ -136,6 +159,10 @@ def _check_url(text: str) -> None:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise click.UsageError(f"{text!r} is no URL: {error}") from error
+    if url.userinfo:
+        raise click.UsageError("give no user or password in a URL: a token is its own option")
+    if (url.port or 0) >= 1 << 16:
+        raise click.UsageError(f"{text!r} has no port of TCP")
     if url.scheme not in ("http", "https") or not url.host or set(url.host) & set(",{}"):
         raise click.UsageError(f"{text!r} is no URL of one server, as http://host:8000")
 
@@ -149,7 +176,7 @@ class World:
         Raises:
             ServiceError: one does not answer, or a rank of theirs is not among them.
         """
-        states = ask_all(servers, "GET", "/v1/status", SHORT)
+        states = _first_failure_or_all(servers, _states(servers))
         by_rank = {
             state["rank"]: (server, state) for server, state in zip(servers, states, strict=True)
         }
@@ -160,8 +187,10 @@ class World:
                 ", ".join(server.place for server in servers),
                 None,
                 f"these are ranks {sorted(state['rank'] for state in states)} of {size}",
-                f"every rank takes part: name each once, and start those that are not up; "
-                f"missing: {missing}",
+                f"every rank takes part, but {missing} are missing: name them, and start those "
+                "that are not up"
+                if missing
+                else "name every rank once",
             )
         self.servers = [by_rank[rank][0] for rank in range(size)]
         self._states = [by_rank[rank][1] for rank in range(size)]
@@ -178,7 +207,7 @@ class World:
     @property
     def has_loaded_metas(self) -> bool:
         """Whether all ranks know owners of another world."""
-        return all(state["metas_loaded"] for state in self._states)
+        return all(state.get("metas_loaded", False) for state in self._states)
 
     def _registered(self) -> list[set[str]]:
         return [{one["name"] for one in state["checkpoints"]} for state in self._states]
@@ -200,17 +229,13 @@ def ask_all(
     timeout: float,
     bodies: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The answers of all ranks, asked at once, each with its own body.
+    """The answers of all ranks to a collective call, asked at once, each with its own body.
 
     Raises:
-        ServiceError: of the first that fails, at once: the others may be waiting for it.
+        ServiceError: of the first that fails. The others may be waiting for that one, and are not
+            waited for long.
     """
-    answers: dict[int, Any] = {}
-    for place, answer in _ask_at_once(servers, method, route, timeout, bodies):
-        if isinstance(answer, Exception):
-            raise answer
-        answers[place] = answer
-    return [answers[place] for place in range(len(servers))]
+    return _first_failure_or_all(servers, _ask_at_once(servers, method, route, timeout, bodies))
 
 
 def ask_each(
@@ -220,9 +245,43 @@ def ask_each(
     timeout: float,
     bodies: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The same, but with the failures among the answers, once all have answered."""
-    answers = dict(_ask_at_once(servers, method, route, timeout, bodies))
-    return [answers[place] for place in range(len(servers))]
+    """The same of a call that each rank does by itself: failures are among the answers, which are
+    all waited for."""
+    return _all(servers, _ask_at_once(servers, method, route, timeout, bodies))
+
+
+def each_status(servers: Sequence[Server]) -> list[Any]:
+    """The status of each, or its ``ServiceError``."""
+    return _all(servers, _states(servers))
+
+
+_Answers = SimpleQueue[tuple[int, Any]]
+"""Each server's place and its answer or exception, in the order in which they come."""
+
+
+def _all(servers: Sequence[Server], answers: _Answers) -> list[Any]:
+    found = dict(answers.get() for _ in servers)
+    return [found[place] for place in range(len(servers))]
+
+
+def _first_failure_or_all(servers: Sequence[Server], answers: _Answers) -> list[Any]:
+    found: dict[int, Any] = {}
+    failure: Exception | None = None
+    ends = math.inf
+    with contextlib.suppress(Empty):
+        while len(found) < len(servers):
+            left = None if failure is None else max(0.0, ends - time.monotonic())
+            place, found_here = answers.get(timeout=left)
+            found[place] = found_here
+            if failure is None and isinstance(found_here, Exception):
+                failure, ends = found_here, time.monotonic() + _FAREWELL
+    if failure is not None:
+        raise failure
+    return [found[place] for place in range(len(servers))]
+
+
+def _states(servers: Sequence[Server]) -> _Answers:
+    return _at_once(len(servers), lambda place: servers[place].status())
 
 
 def _ask_at_once(
@@ -231,18 +290,24 @@ def _ask_at_once(
     route: str,
     timeout: float,
     bodies: Sequence[Any] | None,
-) -> Iterable[tuple[int, Any]]:
-    """Each server's place and its answer or exception, in the order in which they come."""
-    came: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+) -> _Answers:
+    def ask(place: int) -> Any:
+        body = None if bodies is None else bodies[place]
+        return servers[place].ask(method, route, timeout, body)
 
-    def ask(place: int, server: Server) -> None:
+    return _at_once(len(servers), ask)
+
+
+def _at_once(count: int, ask: Callable[[int], Any]) -> _Answers:
+    answers: _Answers = SimpleQueue()
+
+    def answer(place: int) -> None:
         try:
-            body = None if bodies is None else bodies[place]
-            came.put((place, server.ask(method, route, timeout, body)))
+            answers.put((place, ask(place)))
         except Exception as error:
-            came.put((place, error))
+            answers.put((place, error))
 
-    for place, server in enumerate(servers):
+    for place in range(count):
         # The command may end before all have answered.
-        threading.Thread(target=ask, args=(place, server), daemon=True).start()
-    return (came.get() for _ in servers)
+        threading.Thread(target=answer, args=(place,), daemon=True).start()
+    return answers

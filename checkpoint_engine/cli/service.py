@@ -15,6 +15,7 @@ import click
 from checkpoint_engine.cli.output import (
     BUSY,
     FAILED,
+    SECONDS,
     UNREACHABLE,
     fail,
     gigabytes,
@@ -27,9 +28,11 @@ from checkpoint_engine.cli.servers import (
     ServiceError,
     World,
     ask_each,
+    each_status,
     find_servers,
 )
 
+_UNDOING = 60.0  # seconds that ranks have to free what they registered
 _GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given up
 
 
@@ -76,6 +79,7 @@ def service_command(function: Callable[..., None]) -> Callable[..., None]:
                 from checkpoint_engine.service import read_token
 
                 token = read_token(token_file)
+            token = (token or "").strip() or None
             function(find_servers(places, token), as_json=as_json, **arguments)
         except ServiceError as error:
             statuses = {None: UNREACHABLE, 409: BUSY}
@@ -96,7 +100,7 @@ def _route_of(name: str) -> str:
 @click.command()
 @click.argument("name", type=_Name())
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=3600.0,
+@click.option("--timeout", type=SECONDS, default=3600.0,
               show_default=True, help="Seconds.")  # fmt: skip
 @service_command
 def register(
@@ -132,18 +136,27 @@ def register(
 
 
 def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> None:
-    """Raise the first failure, once the ranks that succeeded have forgotten the checkpoint."""
+    """Raise the first failure, once the ranks that succeeded have freed the checkpoint."""
     failures = [answer for answer in answers if isinstance(answer, Exception)]
     if not failures:
         return
     done = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
     registered = [world.servers[place] for place in done]
-    undone = ask_each(registered, "DELETE", _route_of(name), SHORT)
+    undone = ask_each(registered, "DELETE", _route_of(name), _UNDOING)
     kept = [place for place, one in zip(done, undone, strict=True) if isinstance(one, Exception)]
+    kept += [place for place, answer in enumerate(answers) if _may_have_done(answer)]
     first = failures[0]
     if kept and isinstance(first, ServiceError):
-        first.hint = f"ranks {kept} hold their part: `checkpoint-engine unregister {name}`"
+        first.hint = (
+            f"ranks {sorted(kept)} may hold their part, or still register it: see "
+            f"`checkpoint-engine status`, then `checkpoint-engine unregister {name}`"
+        )
     raise first
+
+
+def _may_have_done(answer: Any) -> bool:
+    """It did not say that it failed."""
+    return isinstance(answer, Exception) and getattr(answer, "status", None) in (None, 200)
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -162,14 +175,29 @@ def unregister(servers: list[Server], name: str, as_json: bool) -> None:
     """Free checkpoint NAME on every rank."""
     world = World(servers)
     _check_registered(world, name)
-    world.ask("DELETE", _route_of(name), SHORT)
+    _raise_first(ask_each(world.servers, "DELETE", _route_of(name), SHORT))
     show({"checkpoint": name}, f"unregistered {name}", as_json)
+
+
+def _raise_first(answers: Sequence[Any]) -> None:
+    """The first failure, if any, and which ranks it is of."""
+    failed = [place for place, answer in enumerate(answers) if isinstance(answer, Exception)]
+    if failed:
+        first = answers[failed[0]]
+        if isinstance(first, ServiceError) and len(failed) < len(answers):
+            others = f"ranks {failed} failed, the others have done it"
+            first.hint = f"{first.hint}; {others}" if first.hint else others
+        raise first
 
 
 def _check_registered(world: World, name: str) -> None:
     if not world.holders(name):
         registered = ", ".join(world.registered) or "nothing"
-        raise ValueError(f"no rank has registered {name!r}; registered: {registered}")
+        loaded = "; to read the metas that were loaded: --ranks and --no-gather"
+        raise ValueError(
+            f"no rank has registered {name!r}; registered: {registered}"
+            + (loaded if world.has_loaded_metas else "")
+        )
 
 
 # ---------------------------------------------------------------------- update
@@ -186,9 +214,9 @@ def _check_registered(world: World, name: str) -> None:
               help="Workers per engine. Default: the ranks divided by the engines.")  # fmt: skip
 @click.option("--ranks", default="", metavar="LIST", help="P2P to these ranks, as 0,1,4-7.")
 @click.option("--gather/--no-gather", "gather_first", default=None,
-              help="Learn first who owns what. Default: unless that was loaded, see `metas "
-              "--load`, and goes to --ranks.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=300.0,
+              help="Learn first who owns what. Default: but where nothing is registered, metas "
+              "were loaded, and --ranks read what they tell of.")  # fmt: skip
+@click.option("--timeout", type=SECONDS, default=300.0,
               show_default=True, help="Seconds for the update.")  # fmt: skip
 @service_command
 def update(
@@ -218,7 +246,7 @@ def update(
     for body in bodies:
         body |= {"ranks": members, "timeout": timeout}
     if gather_first is None:
-        gather_first = not (members and world.has_loaded_metas and not world.holders(name))
+        gather_first = not (members and world.has_loaded_metas and not world.registered)
     began = time.perf_counter()
     if gather_first:
         _gather(world, name, timeout)
@@ -282,7 +310,7 @@ def _bodies(
 def _gather(world: World, name: str, timeout: float) -> None:
     """Have all ranks learn who owns what of checkpoint ``name``."""
     _check_registered(world, name)
-    route = f"{_route_of(name)}/gather-metas?timeout={timeout:g}"
+    route = f"{_route_of(name)}/gather-metas?timeout={timeout!r}"
     world.ask("POST", route, timeout + _GRACE)
 
 
@@ -314,7 +342,7 @@ def parse_ranks(text: str) -> list[int]:
               help="Take over another world's metas from this file, on every rank.")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write them there, for --load or for examples/update.py.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0,
+@click.option("--timeout", type=SECONDS, default=60.0,
               show_default=True, help="Seconds for all ranks to meet.")  # fmt: skip
 @service_command
 def metas(
@@ -334,7 +362,8 @@ def metas(
     if load is not None:
         content = _read_json(load)
         world = World(servers)
-        world.ask("POST", "/v1/metas", SHORT, [content] * len(world.servers))
+        contents = [content] * len(world.servers)
+        _raise_first(ask_each(world.servers, "POST", "/v1/metas", SHORT, contents))
     found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", SHORT) or {}
     if output is not None:
         if not found:
@@ -365,14 +394,14 @@ def _describe(found: dict[str, Any]) -> str:
 @service_command
 def status(servers: list[Server], as_json: bool) -> None:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    answers = ask_each(servers, "GET", "/v1/status", SHORT)
+    answers = each_status(servers)
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
     known = [state for state in states if "rank" in state]
     size = max((state["world_size"] for state in known), default=0)
     missing = sorted(set(range(size)) - {state["rank"] for state in known})
     lines = list(map(_one_line, states))
     if missing and len(known) == len(states):
-        lines.append(f"ranks {missing} of {size}: no server of theirs was named, or has a socket")
+        lines.append(f"ranks {missing} of {size} are missing: name them, or start them")
     show({"servers": states, "missing_ranks": missing}, "\n".join(lines), as_json)
     if missing or not all(state["up"] for state in states):
         raise click.exceptions.Exit(UNREACHABLE)
