@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,17 @@ class EngineHost:
         answer = httpx.post(f"{self.url}/{route}", json=body, timeout=120, trust_env=False)
         assert answer.is_success, f"{answer.text}\n{self.output()}"
         return answer.json()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_sockets() -> Iterator[None]:
+    """vLLM makes sockets and leaves them: let them be in a folder that goes."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-") as folder,
+        pytest.MonkeyPatch.context() as set_,
+    ):
+        set_.setenv("VLLM_RPC_BASE_PATH", folder)
+        yield
 
 
 @pytest.fixture(scope="session")
