@@ -331,10 +331,16 @@ def each(
     action: Callable[[torch.Tensor, torch.Tensor], Any],
     some: list[torch.Tensor],
     others: list[torch.Tensor],
+    together: bool = False,
 ) -> float:
-    """Seconds of one call, over all pairs; the fastest of several rounds."""
+    """Seconds of one call, over all pairs; the fastest of several rounds.
+
+    Args:
+        together: all ranks do it, each round at the same time.
+    """
     pairs = list(zip(some, others, strict=True))
-    return fastest(lambda: [action(*pair) for pair in pairs], repeats=5) / len(pairs)
+    begin = dist.barrier if together and dist.get_world_size() > 1 else lambda: None
+    return fastest(lambda: [action(*pair) for pair in pairs], 5, begin) / len(pairs)
 
 
 def cpu_seconds() -> float:
@@ -414,9 +420,9 @@ def measure_loader(memory: list[torch.Tensor], buffers: list[torch.Tensor]) -> d
         parameters, views = (list(one[: count * size].split(size)) for one in (piece, bucket))
         torch._foreach_copy_(parameters, views)
 
-    seconds = each(lambda buffer, _: checksum(buffer, 0), buffers, memory)
+    seconds = each(lambda buffer, _: checksum(buffer, 0), buffers, memory, together=True)
     return {
-        "load": count * size / 1e9 / each(load, memory, buffers),
+        "load": count * size / 1e9 / each(load, memory, buffers, together=True),
         "check": buffers[0].nbytes / 1e9 / seconds,
         "per_tensor": per_tensor,
     }
@@ -437,9 +443,12 @@ def measure_buffers(nbytes: int) -> dict[str, float]:
     return {"per_buffer_gb": fastest(make) / (nbytes / 1e9)}
 
 
-def fastest(action: Callable[[], Any], repeats: int = 9) -> float:
+def fastest(
+    action: Callable[[], Any], repeats: int = 9, begin: Callable[[], Any] = lambda: None
+) -> float:
     seconds = []
     for _ in range(repeats):
+        begin()
         began = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - began)
