@@ -57,8 +57,8 @@ class VllmServer:
         command += ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=256"]
         command += ["--disable-uvicorn-access-log", "--enable-scale-out"]  # for tokens in and out
         with (model.parent / f"{model.name}-{port}.log").open("wb") as log:
-            sockets = {"VLLM_RPC_BASE_PATH": str(model.parent)}  # vLLM leaves them
-            self.process = start(command, env={**ENVIRONMENT, **sockets, **os.environ}, stderr=log)
+            env = {**ENVIRONMENT, **os.environ, "TMPDIR": str(model.parent)}  # vLLM leaves files
+            self.process = start(command, env=env, stderr=log)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
 
     def __enter__(self) -> VllmServer:

@@ -75,13 +75,13 @@ class EngineHost:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def vllm_sockets() -> Iterator[None]:
-    """vLLM makes sockets and leaves them: let them be in a folder that goes."""
+def what_vllm_leaves() -> Iterator[None]:
+    """Sockets, and files in which its workers meet: let them be in a folder that goes."""
     with (
         tempfile.TemporaryDirectory(prefix="vllm-") as folder,
         pytest.MonkeyPatch.context() as set_,
     ):
-        set_.setenv("VLLM_RPC_BASE_PATH", folder)
+        set_.setenv("TMPDIR", folder)
         yield
 
 
