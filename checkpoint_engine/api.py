@@ -24,6 +24,7 @@ from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.metas_file import Metas, encode_metas
 from checkpoint_engine.observe import make_router
 from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.settings import LONGEST_UPDATE
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -38,11 +39,9 @@ Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Wait = Annotated[
     bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
 ]
-_LONGEST_UPDATE = 30 * 86_400.0
-
 GatherTimeout = Annotated[
     float | None,
-    Query(gt=0, le=_LONGEST_UPDATE, description="Seconds for all ranks to meet. Default: 600."),
+    Query(gt=0, le=LONGEST_UPDATE, description="Seconds for all ranks to meet. Default: 600."),
 ]
 WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
 
@@ -84,7 +83,7 @@ class UpdateRequest(BaseModel):
     timeout: float = Field(
         default=300.0,
         gt=0,
-        le=_LONGEST_UPDATE,
+        le=LONGEST_UPDATE,
         description="Seconds that the whole update may take.",
     )
     uds: ShortText | None = Field(

@@ -255,20 +255,12 @@ def _send(
 ) -> httpx.Response:
     import httpx
 
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    # Reading the certificates takes longer than most requests.
-    transport = httpx.HTTPTransport(uds=uds, verify=url.startswith("https:"))
-    # No proxy, netrc or certificates from the environment: engines are neighbours.
-    with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
-        request = client.build_request(method, url, json=body, params=query, headers=headers)
-        try:
-            response = client.send(request)
-        except httpx.LocalProtocolError:  # its text has the header, and so the token
-            raise ValueError(f"{url}: a token or address that HTTP does not allow") from None
-        except httpx.TransportError as error:
-            where = url if uds is None else f"{url} through {uds}"
-            text = f"no answer from {where}: {error or type(error).__name__}; is the engine up?"
-            raise type(error)(text, request=request) from error
+    try:
+        response = exchange(method, url, timeout, uds, body, query, token)
+    except httpx.TransportError as error:
+        where = url if uds is None else f"{url} through {uds}"
+        text = f"no answer from {where}: {error or type(error).__name__}; is the engine up?"
+        raise type(error)(text, request=error.request) from error
     if response.is_success:
         return response
     raise httpx.HTTPStatusError(
@@ -276,3 +268,31 @@ def _send(
         request=response.request,
         response=response,
     )
+
+
+def exchange(
+    method: str,
+    url: str,
+    timeout: float,
+    uds: str | None,
+    body: Any = None,
+    query: dict[str, str] | None = None,
+    token: str | None = None,
+) -> httpx.Response:
+    """One request and whatever answer comes.
+
+    Raises:
+        httpx.RequestError: none that can be read, within ``timeout`` seconds for each step.
+        ValueError: the request cannot be sent. The text does not show the token.
+    """
+    import httpx
+
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    # Reading the certificates takes longer than most requests.
+    transport = httpx.HTTPTransport(uds=uds, verify=url.startswith("https:"))
+    # No proxy, netrc or certificates from the environment: who is asked are neighbours.
+    with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
+        try:
+            return client.request(method, url, json=body, params=query, headers=headers)
+        except httpx.LocalProtocolError:  # its text has the header, and so the token
+            raise ValueError(f"{url}: a token or address that HTTP does not allow") from None

@@ -445,6 +445,7 @@ class ParameterServer:
             )
         self._set_global_metas(owners)
         self._gathered_name = None
+        self._gathered_in_vain = None
         self._metas_were_loaded = True
         self._gather_seconds = 0.0
         self._gathered_digest = hashlib.sha256(
@@ -1122,7 +1123,7 @@ class ParameterServer:
                     "the world that registered it, and load its metas again"
                 )
             return  # the leases of the other world tell whether they still hold
-        if self._gathered_in_vain == checkpoint_name and not self._metas_were_loaded:
+        if self._gathered_in_vain == checkpoint_name:
             raise RuntimeError(
                 f"no rank has registered {checkpoint_name!r}: call register_checkpoint() and "
                 "gather_metas() again on all ranks"

@@ -18,6 +18,7 @@ from loguru import logger
 
 from checkpoint_engine.access import Access
 from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.settings import integer
 
 MAX_BODY_BYTES = 64 << 20
 """Room for the metas of half a million tensors."""
@@ -105,8 +106,8 @@ def serve(options: ServeOptions, *, rank: int | None = None, world_size: int | N
     Raises:
         OSError: the socket or port cannot be had.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    rank = integer("RANK", 0) if rank is None else rank
+    world_size = integer("WORLD_SIZE", 1) if world_size is None else world_size
     # uvicorn shuts down on either, then raises it again: without this the process would end there,
     # or asyncio would miss it.
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 
 GIB = 1 << 30
+LONGEST_UPDATE = 30 * 86_400.0
+"""Seconds; more than anybody waits for one."""
 SHARED_MEMORY, GLOO = "shared-memory", "gloo"
 
 

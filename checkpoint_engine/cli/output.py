@@ -10,6 +10,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from checkpoint_engine.settings import LONGEST_UPDATE
+
 FAILED, WRONG_USAGE, UNREACHABLE, BUSY = 1, 2, 3, 4
 _CODES = {FAILED: "failed", WRONG_USAGE: "usage", UNREACHABLE: "unreachable", BUSY: "busy"}
 
@@ -44,8 +46,7 @@ class Positive(click.FloatRange):
         return self.fail(f"{value!r} is no number", param, ctx) if math.isnan(found) else found
 
 
-SECONDS = Positive(30 * 86_400.0)
-"""As long as a server lets an update take."""
+SECONDS = Positive(LONGEST_UPDATE)
 
 
 def json_option(function: F) -> F:

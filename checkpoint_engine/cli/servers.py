@@ -56,27 +56,21 @@ class Server:
         """
         import httpx
 
+        from checkpoint_engine.client import exchange
+
         is_url = "://" in self.place
-        transport = httpx.HTTPTransport(
-            uds=None if is_url else self.place, verify=self.place.startswith("https:")
-        )
-        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-        base = self.place if is_url else "http://server"
-        # The servers are neighbours: no proxy or credentials from the environment.
-        with httpx.Client(
-            transport=transport, base_url=base, timeout=timeout, trust_env=False, headers=headers
-        ) as client:
-            try:
-                response = client.request(method, route, json=body)
-            except httpx.TimeoutException as error:
-                text, hint = f"no answer within {timeout:g} s", "`checkpoint-engine status`"
-                raise ServiceError(self.place, None, text, hint) from error
-            except httpx.LocalProtocolError:  # its text has the header, and so the token
-                text = "a token or address that HTTP does not allow"
-                raise ServiceError(self.place, 400, text) from None
-            except httpx.RequestError as error:
-                text = f"no answer: {str(error) or type(error).__name__}"
-                raise ServiceError(self.place, None, text, _START) from error
+        url = f"{self.place.rstrip('/') if is_url else 'http://server'}{route}"
+        uds = None if is_url else self.place
+        try:
+            response = exchange(method, url, timeout, uds, body, token=self.token)
+        except ValueError as error:
+            raise ServiceError(self.place, 400, str(error)) from None
+        except httpx.TimeoutException as error:
+            text, hint = f"no answer within {timeout:g} s", "`checkpoint-engine status`"
+            raise ServiceError(self.place, None, text, hint) from error
+        except httpx.RequestError as error:
+            text = f"no answer: {str(error) or type(error).__name__}"
+            raise ServiceError(self.place, None, text, _START) from error
         if not response.is_success:
             raise _refusal(self.place, response.status_code, response.text)
         try:
@@ -87,11 +81,10 @@ class Server:
     def status(self) -> dict[str, Any]:
         """What it holds and does. Raises ``ServiceError``."""
         found = self.ask("GET", "/v1/status", SHORT)
-        if not isinstance(found, dict) or not _NEEDED.keys() <= found.keys():
+        if not isinstance(found, dict) or not all(
+            isinstance(found.get(key), kind) for key, kind in _NEEDED.items()
+        ):
             raise ServiceError(self.place, 200, _STRANGE, _HINTS[404])
-        for key, kind in _NEEDED.items():
-            if not isinstance(found[key], kind):
-                raise ServiceError(self.place, 200, _STRANGE, _HINTS[404])
         return found
 
 
@@ -176,7 +169,7 @@ class World:
         Raises:
             ServiceError: one does not answer, or a rank of theirs is not among them.
         """
-        states = _first_failure_or_all(servers, _states(servers))
+        states = ask_status(servers).all()
         by_rank = {
             state["rank"]: (server, state) for server, state in zip(servers, states, strict=True)
         }
@@ -212,102 +205,71 @@ class World:
     def _registered(self) -> list[set[str]]:
         return [{one["name"] for one in state["checkpoints"]} for state in self._states]
 
-    def ask(
-        self, method: str, route: str, timeout: float, bodies: Sequence[Any] | None = None
-    ) -> list[Any]:
-        """As ``ask_all``."""
-        return ask_all(self.servers, method, route, timeout, bodies)
-
 
 # ---------------------------------------------------------------------- asking them together
 
 
-def ask_all(
+class Answers:
+    """What servers answer that are asked at once, each by a thread of its own."""
+
+    def __init__(self, servers: Sequence[Server], ask: Callable[[int, Server], Any]) -> None:
+        """``ask``: gets a server's place among them, too."""
+        self._count = len(servers)
+        self._queue: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+
+        def answer(place: int, server: Server) -> None:
+            try:
+                self._queue.put((place, ask(place, server)))
+            except Exception as error:
+                self._queue.put((place, error))
+
+        for place, server in enumerate(servers):
+            # The command may end before all have answered.
+            threading.Thread(target=answer, args=(place, server), daemon=True).start()
+
+    def each(self) -> list[Any]:
+        """For what each rank does by itself: all are waited for, failures are among them."""
+        found = dict(self._queue.get() for _ in range(self._count))
+        return [found[place] for place in range(self._count)]
+
+    def all(self) -> list[Any]:
+        """For a collective call.
+
+        Raises:
+            ServiceError: of the first that fails. The others may be waiting for that one, and are
+                not waited for long.
+        """
+        found: dict[int, Any] = {}
+        failure: Exception | None = None
+        ends = math.inf
+        with contextlib.suppress(Empty):
+            while len(found) < self._count:
+                left = None if failure is None else max(0.0, ends - time.monotonic())
+                place, answer = self._queue.get(timeout=left)
+                found[place] = answer
+                if failure is None and isinstance(answer, Exception):
+                    failure, ends = answer, time.monotonic() + _FAREWELL
+        if failure is not None:
+            raise failure
+        return [found[place] for place in range(self._count)]
+
+
+def ask(
     servers: Sequence[Server],
     method: str,
     route: str,
     timeout: float,
     bodies: Sequence[Any] | None = None,
-) -> list[Any]:
-    """The answers of all ranks to a collective call, asked at once, each with its own body.
-
-    Raises:
-        ServiceError: of the first that fails. The others may be waiting for that one, and are not
-            waited for long.
-    """
-    return _first_failure_or_all(servers, _ask_at_once(servers, method, route, timeout, bodies))
-
-
-def ask_each(
-    servers: Sequence[Server],
-    method: str,
-    route: str,
-    timeout: float,
-    bodies: Sequence[Any] | None = None,
-) -> list[Any]:
-    """The same of a call that each rank does by itself: failures are among the answers, which are
-    all waited for."""
-    return _all(servers, _ask_at_once(servers, method, route, timeout, bodies))
+) -> Answers:
+    """Ask all of them at once, each with its own body."""
+    return Answers(
+        servers,
+        lambda place, server: server.ask(
+            method, route, timeout, None if bodies is None else bodies[place]
+        ),
+    )
 
 
-def each_status(servers: Sequence[Server]) -> list[Any]:
-    """The status of each, or its ``ServiceError``."""
-    return _all(servers, _states(servers))
-
-
-_Answers = SimpleQueue[tuple[int, Any]]
-"""Each server's place and its answer or exception, in the order in which they come."""
-
-
-def _all(servers: Sequence[Server], answers: _Answers) -> list[Any]:
-    found = dict(answers.get() for _ in servers)
-    return [found[place] for place in range(len(servers))]
-
-
-def _first_failure_or_all(servers: Sequence[Server], answers: _Answers) -> list[Any]:
-    found: dict[int, Any] = {}
-    failure: Exception | None = None
-    ends = math.inf
-    with contextlib.suppress(Empty):
-        while len(found) < len(servers):
-            left = None if failure is None else max(0.0, ends - time.monotonic())
-            place, found_here = answers.get(timeout=left)
-            found[place] = found_here
-            if failure is None and isinstance(found_here, Exception):
-                failure, ends = found_here, time.monotonic() + _FAREWELL
-    if failure is not None:
-        raise failure
-    return [found[place] for place in range(len(servers))]
-
-
-def _states(servers: Sequence[Server]) -> _Answers:
-    return _at_once(len(servers), lambda place: servers[place].status())
-
-
-def _ask_at_once(
-    servers: Sequence[Server],
-    method: str,
-    route: str,
-    timeout: float,
-    bodies: Sequence[Any] | None,
-) -> _Answers:
-    def ask(place: int) -> Any:
-        body = None if bodies is None else bodies[place]
-        return servers[place].ask(method, route, timeout, body)
-
-    return _at_once(len(servers), ask)
-
-
-def _at_once(count: int, ask: Callable[[int], Any]) -> _Answers:
-    answers: _Answers = SimpleQueue()
-
-    def answer(place: int) -> None:
-        try:
-            answers.put((place, ask(place)))
-        except Exception as error:
-            answers.put((place, error))
-
-    for place in range(count):
-        # The command may end before all have answered.
-        threading.Thread(target=answer, args=(place,), daemon=True).start()
-    return answers
+def ask_status(servers: Sequence[Server]) -> Answers:
+    """As ``Server.status``."""
+    return Answers(servers, lambda _, server: server.status())

@@ -27,8 +27,8 @@ from checkpoint_engine.cli.servers import (
     Server,
     ServiceError,
     World,
-    ask_each,
-    each_status,
+    ask,
+    ask_status,
     find_servers,
 )
 
@@ -120,7 +120,7 @@ def register(
     shares = [files[r * len(files) // count : (r + 1) * len(files) // count] for r in range(count)]
     began = time.perf_counter()
     bodies = [{"files": share} for share in shares]
-    answers = ask_each(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
+    answers = ask(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies).each()
     _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began
     result = {
@@ -142,7 +142,7 @@ def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> Non
         return
     done = [place for place, answer in enumerate(answers) if not isinstance(answer, Exception)]
     registered = [world.servers[place] for place in done]
-    undone = ask_each(registered, "DELETE", _route_of(name), _UNDOING)
+    undone = ask(registered, "DELETE", _route_of(name), _UNDOING).each()
     kept = [place for place, one in zip(done, undone, strict=True) if isinstance(one, Exception)]
     kept += [place for place, answer in enumerate(answers) if _may_have_done(answer)]
     first = failures[0]
@@ -175,7 +175,7 @@ def unregister(servers: list[Server], name: str, as_json: bool) -> None:
     """Free checkpoint NAME on every rank."""
     world = World(servers)
     _check_registered(world, name)
-    _raise_first(ask_each(world.servers, "DELETE", _route_of(name), SHORT))
+    _raise_first(ask(world.servers, "DELETE", _route_of(name), SHORT).each())
     show({"checkpoint": name}, f"unregistered {name}", as_json)
 
 
@@ -236,11 +236,12 @@ def update(
     size = len(world.servers)
     if members and max(members) >= size:
         raise click.UsageError(f"--ranks names rank {max(members)}; the last one is {size - 1}")
+    taking_part = members or list(range(size))
     asked = [(_engine(url), None) for url in engines]
     bodies = _bodies(
         [*asked, *(("http://engine", path) for path in sockets)],
         inference_parallel_size,
-        members or list(range(size)),
+        taking_part,
         size,
     )
     for body in bodies:
@@ -251,9 +252,9 @@ def update(
     if gather_first:
         _gather(world, name, timeout)
     gathered = time.perf_counter()
-    world.ask("POST", f"{_route_of(name)}/update", timeout + _GRACE, bodies)
+    ask(world.servers, "POST", f"{_route_of(name)}/update", timeout + _GRACE, bodies).all()
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
-    result = {"checkpoint": name, "ranks": members or list(range(size)), "seconds": seconds}
+    result = {"checkpoint": name, "ranks": taking_part, "seconds": seconds}
     show(
         result,
         f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s",
@@ -311,7 +312,7 @@ def _gather(world: World, name: str, timeout: float) -> None:
     """Have all ranks learn who owns what of checkpoint ``name``."""
     _check_registered(world, name)
     route = f"{_route_of(name)}/gather-metas?timeout={timeout!r}"
-    world.ask("POST", route, timeout + _GRACE)
+    ask(world.servers, "POST", route, timeout + _GRACE).all()
 
 
 def parse_ranks(text: str) -> list[int]:
@@ -363,7 +364,7 @@ def metas(
         content = _read_json(load)
         world = World(servers)
         contents = [content] * len(world.servers)
-        _raise_first(ask_each(world.servers, "POST", "/v1/metas", SHORT, contents))
+        _raise_first(ask(world.servers, "POST", "/v1/metas", SHORT, contents).each())
     found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", SHORT) or {}
     if output is not None:
         if not found:
@@ -394,7 +395,7 @@ def _describe(found: dict[str, Any]) -> str:
 @service_command
 def status(servers: list[Server], as_json: bool) -> None:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    answers = each_status(servers)
+    answers = ask_status(servers).each()
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
     known = [state for state in states if "rank" in state]
     size = max((state["world_size"] for state in known), default=0)
