@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,6 +42,8 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 _TENSORS_AT_ONCE = 512
 """Each may take a row of ``PERIOD`` words beside the checkpoint's memory."""
 _MASK = (1 << 64) - 1
+_SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
+"""A formula's name, and base64."""
 
 
 def _make_factors() -> np.ndarray:
@@ -224,6 +227,12 @@ class Expected(NamedTuple):
             )
 
 
+def check_sums(sums: str | None, whose: str) -> None:
+    """Raise ``ValueError`` unless these are sums of some formula, or none."""
+    if sums is not None and not _SUMS.fullmatch(sums):
+        raise ValueError(f"{whose} hold damaged checksums: {sums!r:.80}")
+
+
 class Checksums:
     """What every owner's tensors add up to, from the metas that were gathered or loaded."""
 
@@ -236,7 +245,7 @@ class Checksums:
             parts = [(buffer.checksums or "").rpartition(":") for buffer in buffers]
             if all(formula == FORMULA for formula, _, _ in parts):
                 metas = [meta for buffer in buffers for meta in buffer.metas]
-                raw = b"".join(base64.b64decode(text) for _, _, text in parts)
+                raw = b"".join(base64.b64decode(text, validate=True) for _, _, text in parts)
                 sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
                 sums = np.frombuffer(raw, dtype="<u8")
                 if len(sums) != len(metas):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import reprlib
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ ALIGNMENT = 256
 
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 """By their names in torch, as ``bfloat16``."""
+_LEASE_ID = re.compile("[0-9a-f]{64}")
 _MAX_DIMENSIONS = 64
 _MAX_LENGTH = 2**63 - 1
 
@@ -219,6 +221,11 @@ class Lease(BaseModel):
 
     ptr: int
     id: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an owner can have granted it: a part of an id would fit others, too."""
+        return _LEASE_ID.fullmatch(self.id) is not None
 
 
 class MemoryBufferMetaList(BaseModel):

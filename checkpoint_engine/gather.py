@@ -12,7 +12,7 @@ import hashlib
 import json
 import reprlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +142,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
-    """Everything of a rank's part but the layout; ``known``: the layouts it has, see ``View``."""
+    """Everything of a rank's part but the layout; ``known``: digest of the layouts it has."""
     return json.dumps(
         {
             "store": data.p2p_store_addr,
@@ -208,27 +208,29 @@ def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:
     )
 
 
-class KnownLayouts:
-    """The layouts that a rank has from its last gather, by digest."""
+def known_digest(layouts: Mapping[str, Layout]) -> str:
+    """Equal on ranks that know the same layouts."""
+    return hashlib.sha256("".join(sorted(layouts)).encode()).hexdigest()
 
-    def __init__(self) -> None:
-        self._layouts: dict[str, Layout] = {}
 
-    @property
-    def digest(self) -> str:
-        """Equal on ranks that know the same layouts."""
-        return hashlib.sha256("".join(sorted(self._layouts)).encode()).hexdigest()
+def missing_layouts(places: Sequence[dict[str, Any]], known: Mapping[str, Layout]) -> list[int]:
+    """The places in the list whose layout has to be sent; the same on every rank.
 
-    def missing(self, places: Sequence[dict[str, Any]]) -> list[int]:
-        """The places in the list whose layout has to be sent; the same on every rank."""
-        if any(place["known"] != self.digest for place in places):
-            return list(range(len(places)))
-        return [i for i, place in enumerate(places) if place["layout"] not in self._layouts]
+    Args:
+        known: the layouts that this rank has from its last gather, by digest.
+    """
+    digest = known_digest(known)
+    if any(place["known"] != digest for place in places):
+        return list(range(len(places)))
+    return [i for i, place in enumerate(places) if place["layout"] not in known]
 
-    def update(self, places: Sequence[dict[str, Any]], received: dict[int, bytes]) -> list[Layout]:
-        """The layout of every place; those that none of them has any more are forgotten."""
-        with _without_garbage_collection():
-            fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
-        known = self._layouts | fresh
-        self._layouts = {place["layout"]: known[place["layout"]] for place in places}
-        return [self._layouts[place["layout"]] for place in places]
+
+def decode_layouts(
+    places: Sequence[dict[str, Any]], known: Mapping[str, Layout], received: Mapping[int, bytes]
+) -> dict[str, Layout]:
+    """The layouts of all places by digest: ``known`` ones, and those that were ``received``."""
+    with _without_garbage_collection():
+        fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
+    return {
+        place["layout"]: fresh.get(place["layout"]) or known[place["layout"]] for place in places
+    }

@@ -244,9 +244,10 @@ class WorkerLink:
         return self._worker.socket.recv_multipart()[-1]
 
     def check(self) -> None:
-        """Raise ``WireError`` if the worker is gone. For waits for something else."""
-        self._wait(zmq.POLLIN, 0)
-        self._raise_if_gone()
+        """Raise ``WireError`` if the worker is gone and has left no reply. For waits for something
+        else."""
+        if not self._wait(zmq.POLLIN, 0):
+            self._raise_if_gone()
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""

@@ -9,7 +9,7 @@ from checkpoint_engine.errors import KINDS
 from checkpoint_engine.journal import CALLS, Job, Journal
 from checkpoint_engine.report import PHASES
 from checkpoint_engine.status import status_of
-from checkpoint_engine.trace import BROADCAST, COPY, READ, RELOAD
+from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -159,6 +159,7 @@ def plan_transfer(
     ranks: Sequence[int] | None = None,
     pace: Pace | None = None,
     may_cut: bool = False,
+    duplicates: Set[str] = frozenset(),
 ) -> TransferPlan:
     """The whole update as data: buckets cut, receivers assigned, dealt out in rounds.
 
@@ -169,13 +170,14 @@ def plan_transfer(
         size: what memory and the user allow for a bucket.
         pace: what is best for it; default: all that is allowed.
         may_cut: whether a tensor that is larger than a bucket may travel in parts.
+        duplicates: names that several owners have; the first owner sends them.
     """
     nbytes = size.bytes
     if pace is not None:
         largest = largest_tensor(metas)
         largest = min(largest, LARGEST_WHOLE) if may_cut else largest
         nbytes = min(nbytes, max(pace.bucket(total_bytes(metas)), largest))
-    cut = _cut_all(metas, nbytes, may_cut)
+    cut = _cut_all(metas, nbytes, may_cut, duplicates)
     buckets = _with_receivers(cut, local_topo, remote_topo, ranks)
     rounds = _in_rounds(buckets)
     steps = tuple(
@@ -205,12 +207,17 @@ def gen_h2d_buckets(
     return _with_receivers(cut, local_topo, remote_topo, ranks)
 
 
-def _cut_all(metas: Metas, bucket_size: int, may_cut: bool) -> list[tuple[int, H2DBucket]]:
-    return [
-        (owner, bucket)
-        for owner, owned in metas.items()
-        for bucket in _cut(owner, owned.memory_buffer_metas_list, bucket_size, may_cut)
-    ]
+def _cut_all(
+    metas: Metas, bucket_size: int, may_cut: bool, duplicates: Set[str] = frozenset()
+) -> list[tuple[int, H2DBucket]]:
+    cut = []
+    sent: set[str] = set()
+    for owner, owned in metas.items():
+        buffers = owned.memory_buffer_metas_list
+        cut += [(owner, b) for b in _cut(owner, buffers, bucket_size, may_cut, sent)]
+        if duplicates:
+            sent |= duplicates & {meta.name for b in buffers for meta in b.metas}
+    return cut
 
 
 def _with_receivers(
@@ -273,17 +280,47 @@ def _buffers(metas: Metas) -> Iterator[MemoryBufferMetas]:
 
 
 def _cut(
-    owner: int, buffers: Sequence[MemoryBufferMetas], bucket_size: int, may_cut: bool
+    owner: int,
+    buffers: Sequence[MemoryBufferMetas],
+    bucket_size: int,
+    may_cut: bool,
+    sent: Set[str] = frozenset(),
 ) -> Iterator[H2DBucket]:
-    """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers."""
+    """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers.
+
+    ``sent``: tensors of earlier owners, which are left out. A bucket ends before them: its
+    checksum is that of consecutive bytes.
+    """
     items = [meta for buffer in buffers for meta in buffer.metas]
     ends = list(itertools.accumulate(meta.aligned_size for meta in items))
+    left_out = [index for index, meta in enumerate(items) if meta.name in sent] if sent else []
     spans = _spans(buffers)
-    first, start, span = 0, 0, 0
-    while first < len(items):
-        last = bisect.bisect_right(ends, start + bucket_size, lo=first)
-        whole = last > first
-        if not (whole or may_cut):
+    span = 0
+    for first, past in itertools.pairwise([-1, *left_out, len(items)]):
+        run = _cut_run(owner, items, ends, (first + 1, past), bucket_size, may_cut)
+        for begin, end, start, tensors in run:
+            ranges, span = _ranges(buffers, spans, span, begin, end)
+            bucket = H2DBucket.model_construct(size=end - begin, ranges=ranges, items=tensors)
+            stop = start + sum(meta.aligned_size for meta in tensors)
+            is_whole = (begin, end) == (start, stop)
+            yield bucket if is_whole else _as_part(bucket, begin - start, stop - start)
+
+
+def _cut_run(
+    owner: int,
+    items: list[ParameterMeta],
+    ends: Sequence[int],
+    run: tuple[int, int],
+    bucket_size: int,
+    may_cut: bool,
+) -> Iterator[tuple[int, int, int, list[ParameterMeta]]]:
+    """Buckets of the tensors from ``run[0]`` to before ``run[1]``: where each begins and ends among
+    the owner's bytes, where its first tensor begins, and its tensors."""
+    first, past = run
+    start = ends[first - 1] if first else 0
+    while first < past:
+        last = bisect.bisect_right(ends, start + bucket_size, lo=first, hi=past)
+        if last == first and not may_cut:
             raise ValueError(
                 f"tensor {items[first].name!r} of rank {owner} takes {items[first].aligned_size} "
                 f"bytes, more than a bucket of {bucket_size}"
@@ -291,12 +328,7 @@ def _cut(
         last = max(last, first + 1)
         stop = ends[last - 1]
         for begin in range(start, stop, bucket_size) if start < stop else (start,):
-            end = min(begin + bucket_size, stop)
-            ranges, span = _ranges(buffers, spans, span, begin, end)
-            bucket = H2DBucket.model_construct(
-                size=end - begin, ranges=ranges, items=items[first:last]
-            )
-            yield bucket if whole else _as_part(bucket, begin - start, stop - start)
+            yield begin, min(begin + bucket_size, stop), start, items[first:last]
         first, start = last, stop
 
 

@@ -99,8 +99,8 @@ class UpdateReport(BaseModel):
     buckets: int
     bucket_bytes: int
     bytes: int
-    seconds: float
-    phases: dict[str, float]
+    seconds: float = 0.0
+    phases: dict[str, float] = {}
     version: str | None = None
     failed_instances: list[InstanceFailure] = []
     gather_seconds: float = 0.0
@@ -116,6 +116,34 @@ class UpdateReport(BaseModel):
     def gigabytes_per_second(self) -> float:
         """Checkpoint bytes over the time from the call to the last worker's last answer."""
         return self.bytes / 1e9 / self.seconds
+
+    @staticmethod
+    def of_nothing(checkpoint_name: str, rank: int, world_size: int) -> UpdateReport:
+        """Of an update that this rank had no part in."""
+        return UpdateReport(
+            checkpoint_name=checkpoint_name,
+            rank=rank,
+            world_size=world_size,
+            tensors=0,
+            buckets=0,
+            bucket_bytes=0,
+            bytes=0,
+        )
+
+    def completed(self, phases: dict[str, float], in_use: int, retained: int) -> UpdateReport:
+        """The report of a call that is over.
+
+        Args:
+            phases: all that it spent time with.
+            in_use, retained: bytes of host memory.
+        """
+        over = {
+            "phases": dict(phases),
+            "seconds": sum(phases.values()),
+            "checkpoint_memory": in_use,
+            "retained_memory": retained,
+        }
+        return self.model_copy(update=over)
 
     @property
     def slowest(self) -> tuple[int, str, float] | None:

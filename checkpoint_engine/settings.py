@@ -101,6 +101,16 @@ def from_launcher(value: int | None, variable: str) -> int:
     return integer(variable, 0)
 
 
+def keeps_groups() -> bool:
+    """``PS_KEEP_GROUPS``: whether the group that weights are broadcast in is kept between updates;
+    making and destroying one takes half a second on GPUs.
+
+    Raises:
+        ValueError: it is no integer.
+    """
+    return integer("PS_KEEP_GROUPS", 1) != 0
+
+
 def trace_folder() -> str:
     """``PS_TRACE``: the folder for the traces of updates; empty: none are written."""
     return os.environ.get("PS_TRACE", "")

@@ -14,6 +14,7 @@ from checkpoint_engine.report import Served
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.world.gathered import Gathered
 
 
 class _Frozen(BaseModel):
@@ -66,40 +67,33 @@ class Status(_Frozen):
 
 def status_of(ps: ParameterServer, journal: Journal) -> Status:
     """The state of ``ps`` now; never waits for a call that is running."""
-    pool = ps.shared_memory_pool_name
-    held = dict(ps._memory_pool)
-    checkpoints = [
-        Checkpoint(
-            name=name,
-            tensors=sum(len(buffer.metas) for buffer in buffers),
-            bytes=sum(buffer.size for buffer in buffers),
-        )
-        for name, buffers in held.items()
-        if name != pool
-    ]
-    memory = {buffer.buffer.data_ptr(): buffer.size for bs in held.values() for buffer in bs}
+    now = ps.snapshot()
+    memory = {b.buffer.data_ptr(): b.size for buffers in now.buffers.values() for b in buffers}
     return Status(
         version=__version__,
-        rank=ps._rank,
-        world_size=ps._world_size,
-        device=ps.device_manager.device_type,
-        device_uuid=ps._device_uuid,
-        nic=ps._rdma_device,
-        p2p=ps._p2p_store is not None,
+        rank=now.here.rank,
+        world_size=now.here.world_size,
+        device=now.here.device_manager.device_type,
+        device_uuid=now.here.device_uuid,
+        nic=now.nic,
+        p2p=now.has_p2p,
         pinned_bytes=sum(memory.values()),
-        retained_bytes=ps._host_memory.usage.retained,
-        served=ps.served,
-        checkpoints=checkpoints,
-        ranks=_ranks(ps),
-        metas_loaded=ps._metas_were_loaded,
-        progress=ps.progress,
+        retained_bytes=now.memory.retained,
+        served=now.served,
+        checkpoints=[
+            Checkpoint(name=one.name, tensors=one.tensor_count, bytes=one.nbytes)
+            for one in now.checkpoints
+        ],
+        ranks=_ranks(now.gathered),
+        metas_loaded=now.gathered.is_loaded,
+        progress=now.progress,
         jobs=journal.jobs(),
     )
 
 
-def _ranks(ps: ParameterServer) -> list[Rank]:
-    owners = ps.get_metas()
-    nics = {rank: nic for nic, ranks in ps._local_rdma_devices.items() for rank in ranks}
+def _ranks(gathered: Gathered) -> list[Rank]:
+    owners = gathered.metas
+    nics = {rank: nic for nic, ranks in gathered.nics.items() for rank in ranks}
     found = []
     for rank in sorted(nics.keys() | owners.keys()):
         owned = owners.get(rank)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint_engine import control, store
-from checkpoint_engine.control import ControlPlane
+from checkpoint_engine import store
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.world import call as call_module
+from checkpoint_engine.world import control
+from checkpoint_engine.world.control import ControlPlane
 
 SOON = 4.0  # seconds; far below every timeout that is not meant to expire
 LONG = 30.0
@@ -43,8 +45,8 @@ class Rank:
         return ControlPlane(self.rank, self.size, "127.0.0.1", self.port)
 
     def exchange(self, value: str = "", timeout: float = LONG, what: str = "v") -> list[str]:
-        with self.plane.operation("exchange", timeout) as operation:
-            blobs = operation.all_gather(what, f"{self.rank}{value}".encode())
+        with self.plane.call("exchange", timeout) as call:
+            blobs = call.all_gather(what, f"{self.rank}{value}".encode())
         return [blob.decode() for blob in blobs]
 
     def everyone(self, value: str = "") -> list[str]:
@@ -53,14 +55,14 @@ class Rank:
     def failing(
         self, action: Callable[[Any], None], timeout: float = LONG
     ) -> tuple[str, float, int, str]:
-        """The text of the error that ``action`` ends an operation with, and its time."""
+        """The text of the error that ``action`` ends a call with, and its time."""
         began = time.monotonic()
         try:
-            with self.plane.operation("work", timeout) as operation:
-                action(operation)
+            with self.plane.call("work", timeout) as call:
+                action(call)
         except UpdateError as error:
             return str(error), time.monotonic() - began, error.rank, error.phase
-        raise AssertionError("the operation succeeded")
+        raise AssertionError("the call succeeded")
 
 
 def run_world(size: int, program: Program, first: int = 0) -> list[Any]:
@@ -129,11 +131,11 @@ def test_several_exchanges_in_one_operation_and_any_bytes() -> None:
     blob = bytes(range(256)) * 4000
 
     def program(me: Rank) -> list[Any]:
-        with me.plane.operation("work", LONG) as operation:
-            first = operation.all_gather("first", b"")
-            operation.begin("next")
-            second = operation.all_gather("second", blob if me.rank else b"\0")
-        return [first, second == [b"\0", blob], set(operation.seconds)]
+        with me.plane.call("work", LONG) as call:
+            first = call.all_gather("first", b"")
+            call.begin("next")
+            second = call.all_gather("second", blob if me.rank else b"\0")
+        return [first, second == [b"\0", blob], set(call.clock.seconds)]
 
     seen = [[b"", b""], True, {"start", "next", "completion"}]
     assert run_world(2, program) == [seen, seen]
@@ -141,7 +143,7 @@ def test_several_exchanges_in_one_operation_and_any_bytes() -> None:
 
 def test_nobody_leaves_before_everybody_has_done_its_part() -> None:
     def program(me: Rank) -> bool:
-        with me.plane.operation("work", LONG):
+        with me.plane.call("work", LONG):
             if me.rank == 1:
                 me.signals[0].set()
         return bool(me.signals[0].is_set())
@@ -167,7 +169,7 @@ def test_keys_do_not_pile_up_over_failures() -> None:
     def program(me: Rank) -> list[int]:
         counts = []
         for _ in range(12):
-            me.failing(lambda operation: fail_after_exchange(me, operation))
+            me.failing(lambda call: fail_after_exchange(me, call))
             me.exchange()
             if me.rank == 0:
                 counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
@@ -178,18 +180,18 @@ def test_keys_do_not_pile_up_over_failures() -> None:
     assert max(counts[6:]) <= max(counts[:6]) + ahead
 
 
-def fail_after_exchange(me: Rank, operation: Any) -> None:
-    operation.all_gather("v", b"")
-    operation.begin("loading")
+def fail_after_exchange(me: Rank, call: Any) -> None:
+    call.all_gather("v", b"")
+    call.begin("loading")
     if me.rank == 1:
         raise ValueError("cannot load")
-    wait(operation)
+    wait(call)
 
 
-def wait(operation: Any) -> None:
-    """A wait of an operation that only its end can end."""
-    operation.watch()
-    poll(lambda: False, operation.check)
+def wait(call: Any) -> None:
+    """A wait of a call that only its end can end."""
+    call.watch()
+    poll(lambda: False, call.check)
 
 
 def test_two_servers_in_one_process_do_not_meet_each_other() -> None:
@@ -222,15 +224,15 @@ def test_the_store_serves_process_groups_too() -> None:
 def test_a_failure_is_the_same_on_every_rank_and_the_next_call_works(
     size: int, culprit: int
 ) -> None:
-    def act(me: Rank, operation: Any) -> None:
-        operation.all_gather("v", b"")
-        operation.begin("loading")
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
+        call.begin("loading")
         if me.rank == culprit:
             raise ValueError("cannot load")
-        wait(operation)
+        wait(call)
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda operation: act(me, operation))
+        seen = me.failing(lambda call: act(me, call))
         assert me.exchange() == me.everyone()
         return seen
 
@@ -241,17 +243,17 @@ def test_a_failure_is_the_same_on_every_rank_and_the_next_call_works(
 
 
 def test_a_failure_reaches_ranks_that_still_exchange() -> None:
-    def act(me: Rank, operation: Any) -> None:
+    def act(me: Rank, call: Any) -> None:
         if me.rank == 1:
             me.signals[0].wait(SOON)
             raise OSError("no such device")
         if me.rank == 0:
-            operation.store.set("joined", b"")
+            call.store.set("joined", b"")
             me.signals[0].set()
-        operation.all_gather("v", b"")
+        call.all_gather("v", b"")
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda operation: act(me, operation))
+        seen = me.failing(lambda call: act(me, call))
         assert me.exchange() == me.everyone()
         return seen
 
@@ -261,13 +263,13 @@ def test_a_failure_reaches_ranks_that_still_exchange() -> None:
 
 
 def test_a_failure_reaches_ranks_that_wait_for_the_end() -> None:
-    def act(me: Rank, operation: Any) -> None:
-        operation.all_gather("v", b"")
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
         if me.rank == 0:
             raise ValueError("the last moment")
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda operation: act(me, operation))
+        seen = me.failing(lambda call: act(me, call))
         assert me.exchange() == me.everyone()
         return seen
 
@@ -286,7 +288,7 @@ def test_a_failure_reaches_a_rank_that_comes_after_it(culprit: int) -> None:
             me.signals[0].set()
         else:
             assert me.signals[0].wait(LONG)
-            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=SOON + 2)
+            seen = me.failing(lambda call: call.all_gather("v", b""), timeout=SOON + 2)
         me.signals[1 + me.rank].set()
         assert me.signals[2 - me.rank].wait(LONG)
         assert me.exchange() == me.everyone()
@@ -297,17 +299,17 @@ def test_a_failure_reaches_a_rank_that_comes_after_it(culprit: int) -> None:
         assert seconds < PROMPT
 
 
-def fail(operation: Any) -> None:
+def fail(call: Any) -> None:
     raise ValueError("the weights are not here")
 
 
 def test_two_failures_have_one_outcome() -> None:
-    def act(me: Rank, operation: Any) -> None:
-        operation.all_gather("v", b"")
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
         raise ValueError(f"said rank {me.rank}")
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda operation: act(me, operation))
+        seen = me.failing(lambda call: act(me, call))
         assert me.exchange() == me.everyone()
         return seen
 
@@ -317,15 +319,15 @@ def test_two_failures_have_one_outcome() -> None:
 
 
 def test_an_interrupt_ends_the_call_on_the_other_ranks_too() -> None:
-    def act(me: Rank, operation: Any) -> None:
-        operation.all_gather("v", b"")
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
         if me.rank == 0:
             raise KeyboardInterrupt
-        wait(operation)
+        wait(call)
 
     def program(me: Rank) -> Any:
         try:
-            return me.failing(lambda operation: act(me, operation))
+            return me.failing(lambda call: act(me, call))
         except KeyboardInterrupt:
             return "interrupted"
 
@@ -341,7 +343,7 @@ def test_an_interrupt_ends_the_call_on_the_other_ranks_too() -> None:
 @pytest.fixture
 def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 stays that long for ranks that never come."""
-    monkeypatch.setattr(control, "_FAREWELL", 0.5)
+    monkeypatch.setattr(call_module, "_FAREWELL", 0.5)
 
 
 @pytest.mark.usefixtures("short_farewell")
@@ -351,7 +353,7 @@ def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> Non
         me.exchange()
         seen = None
         if me.rank != absent:
-            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=0.5)
+            seen = me.failing(lambda call: call.all_gather("v", b""), timeout=0.5)
         me.signals[me.rank].set()
         assert all(signal.wait(LONG) for signal in me.signals[: me.size])
         assert me.exchange() == me.everyone()
@@ -371,20 +373,20 @@ def test_all_ranks_that_do_not_come_are_named() -> None:
         me.exchange()
         seen = None
         if me.rank == 0:
-            seen = me.failing(lambda operation: operation.all_gather("v", b""), timeout=0.3)
+            seen = me.failing(lambda call: call.all_gather("v", b""), timeout=0.3)
         return seen
 
     assert "ranks [1, 2, 3] did not join work" in run_world(4, program)[0][0]
 
 
 def test_time_runs_out_in_a_phase() -> None:
-    def act(me: Rank, operation: Any) -> None:
-        operation.all_gather("v", b"")
-        operation.begin("reload")
-        wait(operation)
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
+        call.begin("reload")
+        wait(call)
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda operation: act(me, operation), timeout=0.5)
+        seen = me.failing(lambda call: act(me, call), timeout=0.5)
         assert me.exchange() == me.everyone()
         return seen
 
@@ -397,14 +399,14 @@ def test_a_single_rank_has_deadlines_too() -> None:
     plane = ControlPlane(0, 1, None, None)
 
     def idle() -> None:
-        with plane.operation("work", 0.01) as operation:
-            operation.begin("idle")
-            wait(operation)
+        with plane.call("work", 0.01) as call:
+            call.begin("idle")
+            wait(call)
 
     with pytest.raises(UpdateError, match=r"rank 0 during idle.*gave up after 0\.01 s"):
         idle()
-    with plane.operation("work", timedelta(seconds=5)) as operation:
-        assert operation.all_gather("v", b"x") == [b"x"]
+    with plane.call("work", timedelta(seconds=5)) as call:
+        assert call.all_gather("v", b"x") == [b"x"]
 
 
 @pytest.mark.parametrize("timeout", [0, -1, timedelta(0)])
@@ -417,9 +419,9 @@ def test_a_timeout_is_positive(timeout: Any) -> None:
 def test_the_store_going_away_is_an_error_soon(when: str) -> None:
     """Rank 0's process dies, and the store with it."""
 
-    def exchange(me: Rank, operation: Any) -> None:
+    def exchange(me: Rank, call: Any) -> None:
         me.signals[0].set()
-        operation.all_gather("v", b"")
+        call.all_gather("v", b"")
 
     def program(me: Rank) -> Any:
         me.exchange()
@@ -429,55 +431,11 @@ def test_the_store_going_away_is_an_error_soon(when: str) -> None:
         if when == "before a call":
             me.signals[0].set()
             _await_refusal(me.port)
-        return me.failing(lambda operation: exchange(me, operation))
+        return me.failing(lambda call: exchange(me, call))
 
     text, seconds, *_ = run_world(2, program, first=1)[0]
     assert "rank 0" in text or "store" in text
     assert seconds < PROMPT
-
-
-def fail_traced(me: Rank, act: Callable[[Any], None]) -> list[str]:
-    """The parts that this rank's trace of the failure has; of both ranks, who may both write it."""
-    written: list[str] = []
-
-    def write(parts: Sequence[bytes], failure: UpdateError) -> str:
-        written.extend(part.decode() for part in parts)
-        return failure.phase
-
-    def traced(operation: Any) -> None:
-        operation.state = lambda: "untouched"
-        operation.trace_failure(lambda: f"rank {me.rank}".encode(), [0, 1], write)
-        operation.all_gather("v", b"")
-        act(operation)
-
-    with pytest.raises(UpdateError) as caught, me.plane.operation("work", LONG) as operation:
-        traced(operation)
-    assert caught.value.trace == (caught.value.phase if written else None)
-    return written
-
-
-def test_one_rank_writes_a_trace_of_the_failure() -> None:
-    def act(me: Rank, operation: Any) -> None:
-        if me.rank == 1:
-            raise ValueError("cannot load")
-        wait(operation)
-
-    def program(me: Rank) -> Any:
-        return fail_traced(me, lambda operation: act(me, operation))
-
-    assert run_world(2, program) == [["rank 0", "rank 1"], []]
-
-
-def test_a_rank_whose_store_is_gone_writes_what_it_knows() -> None:
-    def program(me: Rank) -> Any:
-        def act(operation: Any) -> None:
-            if me.rank == 0:
-                os._exit(0)
-            wait(operation)
-
-        return fail_traced(me, act)
-
-    assert run_world(2, program, first=1) == [["rank 1"]]
 
 
 def _await_refusal(port: int) -> None:
@@ -510,8 +468,8 @@ def test_a_single_rank_needs_no_meeting_point(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("MASTER_PORT", raising=False)
     plane = ControlPlane(0, 1, None, None)
     for value in (b"a", b"b"):
-        with plane.operation("work", SOON) as operation:
-            assert operation.all_gather("v", value) == [value]
+        with plane.call("work", SOON) as call:
+            assert call.all_gather("v", value) == [value]
     assert isinstance(plane.local_ip(), str)
 
 
@@ -546,17 +504,17 @@ def first_life(me: Rank, action: Callable[[], None]) -> None:
     os.waitpid(pid, 0)
 
 
-def never(operation: Any) -> None:
-    operation.all_gather("v", b"")
-    operation.begin("loading")
-    wait(operation)
+def never(call: Any) -> None:
+    call.all_gather("v", b"")
+    call.begin("loading")
+    wait(call)
 
 
 @pytest.mark.parametrize("culprit", [1, 2])
 def test_a_killed_rank_is_noticed_at_once_and_may_be_started_again(culprit: int) -> None:
     def die(me: Rank) -> None:
-        with me.plane.operation("work", LONG) as operation:
-            operation.all_gather("v", b"")
+        with me.plane.call("work", LONG) as call:
+            call.all_gather("v", b"")
 
             me.signals[1].set()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -612,8 +570,8 @@ def test_a_stopped_rank_ends_the_operation_at_its_deadline(stopped: int) -> None
     def program(me: Rank) -> Any:
         assert me.exchange() == me.everyone()
         if me.rank == stopped:
-            with contextlib.suppress(UpdateError), me.plane.operation("work", 1.5) as operation:
-                operation.all_gather("v", b"")
+            with contextlib.suppress(UpdateError), me.plane.call("work", 1.5) as call:
+                call.all_gather("v", b"")
                 _stop_until(me.signals[0])
             seen = ("", 0.0)
         else:
@@ -632,7 +590,7 @@ def test_a_stopped_rank_ends_the_operation_at_its_deadline(stopped: int) -> None
     assert seconds < SOON
 
 
-@pytest.mark.parametrize("what", ["an operation", "that of others"])
+@pytest.mark.parametrize("what", ["a call", "that of others"])
 def test_rank_0_is_stopped_before_the_others_call(what: str) -> None:
     """The first question to the store is answered by nobody."""
 
@@ -644,8 +602,8 @@ def test_rank_0_is_stopped_before_the_others_call(what: str) -> None:
         _await_stop(pid)
         began = time.monotonic()
         try:
-            if what == "an operation":
-                with me.plane.operation("work", 1.5):
+            if what == "a call":
+                with me.plane.call("work", 1.5):
                     pass
             else:
                 me.plane.await_others("work", 1.5, [0])

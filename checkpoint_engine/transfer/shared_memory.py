@@ -1,5 +1,4 @@
-"""How the ranks of one host pass weights on: each maps the others' double buffers, and copies out
-of the one that a bucket is in.
+"""Ranks of one host that map each other's double buffers.
 
 Unix sockets say when. A bucket's sender says where it lies, and each receiver that it has it.
 """
@@ -12,10 +11,7 @@ import os
 import secrets
 import socket
 import struct
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,13 +23,6 @@ _GRACE = 1.0  # seconds after the deadline, at which whoever runs the update giv
 _HELLO = struct.Struct("QQ")  # of a connection: its rank, the bytes of that rank's double buffer
 _PLACE = struct.Struct("QQ")  # of a bucket in there: start, bytes
 _TAKEN = b"x"
-
-
-class CopyThread(Protocol):
-    """What this needs of ``pipeline.Streams``, those of the cpu device."""
-
-    def event(self) -> Any: ...
-    def copy(self, action: Callable[[], None], after: Any) -> Any: ...
 
 
 class Neighbours:
@@ -56,6 +45,7 @@ class Neighbours:
         self.outgoing: dict[int, socket.socket] = {}
         self.incoming: dict[int, socket.socket] = {}
         self.memory: dict[int, torch.Tensor] = {}
+        self._taken = dict.fromkeys(self._others, 0)
         self._listener = _socket()
         self._listener.bind(f"\0{self.address}")
         self._listener.listen(len(ranks) + 8)
@@ -109,6 +99,34 @@ class Neighbours:
                 self.incoming[rank] = connection
             refusal.pop_all()
 
+    def offer(self, start: int, nbytes: int) -> None:
+        """Tell all others that a bucket is at ``start`` of this rank's double buffer."""
+        for rank, connection in self.outgoing.items():
+            _send(connection, _PLACE.pack(start, nbytes), rank)
+
+    def take(self, target: torch.Tensor, sender: int, seconds: float) -> None:
+        """Copy the next bucket of ``sender`` into ``target``, and tell it so.
+
+        Raises:
+            GroupError: it does not come in ``seconds``, or is another one.
+        """
+        connection = self.incoming[sender]
+        connection.settimeout(max(0.001, seconds))
+        start, nbytes = _PLACE.unpack(_receive(connection, _PLACE.size, sender))
+        if nbytes != target.nbytes:
+            raise GroupError(f"rank {sender} sent {nbytes} bytes, not {target.nbytes}")
+        target.copy_(self.memory[sender][start : start + nbytes])
+        _send(connection, _TAKEN, sender)
+
+    def have_taken(self, number: int) -> bool:
+        """Whether every other rank has this rank's ``number``-th bucket."""
+        for rank, connection in self.outgoing.items():
+            with contextlib.suppress(BlockingIOError):
+                while self._taken[rank] < number:
+                    _receive(connection, len(_TAKEN), rank)
+                    self._taken[rank] += 1
+        return all(taken >= number for taken in self._taken.values())
+
     def hang_up(self) -> None:
         """End every wait for these connections, here and at their other ends."""
         for connection in (*self.outgoing.values(), *self.incoming.values()):
@@ -144,104 +162,6 @@ def _is_of_this_user(connection: socket.socket) -> bool:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", packed)
     return bool(uid == os.geteuid())
-
-
-class SharedMemoryGroup:
-    """A ``WeightsGroup`` of one update between ranks of one host.
-
-    What it broadcasts is ordered after what the streams hold, and a sender's tensors have to lie
-    in its double buffer.
-    """
-
-    def __init__(self, neighbours: Neighbours, buffer: SharedBuffer, streams: CopyThread) -> None:
-        """``neighbours``: to be closed by the caller, once the streams are."""
-        self._neighbours = neighbours
-        self._start = buffer.tensor.data_ptr()
-        self._streams = streams
-        self._end = time.monotonic() + _AT_ONCE
-        self._sent = 0
-        self._taken = dict.fromkeys(neighbours.outgoing, 0)
-
-    def expect_end(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds + _GRACE
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> _Work:
-        over: torch.futures.Future[None] = torch.futures.Future()
-        if src in self._neighbours.incoming:
-            return _Work(self._on_stream(partial(self._take, tensor, src, over)), over)
-        self._sent += 1
-        offered = self._on_stream(partial(self._offer, tensor))
-        return _Work(offered, over, partial(self._is_taken, self._sent))
-
-    def abort(self) -> None:
-        self._neighbours.hang_up()
-        self.close()
-
-    def close(self) -> None:
-        self._neighbours.memory.clear()
-
-    def _on_stream(self, action: Callable[[], None]) -> Any:
-        return self._streams.copy(action, after=self._streams.event())
-
-    def _offer(self, tensor: torch.Tensor) -> None:
-        place = _PLACE.pack(tensor.data_ptr() - self._start, tensor.nbytes)
-        for rank, connection in self._neighbours.outgoing.items():
-            _send(connection, place, rank)
-
-    def _take(self, target: torch.Tensor, src: int, over: torch.futures.Future[None]) -> None:
-        connection = self._neighbours.incoming[src]
-        connection.settimeout(max(0.001, self._end - time.monotonic()))
-        start, nbytes = _PLACE.unpack(_receive(connection, _PLACE.size, src))
-        if nbytes != target.nbytes:
-            raise GroupError(f"rank {src} sent {nbytes} bytes, not {target.nbytes}")
-        target.copy_(self._neighbours.memory[src][start : start + nbytes])
-        _send(connection, _TAKEN, src)
-        over.set_result(None)
-
-    def _is_taken(self, number: int) -> bool:
-        """Whether every other rank has the ``number``-th bucket that was sent."""
-        for rank, connection in self._neighbours.outgoing.items():
-            with contextlib.suppress(BlockingIOError):
-                while self._taken[rank] < number:
-                    _receive(connection, len(_TAKEN), rank)
-                    self._taken[rank] += 1
-        return min(self._taken.values()) >= number
-
-
-class _Work:
-    """A broadcast that has begun, as torch's ``Work``."""
-
-    def __init__(
-        self,
-        on_stream: Any,
-        over: torch.futures.Future[None],
-        is_taken: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """``on_stream``: this rank's part of it. ``is_taken``: whether the others have it."""
-        self._on_stream = on_stream
-        self._over = over
-        self._is_taken = is_taken
-        self._failure = ""
-
-    def is_completed(self) -> bool:
-        """Whether it is over, successfully or not."""
-        try:
-            completed = bool(self._on_stream.query()) and self._is_taken()
-        except RuntimeError as error:
-            self._failure = str(error)
-            return True
-        if completed and not self._over.done():
-            self._over.set_result(None)
-        return completed
-
-    def wait(self) -> None:
-        """Raise what went wrong. Called when it is completed."""
-        if self._failure:
-            raise GroupError(self._failure)
-
-    def get_future(self) -> torch.futures.Future[None]:
-        """Done when a receiver has it, and once a sender sees that all have."""
-        return self._over
 
 
 def _send(connection: socket.socket, message: bytes, rank: int) -> None:

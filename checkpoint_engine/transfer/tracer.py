@@ -1,8 +1,5 @@
-"""What every rank did when, in one update: a Chrome trace, which Perfetto opens.
-
-Each rank notes spans: of its host by the monotonic clock, of its device by events on the streams.
-One rank writes those of all into one file, also if the update fails. A host's ranks share a clock;
-those of several hosts are as close as the hosts' clocks are.
+"""What one rank did when, in one update: spans of its host by the monotonic clock, and of its
+device by events on the streams. ``update.trace`` writes them.
 """
 
 from __future__ import annotations
@@ -10,17 +7,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import re
 import socket
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.plan import Step, TransferPlan
 from checkpoint_engine.report import Stage
 
@@ -43,57 +36,6 @@ class Span(NamedTuple):
     began: float
     ended: float
     details: dict[str, int]
-
-
-class Tracer(Protocol):
-    """Where an update's steps note when they begin and end. Any thread."""
-
-    def copying(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        """While the current stream, or this thread, copies a bucket from host memory."""
-        ...
-
-    def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        """While this thread reads a bucket by P2P."""
-        ...
-
-    def broadcasting(self, step: Step) -> TracedBroadcast:
-        """Called before a broadcast; its ``follow`` right after it has begun."""
-        ...
-
-    def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        """While the worker has a bucket."""
-        ...
-
-
-class TracedBroadcast(Protocol):
-    def follow(self, work: Any) -> None:
-        """It has begun."""
-        ...
-
-    def seen(self) -> None:
-        """The update has seen that it is over."""
-        ...
-
-
-class _Untraced:
-    """Notes nothing."""
-
-    def copying(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    reading = reloading = copying
-
-    def broadcasting(self, step: Step) -> _Untraced:
-        return self
-
-    def follow(self, work: Any) -> None:
-        """Nothing to note."""
-
-    def seen(self) -> None:
-        """Nothing to note."""
-
-
-UNTRACED = _Untraced()
 
 
 class RankTracer:
@@ -121,7 +63,7 @@ class RankTracer:
     @contextlib.contextmanager
     def copying(self, step: Step) -> Iterator[None]:
         if self._clock is None:
-            with self._on_host(COPY, step):
+            with self.on_host(COPY, step):
                 yield
             return
         began = self._clock.mark()
@@ -129,15 +71,32 @@ class RankTracer:
         self.note_on_device(COPY, step, began, self._clock.mark())
 
     def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return self._on_host(READ, step)
+        return self.on_host(READ, step)
 
     def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return self._on_host(RELOAD, step)
+        return self.on_host(RELOAD, step)
 
-    def broadcasting(self, step: Step) -> TracedBroadcast:
+    def broadcasting(self, step: Step) -> Any:
+        """Called right before a broadcast begins; returns what ``broadcast`` wants."""
+        return self.begin(BROADCAST, step) if self._clock is None else self._clock.mark()
+
+    def broadcast(self, step: Step, began: Any, work: Any) -> None:
+        """The broadcast has begun. A device runs it on a stream of the communicator; another
+        stream, of the clock, waits for it and notes its end."""
         if self._clock is None:
-            return _HostBroadcast(self, step)
-        return _DeviceBroadcast(self, step, self._clock)
+            if self.exact:
+                work.get_future().then(lambda _: self.end(began, time.monotonic()))
+            return
+        with self._clock.aside():
+            with contextlib.suppress(RuntimeError):  # the update will see what is wrong with it
+                work.wait()
+            ended = self._clock.mark()
+        self.note_on_device(BROADCAST, step, began, ended)
+
+    def broadcast_seen(self, began: Any) -> None:
+        """The update has seen that the broadcast is over."""
+        if self._clock is None and not self.exact:
+            self.end(began, time.monotonic())
 
     def begin(self, lane: str, step: Step) -> int:
         """A span of the host; returns a number for ``end``. Without that it was broken off."""
@@ -172,8 +131,8 @@ class RankTracer:
         return found
 
     def encode_failure(self, phases: Sequence[tuple[str, float]]) -> bytes:
-        """The same of a failed update, whose last phase is the failure; does not wait for what the
-        device has not done yet."""
+        """As ``encode``, of a failed update, whose last phase is the failure; does not wait for
+        what the device has not done yet."""
         failed = phases[-1][1]
         with contextlib.suppress(RuntimeError):  # of a device that does not answer any more
             self._on_device = [span for span in self._on_device if span[3].query()]
@@ -213,7 +172,7 @@ class RankTracer:
         self._on_device.clear()
 
     @contextlib.contextmanager
-    def _on_host(self, lane: str, step: Step) -> Iterator[None]:
+    def on_host(self, lane: str, step: Step) -> Iterator[None]:
         number = self.begin(lane, step)
         yield
         self.end(number, time.monotonic())
@@ -244,45 +203,6 @@ def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
         yield span._replace(began=began)
 
 
-class _HostBroadcast:
-    """Ends for the tracer once: when gloo says so, or the update sees it."""
-
-    def __init__(self, tracer: RankTracer, step: Step) -> None:
-        self._tracer = tracer
-        self._number = tracer.begin(BROADCAST, step)
-
-    def follow(self, work: Any) -> None:
-        if self._tracer.exact:
-            work.get_future().then(lambda _: self._end(time.monotonic()))
-
-    def seen(self) -> None:
-        if not self._tracer.exact:
-            self._end(time.monotonic())
-
-    def _end(self, ended: float) -> None:
-        self._tracer.end(self._number, ended)
-
-
-class _DeviceBroadcast:
-    """It runs on a stream of the communicator; another one, of the clock, waits for it."""
-
-    def __init__(self, tracer: RankTracer, step: Step, clock: _DeviceClock) -> None:
-        self._tracer = tracer
-        self._step = step
-        self._clock = clock
-        self._began = clock.mark()
-
-    def follow(self, work: Any) -> None:
-        with self._clock.aside():
-            with contextlib.suppress(RuntimeError):  # the update will see what is wrong with it
-                work.wait()
-            ended = self._clock.mark()
-        self._tracer.note_on_device(BROADCAST, self._step, self._began, ended)
-
-    def seen(self) -> None:
-        """The device noted when."""
-
-
 class _DeviceClock:
     """Times of the device's streams as times of the host."""
 
@@ -307,96 +227,3 @@ class _DeviceClock:
     def seconds(self, mark: Any) -> float:
         mark.synchronize()
         return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))
-
-
-def write_trace(
-    folder: Path,
-    title: str,
-    version: str,
-    parts: Sequence[bytes],
-    failure: UpdateError | None = None,
-) -> Path:
-    """Join the ranks' parts into a file in ``folder``, which is made if need be.
-
-    Returns its path: ``<title>-<version>.json``, or with a number where that is there already.
-    ``failure``: of the update; it is marked, and the name ends in ``-failed``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    ranks = [json.loads(zlib.decompress(part)) for part in parts]
-    began = min(span[2] for rank in ranks for span in rank["spans"])
-    about = {"checkpoint": title, "version": version, "ranks": len(ranks), "began_ns": began}
-    events = [event for rank in ranks for event in _events(rank, began)]
-    name = f"{title}-{version}"
-    if failure is not None:
-        about["failure"] = str(failure)
-        events += [_mark(failure, event) for event in events if _is_failure(failure, event)]
-        name += "-failed"
-    trace = {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _reserve(folder, re.sub(r"[^\w.-]+", "_", name))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(trace))
-        beside.rename(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-def _reserve(folder: Path, name: str) -> Path:
-    """A file that was not there: several ranks may write about the same update."""
-    for number in itertools.count(1):
-        path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
-        with contextlib.suppress(FileExistsError):
-            path.touch(exist_ok=False)
-            return path
-    raise AssertionError
-
-
-def _is_failure(failure: UpdateError, event: dict[str, Any]) -> bool:
-    """Where the rank that failed first gave up."""
-    return (event["ph"], event["pid"], event["name"]) == ("X", failure.rank, FAILED)
-
-
-def _mark(failure: UpdateError, event: dict[str, Any]) -> dict[str, Any]:
-    """A mark in its phases."""
-    what = f"rank {failure.rank} failed during {failure.phase}"
-    place = {key: event[key] for key in ("pid", "tid", "ts")}
-    return {**place, "ph": "i", "s": "t", "name": what, "args": {"cause": failure.cause}}
-
-
-def _events(part: dict[str, Any], zero: int) -> Iterator[dict[str, Any]]:
-    """One rank's part in Chrome's format: a process for the rank, a thread for each lane."""
-    rank = part["rank"]
-    spans = part["spans"]
-    label = {"name": f"rank {rank} on {part['host']}"}
-    yield {"ph": "M", "pid": rank, "name": "process_name", "args": label}
-    yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
-    for number, lane in enumerate(LANES):
-        if any(span[0] == lane for span in spans):
-            place = {"ph": "M", "pid": rank, "tid": _thread(rank, number)}
-            yield {**place, "name": "thread_name", "args": {"name": lane}}
-            yield {**place, "name": "thread_sort_index", "args": {"sort_index": number}}
-    for lane, name, began, ended, details in spans:
-        yield {
-            "ph": "X",
-            "pid": rank,
-            "tid": _thread(rank, LANES.index(lane)),
-            "name": name,
-            "cat": lane,
-            "ts": (began - zero) / 1e3,  # microseconds
-            # A nanosecond short: viewers add fractions, and nest what seems to overlap.
-            "dur": max(0, ended - began - 1) / 1e3,
-            "args": details,
-        }
-
-
-def _thread(rank: int, lane: int) -> int:
-    """A number that no other thread and no process has: Perfetto takes both for those of one
-    Linux, where 0 is the idle task, and drops what overlaps then."""
-    return 10_000 * (lane + 1) + rank

@@ -12,19 +12,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from checkpoint_engine.control import Operation
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import RequestError, WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
-from checkpoint_engine.pipeline import BucketEncoder, Request, WorkerSession
 from checkpoint_engine.report import InstanceFailure
+from checkpoint_engine.update.messages import BucketEncoder
+from checkpoint_engine.update.request import Request
+from checkpoint_engine.update.session import EngineState, WorkerSession
+from checkpoint_engine.world.call import Call
 
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
 
 
 class InstanceError(RuntimeError):
     """This rank's engine is not updated, because of another rank of its instance or its time."""
+
+
+_ENGINE_ERRORS = (WireError, WorkerError, RequestError, InstanceError)
+"""What ends the update of one engine, and not that of the others."""
 
 
 class NoInstanceLeftError(RuntimeError):
@@ -48,26 +54,29 @@ class Instance:
         self,
         link: WorkerLink,
         request: Request,
-        operation: Operation,
+        call: Call,
         instances: Sequence[str],
         version: str,
     ) -> None:
         """``instances``: the name of each member's instance."""
-        place = operation.members.index(operation.rank)
+        place = call.members.index(call.rank)
         self._link = link
-        self._operation = operation
+        self._call = call
         self._instances = instances
         self._name = instances[place]
         self._key = f"engine/{self._name}"
         shared = instances.count(self._name) > 1
-        self._wait = _EngineWait(operation, request, self._key if shared else None)
+        self._wait = _EngineWait(call, request, self._key if shared else None)
         self._session = WorkerSession(link, self._wait.check, version)
         self._failure: InstanceFailure | None = None
         self.failed: list[InstanceFailure] = []
 
     @property
-    def state(self) -> str:
+    def state(self) -> EngineState:
         return self._session.state
+
+    def describe_state(self) -> str:
+        return self._session.describe_state()
 
     @property
     def encode_bucket(self) -> BucketEncoder:
@@ -85,8 +94,13 @@ class Instance:
         self._attempt(lambda: self._session.hand_over(buffer, seconds_left, in_parts))
 
     def check(self) -> None:
-        self._operation.check()
-        self._attempt(self._session.check, waits=False)
+        """A guard of the call: notes that this rank's engine is gone."""
+        if self._failure is None:
+            try:
+                self._wait.check_engine()
+                self._session.check()
+            except _ENGINE_ERRORS as error:
+                self._fail(error)
 
     def begin_reload(self, message: bytes) -> None:
         self._attempt(lambda: self._session.begin_reload(message))
@@ -114,7 +128,7 @@ class Instance:
     def _settle(self, what: str) -> None:
         """The ranks agree which instances have failed."""
         mine = b"" if self._failure is None else self._failure.model_dump_json().encode()
-        told = self._operation.all_gather(what, mine)
+        told = self._call.all_gather(what, mine)
         failures = [InstanceFailure.model_validate_json(blob) for blob in told if blob]
         first = {failure.instance: failure for failure in self.failed}
         for failure in failures:
@@ -132,27 +146,29 @@ class Instance:
     def _attempt(self, action: Callable[[], Any], waits: bool = True) -> None:
         """``waits``: for the engine."""
         if self._failure is not None:
-            self._operation.check()
+            self._call.check()
             return
         try:
             with self._wait.limited() if waits else contextlib.nullcontext():
                 action()
-        except (WireError, WorkerError, RequestError, InstanceError) as error:
+        except _ENGINE_ERRORS as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
+        if self._failure is not None:  # the guard has noted it
+            return
         self._failure = InstanceFailure(
             instance=self._name,
             ranks=[
                 rank
-                for rank, name in zip(self._operation.members, self._instances, strict=True)
+                for rank, name in zip(self._call.members, self._instances, strict=True)
                 if name == self._name
             ],
-            rank=self._operation.rank,
-            phase=self._operation.phase,
+            rank=self._call.rank,
+            phase=self._call.phase,
             error=str(error),
         )
-        self._operation.tell(self._key, json.dumps(str(error)).encode())
+        self._call.tell(self._key, json.dumps(str(error)).encode())
         self._link.abort(str(error) or type(error).__name__)
 
 
@@ -160,9 +176,9 @@ class _EngineWait:
     """What ends a wait for this rank's engine. Apart from ``Instance``, whose session refers to
     it: what refers to itself would keep the store's connections until the next collection."""
 
-    def __init__(self, operation: Operation, request: Request, failed_key: str | None) -> None:
+    def __init__(self, call: Call, request: Request, failed_key: str | None) -> None:
         """``failed_key``: what another rank of the instance tells where it fails."""
-        self._operation = operation
+        self._call = call
         self._request = request
         self._failed_key = failed_key
         self._patience: Deadline | None = None
@@ -171,14 +187,19 @@ class _EngineWait:
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
         """The engine may take half of the time that is left: other instances need some, too."""
-        self._patience = Deadline(max(self._operation.deadline.remaining() / 2, 1e-3))
+        self._patience = Deadline(max(self._call.deadline.remaining() / 2, 1e-3))
         try:
             yield
         finally:
             self._patience = None
 
     def check(self) -> None:
-        self._operation.check()
+        """Ends a wait for the engine by raising."""
+        self._call.check()
+        self.check_engine()
+
+    def check_engine(self) -> None:
+        """Raise if this rank's engine cannot be updated any more."""
         self._request.check()
         if self._patience is not None and self._patience.remaining() == 0.0:
             raise InstanceError(
@@ -188,5 +209,5 @@ class _EngineWait:
         now = time.monotonic()
         if self._failed_key is not None and now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            if self._operation.is_told(self._failed_key):
+            if self._call.is_told(self._failed_key):
                 raise InstanceError("another rank of this instance failed")

@@ -1,0 +1,323 @@
+"""The checkpoints that one rank holds in host memory. ``Checkpoints`` alone changes them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from loguru import logger
+
+from checkpoint_engine import checksum
+from checkpoint_engine.checkpoint_files import open_files, tensor_sources
+from checkpoint_engine.checksum import clear_gaps
+from checkpoint_engine.data_types import H2DBucket, Lease, MemoryBuffer, align_up
+from checkpoint_engine.errors import BusyError
+from checkpoint_engine.gather import EncodedLayout, encode_layout
+from checkpoint_engine.memory.content import hash_tensors
+from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.progress import Progress, drawn_bar
+
+POOL = "__shared_memory_pool__"
+"""The memory that checkpoints with ``use_shared_memory_pool`` occupy one after the other."""
+
+OnProgress = Callable[[Progress], None]
+_serials = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """This rank's part of one checkpoint: a registration, which never changes.
+
+    Attributes:
+        buffers: host buffers, in the order of bucket ranges; those without tensors come last.
+        lease: what other ranks check when they read it by P2P; ``None``: they cannot.
+        pooled: whether its memory is the shared memory pool.
+        serial: tells this registration from others of the same name; 0: of none.
+        uses: calls that read it now.
+    """
+
+    name: str
+    buffers: list[MemoryBuffer]
+    lease: Lease | None = None
+    pooled: bool = False
+    serial: int = field(default_factory=lambda: next(_serials))
+    uses: int = 0
+
+    @cached_property
+    def filled(self) -> list[MemoryBuffer]:
+        """The buffers that hold tensors; bucket ranges count these."""
+        return [buffer for buffer in self.buffers if buffer.metas]
+
+    @cached_property
+    def layout(self) -> EncodedLayout:
+        """Names, dtypes and shapes, as the ranks exchange them."""
+        return encode_layout([buffer.metas for buffer in self.filled])
+
+    @property
+    def tensor_count(self) -> int:
+        return sum(len(buffer.metas) for buffer in self.buffers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.size for buffer in self.buffers)
+
+    def copy(self, bucket: H2DBucket, target: torch.Tensor) -> None:
+        """Copy the bytes of ``bucket`` into ``target``, ordered on the current stream."""
+        position = 0
+        for index, offset, size in bucket.ranges:
+            source = self.filled[index].buffer[offset : offset + size]
+            target[position : position + size].copy_(source, non_blocking=True)
+            clear_gaps(target, position, size)
+            position += align_up(size)
+
+    def in_one_piece(self, bucket: H2DBucket) -> torch.Tensor | None:
+        """The bytes of ``bucket`` in host memory, if they are one piece of it."""
+        if len(bucket.ranges) != 1 or bucket.ranges[0].size != bucket.size:
+            return None
+        index, offset, size = bucket.ranges[0]
+        return self.filled[index].buffer[offset : offset + size]
+
+    def hashes(self, names: Set[str]) -> dict[str, str]:
+        """A hash of the content of each tensor in ``names``, see ``content.hash_tensors``."""
+        return hash_tensors(self.filled, names)
+
+
+class Readers(Protocol):
+    """What lets other ranks read memory by P2P: ``transfer.p2p.P2P``."""
+
+    def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:
+        """Let others read ``buffers``; ``register``: they are new under the name ``place``."""
+        ...
+
+    def revoke(self, lease: Lease) -> None:
+        """From now on reads under ``lease`` fail."""
+        ...
+
+    def withdraw(self, place: str, count: int) -> None:
+        """The ``count`` buffers of ``place`` are about to be freed."""
+        ...
+
+
+class Checkpoints:
+    """All checkpoints of one rank, and the pool. Any thread may call it.
+
+    One lock orders registering and freeing; what is registered is replaced in one assignment, so
+    that readers never wait for a registration.
+    """
+
+    def __init__(self, memory: HostMemory, readers: Readers, draws_bars: bool, rank: int) -> None:
+        """``draws_bars``: whether registering shows a bar where the caller watches nothing."""
+        self.memory = memory
+        self.filling: Progress | None = None
+        self._readers = readers
+        self._draws_bars = draws_bars
+        self._log = logger.bind(rank=rank)
+        self._changing = threading.Lock()
+        self._lock = threading.Lock()
+        self._registered: Mapping[str, Checkpoint] = {}
+        self._pool: list[MemoryBuffer] = []
+
+    # ------------------------------------------------------------------ looking
+
+    def get(self, name: str) -> Checkpoint | None:
+        return self._registered.get(name)
+
+    def all(self) -> list[Checkpoint]:
+        return list(self._registered.values())
+
+    @property
+    def pool_user(self) -> str | None:
+        return next((one.name for one in self.all() if one.pooled), None)
+
+    def by_name(self) -> dict[str, list[MemoryBuffer]]:
+        """The buffers of each checkpoint, and of the pool: ``ParameterServer._memory_pool``."""
+        held = {one.name: one.buffers for one in self.all()}
+        return held | ({POOL: self._pool} if self._pool or self.pool_user is not None else {})
+
+    @contextlib.contextmanager
+    def pin(self, name: str) -> Iterator[Checkpoint]:
+        """Keep a checkpoint from being unregistered; an empty one if there is none of that name."""
+        with self._lock:
+            checkpoint = self._registered.get(name) or Checkpoint(name, [], serial=0)
+            checkpoint.uses += 1
+        try:
+            yield checkpoint
+        finally:
+            with self._lock:
+                checkpoint.uses -= 1
+
+    # ------------------------------------------------------------------ changing
+
+    def register(
+        self,
+        name: str,
+        files: Sequence[str],
+        named_tensors: Mapping[str, torch.Tensor],
+        *,
+        pooled: bool,
+        in_place: bool,
+        allowed_folders: Sequence[str] | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """See ``ParameterServer.register_checkpoint``."""
+        with self._changing, ExitStack() as undo:
+            self._check_can_register(name, pooled)
+            pinned_files, copied = _split_in_place(files, in_place and not pooled)
+            sources = {**open_files(copied, allowed_folders), **tensor_sources(named_tensors)}
+            nbytes = sum(source.nbytes for source in sources.values())
+            reused = self._pool if pooled and self._pool else None
+            with self._observed("filling", name, nbytes, on_progress) as advance:
+                buffers = self.memory.fill(sources, reused, advance)
+            if reused is None:
+                undo.callback(self.memory.release, buffers)
+
+            def add_sums(buffers: list[MemoryBuffer]) -> None:
+                if checksum.is_wanted():
+                    summed = sum(buffer.size for buffer in buffers)
+                    with self._observed("summing", name, summed, on_progress) as advance:
+                        checksum.add_sums(buffers, advance)
+
+            if pinned_files:
+                overridden = set(named_tensors)
+                buffers += self._pin_in_place(
+                    pinned_files,
+                    allowed_folders,
+                    sources.keys() - overridden,
+                    overridden,
+                    lambda pinned: add_sums([*buffers, *pinned]),
+                )
+            else:
+                add_sums(buffers)
+            undo.pop_all()
+            if pooled:
+                self._pool = self._pool or buffers
+            place, offered = (POOL, self._pool) if pooled else (name, buffers)
+            lease = None
+            if buffers:
+                lease = self._readers.offer(place, offered, register=reused is None)
+            checkpoint = Checkpoint(name, buffers, lease, pooled)
+            with self._lock:
+                self._registered = {**self._registered, name: checkpoint}
+        self._log.info(
+            "registered {}: {} tensors, {:.3f} GB in {} buffers",
+            name,
+            checkpoint.tensor_count,
+            checkpoint.nbytes / 1e9,
+            len(buffers),
+        )
+
+    def unregister(self, name: str, force: bool) -> None:
+        """See ``ParameterServer.unregister_checkpoint``."""
+        with self._changing:
+            checkpoint = self._take_out(name)
+            if checkpoint is None:
+                self._log.warning("checkpoint {} is not registered", name)
+                return
+            if checkpoint.lease is not None:
+                self._readers.revoke(checkpoint.lease)
+            if not checkpoint.pooled:
+                self._free(name, checkpoint.buffers)
+            elif force:
+                pool, self._pool = self._pool, []
+                self._free(POOL, pool)
+            if force:
+                self.memory.trim()
+
+    # ------------------------------------------------------------------ parts of the above
+
+    def _check_can_register(self, name: str, pooled: bool) -> None:
+        if name == POOL:
+            raise ValueError(f"{name!r} is the name of the shared memory pool itself")
+        if name in self._registered:
+            raise ValueError(
+                f"checkpoint {name!r} is registered already: unregister_checkpoint() it first"
+            )
+        if pooled and self.pool_user is not None:
+            raise ValueError(
+                f"checkpoint {self.pool_user!r} occupies the shared memory pool: "
+                "unregister it first"
+            )
+
+    def _take_out(self, name: str) -> Checkpoint | None:
+        """Nobody finds the checkpoint any more.
+
+        Raises:
+            BusyError: a call is reading it.
+        """
+        with self._lock:
+            checkpoint = self._registered.get(name)
+            if checkpoint is not None and checkpoint.uses:
+                raise BusyError(f"checkpoint {name!r} is being updated from: try again after it")
+            self._registered = {key: one for key, one in self._registered.items() if key != name}
+            return checkpoint
+
+    def _free(self, place: str, buffers: list[MemoryBuffer]) -> None:
+        try:
+            self._readers.withdraw(place, len(buffers))
+        finally:
+            self.memory.release(buffers)
+
+    def _pin_in_place(
+        self,
+        files: list[str],
+        allowed_folders: Sequence[str] | None,
+        taken: Set[str],
+        overridden: Set[str],
+        before_deleting: Callable[[list[MemoryBuffer]], None],
+    ) -> list[MemoryBuffer]:
+        """Pin files where they are, but for the tensors that are ``overridden``."""
+        clashes = sorted(set(open_files(files, allowed_folders)) & taken)
+        if clashes:
+            raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
+
+        def wanted(buffers: list[MemoryBuffer]) -> list[MemoryBuffer]:
+            return [buffer for buffer in buffers if buffer.metas[0].name not in overridden]
+
+        pinned = self.memory.pin_in_place(
+            files, allowed_folders, lambda pinned: before_deleting(wanted(pinned))
+        )
+        self.memory.release([b for b in pinned if b.metas[0].name in overridden])
+        return wanted(pinned)
+
+    @contextlib.contextmanager
+    def _observed(
+        self, phase: str, name: str, total: int, on_progress: OnProgress | None
+    ) -> Iterator[Callable[[float], None]]:
+        """A phase of registering. Gives what to call with the share that is done."""
+        with ExitStack() as stack:
+            show = on_progress
+            if show is None and total and self._draws_bars:
+                show = stack.enter_context(drawn_bar(f"register: {phase}", total))
+            about: dict[str, Any] = {"call": "register", "checkpoint": name, "phase": phase}
+
+            def advance(share: float) -> None:
+                done = int(share * total)
+                self.filling = Progress(**about, done_bytes=done, total_bytes=total)
+                if show is not None:
+                    show(self.filling)
+
+            try:
+                yield advance
+            finally:
+                self.filling = None
+
+
+def _split_in_place(files: Sequence[str], in_place: bool) -> tuple[list[str], list[str]]:
+    """Files to pin where they are, and files to copy."""
+    paths = [os.fspath(path) for path in files]
+    chosen = [
+        path
+        for path in paths
+        if in_place
+        and path.endswith(".safetensors")
+        and os.path.realpath(path).startswith("/dev/shm/")
+    ]
+    return chosen, [path for path in paths if path not in chosen]

@@ -1,0 +1,1 @@
+"""How bytes travel between ranks: streams, P2P reads, collective groups, shared memory."""

@@ -1,0 +1,86 @@
+"""P2P on one rank: its transfer engine, or the reason why it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loguru import logger
+
+from checkpoint_engine.data_types import DataToGather, Lease, MemoryBuffer, MemoryBufferMetas
+from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.memory.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from checkpoint_engine.p2p_store import P2PStore
+
+
+class P2P:
+    """Owns this rank's ``P2PStore``.
+
+    Attributes:
+        store: ``None``: this rank neither reads by P2P nor lets others read. Programs written for
+            the original set it to ``None``.
+        missing: why there is no store.
+        device: this rank's RDMA device; empty: P2P over TCP, or none.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.store: P2PStore | None = None
+        self.missing = "it was switched off"
+        self.device = ""
+        self._log = logger.bind(rank=rank)
+
+    def require(self, wanted_by: str) -> P2PStore:
+        """The store. Raises ``RuntimeError`` if there is none."""
+        if self.store is None:
+            raise RuntimeError(
+                f"{wanted_by} needs P2P, which this rank does not have: {self.missing}"
+            )
+        return self.store
+
+    def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:
+        """Let other ranks read a checkpoint; one that cannot be offered is still broadcast.
+
+        Args:
+            place: under which name the buffers are registered with the transfer engine.
+            register: whether they are not registered yet.
+        """
+        if self.store is None:
+            return None
+        try:
+            if register:
+                named = {f"{place}/{index}": b.buffer for index, b in enumerate(buffers)}
+                self.store.register_named_tensors(named)
+            return self.store.grant()
+        except RuntimeError as error:
+            self._log.warning("{} cannot be read by P2P: {}", place, error)
+            return None
+
+    def revoke(self, lease: Lease) -> None:
+        """From now on reads under ``lease`` fail. Called before the memory changes."""
+        if self.store is not None:
+            self.store.revoke(lease)
+
+    def withdraw(self, place: str, count: int) -> None:
+        """Take ``count`` buffers of ``place`` back from the transfer engine."""
+        if self.store is not None:
+            self.store.unregister_named_tensors([f"{place}/{index}" for index in range(count)])
+
+    def place(self, checkpoint: Checkpoint, here: LocalRank) -> DataToGather:
+        """What this rank owns of a checkpoint, and how others read it."""
+        owned = [
+            MemoryBufferMetas(
+                metas=b.metas, ptr=b.buffer.data_ptr(), size=b.size, checksums=b.checksums
+            )
+            for b in checkpoint.filled
+        ]
+        readable = self.store is not None and (checkpoint.lease is not None or not owned)
+        return DataToGather(
+            memory_buffer_metas_list=owned,
+            p2p_store_addr=self.store.addr if self.store is not None and readable else None,
+            rdma_device=self.device,
+            host_ip=here.host_ip,
+            device_uuid=here.device_uuid,
+            lease=checkpoint.lease,
+        )

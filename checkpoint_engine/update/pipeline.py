@@ -1,0 +1,110 @@
+"""Streams a plan to one rank's worker: each bucket behind the other.
+
+While the worker reloads one bucket, the next is on its way into the other half of the double
+buffer. The first buckets set out before the worker has answered at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from checkpoint_engine.data_types import TensorPart
+from checkpoint_engine.plan import Step
+from checkpoint_engine.update.instances import Instance
+from checkpoint_engine.update.messages import Messages
+from checkpoint_engine.update.session import WorkerSession
+from checkpoint_engine.update.ways.base import Job, Mover
+from checkpoint_engine.wire import CHECKSUM, PART, encode_extensions
+
+Session = WorkerSession | Instance
+_HALVES = 2  # of the double buffer
+
+
+class Pipeline:
+    """One rank's execution of a plan. Made for one update."""
+
+    def __init__(self, job: Job, messages: Messages, mover: Mover, session: Session) -> None:
+        self._job = job
+        self._messages = messages
+        self._mover = mover
+        self._session = session
+        self._waiting = deque(job.plan.steps)
+
+    def begin(self) -> None:
+        """Send the first buckets on their way, where that takes no waiting."""
+        if self._mover.never_waits:
+            for _ in range(_HALVES):
+                self._start_next()
+
+    def run(self) -> None:
+        """Move every bucket. Returns when the worker has loaded the last one.
+
+        A half of the double buffer is free once its bucket is loaded. Where starting a bucket only
+        queues work, that is the moment to start the next in it; where it takes waiting, the worker
+        is first given what has arrived, to load it meanwhile.
+        """
+        clock, steps = self._job.call.clock, self._job.plan.steps
+        if len(self._waiting) == len(steps):
+            self._start_next()
+        for index, step in enumerate(steps):
+            clock.begin("transfer")
+            with self._naming_source(step):
+                self._job.call.wait(partial(self._mover.has_arrived, step))
+            clock.arrived(step.receiver)
+            clock.begin("reload")
+            self._reload(index, step)
+            clock.advance(step.bucket.size)
+            if self._mover.never_waits:
+                self._start_next()
+
+    def _reload(self, index: int, step: Step) -> None:
+        count, encode = len(self._job.plan.steps), self._session.encode_bucket
+        message = self._messages.of(index, encode) + self._extensions(step)
+        with self._job.tracer.reloading(step):
+            self._session.begin_reload(message)
+            if index + 1 == count:
+                self._session.announce_end(self._messages.planned(encode))
+            if not self._mover.never_waits:
+                self._start_next()
+            if index + 1 < count:
+                self._messages.of(index + 1, encode)  # while the worker loads
+            self._session.await_reload(f"bucket {index + 1} of {count}")
+
+    def _start_next(self) -> None:
+        if self._waiting:
+            step = self._waiting.popleft()
+            with self._naming_source(step):
+                self._mover.start(step)
+
+    def _extensions(self, step: Step) -> bytes:
+        """What follows the message of a bucket, for workers of ours: its sum, for those that check
+        that themselves, and where a part of a tensor lies.
+
+        The bytes are checked here for workers that do not check them, such as the original's.
+        """
+        extensions: dict[str, Any] = {}
+        bucket, start = step.bucket, step.slot * self._job.plan.bucket_bytes
+        lies_at, nbytes = start, bucket.size
+        if isinstance(bucket, TensorPart):
+            extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
+            lies_at, nbytes = 0, bucket.total  # once it has been put together
+        expected = self._job.gathered.checksums.of(step.owner, bucket)
+        if expected is not None and self._session.worker_checks_sums:
+            extensions[CHECKSUM] = [lies_at, nbytes, *expected]
+        elif expected is not None:
+            where = f"a bucket from {self._mover.source_of(step)}"
+            expected.check(self._job.slot(step), where)
+        return encode_extensions(extensions) if extensions else b""
+
+    @contextlib.contextmanager
+    def _naming_source(self, step: Step) -> Iterator[None]:
+        """If the time runs out in here, say whose bucket did not arrive."""
+        try:
+            yield
+        except TimeoutError as error:
+            source = self._mover.source_of(step)
+            raise TimeoutError(f"{error}: a bucket from {source} did not arrive") from None

@@ -1,0 +1,165 @@
+"""What a server rank tells its worker in one update, and what the worker holds by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+from checkpoint_engine.checksum import FORMULA
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.errors import WireError, WorkerError
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import WorkerLink
+from checkpoint_engine.report import InstanceFailure
+from checkpoint_engine.update.messages import BucketEncoder
+from checkpoint_engine.update.request import Request
+from checkpoint_engine.wire import (
+    ACK,
+    CHECKSUM,
+    DELIVERED,
+    JSON_BUCKETS,
+    NOTHING_MORE,
+    PART,
+    decode_acceptance,
+    encode_bucket,
+    encode_bucket_as_json,
+    encode_extensions,
+    encode_handle,
+)
+
+_FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
+
+
+class EngineState(Enum):
+    """What an update has done to the weights of an engine."""
+
+    UNTOUCHED = "untouched"
+    PARTLY_WRITTEN = "partly written"
+    HOLDS = "holds"
+
+
+class WorkerSession:
+    """One update as seen by this rank's worker: handle, buckets, release, finish.
+
+    Attributes:
+        state: what the worker's model holds by now.
+        failed: engine instances that were not updated; none, for a session that fails raises.
+    """
+
+    failed: Sequence[InstanceFailure] = ()
+
+    def __init__(self, link: WorkerLink, check: Callable[[], None], version: str) -> None:
+        self._link = link
+        self._check = check
+        self._version = version
+        self._extensions: dict[str, Any] = {}
+        self._accepted = False
+        self._told_to_release = self._told_to_finish = False
+        self.state = EngineState.UNTOUCHED
+
+    def describe_state(self) -> str:
+        """For ``UpdateError.engines``: ``untouched``, ``partly written`` or ``holds VERSION``."""
+        if self.state is EngineState.HOLDS:
+            return f"{self.state.value} {self._version}"
+        return self.state.value
+
+    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
+        """Share the double buffer; returns when the worker has mapped it.
+
+        Args:
+            in_parts: whether some tensors are going to come in parts.
+        """
+        offered = {"timeout": seconds_left, "weight_version": self._version, JSON_BUCKETS: True}
+        handle = encode_handle(*buffer.handle(), offered)
+        self._link.send(handle, self._check)
+        reply = self._link.receive(self._check)
+        extensions = decode_acceptance(reply)
+        if extensions is None:
+            raise _failed("the handshake", reply)
+        self._extensions = extensions
+        self._accepted = True
+        if in_parts and not self.worker_joins_parts:
+            raise WorkerError(
+                "this worker cannot put tensors together that travel in parts, which the one "
+                "before it could: update again, and they will travel whole"
+            )
+
+    @property
+    def encode_bucket(self) -> BucketEncoder:
+        """How this worker reads buckets."""
+        return encode_bucket_as_json if self._extensions.get(JSON_BUCKETS) else encode_bucket
+
+    @property
+    def worker_checks_sums(self) -> bool:
+        """Whether the worker looks at checksums itself, right before it loads."""
+        return bool(self._extensions.get(CHECKSUM) == FORMULA)
+
+    @property
+    def worker_joins_parts(self) -> bool | None:
+        """Whether the worker takes tensors in parts; ``None`` if it has not said."""
+        return bool(self._extensions.get(PART)) if self._accepted else None
+
+    def check(self) -> None:
+        """Raise if this rank's engine is gone. A guard of the call, see ``Call.guarded``."""
+        self._link.check()
+
+    def begin_reload(self, message: bytes) -> None:
+        self.state = EngineState.PARTLY_WRITTEN
+        self._link.send(message, self._check)
+
+    def await_reload(self, what: str) -> None:
+        """Raises ``WorkerError`` with the worker's traceback if it could not load the bucket."""
+        reply = self._link.receive(self._check)
+        if reply != ACK:
+            raise _failed(what, reply)
+
+    def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
+        """Tell a worker of ours which buckets it was to load, and let it go on by itself after the
+        last one; it does not go on after a failure. Workers of other releases wait to be told.
+
+        Args:
+            planned: as ``Messages.planned`` gives them.
+            go_on: to its post hook; otherwise only until it has dropped the double buffer.
+        """
+        if self._extensions:
+            told = b""
+            if self._extensions.get(DELIVERED):
+                told = encode_extensions({DELIVERED: planned})
+            self._link.send(NOTHING_MORE + told, self._check)
+            self._told_to_release = True
+            if go_on:
+                self._link.send(NOTHING_MORE, self._check)
+                self._told_to_finish = True
+
+    def release(self) -> None:
+        """Have the worker drop the double buffer."""
+        if not self._told_to_release:
+            self._link.send(NOTHING_MORE, self._check)
+        self.await_reload("the release of the buffer")
+
+    def finish(self, request: Request) -> None:
+        """Have the worker run its post hook; returns when the engine has answered too.
+
+        Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then
+        the engine's answer alone tells whether they succeeded.
+        """
+        self.state = EngineState.PARTLY_WRITTEN
+        try:
+            if not self._told_to_finish:
+                self._link.send(NOTHING_MORE, self._check)
+            self.await_reload("its post hook")
+        except WireError:
+            if self._extensions:
+                raise
+            grace = Deadline(_FAREWELL_OF_0_2)
+            poll(lambda: request.is_over or grace.remaining() == 0.0, self._check)
+            if not request.is_over:
+                raise
+        request.join(self._check)
+        self.state = EngineState.HOLDS
+
+
+def _failed(what: str, reply: bytes) -> WorkerError:
+    traceback = reply.decode(errors="replace")
+    return WorkerError(f"the inference worker failed in {what}:\n{traceback}")

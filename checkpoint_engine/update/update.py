@@ -1,0 +1,285 @@
+"""The conductor: one update on one rank, from what the ranks agree on to the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loguru import logger
+
+from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.gather import encode_place
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.link import Address, WorkerLink, open_context
+from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.plan import TransferPlan
+from checkpoint_engine.progress import drawn_bar
+from checkpoint_engine.report import Served, UpdateReport
+from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.tracer import RankTracer
+from checkpoint_engine.update.instances import Instance
+from checkpoint_engine.update.order import Order
+from checkpoint_engine.update.pipeline import Pipeline, Session
+from checkpoint_engine.update.profile import EngineProfile
+from checkpoint_engine.update.request import Request, SocketPaths
+from checkpoint_engine.update.session import WorkerSession
+from checkpoint_engine.update.trace import write_trace
+from checkpoint_engine.update.ways.base import Job, Mover, Way
+from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.gathered import Gathered
+from checkpoint_engine.world.hello import Hello, agreed_version
+
+
+@dataclass(frozen=True)
+class Server:
+    """What one rank keeps for its updates.
+
+    Attributes:
+        ways: in the order of preference; the first that serves all ranks is taken.
+        draws_bars: whether this rank shows a bar where the caller watches nothing.
+    """
+
+    here: LocalRank
+    p2p: P2P
+    ways: Sequence[Way]
+    profile: EngineProfile
+    draws_bars: bool
+
+
+def run_update(
+    call: Call, source: Checkpoint, gathered: Gathered, order: Order, server: Server
+) -> UpdateReport:
+    """Send ``source``, and what other ranks own of that checkpoint, to the workers. All members."""
+    with ExitStack() as held:
+        call.watch()
+        link = _listen(held)
+        hellos = _agree(call, link, source, gathered, order, server, held)
+        gathered = gathered.renewed(hellos, source)
+        usable = [way for way in server.ways if way.serves(hellos)]
+        _, plan, messages = usable[0].plan(gathered, hellos)
+        _show_progress(call, plan, order, server, held)
+        tracer = _trace(call, plan, hellos, order, server)
+
+        call.begin("buffers")
+        job = Job(call, plan, source, gathered, _share_buffer(plan, server.here, held), tracer)
+        moving = held.enter_context(ExitStack())
+        mover = _connect(usable, job, hellos, moving)
+
+        call.begin("handshake")
+        request = _ask(call, order, hellos, gathered, server.here, held)
+        session = _open_session(call, link, request, order, hellos, server, held)
+        pipeline = Pipeline(job, messages, mover, session)
+        pipeline.begin()
+        session.hand_over(job.buffer, call.deadline.remaining(), plan.cuts_tensors)
+        job.buffer.unlink()
+        pipeline.run()
+
+        call.begin("release")
+        session.release()
+        moving.close()  # NICs and neighbours let go of the memory before it is given back
+        job.buffer.close()
+        call.begin("post hook")
+        session.finish(request)
+        return _report(call, job, session, hellos, order, server.here)
+
+
+# ---------------------------------------------------------------------- agreeing
+
+
+def _listen(held: ExitStack) -> WorkerLink:
+    context = held.enter_context(open_context())
+    return held.enter_context(closing(WorkerLink(context, Address())))
+
+
+def _agree(
+    call: Call,
+    link: WorkerLink,
+    source: Checkpoint,
+    gathered: Gathered,
+    order: Order,
+    server: Server,
+    held: ExitStack,
+) -> list[Hello]:
+    """What every member says; raises if they do not want the same."""
+    call.begin("plan")
+    mine = order.hello(server.here, link.url, gathered.digest)
+    call.claim(mine)
+    gathered.check_usable(source, remote=order.ranks is not None)
+    if source.serial != gathered.serial and not gathered.is_loaded:
+        place = encode_place(server.p2p.place(source, server.here), gathered.layout, known="")
+        mine = replace(mine, place=place.decode())
+    for way in server.ways:
+        mine = way.introduce(mine, held)
+    return call.exchange(mine)
+
+
+def _connect(usable: Sequence[Way], job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover:
+    """By the first way that turns out to connect all ranks; the last one always does."""
+    movers = (way.connect(job, hellos, held) for way in usable)
+    return next(mover for mover in movers if mover is not None)
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def _share_buffer(plan: TransferPlan, here: LocalRank, held: ExitStack) -> SharedBuffer:
+    halves = min(2, len(plan.steps))
+    buffer = SharedBuffer(here.device_manager, here.local_rank, halves * plan.bucket_bytes)
+    return held.enter_context(buffer)
+
+
+def _ask(
+    call: Call,
+    order: Order,
+    hellos: Sequence[Hello],
+    gathered: Gathered,
+    here: LocalRank,
+    held: ExitStack,
+) -> Request:
+    """Run the caller's ``req_func`` beside the update."""
+    paths: SocketPaths = [(gathered.devices.get(rank, ""), "") for rank in range(here.world_size)]
+    for hello in hellos:
+        paths[hello.rank] = hello.device, hello.address
+    return held.enter_context(closing(Request(order.req_func, paths)))
+
+
+def _open_session(
+    call: Call,
+    link: WorkerLink,
+    request: Request,
+    order: Order,
+    hellos: Sequence[Hello],
+    server: Server,
+    held: ExitStack,
+) -> Session:
+    """From now on every wait of the call looks at the engine, too."""
+
+    def give_up(exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        """On failure, tell the other ranks and this rank's worker before cleaning up."""
+        if exc is not None:
+            call.publish(exc)
+            link.abort(str(exc) or type(exc).__name__)
+
+    held.push(give_up)
+    version = agreed_version(hellos)
+    session: Session
+    if order.on_instance_failure == "continue":
+        session = Instance(link, request, call, [one.instance for one in hellos], version)
+    else:
+        session = WorkerSession(link, call.check, version)
+        held.enter_context(call.guarded(request.check))
+    held.enter_context(call.guarded(session.check))
+    call.state = session.describe_state
+    mine = next(one for one in hellos if one.rank == call.rank)
+    served = Served(checkpoint=order.checkpoint, version=version, engine=mine.instance, since=0.0)
+    held.callback(server.profile.learn, session, call.rank, served)
+    return session
+
+
+# ---------------------------------------------------------------------- what is said about it
+
+
+def _show_progress(
+    call: Call, plan: TransferPlan, order: Order, server: Server, held: ExitStack
+) -> None:
+    call.clock.total_bytes = plan.total_bytes
+    show = order.on_progress
+    if show is None and server.draws_bars:
+        show = held.enter_context(drawn_bar("update", plan.total_bytes))
+    if show is not None:
+        shown = show
+        call.clock.on_advance = lambda: shown(call.progress)
+    logger.bind(rank=call.rank).debug(
+        "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB",
+        order.checkpoint,
+        plan.tensor_count,
+        plan.total_bytes / 1e9,
+        len(plan.steps),
+        plan.bucket_bytes / 1e6,
+    )
+
+
+def _trace(
+    call: Call, plan: TransferPlan, hellos: Sequence[Hello], order: Order, server: Server
+) -> RankTracer:
+    """Note what this rank does. If the update fails, it writes its own part of the trace."""
+    folder = next((one.trace for one in hellos if one.trace), "")
+    tracer = RankTracer(call.rank, plan, server.here.device_manager, exact=bool(folder))
+    if folder:
+
+        def write(failure: UpdateError) -> None:
+            part = tracer.encode_failure(call.clock.history)
+            failure.trace = _write_trace(folder, order, hellos, [part], failure)
+
+        call.on_failure = write
+    return tracer
+
+
+def _collect_trace(
+    call: Call, tracer: RankTracer, hellos: Sequence[Hello], order: Order
+) -> str | None:
+    """The file with all ranks' parts, on the rank that writes it."""
+    writer = next((one for one in hellos if one.trace), None)
+    if writer is None:
+        return None
+    call.begin("trace")
+    parts = call.gather_at(writer.rank, "trace", tracer.encode(call.clock.history))
+    return _write_trace(writer.trace, order, hellos, parts) if parts else None
+
+
+def _write_trace(
+    folder: str,
+    order: Order,
+    hellos: Sequence[Hello],
+    parts: Sequence[bytes],
+    failure: UpdateError | None = None,
+) -> str | None:
+    """Failing to write it fails nothing else."""
+    version = agreed_version(hellos)
+    try:
+        return str(write_trace(Path(folder), order.checkpoint, version, parts, failure))
+    except (OSError, ValueError) as error:  # the latter: no name for a file
+        logger.warning("the trace cannot be written into {}: {}", folder, error)
+        return None
+
+
+def _compare_ranks(
+    call: Call,
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[int, float]]]:
+    """What every rank spent its time with so far: by phase, and by the rank that it waited for."""
+    call.begin("comparison")
+    mine = json.dumps([call.clock.seconds, call.clock.waited_for]).encode()
+    spent = {
+        rank: json.loads(blob)
+        for rank, blob in zip(call.members, call.all_gather("phases", mine), strict=True)
+    }
+    phases = {rank: of_rank for rank, (of_rank, _) in spent.items()}
+    waits = {rank: {int(of): s for of, s in waited.items()} for rank, (_, waited) in spent.items()}
+    return phases, waits
+
+
+def _report(
+    call: Call, job: Job, session: Session, hellos: Sequence[Hello], order: Order, here: LocalRank
+) -> UpdateReport:
+    by_rank, waited_for_by_rank = _compare_ranks(call) if order.compare_ranks else ({}, {})
+    return UpdateReport(
+        checkpoint_name=order.checkpoint,
+        rank=call.rank,
+        world_size=here.world_size,
+        tensors=job.plan.tensor_count,
+        buckets=len(job.plan.steps),
+        bucket_bytes=job.plan.bucket_bytes,
+        bytes=job.plan.total_bytes,
+        version=agreed_version(hellos),
+        failed_instances=list(session.failed),
+        gather_seconds=job.gathered.seconds,
+        waited_for=call.clock.waited_for,
+        stages=job.tracer.stages(),
+        by_rank=by_rank,
+        waited_for_by_rank=waited_for_by_rank,
+        trace=_collect_trace(call, job.tracer, hellos, order),
+    )

@@ -1,0 +1,165 @@
+"""The interface of a way, and of the mover that executes its plan on one rank."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+from checkpoint_engine import plan
+from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.plan import Pace, Step, TransferPlan
+from checkpoint_engine.transfer.tracer import RankTracer
+from checkpoint_engine.update.messages import Messages
+from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.gathered import Gathered, topology
+from checkpoint_engine.world.hello import Hello
+
+
+def bucket_size(hellos: Sequence[Hello], gathered: Gathered, may_cut: bool) -> plan.BucketSize:
+    """How the memory that every rank can spare is shared out."""
+    return plan.bucket_size(
+        min(hello.free_bytes for hello in hellos),
+        plan.largest_tensor(gathered.metas),
+        min(hello.bucket_cap for hello in hellos),
+        may_cut,
+    )
+
+
+class Planned(NamedTuple):
+    """A plan, kept for the next update; ``basis`` is what it was made from."""
+
+    basis: tuple[object, ...]
+    transfer: TransferPlan
+    messages: Messages
+
+
+class Way(ABC):
+    """One way for bytes to travel. One object per ``ParameterServer``; it owns what is kept between
+    updates."""
+
+    def __init__(self, here: LocalRank) -> None:
+        self.here = here
+        self._planned: Planned | None = None
+
+    # ------------------------------------------------------------------ whether it can be taken
+
+    def introduce(self, mine: Hello, held: ExitStack) -> Hello:
+        """Add to this rank's hello what the way needs to know of the others.
+
+        Args:
+            held: closes what this opens, when the update ends.
+        """
+        return mine
+
+    @abstractmethod
+    def serves(self, hellos: Sequence[Hello]) -> bool:
+        """Whether the ranks can go this way. The same on all of them."""
+
+    # ------------------------------------------------------------------ what is moved, and when
+
+    @property
+    @abstractmethod
+    def pace(self) -> Pace:
+        """The best size of a bucket."""
+
+    @property
+    def joins_parts(self) -> bool:
+        """Whether a tensor may travel in parts, where all workers put them together."""
+        return True
+
+    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> Planned:
+        """What the update moves. Equal inputs give an equal plan, so all ranks have the same; the
+        plan of the last update is taken if nothing that it depends on has changed.
+
+        Raises:
+            ValueError: there is nothing to move, or the largest tensor does not fit.
+        """
+        may_cut = self.joins_parts and all(hello.joins_parts for hello in hellos)
+        size = bucket_size(hellos, gathered, may_cut)
+        nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
+        members = hellos[0].ranks
+        basis = (gathered.plan_basis, size, nics, members, may_cut)
+        if self._planned is None or self._planned.basis != basis:
+            transfer = plan.plan_transfer(
+                gathered.metas,
+                size,
+                nics,
+                gathered.owner_nics,
+                members,
+                self.pace,
+                may_cut,
+                gathered.duplicates,
+            )
+            if not transfer.steps:
+                raise ValueError(
+                    f"checkpoint {hellos[0].checkpoint!r} holds no tensors on any rank: there is "
+                    "nothing to update"
+                )
+            self._planned = Planned(basis, transfer, Messages(transfer))
+        return self._planned
+
+    # ------------------------------------------------------------------ moving it
+
+    @abstractmethod
+    def connect(self, job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover | None:
+        """Called by all ranks: connect them. ``None`` on all of them if they cannot, after all.
+
+        Args:
+            held: closes what this opens, last first; on failure with the exception.
+        """
+
+    def release(self) -> None:  # noqa: B027  # most ways keep nothing
+        """Give back what is kept between updates."""
+
+
+class Job(NamedTuple):
+    """What a way moves in one update, and into what.
+
+    Attributes:
+        source: this rank's part of the checkpoint.
+        buffer: the double buffer that this rank's worker maps.
+    """
+
+    call: Call
+    plan: TransferPlan
+    source: Checkpoint
+    gathered: Gathered
+    buffer: SharedBuffer
+    tracer: RankTracer
+
+    def slot(self, step: Step) -> torch.Tensor:
+        """Where the step's bucket goes: its half of the double buffer."""
+        start = step.slot * self.plan.bucket_bytes
+        return self.buffer.tensor[start : start + step.bucket.size]
+
+
+class Mover(ABC):
+    """Brings the buckets of one update into this rank's double buffer, in the order of the plan.
+
+    Attributes:
+        never_waits: whether ``start`` only queues work.
+    """
+
+    never_waits = True
+
+    @abstractmethod
+    def start(self, step: Step) -> None:
+        """Begin to bring the step's bucket into its half of the double buffer, which is free."""
+
+    @abstractmethod
+    def has_arrived(self, step: Step) -> bool:
+        """Whether the bucket is there, on this rank and on those that this rank sends it to.
+
+        Raises:
+            RuntimeError: it will not come.
+        """
+
+    def source_of(self, step: Step) -> str:
+        """Where the bucket comes from, for errors."""
+        return f"rank {step.owner}"

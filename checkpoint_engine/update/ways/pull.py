@@ -1,0 +1,97 @@
+"""Pull: some ranks read whole buckets out of other ranks' host memory by P2P."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from checkpoint_engine import plan
+from checkpoint_engine.distributed.weights_group import TorchGroup
+from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.plan import Pace, Step
+from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.remote_loader import RemoteLoader
+from checkpoint_engine.transfer.streams import Event, Streams, make_streams
+from checkpoint_engine.update.ways.base import Job, Mover, Way
+from checkpoint_engine.update.ways.broadcast import GroupMover, make_group, make_staging
+from checkpoint_engine.world.hello import Hello
+
+
+class Pull(Way):
+    """The receivers share the reading, and broadcast among themselves what each has read."""
+
+    joins_parts = False  # the parts of several owners' tensors would arrive at once
+
+    def __init__(self, here: LocalRank, p2p: P2P) -> None:
+        super().__init__(here)
+        self._p2p = p2p
+
+    def introduce(self, mine: Hello, held: ExitStack) -> Hello:
+        store = self._p2p.store
+        return replace(mine, nic="" if store is None else store.device, host=self.here.host_ip)
+
+    def serves(self, hellos: Sequence[Hello]) -> bool:
+        return hellos[0].ranks is not None
+
+    @property
+    def pace(self) -> Pace:
+        return plan.READ_PACE
+
+    def connect(self, job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover:
+        store = self._p2p.require("update(ranks=...)")
+        streams = make_streams(self.here.device_manager)
+        held.callback(streams.close)
+        staging = make_staging(job, self.here)
+        if store.needs_registered_targets:
+            named = {"__buffer__": job.buffer.tensor, "__staging__": staging}
+            targets = {name: tensor for name, tensor in named.items() if tensor is not None}
+            store.register_named_tensors(targets)
+            held.callback(store.unregister_named_tensors, list(targets))
+        here = self.here
+        remote = RemoteLoader(
+            store, job.gathered.metas, here.device_manager, here.device, job.tracer
+        )
+        held.callback(remote.close)
+        group = None
+        if len(hellos) > 1:
+            job.call.begin("process group")
+            group = made = make_group(job.call, here)
+            group.expect_end(job.call.deadline.remaining())
+            held.push(lambda exc_type, *_: made.abort() if exc_type else made.close())
+        return PullMover(job, streams, staging, group, remote)
+
+
+class PullMover(GroupMover):
+    """Receivers read buckets by P2P, or copy them where they own them themselves."""
+
+    fetches_in_order = False
+
+    def __init__(
+        self,
+        job: Job,
+        streams: Streams,
+        staging: torch.Tensor | None,
+        group: TorchGroup | None,
+        remote: RemoteLoader,
+    ) -> None:
+        self._remote = remote
+        self.never_waits = group is None
+        super().__init__(job, streams, staging, group)
+
+    def fetch(self, step: Step, target: torch.Tensor, after: Event) -> Event:
+        if self._is_mine(step):
+            return self.copy_from_host(step, target, after)
+        return self._remote.start(step, target, after)
+
+    def in_one_piece(self, step: Step) -> torch.Tensor | None:
+        return super().in_one_piece(step) if self._is_mine(step) else None
+
+    def source_of(self, step: Step) -> str:
+        return self._remote.source_of(step)
+
+    def _is_mine(self, step: Step) -> bool:
+        """Owners of loaded metas are ranks of another world."""
+        return step.owner == self.job.call.rank and not self.job.gathered.is_loaded

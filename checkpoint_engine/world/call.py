@@ -1,0 +1,424 @@
+"""One collective call on one rank: a deadline, what the ranks tell each other, one outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from loguru import logger
+
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.progress import Progress
+from checkpoint_engine.world.clock import Clock
+from checkpoint_engine.world.hello import Hello, check_agreement
+from checkpoint_engine.world.membership import Membership
+from checkpoint_engine.world.outcome import (
+    SUCCESS,
+    DisagreementError,
+    Failure,
+    GoneError,
+    MissingRanksError,
+)
+
+_LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
+_LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
+_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
+
+
+class Call:
+    """A context manager, entered by every member. Made by ``ControlPlane.call``.
+
+    Attributes:
+        name: of the method that was called.
+        clock: what this rank spends its time with.
+        checkpoint: what it is about.
+        state: what this rank's engine holds, for ``UpdateError.engines``; ``None``: no engine is
+            concerned.
+        on_success: called when every rank has succeeded, before another call may begin.
+        on_failure: called with the error before it is raised.
+    """
+
+    def __init__(
+        self, membership: Membership, name: str, checkpoint: str, deadline: Deadline
+    ) -> None:
+        self.name = name
+        self.checkpoint = checkpoint
+        self.deadline = deadline
+        self.clock = Clock()
+        self.state: Callable[[], str] | None = None
+        self.on_success: Callable[[], None] | None = None
+        self.on_failure: Callable[[UpdateError], None] | None = None
+        self.rank = membership.rank
+        self.store = membership.part_of(membership.world.store)
+        self._watched = membership.part_of(membership.world.watched)
+        self._membership = membership
+        self._hello: Hello | None = None
+        self._guards: list[Callable[[], None]] = []
+        self._announced = self._started = self._stays_out = False
+        self._outcome: bytes | None = None
+        self._keys: list[str] = []
+        self._watcher: threading.Thread | None = None
+        self._absent = membership.gone()
+        self._awaits_return_until = self.clock.began + _RETURN_SECONDS
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that take part, in order."""
+        return self._membership.members
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first member."""
+        return self.rank == self.members[0]
+
+    @property
+    def phase(self) -> str:
+        return self.clock.phase
+
+    @property
+    def progress(self) -> Progress:
+        """How far it has come on this rank. Any thread."""
+        return Progress(
+            call=self.name,
+            checkpoint=self.checkpoint,
+            phase=self.clock.phase,
+            done_bytes=self.clock.done_bytes,
+            total_bytes=self.clock.total_bytes,
+            seconds=dict(self.clock.seconds),
+        )
+
+    def begin(self, phase: str) -> None:
+        """What this rank does from now on, for errors and for the report."""
+        self.clock.begin(phase)
+
+    # ------------------------------------------------------------------ what ranks tell each other
+
+    def exchange(self, mine: Hello) -> list[Hello]:
+        """Every member's hello, in rank order. The first exchange of a call, by all members.
+
+        Raises:
+            DisagreementError: ranks make different calls; at once, on every rank that has come.
+            TimeoutError: naming the ranks that did not come.
+            ValueError: two ranks are on one device.
+        """
+        if self._hello is None:
+            self.claim(mine)
+        hellos = [Hello.decode(blob) for blob in self.all_gather("hello", mine.encode())]
+        check_agreement(hellos)
+        self._membership.agreed()
+        return hellos
+
+    def claim(self, mine: Hello) -> None:
+        """Say which call this is, before anything is exchanged. ``exchange`` does it otherwise.
+
+        Raises:
+            DisagreementError: another rank makes a call that does not go together with it.
+        """
+        self._hello = mine
+        if len(self.members) > 1:
+            self._claim(mine)
+        self._start()
+        if mine.call == "update" and self._membership.world_size > 1:
+            self._membership.announce(mine)
+            self._announced = True
+            if mine.ranks is not None:
+                others = [rank for rank in range(self._membership.world_size) if rank != self.rank]
+                self._membership.check_apart(mine, others)
+
+    def all_gather(self, what: str, value: bytes) -> list[bytes]:
+        """Every member's ``value``, in rank order. Called by all members.
+
+        Raises:
+            TimeoutError: naming the ranks that did not come.
+        """
+        values = self.gather_from(self.members, what, value)
+        self._membership.forget()
+        return values
+
+    def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
+        """The ``value`` of each of ``ranks``, which all members name alike. Called by all."""
+        if self.rank in ranks:
+            self._put(f"{what}/{self.rank}", value)
+        if list(ranks) in ([], [self.rank]):
+            return [value] * len(ranks)
+        return self._read([f"{what}/{rank}" for rank in ranks])
+
+    def gather_at(self, reader: int, what: str, value: bytes) -> list[bytes]:
+        """On rank ``reader``, which waits for them, every member's ``value``; nothing elsewhere."""
+        self._put(f"{what}/{self.rank}", value)
+        return self._read([f"{what}/{rank}" for rank in self.members]) * (self.rank == reader)
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Say something that other ranks may look for."""
+        self._put(key, value)
+
+    def is_told(self, key: str) -> bool:
+        """Whether some rank has said this."""
+        return bool(self.store.check([key]))
+
+    # ------------------------------------------------------------------ waiting
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Return once ``done()``; raises as ``check`` does."""
+        poll(done, self.check)
+
+    def check(self) -> None:
+        """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
+        of the call does this."""
+        if self._outcome is None and (gone := self._gone()):
+            self._look_for_outcome()  # it may have ended in order
+            if self._outcome is None:
+                # A rank that was stopped until its deadline finds that the others have left.
+                self.deadline.check(f"{self.phase} of {self.name}")
+                raise GoneError(gone, self.name)
+        if self._outcome not in (None, SUCCESS):
+            raise self._failure().error(self.name)
+        self.deadline.check(f"{self.phase} of {self.name}")
+        for guard in self._guards:
+            guard()
+
+    @contextlib.contextmanager
+    def guarded(self, guard: Callable[[], None]) -> Iterator[None]:
+        """While this is entered, every wait of the call also runs ``guard``, which may raise."""
+        self._guards.append(guard)
+        try:
+            yield
+        finally:
+            self._guards.remove(guard)
+
+    def watch(self) -> None:
+        """From now on ``check`` sees the failure of other ranks as soon as it happens."""
+        if len(self.members) > 1 and self._watcher is None:
+            self._watcher = threading.Thread(
+                target=self._await_outcome, name="checkpoint-engine-watch", daemon=True
+            )
+            self._watcher.start()
+
+    @contextlib.contextmanager
+    def store_to_block(self) -> Iterator[Any]:
+        """This call's part of the store, for calls in C++ that wait by themselves; whoever is
+        still blocked when this is left by an error is freed."""
+        world = self._membership.world
+        try:
+            yield self._membership.part_of(world.store_to_block(self.deadline))
+        except BaseException:
+            world.free_blocked()
+            raise
+
+    # ------------------------------------------------------------------ the end
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc is None:
+                self._succeed()
+            else:
+                self._fail(exc)
+        finally:
+            del exc  # this frame lives on in the traceback of what is raised
+            self._membership.expect_end(None)
+            self.state = self.on_success = self.on_failure = None
+            self._membership.old_keys += [f"{self._membership.prefix}/{key}" for key in self._keys]
+            if self._stays_out:
+                self._membership.skip()
+            if self._watcher is not None:
+                self._watcher.join(_FAREWELL)
+
+    def publish(self, error: BaseException) -> bytes:
+        """Make ``error`` the outcome on every rank, unless another was first; returns the
+        outcome."""
+        error = self._cause_of(error)
+        mine = Failure.of(error, self.rank, self.phase, self._membership.world.why_lost).encode()
+        if self._stays_out:
+            return mine
+        with contextlib.suppress(RuntimeError):  # the store may be what failed
+            return self._membership.publish(mine)
+        return mine
+
+    # ------------------------------------------------------------------ parts of the above
+
+    def _claim(self, mine: Hello) -> None:
+        try:
+            if self._membership.claim(mine.terms()):
+                self._keys.append("call")
+        except DisagreementError as error:
+            self._stays_out = self.rank in error.missing_ranks
+            raise
+        finally:  # it may be another number now
+            self.store = self._membership.part_of(self._membership.world.store)
+            self._watched = self._membership.part_of(self._membership.world.watched)
+
+    def _start(self) -> None:
+        """Tell visitors that a call has begun."""
+        if self.leads and not self._started:
+            self._started = True
+            self._keys += ["done", "left"]
+            self._membership.store.add("started", 1)
+
+    def _put(self, key: str, value: bytes) -> None:
+        self.store.set(key, value)
+        self._keys.append(key)
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        self._wait_for(keys)
+        return list(self.store.multi_get(keys))
+
+    def _wait_for(self, keys: list[str]) -> None:
+        """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
+        pause = 0.0001
+        looks_around_at = time.monotonic() + _LOOK_AROUND
+        while not self.store.check(keys):
+            if self._outcome is None:
+                self._look_for_outcome()
+            if self.deadline.remaining() == 0.0:
+                raise MissingRanksError(
+                    f"gave up after {self.deadline.seconds:g} s", self.name, self._missing(keys)
+                )
+            self.check()
+            if self._announced and time.monotonic() > looks_around_at:
+                assert self._hello is not None
+                self._membership.check_apart(self._hello, self._missing(keys))
+                looks_around_at = time.monotonic() + _LOOK_AROUND
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
+
+    def _gone(self) -> list[int]:
+        """Members that are not there any more. One that was not when this began may come back."""
+        gone = self._membership.gone()
+        if gone and time.monotonic() < self._awaits_return_until:
+            return [rank for rank in gone if rank not in self._absent]
+        return gone
+
+    def _look_for_outcome(self) -> None:
+        if self.store.check(["outcome"]):
+            self._outcome = self.store.get("outcome")
+
+    def _failure(self) -> Failure:
+        assert self._outcome is not None
+        return Failure.decode(self._outcome)
+
+    def _succeed(self) -> None:
+        """Return only once every rank has done its part."""
+        self.begin("completion")
+        if len(self.members) > 1:
+            self._await_others()
+        self._leave(SUCCESS, self.deadline)
+        self.clock.on_phase = None
+        self.begin("done")
+        if self.on_success is not None:
+            self.on_success()
+
+    def _await_others(self) -> None:
+        """The last rank to arrive writes the outcome."""
+        try:
+            self.check()  # a rank that was stopped until the deadline is too late
+            if self.store.add("done", 1) == len(self.members):
+                self.store.compare_set("outcome", "", SUCCESS.decode())
+            self.wait(lambda: self.store.check(["outcome"]))
+            self._outcome = self.store.get("outcome")
+            if self._outcome != SUCCESS:
+                raise self._failure().error(self.name)
+        except BaseException as error:
+            if isinstance(error, Exception) and self.publish(error) == SUCCESS:
+                return  # the last rank arrived while this one gave up
+            self._fail(error)
+            raise
+
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """Where a broadcast fails, another rank knows why, or is gone itself."""
+        if not isinstance(error, GroupError):
+            return error
+        soon = Deadline(_FAREWELL / 2)
+        try:
+            poll(lambda: soon.remaining() == 0.0, self._look_around)
+        except (RuntimeError, TimeoutError) as cause:
+            return cause.with_traceback(None)  # which leads to the frame that will hold it
+        return error
+
+    def _look_around(self) -> None:
+        self._look_for_outcome()
+        self.check()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the call everywhere, and raise the one error that every rank raises."""
+        self._membership.expect_end(1.2 * _FAREWELL)
+        self._guards.clear()
+        outcome = self.publish(error)
+        failed = Failure.decode(outcome)
+        if not self._stays_out:
+            self._membership.learn(failed, self._hello)
+        self.clock.on_phase = None
+        self.begin("failed")
+        states: dict[int, str] = {}
+        with contextlib.suppress(RuntimeError):
+            states = self._exchange_states()
+            self._leave(outcome, Deadline(_FAREWELL))
+        failure = error if isinstance(error, UpdateError) else failed.error(self.name)
+        failure.engines, failure.seconds = states, dict(self.clock.seconds)
+        if self.on_failure is not None:
+            self.on_failure(failure)
+        try:
+            if failure is error:
+                raise failure
+            if isinstance(error, Exception):
+                raise failure from error
+        finally:
+            del error, failure  # this frame lives on in their traceback
+
+    def _exchange_states(self) -> dict[int, str]:
+        """What the engine of each rank holds; of those that say so soon."""
+        if self.state is None or self._stays_out:
+            return {}
+        self._put(f"state/{self.rank}", self.state().encode())
+        there = [rank for rank in self.members if rank not in self._membership.gone()]
+        keys = [f"state/{rank}" for rank in there]
+        soon = Deadline(_FAREWELL / 2)
+        with contextlib.suppress(TimeoutError):
+            poll(lambda: self.store.check(keys), lambda: soon.check("the other ranks' states"))
+        said = [rank for rank in there if self.store.check([f"state/{rank}"])]
+        return {rank: self.store.get(f"state/{rank}").decode() for rank in said}
+
+    def _leave(self, outcome: bytes, deadline: Deadline) -> None:
+        """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
+        if self._announced:
+            self._membership.withdraw()
+        if self._stays_out:
+            return
+        if not self.leads:
+            self.store.add("left", 1)
+            return
+        self._start()
+        with contextlib.suppress(TimeoutError):
+            poll(self._have_left, lambda: deadline.check("the other ranks to leave"))
+            self._keys.append("outcome")  # otherwise it stays for those that come late
+        self._membership.end(outcome)
+
+    def _have_left(self) -> bool:
+        """Whether all others have; not waiting for those that never will."""
+        return self.store.add("left", 0) >= len(self.members) - 1 - len(self._membership.gone())
+
+    def _await_outcome(self) -> None:
+        try:
+            self._watched.wait(
+                ["outcome"], timedelta(seconds=self.deadline.remaining() + _FAREWELL)
+            )
+            self._outcome = self._watched.get("outcome")
+        except RuntimeError as error:
+            logger.debug("{}: no longer watching the other ranks: {}", self.name, error)

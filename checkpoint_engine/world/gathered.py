@@ -1,0 +1,345 @@
+"""Who owns what of a checkpoint: gathered from all ranks of this world, or loaded from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from loguru import logger
+
+from checkpoint_engine.checksum import Checksums, check_sums
+from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList, ParameterMeta
+from checkpoint_engine.gather import (
+    Layout,
+    decode_layouts,
+    decode_place,
+    join_place,
+    known_digest,
+    missing_layouts,
+)
+from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.hello import Hello
+
+Metas = dict[int, MemoryBufferMetaList]
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one rank knows of the owners. Replaced as a whole, never changed.
+
+    Attributes:
+        name: the checkpoint; ``None``: nothing was gathered, or the metas were loaded.
+        metas: of the ranks that own something.
+        digest: equal on ranks that know the same.
+        nics: the ranks of this world on each NIC.
+        devices: identity of each rank's device.
+        is_registered: whether any rank had registered the checkpoint.
+        is_loaded: whether the metas come from another world.
+        serial: the registration on this rank that was gathered.
+        layout: digest of this rank's own layout.
+        owner_layouts: digest of each rank's layout.
+        layouts: all ranks' layouts by digest; the next gather sends those that are not among them.
+        duplicates: names that several owners have, with equal content.
+        seconds: what gathering took.
+    """
+
+    name: str | None = None
+    metas: Metas = field(default_factory=dict)
+    digest: str = ""
+    nics: Mapping[str, set[int]] = field(default_factory=dict)
+    devices: Mapping[int, str] = field(default_factory=dict)
+    is_registered: bool = True
+    is_loaded: bool = False
+    serial: int = 0
+    layout: str = ""
+    owner_layouts: tuple[str, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    duplicates: frozenset[str] = frozenset()
+    seconds: float = 0.0
+
+    @cached_property
+    def owner_nics(self) -> dict[str, set[int]]:
+        """The owners on each NIC."""
+        return topology(
+            (rank, owned.rdma_device, (owned.p2p_store_addr or "").rpartition(":")[0])
+            for rank, owned in self.metas.items()
+        )
+
+    @cached_property
+    def plan_basis(self) -> tuple[object, ...]:
+        """Equal where the same tensors lie the same way in host buffers: plans hold then."""
+        if self.is_loaded:
+            return (self.digest,)
+        sizes = [
+            (rank, [buffer.size for buffer in owned.memory_buffer_metas_list])
+            for rank, owned in self.metas.items()
+        ]
+        return (self.owner_layouts, sizes, self.owner_nics, self.duplicates)
+
+    @cached_property
+    def checksums(self) -> Checksums:
+        """What every owner's tensors add up to."""
+        return Checksums(self.metas)
+
+    @property
+    def tensor_count(self) -> int:
+        return sum(len(buffer.metas) for buffer in self._buffers())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.size for buffer in self._buffers())
+
+    def _buffers(self) -> Iterable:
+        for owned in self.metas.values():
+            yield from owned.memory_buffer_metas_list
+
+    def check_usable(self, source: Checkpoint, remote: bool) -> None:
+        """Raise unless this is of the checkpoint ``source``, and of what is registered here.
+
+        Args:
+            remote: whether it is to be read by P2P.
+        """
+        if remote and self.is_loaded:
+            if not self.metas:
+                raise RuntimeError(
+                    "the metas that were loaded name no owner of weights: gather the checkpoint in "
+                    "the world that registered it, and load its metas again"
+                )
+            return  # the leases of the other world tell whether they still hold
+        if self.name == source.name and not self.is_registered:
+            raise RuntimeError(
+                f"no rank has registered {source.name!r}: call register_checkpoint() and "
+                "gather_metas() again on all ranks"
+            )
+        if self.name != source.name:
+            last = f"{self.name!r}" if self.is_registered else "None"
+            raise RuntimeError(
+                f"the metas of {source.name!r} have not been gathered (last: {last}): call "
+                f"gather_metas({source.name!r}) on all ranks"
+            )
+        if source.layout.digest != self.layout:
+            raise RuntimeError(
+                f"checkpoint {source.name!r} changed on this rank since its metas were gathered: "
+                "call gather_metas() again on all ranks"
+            )
+        unreadable = [rank for rank, owned in self.metas.items() if not owned.p2p_store_addr]
+        if remote and unreadable:
+            raise RuntimeError(
+                f"ranks {unreadable} own parts of {source.name!r} that cannot be read by P2P: "
+                "they run without it, or could not register the memory (see their logs)"
+            )
+
+    def renewed(self, hellos: Sequence[Hello], source: Checkpoint) -> Gathered:
+        """The same after ranks have registered new values under the same name and layout: those
+        say in their hellos where the values lie and what they add up to."""
+        news = {hello.rank: decode_place(hello.place.encode()) for hello in hellos if hello.place}
+        if not news:
+            return self
+        renewed = {
+            rank: _as_owner(join_place(place, self.layouts[place["layout"]]))
+            for rank, place in news.items()
+            if rank in self.metas
+        }
+        said = json.dumps([self.digest, sorted(news.items())])
+        return replace(
+            self,
+            metas=self.metas | renewed,
+            digest=hashlib.sha256(said.encode()).hexdigest(),
+            serial=source.serial,
+        )
+
+
+def load(metas: Metas) -> Gathered:
+    """The metas of another world, whose owners are to be read by P2P.
+
+    Raises:
+        ValueError: an owner has no P2P address; two owners have different tensors of one name;
+            checksums or a lease are damaged.
+    """
+    owners = {rank: owned for rank, owned in metas.items() if owned.memory_buffer_metas_list}
+    without = [rank for rank, owned in owners.items() if not owned.p2p_store_addr]
+    if without:
+        raise ValueError(
+            f"owner ranks {without} have no P2P address: they run without P2P, or could not "
+            "register this checkpoint for it (see their logs)"
+        )
+    for rank, owned in owners.items():
+        _check_proofs(rank, owned)
+    unleased = [rank for rank, owned in owners.items() if getattr(owned, "lease", None) is None]
+    if unleased:
+        logger.warning(
+            "owner ranks {} gave no lease, as releases of the original do: if they change or drop "
+            "the checkpoint while it is read, nobody notices",
+            unleased,
+        )
+    plain = {rank: owned.model_dump(mode="json") for rank, owned in owners.items()}
+    return Gathered(
+        metas={rank: _as_owner(owned) for rank, owned in owners.items()},
+        digest=hashlib.sha256(json.dumps(plain).encode()).hexdigest(),
+        is_loaded=True,
+        duplicates=frozenset(_find_duplicates(owners)),
+    )
+
+
+def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gathered:
+    """Learn what every rank owns. Called by all ranks; those of ``before`` that all know already
+    are not sent again.
+
+    Args:
+        mine: with ``place``, see ``gather.encode_place``.
+
+    Raises:
+        ValueError: no rank has registered the checkpoint, and none could join another world; or
+            two ranks own different tensors of one name.
+    """
+    hellos = call.exchange(mine)
+    places = [decode_place(hello.place.encode()) for hello in hellos]
+    missing = missing_layouts(places, before.layouts)
+    blobs = call.gather_from(missing, "layouts", source.layout.blob)
+    layouts = decode_layouts(places, before.layouts, dict(zip(missing, blobs, strict=True)))
+    found = {
+        hello.rank: join_place(place, layouts[place["layout"]])
+        for hello, place in zip(hellos, places, strict=True)
+    }
+    owners = {rank: one for rank, one in found.items() if one.memory_buffer_metas_list}
+    for rank, owned in owners.items():
+        _check_proofs(rank, owned)
+    return Gathered(
+        name=source.name,
+        metas={rank: _as_owner(owned) for rank, owned in owners.items()},
+        digest=hashlib.sha256(b"".join(hello.place.encode() for hello in hellos)).hexdigest(),
+        nics=topology((rank, one.rdma_device, one.host_ip) for rank, one in found.items()),
+        devices={rank: one.device_uuid for rank, one in found.items()},
+        is_registered=bool(owners) or _is_registered(call, source, found),
+        serial=source.serial,
+        layout=source.layout.digest,
+        owner_layouts=tuple(place["layout"] for place in places),
+        layouts=layouts,
+        duplicates=_agree_on_duplicates(call, source, owners),
+    )
+
+
+def topology(nics: Iterable[tuple[int, str, str]]) -> dict[str, set[int]]:
+    """The ranks on each NIC, from every (rank, NIC, host). A rank without NIC reads for itself."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for rank, nic, host in nics:
+        found[f"{nic or f'rank-{rank}'}@{host}"].add(rank)
+    return dict(found)
+
+
+def known_layouts(gathered: Gathered) -> str:
+    """Equal on ranks that know the same layouts; part of a rank's place."""
+    return known_digest(gathered.layouts)
+
+
+# ---------------------------------------------------------------------- parts of the above
+
+
+def _as_owner(owned: MemoryBufferMetaList) -> MemoryBufferMetaList:
+    """What ``get_metas`` gives of a rank, and JSON files hold. ``getattr``: objects that pickles of
+    the original hold lack newer fields."""
+    return MemoryBufferMetaList.model_construct(
+        p2p_store_addr=owned.p2p_store_addr,
+        memory_buffer_metas_list=owned.memory_buffer_metas_list,
+        rdma_device=owned.rdma_device,
+        lease=getattr(owned, "lease", None),
+    )
+
+
+def _check_proofs(rank: int, owned: MemoryBufferMetaList) -> None:
+    """Raise ``ValueError`` for checksums or leases that nobody can have written."""
+    for buffer in owned.memory_buffer_metas_list:
+        check_sums(getattr(buffer, "checksums", None), f"the metas of owner {rank}")
+    lease = getattr(owned, "lease", None)
+    if lease is not None and not lease.is_whole:
+        raise ValueError(f"the metas of owner {rank} hold a damaged lease: {lease.id!r:.80}")
+
+
+def _is_registered(call: Call, source: Checkpoint, found: Mapping[int, DataToGather]) -> bool:
+    """A checkpoint that nobody registered is a mistake, unless this world joins another."""
+    if any(call.all_gather("registered", b"1" if source.serial else b"")):
+        return True
+    advice = "call register_checkpoint() before gather_metas()"
+    if not any(one.p2p_store_addr for one in found.values()):
+        raise ValueError(f"no rank has registered checkpoint {source.name!r}: {advice}")
+    logger.bind(rank=call.rank).warning(
+        "no rank has registered checkpoint {}: {}", source.name, advice
+    )
+    return False
+
+
+def _find_duplicates(owners: Mapping[int, MemoryBufferMetaList]) -> dict[str, list[int]]:
+    """The owners of each name that several have.
+
+    Raises:
+        ValueError: they have different dtypes or shapes of it, or one owner has it twice.
+    """
+    names = [meta.name for _, meta in _tensors(owners)]
+    if len(set(names)) == len(names):
+        return {}
+    several = {name for name, count in Counter(names).items() if count > 1}
+    kinds: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+    for rank, meta in _tensors(owners):
+        if meta.name in several:
+            kinds[meta.name].append((rank, f"{meta.dtype} {list(meta.shape)}"))
+    for name, found in kinds.items():
+        (first, kind), *others = found
+        for rank, other_kind in others:
+            if rank == first:
+                raise ValueError(f"rank {rank} owns tensor {name!r} twice")
+            if other_kind != kind:
+                raise ValueError(
+                    f"ranks {first} and {rank} own different tensors {name!r}: {kind} and "
+                    f"{other_kind}; let one rank register it"
+                )
+    return {name: [rank for rank, _ in found] for name, found in kinds.items()}
+
+
+def _tensors(
+    owners: Mapping[int, MemoryBufferMetaList],
+) -> Iterable[tuple[int, ParameterMeta]]:
+    return (
+        (rank, meta)
+        for rank, owned in owners.items()
+        for buffer in owned.memory_buffer_metas_list
+        for meta in buffer.metas
+    )
+
+
+def _agree_on_duplicates(
+    call: Call, source: Checkpoint, owners: Mapping[int, MemoryBufferMetaList]
+) -> frozenset[str]:
+    """Tensors that several ranks own must be equal; one of them is sent then.
+
+    Raises:
+        ValueError: their content is different; names both ranks.
+    """
+    duplicates = _find_duplicates(owners)
+    if not duplicates:
+        return frozenset()
+    holders = sorted({rank for ranks in duplicates.values() for rank in ranks})
+    mine = source.hashes(duplicates.keys()) if call.rank in holders else {}
+    said = call.gather_from(holders, "content", json.dumps(mine).encode())
+    hashes = {rank: json.loads(blob) for rank, blob in zip(holders, said, strict=True)}
+    for name, (first, *others) in duplicates.items():
+        for rank in others:
+            if hashes[rank][name] != hashes[first][name]:
+                raise ValueError(
+                    f"ranks {first} and {rank} own tensor {name!r} with different content: let one "
+                    "rank register it, or give both the same values"
+                )
+    if call.leads:
+        logger.bind(rank=call.rank).warning(
+            "several ranks own the same {} tensors of {}, with equal content, and each is sent "
+            "once: {}",
+            len(duplicates),
+            source.name,
+            ", ".join(sorted(duplicates)[:_SHOWN]),
+        )
+    return frozenset(duplicates)

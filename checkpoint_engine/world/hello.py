@@ -1,0 +1,150 @@
+"""What a rank says first in any collective call, and what the ranks must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint_engine.world.outcome import DisagreementError
+
+_MUST_AGREE = (
+    "call",
+    "checkpoint",
+    "ranks",
+    "version",
+    "on_instance_failure",
+    "compare_ranks",
+    "metas",
+)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """One rank's first words in a collective call.
+
+    Attributes:
+        rank: who speaks.
+        call: the method of ``ParameterServer`` that was called.
+        ranks: the members of a P2P update; ``None``: all ranks.
+        version, on_instance_failure, compare_ranks: arguments of ``update``. ``None``: not given,
+            which goes with any value.
+        metas: digest of what this rank gathered or loaded.
+        device: identity of this rank's device.
+        place: of a gather, what this rank owns and where, as ``gather.encode_place`` made it.
+        address: of an update, where this rank's worker connects.
+        free_bytes: device memory that the buffers of an update may take.
+        bucket_cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
+        nic, host: RDMA device and host that this rank reads through.
+        joins_parts: whether the worker of the last update takes tensors in parts.
+        neighbour: where ranks of the same host reach this one, on the cpu device.
+        group: id of the broadcast group that this rank kept from its last update.
+        instance: the engine instance that this rank's worker belongs to.
+        nonce: random; that of the first rank names the update, and the group if one is made.
+        trace: the folder for a trace; empty: none.
+    """
+
+    rank: int
+    call: str
+    checkpoint: str = ""
+    ranks: tuple[int, ...] | None = None
+    version: str | None = None
+    on_instance_failure: str | None = None
+    compare_ranks: bool | None = None
+    metas: str | None = None
+    device: str = ""
+    place: str = ""
+    address: str = ""
+    free_bytes: int = 0
+    bucket_cap: int = 0
+    nic: str = ""
+    host: str = ""
+    joins_parts: bool = False
+    neighbour: str = ""
+    group: str = ""
+    instance: str = ""
+    nonce: str = ""
+    trace: str = ""
+
+    def encode(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @staticmethod
+    def decode(blob: bytes) -> Hello:
+        fields: dict[str, Any] = json.loads(blob)
+        ranks = fields["ranks"]
+        return Hello(**{**fields, "ranks": None if ranks is None else tuple(ranks)})
+
+    def terms(self) -> Hello:
+        """The part that the ranks must agree on."""
+        return Hello(self.rank, **{name: getattr(self, name) for name in _MUST_AGREE})
+
+    @property
+    def wish(self) -> str:
+        """The call as its caller wrote it: ``update('step-8', ranks=[0])``."""
+        arguments = [repr(self.checkpoint)] if self.checkpoint else []
+        if self.ranks is not None:
+            arguments.append(f"ranks={list(self.ranks)}")
+        if self.version is not None:
+            arguments.append(f"version={self.version!r}")
+        if self.on_instance_failure == "continue":
+            arguments.append("on_instance_failure='continue'")
+        if self.compare_ranks:
+            arguments.append("compare_ranks=True")
+        return f"{self.call}({', '.join(arguments)})"
+
+    def differs_from(self, other: Hello) -> bool:
+        """Whether the two are not the same collective call."""
+        pairs = [(getattr(self, name), getattr(other, name)) for name in _MUST_AGREE[3:]]
+        return (self.call, self.checkpoint, self.ranks) != (
+            other.call,
+            other.checkpoint,
+            other.ranks,
+        ) or any(mine != theirs for mine, theirs in pairs if None not in (mine, theirs))
+
+
+def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> DisagreementError:
+    """The error of two ranks whose calls do not go together; names who wants what."""
+    first, second = sorted((one, other), key=lambda hello: hello.rank, reverse=True)
+    if first.wish != second.wish:
+        text = (
+            f"rank {first.rank} is in {first.wish}, rank {second.rank} in {second.wish}: all ranks "
+            "must make the same collective calls in the same order; after a call that failed on "
+            "one rank, let all ranks skip that checkpoint"
+        )
+    else:
+        text = (
+            f"ranks {second.rank} and {first.rank} gathered other metas for {first.wish}: call "
+            f"gather_metas({first.checkpoint!r}), or load_metas(), on all ranks"
+        )
+    return DisagreementError(text, [one.wish, other.wish], missing)
+
+
+def check_agreement(hellos: Sequence[Hello]) -> None:
+    """Compare what all ranks of a call said.
+
+    Raises:
+        DisagreementError: two of them make different calls.
+        ValueError: two of them are on one device.
+    """
+    for one in hellos:
+        for other in (hellos[0], *(hello for hello in hellos if hello.version is not None)):
+            if one.differs_from(other):
+                raise disagreement(one, other)
+    seen: dict[str, int] = {}
+    for hello in hellos:
+        other_rank = seen.setdefault(hello.device, hello.rank)
+        if hello.device and other_rank != hello.rank:
+            raise ValueError(
+                f"ranks {other_rank} and {hello.rank} are both on device {hello.device}: give each "
+                "rank a device of its own (gpu_count, CUDA_VISIBLE_DEVICES; on the cpu device "
+                "LOCAL_WORLD_SIZE)"
+            )
+
+
+def agreed_version(hellos: Sequence[Hello]) -> str:
+    """The id of an update, the same on every rank: the one that was given, else a random one."""
+    given = [hello.version for hello in hellos if hello.version is not None]
+    return given[0] if given else hellos[0].nonce

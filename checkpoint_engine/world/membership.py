@@ -1,0 +1,205 @@
+"""Ranks that make collective calls together, and how their calls pair up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch.distributed as dist
+
+from checkpoint_engine.deadline import Deadline, poll
+from checkpoint_engine.store import Alone, World
+from checkpoint_engine.world.hello import Hello, disagreement
+from checkpoint_engine.world.outcome import (
+    SUCCESS,
+    Failure,
+    GoneError,
+    Last,
+    describe,
+)
+
+
+class Membership:
+    """Some ranks that make collective calls together, and their part of the store.
+
+    The n-th call of every member is the same one, however late a member comes to it: it finds the
+    outcome then. Two exceptions keep members in step after a failure. A member that the others
+    gave up waiting for goes on to the next number, for it has not made that call. And after ranks
+    disagreed, a member that comes to a call which the other side has left already is behind: it
+    fails alone, and the others go on waiting for it.
+    """
+
+    def __init__(
+        self, name: str, members: tuple[int, ...], rank: int, world_size: int, world: World | Alone
+    ) -> None:
+        self.members = members
+        self.rank = rank
+        self.world_size = world_size
+        self.world = world
+        self.old_keys: list[str] = []
+        self._name = name
+        self._count = 0
+        self._visits = 0
+        self._left_by_me: list[str] = []
+        self._left_by_others: list[str] = []
+
+    # ------------------------------------------------------------------ the running call
+
+    @property
+    def store(self) -> Any:
+        return dist.PrefixStore(self._name, self.world.store)
+
+    @property
+    def prefix(self) -> str:
+        """Of the running call's keys."""
+        return str(self._count)
+
+    def part_of(self, store: Any) -> Any:
+        """The running call's part of a store of the world."""
+        return dist.PrefixStore(self.prefix, dist.PrefixStore(self._name, store))
+
+    def begin(self) -> None:
+        """Go on to the next call that this rank has part in."""
+        self._count += 1
+        while self.rank in self._missed_by():
+            self._count += 1
+
+    def skip(self) -> None:
+        """This rank has not made the running call."""
+        self._count -= 1
+
+    def join_late(self) -> None:
+        """Go on where the others are: this process took another one's place."""
+        self.withdraw()  # what that process announced
+        if self.store.check(["last"]):
+            self._count = Last.decode(self.store.get("last")).number
+
+    def end(self, outcome: bytes) -> None:
+        """Called by the first member, last of all."""
+        self.store.set("last", Last(self._count, outcome).encode())
+        self.store.add("finished", 1)
+
+    def forget(self) -> None:
+        """Drop what this rank wrote in calls that every member has left."""
+        for key in self.old_keys:
+            self.store.delete_key(key)
+        self.old_keys.clear()
+
+    def expect_end(self, seconds: float | None) -> None:
+        """Cut the store's connections if the running call has not ended after ``seconds``."""
+        self.world.peers.expect_end(seconds)
+
+    def gone(self) -> list[int]:
+        """The members that are not there any more."""
+        return sorted(self.world.peers.gone.intersection(self.members))
+
+    def describe(self, error: BaseException) -> str:
+        return describe(error, self.world.why_lost)
+
+    def _missed_by(self) -> list[int]:
+        """The members that the others gave up waiting for in the call of this number."""
+        key = f"{self.prefix}/outcome"
+        outcome = self.store.get(key) if self.store.check([key]) else SUCCESS
+        return [] if outcome == SUCCESS else list(Failure.decode(outcome).missing)
+
+    # ------------------------------------------------------------------ which call it is
+
+    def claim(self, mine: Hello) -> bool:
+        """Say which call this rank makes; the first member to come decides what the others must
+        make, too. Returns whether this one was the first.
+
+        Raises:
+            DisagreementError: it makes another one. ``missing_ranks`` holds this rank if only this
+                rank fails.
+        """
+        while True:
+            store = self.part_of(self.world.store)
+            first = Hello.decode(store.compare_set("call", "", mine.encode().decode()))
+            if not first.differs_from(mine):
+                return first.rank == mine.rank
+            if first.wish not in self._left_by_me:
+                is_behind = mine.wish in self._left_by_others
+                raise disagreement(mine, first, [self.rank] if is_behind else [])
+            # The first rank is behind: it fails, and this one goes on to the next number.
+            behind = disagreement(first, mine, [self.rank])
+            self.publish(Failure.of(behind, first.rank, "start", self.world.why_lost).encode())
+            self.begin()
+
+    def agreed(self) -> None:
+        """All members make the same call: what was left before does not matter any more."""
+        self._left_by_me, self._left_by_others = [], []
+
+    def learn(self, failure: Failure, mine: Hello | None) -> None:
+        """The running call of this rank failed."""
+        if failure.calls and mine is not None:
+            self._left_by_me.append(mine.wish)
+            self._left_by_others += [call for call in failure.calls if call != mine.wish]
+
+    def publish(self, outcome: bytes) -> bytes:
+        """Make this the running call's outcome unless there is one; returns the outcome."""
+        store = self.part_of(self.world.store)
+        return bytes(store.compare_set("outcome", "", outcome.decode()))
+
+    # ------------------------------------------------------------------ calls of other ranks
+
+    def announce(self, mine: Hello) -> None:
+        """Let ranks that wait for this one in another call see what it does."""
+        said = {"hello": mine.encode().decode(), "part": f"{self._name}/{self.prefix}"}
+        self.world.store.set(f"doing/{self.rank}", json.dumps(said))
+
+    def withdraw(self) -> None:
+        self.world.store.delete_key(f"doing/{self.rank}")
+
+    def check_apart(self, mine: Hello, others: list[int]) -> None:
+        """Compare this rank's update with those that ``others`` have announced.
+
+        Raises:
+            DisagreementError: one of them updates from the same checkpoint, but not the same
+                ranks, and there are ranks in both. That call fails, too.
+        """
+        store = self.world.store
+        for key in (f"doing/{rank}" for rank in others):
+            if not store.check([key]):
+                continue
+            said = json.loads(store.get(key))
+            theirs = Hello.decode(said["hello"])
+            part = dist.PrefixStore(said["part"], store)
+            is_over = theirs.rank in self.world.peers.gone or part.check(["outcome"])
+            if _overlap(mine, theirs) and not is_over:
+                # A rank of both has made one of the two calls only.
+                in_theirs = theirs.ranks is None or self.rank in theirs.ranks
+                error = disagreement(mine, theirs, [self.rank] if in_theirs else [])
+                failure = Failure.of(error, self.rank, "start", self.world.why_lost)
+                part.compare_set("outcome", "", failure.encode().decode())
+                raise disagreement(
+                    mine, theirs, [theirs.rank] if theirs.rank in self.members else []
+                )
+
+    # ------------------------------------------------------------------ ranks that only wait
+
+    def visit(self, name: str, deadline: Deadline) -> None:
+        """Wait for the members' next call, or the one that is running, to end."""
+        self._visits += 1
+
+        def check() -> None:
+            deadline.check(f"{name} of ranks {list(self.members)}")
+            if (gone := self.gone()) and not self._is_over():
+                raise GoneError(gone, name)
+
+        poll(self._is_over, check)
+        self._visits = self.store.add("finished", 0)
+        outcome = Last.decode(self.store.get("last")).outcome
+        if outcome != SUCCESS:
+            raise Failure.decode(outcome).error(name)
+
+    def _is_over(self) -> bool:
+        finished = self.store.add("finished", 0)
+        return finished >= self._visits and self.store.add("started", 0) <= finished
+
+
+def _overlap(one: Hello, other: Hello) -> bool:
+    """Whether two updates from one checkpoint have different members, and some in common."""
+    same = (one.call, one.checkpoint) == (other.call, other.checkpoint)
+    if not same or one.ranks == other.ranks:
+        return False
+    return one.ranks is None or other.ranks is None or bool(set(one.ranks) & set(other.ranks))
