@@ -90,7 +90,7 @@ def measure_plan(repeats: int) -> list[float]:
 
 def measure_metas(tensors: int, owners: int, repeats: int) -> tuple[float, float, int]:
     """Seconds of all owners' encoding and of one rank's decoding, and the bytes between."""
-    from checkpoint_engine.gather import KnownLayouts, encode_layout
+    from checkpoint_engine.gather import decode_layouts, encode_layout
 
     layouts = [
         [buffer.metas for buffer in owned.memory_buffer_metas_list]
@@ -100,7 +100,7 @@ def measure_metas(tensors: int, owners: int, repeats: int) -> tuple[float, float
     places = [{"layout": one.digest} for one in encoded]
     received = {owner: one.blob for owner, one in enumerate(encoded)}
     encode = seconds_of(lambda: [encode_layout(layout) for layout in layouts], repeats)
-    decode = seconds_of(lambda: KnownLayouts().update(places, received), repeats)
+    decode = seconds_of(lambda: decode_layouts(places, {}, received), repeats)
     return encode, decode, sum(map(len, received.values()))
 
 

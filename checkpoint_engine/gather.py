@@ -231,6 +231,5 @@ def decode_layouts(
     """The layouts of all places by digest: ``known`` ones, and those that were ``received``."""
     with _without_garbage_collection():
         fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
-    return {
-        place["layout"]: fresh.get(place["layout"]) or known[place["layout"]] for place in places
-    }
+    both = {**known, **fresh}
+    return {place["layout"]: both[place["layout"]] for place in places}

@@ -9,7 +9,7 @@ import bisect
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from checkpoint_engine.data_types import (
@@ -172,12 +172,9 @@ def plan_transfer(
         may_cut: whether a tensor that is larger than a bucket may travel in parts.
         duplicates: names that several owners have; the first owner sends them.
     """
-    nbytes = size.bytes
     if pace is not None:
-        largest = largest_tensor(metas)
-        largest = min(largest, LARGEST_WHOLE) if may_cut else largest
-        nbytes = min(nbytes, max(pace.bucket(total_bytes(metas)), largest))
-    cut = _cut_all(metas, nbytes, may_cut, duplicates)
+        size = paced(size, pace, metas, may_cut)
+    cut = _cut_all(metas, size.bytes, may_cut, duplicates)
     buckets = _with_receivers(cut, local_topo, remote_topo, ranks)
     rounds = _in_rounds(buckets)
     steps = tuple(
@@ -186,6 +183,13 @@ def plan_transfer(
     )
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
     return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
+
+
+def paced(size: BucketSize, pace: Pace, metas: Metas, may_cut: bool) -> BucketSize:
+    """The best bucket that ``size`` allows."""
+    largest = largest_tensor(metas)
+    largest = min(largest, LARGEST_WHOLE) if may_cut else largest
+    return replace(size, bytes=min(size.bytes, max(pace.bucket(total_bytes(metas)), largest)))
 
 
 def gen_h2d_buckets(

@@ -292,7 +292,7 @@ def transports() -> list[bool]:
         worker.call("forget")
         ps.update("c", request_of(worker, RANK), timeout=SHORT)
         assert len(worker.call("digests")) == WORLD_SIZE * len(mixed_tensors(7, RANK))
-        used.append(ps._weights_group is not None)
+        used.append(ps._server.ways[-1]._group is not None)
     worker.stop()
     return used
 
@@ -356,8 +356,8 @@ def source(folder: str, changes: list[str]) -> dict[str, Any]:
 
 def _all_see(rank: Rank, file: Path) -> bool:
     """Whether it was there when rank 0 looked; the same answer on every rank."""
-    with rank.ps._control.operation("look", 30) as operation:
-        return operation.all_gather("seen", b"1" if file.exists() else b"0")[0] == b"1"
+    with rank.ps._control.call("look", 30) as call:
+        return call.all_gather("seen", b"1" if file.exists() else b"0")[0] == b"1"
 
 
 def _save_metas(rank: Rank, path: Path) -> None:

@@ -24,11 +24,14 @@ from checkpoint_engine.data_types import (
     tensor_nbytes,
 )
 from checkpoint_engine.gather import (
-    KnownLayouts,
+    Layout,
     decode_layout,
+    decode_layouts,
     encode_layout,
     encode_place,
     join_place,
+    known_digest,
+    missing_layouts,
 )
 
 ALL_METAS = TypeAdapter(dict[int, MemoryBufferMetaList])
@@ -167,20 +170,24 @@ class World:
     """Ranks that gather: what they own, and what each knows from the times before."""
 
     def __init__(self, size: int) -> None:
-        self.known = [KnownLayouts() for _ in range(size)]
+        self.known: list[dict[str, Layout]] = [{} for _ in range(size)]
 
     def gather(self, names: list[str]) -> list[int]:
         """The ranks whose layouts were sent; every rank's tensor has one of ``names``."""
         layouts = [encode_layout([[meta(name)]]) for name in names]
         places = [
-            json.loads(encode_place(gathered(buffer_of(meta(name))), layout.digest, known.digest))
+            json.loads(
+                encode_place(gathered(buffer_of(meta(name))), layout.digest, known_digest(known))
+            )
             for name, layout, known in zip(names, layouts, self.known, strict=True)
         ]
-        missing = [known.missing(places) for known in self.known]
+        missing = [missing_layouts(places, known) for known in self.known]
         assert all(ranks == missing[0] for ranks in missing)  # or they would wait for each other
         received = {rank: layouts[rank].blob for rank in missing[0]}
-        for known in self.known:
-            assert known.update(places, received) == [[[meta(name)]] for name in names]
+        for rank, known in enumerate(self.known):
+            self.known[rank] = decode_layouts(places, known, received)
+            found = [self.known[rank][place["layout"]] for place in places]
+            assert found == [[[meta(name)]] for name in names]
         return missing[0]
 
 
@@ -196,7 +203,7 @@ def test_only_layouts_that_changed_are_sent() -> None:
 def test_a_rank_that_knows_less_is_sent_everything() -> None:
     world = World(3)
     world.gather(["a", "b", "c"])
-    world.known[1] = KnownLayouts()  # its process was restarted
+    world.known[1] = {}  # its process was restarted
     assert world.gather(["a", "b", "c"]) == [0, 1, 2]
     assert world.gather(["a", "b", "c"]) == []
 
@@ -212,7 +219,7 @@ def test_ranks_always_agree_on_what_is_sent(steps: list[tuple[list[str], int]]) 
     world = World(3)
     for names, restarted in steps:
         if restarted >= 0:
-            world.known[restarted] = KnownLayouts()
+            world.known[restarted] = {}
         world.gather(names)
 
 

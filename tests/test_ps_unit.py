@@ -51,7 +51,7 @@ def server() -> ParameterServer:
 
 
 def in_use(server: ParameterServer) -> int:
-    return server._host_memory.usage.in_use
+    return server._checkpoints.memory.usage.in_use
 
 
 def test_the_next_step_allocates_nothing(server: ParameterServer) -> None:
@@ -62,7 +62,7 @@ def test_the_next_step_allocates_nothing(server: ParameterServer) -> None:
         addresses.add(server._memory_pool[name][0].buffer.data_ptr())
         server.unregister_checkpoint(name)
     assert len(addresses) == 1
-    assert server._host_memory.usage.retained >= 40000
+    assert server._checkpoints.memory.usage.retained >= 40000
 
 
 def test_memory_is_given_back_when_asked_for(
@@ -70,27 +70,37 @@ def test_memory_is_given_back_when_asked_for(
 ) -> None:
     server.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
     server.unregister_checkpoint("a", force=True)
-    assert server._host_memory.usage == (0, 0)
+    assert server._checkpoints.memory.usage == (0, 0)
     monkeypatch.setenv("PS_RETAIN_HOST_MEMORY", "0")
     frugal = ParameterServer(rank=0, world_size=1)
     frugal.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
     frugal.unregister_checkpoint("a")
-    assert frugal._host_memory.usage == (0, 0)
+    assert frugal._checkpoints.memory.usage == (0, 0)
 
 
 def test_plans_are_kept_between_updates(server: ParameterServer) -> None:
     server.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
     received(server, "a")
-    planned = server._planned
-    assert received(server, "a").keys() == {"w"}
+    broadcast = server._server.ways[-1]
+    planned = broadcast._planned
     assert planned is not None
+    server.unregister_checkpoint("a")
+    server.register_checkpoint("a", named_tensors={"w": torch.zeros(5000)})
+    assert received(server, "a").keys() == {"w"}
+    assert broadcast._planned is planned
     server.unregister_checkpoint("a")
     server.register_checkpoint("a", named_tensors={"v": torch.ones(7)})
     assert received(server, "a").keys() == {"v"}
 
 
-def received(server: ParameterServer, name: str, seconds: float = SOON) -> Weights:
+def received(server: ParameterServer, name: str) -> Weights:
     """What a worker gets when ``name`` is gathered and sent."""
+    server.gather_metas(name)
+    return updated(server, name)
+
+
+def updated(server: ParameterServer, name: str) -> Weights:
+    """What a worker gets when ``name``, gathered some time before, is sent."""
     weights: Weights = {}
 
     def engine(paths: list[tuple[str, str]]) -> None:
@@ -102,8 +112,7 @@ def received(server: ParameterServer, name: str, seconds: float = SOON) -> Weigh
                 run=lambda some: weights.update({k: v.clone() for k, v in some}),
             )
 
-    server.gather_metas(name)
-    server.update(name, engine, timeout=timedelta(seconds=seconds))
+    server.update(name, engine, timeout=timedelta(seconds=SOON))
     return weights
 
 
@@ -254,7 +263,8 @@ def test_a_failure_leaves_nothing(server: ParameterServer, tmp_path: Path) -> No
 @pytest.mark.parametrize("arguments", [{}, {"files": []}, {"named_tensors": {}}])
 def test_nothing_to_register(server: ParameterServer, arguments: dict[str, Any]) -> None:
     server.register_checkpoint("c", **arguments)
-    assert received(server, "c") == {}
+    with pytest.raises(UpdateError, match="'c' holds no tensors on any rank: there is nothing to"):
+        received(server, "c")
     assert server.get_metas() == {}
     server.unregister_checkpoint("c")
 
@@ -281,7 +291,7 @@ def test_unregistering_frees(server: ParameterServer) -> None:
 
 
 def test_unregistering_what_is_unknown_only_warns(server: ParameterServer) -> None:
-    with patch.object(server, "_log") as log:
+    with patch.object(server._checkpoints, "_log") as log:
         server.unregister_checkpoint("nothing")
         server.unregister_checkpoint("nothing", force=True)
     assert log.warning.call_count == 2
@@ -357,7 +367,8 @@ def test_a_rank_that_owned_nothing_of_the_first_step(server: ParameterServer) ->
     assert same(received(server, "b"), some(2))
     server.unregister_checkpoint("b")
     server.register_checkpoint("c", use_shared_memory_pool=True)
-    assert received(server, "c") == {}
+    server.gather_metas("c")
+    assert server.get_metas() == {}
 
 
 # ---------------------------------------------------------------------- in place
@@ -568,10 +579,10 @@ def test_loading_metas(server: ParameterServer) -> None:
 def test_metas_without_leases_are_warned_about(server: ParameterServer) -> None:
     """As releases of the original write them."""
     metas = metas_of(server, "10.0.0.9:777")
-    with patch.object(server, "_log") as log:
+    with patch("checkpoint_engine.world.gathered.logger") as log:
         server.load_metas(metas)
         server.load_metas(
-            {0: metas[0].model_copy(update={"lease": Lease(ptr=1, id="ab")})},
+            {0: metas[0].model_copy(update={"lease": Lease(ptr=1, id="ab" * 32)})},
         )
     ((text, ranks),) = [call.args for call in log.warning.call_args_list]
     assert "gave no lease" in text
@@ -622,9 +633,46 @@ def test_updating_what_changed_since_it_was_gathered(server: ParameterServer, ch
 def test_the_same_tensors_with_new_values_need_no_new_gather(server: ParameterServer) -> None:
     server.register_checkpoint("a", named_tensors=some(1))
     assert same(received(server, "a"), some(1))
-    server.unregister_checkpoint("a")
-    server.register_checkpoint("a", named_tensors=some(2))
-    assert same(received(server, "a"), some(2))
+    for seed in (2, 3):
+        server.unregister_checkpoint("a")
+        server.register_checkpoint("a", named_tensors=some(seed))
+        assert same(updated(server, "a"), some(seed))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"lease": Lease(ptr=1, id="ab")}, "owner 0 hold a damaged lease: 'ab'"),
+        ({"lease": Lease(ptr=1, id="")}, "damaged lease"),
+        ({"checksums": "!!!"}, "owner 0 hold damaged checksums: '!!!'"),
+        ({"checksums": "odd factors, 2047:!!!"}, "damaged checksums"),
+        ({"checksums": ""}, "damaged checksums"),
+    ],
+)
+def test_damaged_proofs_are_refused(
+    server: ParameterServer, damage: dict[str, Any], says: str
+) -> None:
+    """Taken for none, they would leave bytes unchecked."""
+    metas = metas_of(server, "10.0.0.9:777")
+    (buffer,) = metas[0].memory_buffer_metas_list
+    if "checksums" in damage:
+        buffer.checksums = damage["checksums"]
+    else:
+        metas[0] = metas[0].model_copy(update=damage)
+    before = server.get_metas()
+    with pytest.raises(ValueError, match=says):
+        server.load_metas(metas)
+    assert server.get_metas() == before
+
+
+def test_two_owners_of_other_worlds_with_different_tensors_of_one_name(
+    server: ParameterServer,
+) -> None:
+    metas = metas_of(server, "10.0.0.9:777")
+    other = metas[0].model_copy(deep=True)
+    other.memory_buffer_metas_list[0].metas[0].dtype = torch.int32
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 own different tensors 'w\.0'"):
+        server.load_metas({0: metas[0], 1: other})
 
 
 def test_p2p_that_cannot_start_warns_once_and_says_why() -> None:
@@ -684,6 +732,8 @@ def test_a_server_that_is_busy(server: ParameterServer) -> None:
             lambda: server.update("a", print),
             lambda: server.gather_metas("a"),
             lambda: server.store_based_barrier(),
+            lambda: server.load_metas({}),
+            lambda: server.release_groups(),
         ):
             with pytest.raises(BusyError, match="refused: this rank is in a collective call"):
                 call()

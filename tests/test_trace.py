@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.trace import write_trace
+from checkpoint_engine.update.trace import write_trace
 from torchrun import torchrun
 
 SOON = 2.0  # seconds in which an error is on every rank, with a trace or without
@@ -95,20 +95,24 @@ def test_one_rank_that_asks_is_enough_and_nothing_is_overwritten(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [("bucket:2", "reload"), ("hook", "post hook")])
-def test_a_failed_update_has_one_too(tmp_path: Path, fault: str, phase: str) -> None:
+def test_each_rank_writes_its_part_of_a_failed_update(
+    tmp_path: Path, fault: str, phase: str
+) -> None:
     folder = tmp_path / "traces"
     env = {**SMALL_BUCKETS, "PS_TRACE": str(folder)}
     results = torchrun(tmp_path, 2, "faults", env=env, cases=[{"fault": fault, "rank": 1}])
     seen = [result["seen"][0] for result in results]
     assert all(one["seconds"] < SOON and one["leaked"] == [] for one in seen)
-    path = Path(seen[0]["trace"])  # rank 0 writes
-    assert seen[1]["trace"] is None
-    assert [path] == [one for one in folder.iterdir() if one.name.endswith("-failed.json")]
-    trace = json.loads(path.read_text())
-    assert trace["otherData"]["failure"] == seen[0]["error"] == seen[1]["error"]
-    (mark,) = [event for event in trace["traceEvents"] if event["ph"] == "i"]
+    paths = [Path(one["trace"]) for one in seen]
+    assert sorted(paths) == sorted(folder.glob("*-failed-rank[01].json"))
+    traces = [json.loads(path.read_text()) for path in paths]
+    for trace in traces:
+        assert trace["otherData"]["failure"] == seen[0]["error"] == seen[1]["error"]
+    marks = [[one for one in trace["traceEvents"] if one["ph"] == "i"] for trace in traces]
+    assert marks[0] == []
+    (mark,) = marks[1]
     assert mark["name"] == f"rank 1 failed during {phase}"
-    lanes = lanes_of(path)
+    lanes = lanes_of(paths[0]) | lanes_of(paths[1])
     for rank in range(2):
         phases = [event["name"] for event in lanes[rank, "phases"]]
         assert (phases[0], phases[-1]) == ("start", "failed")
@@ -128,7 +132,7 @@ def test_a_rank_that_is_gone_has_no_lanes_and_nothing_is_overwritten(tmp_path: P
     part = zlib.compress(json.dumps({"rank": 1, "host": "h", "spans": spans}).encode())
     failure = UpdateError("update", 0, "reload", "rank 0 is gone")
     paths = [write_trace(tmp_path, "c", "1", [part], failure) for _ in range(2)]
-    assert [path.name for path in paths] == ["c-1-failed.json", "c-1-failed-2.json"]
+    assert [path.name for path in paths] == ["c-1-failed-rank1.json", "c-1-failed-rank1-2.json"]
     for path in paths:
         assert list(lanes_of(path)) == [(1, "phases")]
         assert "rank 0 is gone" in json.loads(path.read_text())["otherData"]["failure"]

@@ -10,21 +10,28 @@ import signal
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.data_types import H2DBucket
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.distributed.shared_memory import Neighbours, SharedMemoryGroup
-from checkpoint_engine.distributed.weights_group import WeightsGroup, Work, create_weights_group
+from checkpoint_engine.distributed.weights_group import create_weights_group
 from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.pipeline import make_streams
+from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.transfer.shared_memory import Neighbours
+from checkpoint_engine.transfer.streams import make_streams
+from checkpoint_engine.transfer.tracer import RankTracer
+from checkpoint_engine.update.ways.base import Job
+from checkpoint_engine.update.ways.shared_memory import SharedMemoryMover
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,17 +55,17 @@ class Rank:
         self.stack = contextlib.ExitStack()
         device = DeviceManager("cpu")
         self.buffer = self.stack.enter_context(SharedBuffer(device, 0, 2 * SLOT))
-        self.streams = make_streams(device, order_broadcasts=transport != "gloo")
+        self.streams = make_streams(device, orders_double_buffer=transport != "gloo")
         neighbours = self._meet() if transport != "gloo" else None
         self.stack.callback(self.streams.close)
         self.buffer.unlink()
         ranks = list(range(size))
-        self.group: WeightsGroup = (
+        self.group: Any = (
             create_weights_group(
                 "gloo", store, ranks, rank, "127.0.0.1", device.device(0), patience("the others")
             )
             if neighbours is None
-            else SharedMemoryGroup(neighbours, self.buffer, self.streams)
+            else SharedMemoryBroadcasts(self, neighbours)
         )
         self.group.expect_end(PATIENCE)
 
@@ -90,6 +97,55 @@ class Rank:
         return {k: (self.before[k], after[k]) for k in after if after[k] != self.before[k]}
 
 
+class SharedMemoryBroadcasts:
+    """The mover of shared memory, with a group's interface. A bucket is in its slot already."""
+
+    def __init__(self, me: Rank, neighbours: Neighbours) -> None:
+        plan = TransferPlan((), SLOT, staging=False)
+        call = SimpleNamespace(rank=me.rank, deadline=Deadline(PATIENCE))
+        source = SimpleNamespace(copy=lambda bucket, target: None)
+        tracer = RankTracer(me.rank, plan, DeviceManager("cpu"), exact=False)
+        tracer._steps = defaultdict(int)
+        job = Job(call, plan, source, None, me.buffer, tracer)
+        self._neighbours = neighbours
+        self._start = me.buffer.tensor.data_ptr()
+        self._mover = SharedMemoryMover(job, neighbours, me.streams)
+
+    def expect_end(self, seconds: float) -> None:
+        self._mover._end = time.monotonic() + seconds
+
+    def broadcast(self, target: torch.Tensor, src: int) -> Bucket:
+        slot = (target.data_ptr() - self._start) // SLOT
+        return Bucket(
+            self._mover, Step(src, src, H2DBucket(size=target.nbytes, ranges=[], items=[]), slot)
+        )
+
+    def abort(self) -> None:
+        self._neighbours.hang_up()
+        self.close()
+
+    def close(self) -> None:
+        self._neighbours.memory.clear()
+
+
+class Bucket:
+    def __init__(self, mover: SharedMemoryMover, step: Step) -> None:
+        self._mover, self._step = mover, step
+        self._error: RuntimeError | None = None
+        mover.start(step)
+
+    def is_completed(self) -> bool:
+        try:
+            return self._mover.has_arrived(self._step)
+        except RuntimeError as error:
+            self._error = error
+            return True
+
+    def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 def resources() -> dict[str, Any]:
     gc.collect()
     maps = Path("/proc/self/maps").read_text()
@@ -105,7 +161,7 @@ def patience(what: str, seconds: float = PATIENCE) -> Callable[[], None]:
     return lambda: deadline.check(what)
 
 
-def finish(work: Work, seconds: float = PATIENCE) -> None:
+def finish(work: Any, seconds: float = PATIENCE) -> None:
     poll(work.is_completed, patience("a broadcast", seconds))
     work.wait()
 
@@ -175,7 +231,7 @@ def abort_on_rank_0(me: Rank) -> dict[str, Any]:
     return {"failed": ("RuntimeError", seconds), "abort": seconds, "left": me.leave("close")}
 
 
-def _error(work: Work, seconds: float = PATIENCE) -> tuple[str, float]:
+def _error(work: Any, seconds: float = PATIENCE) -> tuple[str, float]:
     """How it fails, and after how long."""
     began = time.monotonic()
     try:

@@ -24,7 +24,7 @@ def hash_tensors(buffers: Sequence[MemoryBuffer], names: Set[str]) -> dict[str, 
     for buffer in buffers:
         sizes = (meta.aligned_size for meta in buffer.metas)
         starts = itertools.accumulate(sizes, initial=0)
-        memory = buffer.buffer.numpy()
+        memory = buffer.buffer.numpy().data
         for meta, start in zip(buffer.metas, starts, strict=False):
             if meta.name in names:
                 content = memory[start : start + tensor_nbytes(meta.dtype, meta.shape)]

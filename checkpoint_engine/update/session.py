@@ -55,7 +55,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
-        self._told_to_release = self._told_to_finish = False
+        self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
 
     def describe_state(self) -> str:
@@ -102,7 +102,8 @@ class WorkerSession:
 
     def check(self) -> None:
         """Raise if this rank's engine is gone. A guard of the call, see ``Call.guarded``."""
-        self._link.check()
+        if not self._may_leave:
+            self._link.check()
 
     def begin_reload(self, message: bytes) -> None:
         self.state = EngineState.PARTLY_WRITTEN
@@ -145,6 +146,7 @@ class WorkerSession:
         the engine's answer alone tells whether they succeeded.
         """
         self.state = EngineState.PARTLY_WRITTEN
+        self._may_leave = True
         try:
             if not self._told_to_finish:
                 self._link.send(NOTHING_MORE, self._check)

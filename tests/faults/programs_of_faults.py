@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -284,7 +285,8 @@ class ServerRank:
 
     def scarce(self, fraction: float) -> None:
         """Let this rank have little device memory to spare."""
-        self.ps._mem_fraction = fraction
+        server = self.ps._server
+        self.ps._server = replace(server, here=replace(server.here, mem_fraction=fraction))
 
     def fill_shared_memory(self, leave: int) -> None:
         fill_shared_memory(leave)
@@ -305,13 +307,14 @@ class ServerRank:
         return {
             **resources_of_process(),
             "registered": sorted(ps._memory_pool),
-            "host memory": tuple(ps._host_memory.usage),
+            "host memory": tuple(ps._checkpoints.memory.usage),
             "P2P": [] if store is None else sorted(store._registered),
             "P2P reads": 0 if store is None else len(store._unfinished),
-            "leases": sorted(ps._leases),
-            "weights group": ps._weights_group is None,
+            "leases": sorted(one.name for one in ps._checkpoints.all() if one.lease),
+            "weights group": ps._server.ways[-1]._group is None,
             "process group": dist.is_initialized(),
-            "running": ps._running,
+            "running": ps._control.running is None,
+            "in use": [one.name for one in ps._checkpoints.all() if one.uses],
         }
 
 

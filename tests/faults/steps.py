@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from checkpoint_engine import loaders, pin_memory, pipeline, worker
+from checkpoint_engine import pin_memory, worker
 from checkpoint_engine import ps as server
+from checkpoint_engine.transfer import remote_loader
+from checkpoint_engine.update import session, update
 
 STEPS: dict[str, tuple[Any, str]] = {
     "register": (pin_memory, "_fill_arenas"),
-    "gather": (server.ParameterServer, "_gather"),
-    "start": (server.ParameterServer, "_agree"),
-    "buffers": (server.ParameterServer, "_share_buffer"),
-    "handshake": (pipeline.WorkerSession, "hand_over"),
-    "bucket": (pipeline.WorkerSession, "begin_reload"),
-    "release": (pipeline.WorkerSession, "release"),
-    "post hook": (pipeline.WorkerSession, "finish"),
-    "P2P read": (loaders.RemoteLoader, "read"),
+    "gather": (server, "gather"),
+    "start": (update, "_agree"),
+    "buffers": (update, "_share_buffer"),
+    "handshake": (session.WorkerSession, "hand_over"),
+    "bucket": (session.WorkerSession, "begin_reload"),
+    "release": (session.WorkerSession, "release"),
+    "post hook": (session.WorkerSession, "finish"),
+    "P2P read": (remote_loader.RemoteLoader, "read"),
 }
 """Of a server rank: the function at whose call the step begins."""
 

@@ -25,8 +25,9 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import Address, WorkerLink, open_context
 from checkpoint_engine.metas_file import decode_metas, encode_metas
-from checkpoint_engine.pipeline import Request, WorkerSession
 from checkpoint_engine.ps import ParameterServer, UpdateError
+from checkpoint_engine.update.request import Request
+from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.wire import encode_bucket
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

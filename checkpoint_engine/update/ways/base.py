@@ -82,6 +82,7 @@ class Way(ABC):
         """
         may_cut = self.joins_parts and all(hello.joins_parts for hello in hellos)
         size = bucket_size(hellos, gathered, may_cut)
+        size = plan.paced(size, self.pace, gathered.metas, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
         basis = (gathered.plan_basis, size, nics, members, may_cut)
@@ -92,9 +93,8 @@ class Way(ABC):
                 nics,
                 gathered.owner_nics,
                 members,
-                self.pace,
-                may_cut,
-                gathered.duplicates,
+                may_cut=may_cut,
+                duplicates=gathered.duplicates,
             )
             if not transfer.steps:
                 raise ValueError(
