@@ -49,7 +49,7 @@ from checkpoint_engine.distributed.weights_group import (
     WeightsGroup,
     create_weights_group,
 )
-from checkpoint_engine.door import KnownWorker
+from checkpoint_engine.engine_profile import EngineProfile
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import (
     EncodedLayout,
@@ -196,7 +196,7 @@ class ParameterServer:
         self._encoded_layouts: dict[str, EncodedLayout] = {}
         self._known_layouts = KnownLayouts()
         self._planned: _Planned | None = None
-        self._known_worker = KnownWorker()
+        self._known_worker = EngineProfile()
         self._weights_group: TorchGroup | None = None
         self._groups_made = 0
         self._made_default_group = False
@@ -791,9 +791,7 @@ class ParameterServer:
 
     def _listen(self, stack: ExitStack) -> WorkerLink:
         context = stack.enter_context(open_context())
-        return stack.enter_context(
-            contextlib.closing(WorkerLink(context, Address(), self._known_worker))
-        )
+        return stack.enter_context(contextlib.closing(WorkerLink(context, Address())))
 
     def _agree(
         self,
