@@ -24,8 +24,13 @@ _UNSEEN = 0
 class Door:
     """Lives in the thread that runs the update, which has to call ``answer`` often."""
 
-    def __init__(self, context: zmq.Context, guarded: zmq.Socket) -> None:
-        """``guarded``: must not be bound yet. ``context``: has no other door."""
+    def __init__(self, context: zmq.Context, guarded: zmq.Socket, poller: zmq.Poller) -> None:
+        """
+        Args:
+            context: has no other door.
+            guarded: must not be bound yet.
+            poller: is going to see when a process connects or leaves.
+        """
         self.shut = False
         """Nobody is let in any more: the worker has its first message, and is known by it."""
         self._users = {os.geteuid(), 0, *admitted_users()}
@@ -38,11 +43,8 @@ class Door:
         self._questions: zmq.Socket = context.socket(zmq.REP)
         self._questions.setsockopt(zmq.LINGER, 0)
         self._questions.bind("inproc://zeromq.zap.01")
-
-    @property
-    def sockets(self) -> tuple[zmq.Socket, zmq.Socket]:
-        """Readable when a process connects or leaves."""
-        return self._questions, self._monitor
+        poller.register(self._questions, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
 
     @property
     def occupied(self) -> bool:
@@ -72,21 +74,14 @@ class Door:
         others.remove(pid)
         comes_again = pid == self._worker != _UNSEEN
         taken = self.shut or (self._worker in others and not comes_again)
-        if taken or uid not in self._users:
-            self._warn(uid, pid)
-            return False
-        self._worker = pid
-        return True
-
-    def _warn(self, uid: int, pid: int) -> None:
+        if not taken and uid in self._users:
+            self._worker = pid
+            return True
         if pid not in self._refused:
             self._refused.add(pid)
-            logger.warning(
-                "refused process {} of user {} at this rank's address for its worker{}",
-                pid,
-                uid,
-                "" if uid in self._users else "; PS_IPC_UIDS lets other users in",
-            )
+            hint = "" if uid in self._users else "; PS_IPC_UIDS lets other users in"
+            logger.warning("refused process {} of user {} as this rank's worker{}", pid, uid, hint)
+        return False
 
     def _follow_connections(self) -> None:
         while self._monitor.poll(0):

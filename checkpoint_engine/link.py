@@ -123,10 +123,8 @@ class WorkerLink:
         self._unanswered = 0
         # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
         self._socket = _new_socket(context, zmq.DEALER, _MAX_REPLY)
-        self._door = Door(context, self._socket)
         self._poller = zmq.Poller()
-        for socket in self._door.sockets:
-            self._poller.register(socket, zmq.POLLIN)
+        self._door = Door(context, self._socket, self._poller)
         try:
             self._socket.bind(self.url)
             if self._address.path is not None:
@@ -227,8 +225,8 @@ class ServerLink:
         self._socket = _new_socket(context, zmq.REP, _MAX_MESSAGE)
         self._monitor = self._socket.get_monitor_socket(_CONNECTED | _REFUSED | _DISCONNECTED)
         self._poller = zmq.Poller()
-        for socket in (self._socket, self._monitor):
-            self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
