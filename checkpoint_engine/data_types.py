@@ -109,7 +109,15 @@ _set_dict, _set_fields_set, _set_extra, _set_private = (
 )
 
 
-class ParameterMeta(BaseModel):
+class _Stored(BaseModel):
+    """Programs store these as pickles. Their states come from other releases, which lack newer
+    fields, or from anybody."""
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(type(self).model_validate(state["__dict__"]).__getstate__())
+
+
+class ParameterMeta(_Stored):
     """One tensor of a checkpoint. ``aligned_size`` is its size in bytes with padding (0.2 metas
     lack it)."""
 
@@ -185,7 +193,7 @@ class TensorPart(H2DBucket):
         return self.begin + self.size == self.total
 
 
-class MemoryBufferMetas(BaseModel):
+class MemoryBufferMetas(_Stored):
     """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
     process.
 
@@ -213,7 +221,7 @@ class MemoryBuffer(BaseModel):
     checksums: str | None = None
 
 
-class Lease(BaseModel):
+class Lease(_Stored):
     """Proof that an owner still holds a checkpoint: ``id``, hexadecimal, stands at address
     ``ptr``."""
 
@@ -228,7 +236,7 @@ class Lease(BaseModel):
         return _LEASE_ID.fullmatch(self.id) is not None
 
 
-class MemoryBufferMetaList(BaseModel):
+class MemoryBufferMetaList(_Stored):
     """Everything one rank owns of a checkpoint, and how to read it by P2P.
 
     ``lease`` is this library's; metas of the original have none.

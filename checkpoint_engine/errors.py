@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not: tab, newline
+_LONGEST_TEXT = 64 << 10
+_HEAD = 4 << 10
 
 KINDS = (
     "broadcast_failed",
@@ -88,9 +94,18 @@ class WireError(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """The inference worker reported a failure; the text holds its traceback."""
+    """The inference worker reported a failure; the text holds its traceback.
+
+    Control characters in it are escaped, and its middle is left out where it is very long: it goes
+    into logs, terminals and HTTP answers.
+    """
 
     kind = "worker_failed"
+
+    def __init__(self, text: str) -> None:
+        if len(text) > _LONGEST_TEXT:
+            text = f"{text[:_HEAD]}\n[...]\n{text[_HEAD + 7 - _LONGEST_TEXT :]}"
+        super().__init__(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
 def kind_of(error: BaseException) -> str:

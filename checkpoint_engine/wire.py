@@ -5,7 +5,7 @@ any time an abort. Worker to server: ``ACK``, or the UTF-8 text of a traceback. 
 of the original's release 0.4, so either end also talks to the original's other end.
 
 What comes from the other process is read by ``plain_pickle``, with the types of these messages for
-a vocabulary; nothing but ``torch.Size`` and exception classes is called. Between our own two ends
+a vocabulary; nothing but shapes and exceptions is made by calls. Between our own two ends
 buckets are JSON.
 """
 
@@ -293,28 +293,29 @@ class _Global(NamedTuple):
         return getattr(importlib.import_module(self.module), self.name)
 
 
+class _Made:
+    """Stands for an exception in a message. Its notes and other attributes are left out."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __repr__(self) -> str:
+        return repr(self.error)
+
+
 class _Words(Vocabulary):
     """Of these only exceptions may be called."""
 
     strange = "is no part of the protocol"
-    shared_types = (*Vocabulary.shared_types, _Global)
 
     def find(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILD_FUNCTIONS | _ARGUMENTS:
             return _Global(module, name)
         if module == "builtins" and name in _EXCEPTIONS:
-            return _EXCEPTIONS[name]
+            return lambda *args: _Made(_make_exception(_EXCEPTIONS[name], args))
         return super().find(module, name)
-
-    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
-        if isinstance(function, type) and issubclass(function, Exception):
-            return _make_exception(function, args)
-        return super().call(function, args)
-
-    def set_state(self, made: Any, state: Any) -> None:
-        if not isinstance(made, Exception):
-            super().set_state(made, state)
-        # Its notes and other attributes are left out: nobody needs them here.
 
 
 _WORDS = _Words()
@@ -334,6 +335,7 @@ def _make_exception(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
 
 def _load(message: bytes) -> Any:
     try:
-        return read_pickle(message, _WORDS)
+        content = read_pickle(message, _WORDS)
+        return content.error if isinstance(content, _Made) else content
     except PlainPickleError as error:
         raise WireError(f"a message of {len(message)} bytes cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Who gets in at a rank's address: one worker, whoever else connects, before it or after it."""
+"""Who may connect to a rank's address: the first process of an admitted user, and no other."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import zmq
+from loguru import logger
 
-from checkpoint_engine import door, link
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.door import KnownWorker
+from checkpoint_engine.door import Door
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.leftovers import abandoned
@@ -127,14 +127,20 @@ def exchange(server: WorkerLink, message: bytes) -> None:
 KINDS = ["REP", "DEALER", "REQ", "PULL", "raw"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_second_connection_earlier_than_our_worker(server: WorkerLink, kind: str) -> None:
-    intruder = Intruder(kind, server.url)
+def look_until(server: WorkerLink, condition: Callable[[], object]) -> None:
+    check = bounded()
+    while not condition():
+        server.check()
+        check()
+
+
+def test_bytes_that_are_no_handshake_are_ignored(server: WorkerLink) -> None:
+    intruder = Intruder("raw", server.url)
     with working(server.url, ours=True) as done:
         for message in (b"handle", b"bucket", b"end"):
             exchange(server, message)
     assert done == [b"handle", b"bucket", b"end"]
-    assert intruder.leave() == 0
+    intruder.leave()
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our worker", "the original's worker"])
@@ -152,26 +158,6 @@ def test_a_second_connection_later_than_the_worker(
     assert done == [b"handle", b"bucket", b"end"]
 
 
-def test_the_originals_worker_is_known_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """From its second update on, it goes before those that came earlier, and waits for nobody."""
-    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
-    known = KnownWorker()
-    for update in range(2):
-        with (
-            open_context() as context,
-            contextlib.closing(WorkerLink(context, Address(), known)) as server,
-        ):
-            intruder = Intruder("REP", server.url) if update else None
-            with working(server.url, ours=False) as done:
-                for message in (b"handle", b"bucket", b"end"):
-                    exchange(server, message)
-            assert done == [b"handle", b"bucket", b"end"]
-            assert intruder is None or intruder.leave() == 0
-    assert known == KnownWorker(os.getpid(), proves=False)
-
-
 def test_one_that_comes_and_goes_before_the_worker(
     server: WorkerLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,46 +168,107 @@ def test_one_that_comes_and_goes_before_the_worker(
     assert done == [b"handle", b"bucket", b"end"]
 
 
-def test_a_wrong_proof_is_refused(server: WorkerLink) -> None:
+@contextlib.contextmanager
+def receiving(address: str) -> Iterator[list[str]]:
+    """A worker of this process that waits for its first message; what it is told instead."""
+    told: list[str] = []
+
+    def receive() -> None:
+        with zmq.Context() as context, contextlib.closing(ServerLink(context, address, SOON)) as me:
+            try:
+                me.receive()
+            except WireError as error:
+                told.append(str(error))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        yield told
+    finally:
+        thread.join(SOON)
+
+
+def test_a_process_that_comes_second_is_told(server: WorkerLink) -> None:
+    first = Intruder("REP", server.url)
+    look_until(server, lambda: server._door.occupied)
+    with receiving(server.url) as told:
+        look_until(server, lambda: told)
+    assert "refused this worker: it serves another" in told[0]
+    server.send(b"handle", bounded())
+    assert first.leave() == 1
+    with pytest.raises(WireError, match="closed its connection"):
+        server.receive(bounded())
+
+
+def test_a_second_connection_of_the_worker_is_refused_once_it_has_a_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        with working(server.url, ours=True) as done:
+            exchange(server, b"handle")
+            with receiving(server.url) as told:
+                look_until(server, lambda: told)
+            exchange(server, b"bucket")
+            exchange(server, b"end")
+        assert "refused this worker: it serves another" in told[0]
+        assert done == [b"handle", b"bucket", b"end"]
+
+
+def test_the_process_that_came_first_may_connect_again(server: WorkerLink) -> None:
     with zmq.Context() as context:
-        liar = context.socket(zmq.REP)
-        liar.linger = 0
-        door.present_proof(liar, b"something else")
-        liar.connect(link._proving_url(server.url))
+        with contextlib.closing(ServerLink(context, server.url, SOON)):
+            look_until(server, lambda: server._door.occupied)
         with working(server.url, ours=True) as done:
             for message in (b"handle", b"bucket", b"end"):
                 exchange(server, message)
-        assert len(done) == 3
-        assert liar.poll(100) == 0
-        liar.close()
+    assert done == [b"handle", b"bucket", b"end"]
 
 
-def test_a_second_worker_of_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
-        told: list[str] = []
+@pytest.mark.parametrize("ours", [True, False], ids=["our worker", "the original's worker"])
+def test_a_worker_is_let_in_as_soon_as_it_asks(server: WorkerLink, ours: bool) -> None:
+    with working(server.url, ours):
+        assert server._door._questions.poll(SOON * 1000)
+        server._door.answer()  # once
+        assert server._socket.poll(SOON * 1000, zmq.POLLOUT)
+        for message in (b"handle", b"bucket", b"end"):
+            exchange(server, message)
 
-        def come_second() -> None:
-            with (
-                zmq.Context() as other,
-                contextlib.closing(ServerLink(other, server.url, SOON)) as me,
-            ):
-                try:
-                    me.receive()
-                except WireError as error:
-                    told.append(str(error))
 
-        with working(server.url, ours=True):
-            exchange(server, b"handle")
-            second = threading.Thread(target=come_second)
-            second.start()
-            while not told:
-                server.check()
-                time.sleep(0.01)
-            exchange(server, b"bucket")
-            exchange(server, b"end")
-        second.join(SOON)
+def test_processes_of_an_unseen_pid_namespace_one_after_the_other(
+    server: WorkerLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives all of them the same number: 0."""
+    let_in = Door._lets_in
+    monkeypatch.setattr(Door, "_lets_in", lambda self, uid, _pid: let_in(self, uid, 0))
+    monkeypatch.setattr("checkpoint_engine.door._peer_of", lambda _descriptor: 0)
+    with zmq.Context() as context:
+        with contextlib.closing(ServerLink(context, server.url, SOON)):
+            look_until(server, lambda: server._socket.poll(0, zmq.POLLOUT))
+            with receiving(server.url) as told:
+                look_until(server, lambda: told)
         assert "refused this worker: it serves another" in told[0]
+        look_until(server, lambda: not server._door.occupied)
+        with working(server.url, ours=True) as done:
+            for message in (b"handle", b"bucket", b"end"):
+                exchange(server, message)
+    assert done == [b"handle", b"bucket", b"end"]
+
+
+def test_a_refused_process_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    warnings: list[str] = []
+    sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
+    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+        first = Intruder("REP", server.url)
+        look_until(server, lambda: server._door.occupied)
+        for _ in range(2):
+            with receiving(server.url) as told:
+                look_until(server, lambda told=told: told)
+        first.leave()
+    logger.remove(sink)
+    assert len(warnings) == 1
+    assert f"refused process {os.getpid()} of user {os.geteuid()}" in warnings[0]
 
 
 # ---------------------------------------------------------------------- another user
@@ -275,9 +322,8 @@ def test_another_user_cannot_connect_to_a_ranks_socket(
 ) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(open_folder))
     with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
-        for url in (server.url, link._proving_url(server.url)):
-            told = as_nobody(lambda url=url: try_to_connect(url.removeprefix("ipc://")))
-            assert told.startswith("PermissionError")
+        told = as_nobody(lambda: try_to_connect(server.url.removeprefix("ipc://")))
+        assert told.startswith("PermissionError")
 
 
 @needs_root

@@ -62,6 +62,15 @@ def test_pickles_of_the_original_are_read(data: bytes) -> None:
     assert type(metas[0].memory_buffer_metas_list[0].metas[0]) is ParameterMeta
 
 
+@pytest.mark.parametrize("data", [PICKLE_OF_0_2_0, PICKLE_OF_0_4_2], ids=["0.2.0", "0.4.2"])
+def test_what_programs_unpickle_themselves_has_the_newer_fields(data: bytes) -> None:
+    """As ``ps.load_metas(pickle.load(file))`` does."""
+    metas = pickle.loads(data)
+    assert metas == METAS
+    buffer = metas[0].memory_buffer_metas_list[0]
+    assert (metas[0].lease, buffer.checksums, buffer.metas[0].aligned_size) == (None, None, 256)
+
+
 def test_json_round_trip() -> None:
     assert decode_metas(encode_metas(METAS)) == METAS
 

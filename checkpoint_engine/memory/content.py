@@ -28,7 +28,5 @@ def hash_tensors(buffers: Sequence[MemoryBuffer], names: Set[str]) -> dict[str, 
         for meta, start in zip(buffer.metas, starts, strict=False):
             if meta.name in names:
                 content = memory[start : start + tensor_nbytes(meta.dtype, meta.shape)]
-                hashes[meta.name] = hashlib.blake2b(
-                    memoryview(content), digest_size=_HASH_BYTES
-                ).hexdigest()
+                hashes[meta.name] = hashlib.blake2b(content, digest_size=_HASH_BYTES).hexdigest()
     return hashes
