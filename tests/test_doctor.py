@@ -11,9 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from checkpoint_engine import doctor, rdma
+from checkpoint_engine import rdma
 from checkpoint_engine.cli import commands
-from checkpoint_engine.doctor import Finding
+from checkpoint_engine.tools import doctor
+from checkpoint_engine.tools.doctor import Finding
 
 
 def findings_of(check: object) -> list[Finding]:

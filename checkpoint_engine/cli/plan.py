@@ -11,10 +11,10 @@ import click
 
 from checkpoint_engine.cli.output import Positive, fail, gigabytes, json_option, show
 from checkpoint_engine.settings import GIB
-from checkpoint_engine.simulate.cluster import Cluster, Costs
+from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 
 if TYPE_CHECKING:
-    from checkpoint_engine.simulate.update import Prediction
+    from checkpoint_engine.tools.simulate.update import Prediction
 
 _UNITS = {
     "host_to_device": "GB/s of pinned memory to one device (PCIe)",
@@ -109,8 +109,8 @@ def _predict(
     cap: int,
 ) -> dict[str, Any]:
     # These import torch, which takes longer than completion may.
-    from checkpoint_engine.simulate.checkpoint import make_plan, read_headers, share_out
-    from checkpoint_engine.simulate.update import predict
+    from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
+    from checkpoint_engine.tools.simulate.update import predict
 
     metas = share_out(read_headers(checkpoint), range(world_size))
     broadcast = make_plan(metas, cluster, free_device_bytes=free, cap=cap)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 GB = 1e9
 
@@ -124,7 +123,3 @@ class Costs:
             may_be_zero = field.name not in ("load", "check")  # these are rates
             if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
                 raise ValueError(f"{field.name} cannot be {value}")
-
-
-Algorithm = Literal["pipelined", "original"]
-"""``pipelined``: this library. ``original``: the rounds of the original, see ``update.py``."""
