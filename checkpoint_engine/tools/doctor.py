@@ -15,13 +15,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from checkpoint_engine import rdma
-from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager, detect_device_type
+from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.pin_memory import available_host_memory
 
 GB = 1e9
 _RATE_BYTES = 256 << 20
@@ -67,94 +69,79 @@ def _run(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
         return [Finding("warning", subject, f"could not be looked at: {error!r:.300}")]
 
 
+def _judge(
+    is_off: bool, subject: str, seen: str, cost: str, mend: str, level: Level = "warning"
+) -> Finding:
+    return Finding(level, subject, seen, cost, mend) if is_off else Finding("ok", subject, seen)
+
+
 # ---------------------------------------------------------------------- devices
 
 
 def _devices() -> Iterator[Finding]:
     try:
-        manager = DeviceManager(detect_device_type())
+        manager = DeviceManager()
     except (ValueError, RuntimeError) as error:
-        yield Finding(
-            "broken",
-            "device",
-            str(error),
-            "no server starts here",
-            "unset PS_DEVICE, or install what the device needs",
-        )
+        mend = "unset PS_DEVICE, or install what the device needs"
+        yield Finding("broken", "device", str(error), "no server starts here", mend)
         return
     if not manager.is_accelerator:
-        yield from _no_accelerator()
+        yield _no_accelerator()
         return
     for index in range(manager.device_count()):
         free, total = manager.device_module.mem_get_info(index)
         name = manager.device_module.get_device_name(index)
-        seen = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free"
-        if free < 0.02 * total:
-            yield Finding(
-                "warning",
-                f"device {index}",
-                seen,
-                "buckets become small, and a tensor larger than half of it cannot be sent",
-                "lower the engine's share (vLLM: --gpu-memory-utilization)",
-            )
-        else:
-            yield Finding("ok", f"device {index}", seen)
-
-
-def _no_accelerator() -> Iterator[Finding]:
-    nodes = glob.glob("/dev/nvidia[0-9]*")
-    if nodes or glob.glob("/dev/davinci[0-9]*"):
-        yield Finding(
-            "warning",
-            "device",
-            f"there are device files, but torch {torch.__version__} sees no device",
-            "everything runs on the CPU",
-            "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and "
-            "PS_DEVICE",
+        yield _judge(
+            free < 0.02 * total,
+            f"device {index}",
+            f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free",
+            "buckets become small, and a tensor larger than half of it cannot be sent",
+            "lower the engine's share (vLLM: --gpu-memory-utilization)",
         )
-    else:
-        yield Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
+
+
+def _no_accelerator() -> Finding:
+    if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci[0-9]*"):
+        return Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
+    return Finding(
+        "warning",
+        "device",
+        f"there are device files, but torch {torch.__version__} sees no device",
+        "everything runs on the CPU",
+        "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE",
+    )
 
 
 def _driver() -> Iterator[Finding]:
     version = Path("/proc/driver/nvidia/version")
-    if version.exists():
-        found = re.search(r"Module\s+([\d.]+)", version.read_text())
-        yield Finding("ok", "driver", f"NVIDIA {found.group(1) if found else 'of unknown version'}")
-    built_for = torch.version.cuda
-    if built_for and not torch.cuda.is_available() and version.exists():
-        yield Finding(
-            "warning",
-            "driver",
-            f"torch {torch.__version__} is built for CUDA {built_for} and cannot use it",
-            "GPUs are not used",
-            "update the driver, or install a torch built for an older CUDA",
-        )
+    if not version.exists():
+        return
+    found = re.search(r"Module\s+([\d.]+)", version.read_text())
+    seen = f"NVIDIA {found.group(1) if found else 'of unknown version'}"
+    is_unused = torch.version.cuda is not None and not torch.cuda.is_available()
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use it"
+    yield _judge(
+        is_unused,
+        "driver",
+        f"{seen}, but {built}" if is_unused else seen,
+        "GPUs are not used",
+        "update the driver, or install a torch built for an older CUDA",
+    )
 
 
 def _collectives() -> Iterator[Finding]:
+    seen = f"torch {torch.__version__}"
     if torch.cuda.is_available():
-        if not torch.distributed.is_nccl_available():
-            yield Finding(
-                "broken",
-                "NCCL",
-                "this torch has none",
-                "several ranks cannot broadcast",
-                "install torch's CUDA build",
-            )
-            return
-        numbers: Any = torch.cuda.nccl.version()
-        yield Finding("ok", "NCCL", ".".join(map(str, numbers)))
-    elif not torch.distributed.is_gloo_available():
-        yield Finding(
-            "broken",
-            "gloo",
-            "this torch has none",
-            "several ranks cannot broadcast",
-            "install another build of torch",
-        )
+        name, is_there = "NCCL", torch.distributed.is_nccl_available()
+        numbers: Any = torch.cuda.nccl.version() if is_there else ()
+        seen = f"{'.'.join(map(str, numbers))}, {seen}"
     else:
-        yield Finding("ok", "gloo", f"torch {torch.__version__}")
+        name, is_there = "gloo", torch.distributed.is_gloo_available()
+    if is_there:
+        yield Finding("ok", name, seen)
+    else:
+        cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
+        yield Finding("broken", name, f"torch {torch.__version__} has none", cost, mend)
 
 
 # ---------------------------------------------------------------------- network and P2P
@@ -162,16 +149,13 @@ def _collectives() -> Iterator[Finding]:
 
 def _nics() -> Iterator[Finding]:
     devices, findings = rdma.list_devices()
-    for text in findings:
-        yield Finding(
-            "warning",
-            "libibverbs",
-            text,
-            "P2P is off: Mooncake does not load without it",
-            "apt-get install libibverbs1 (ibverbs-providers for the NICs' drivers)",
-        )
-    if not findings:
-        yield Finding("ok", "libibverbs", "loads")
+    yield _judge(
+        bool(findings),
+        "libibverbs",
+        ", ".join(findings) or "loads",
+        "P2P is off: Mooncake does not load without it",
+        "apt-get install libibverbs1 (ibverbs-providers for the NICs' drivers)",
+    )
     yield from _rdma_devices(devices)
 
 
@@ -222,13 +206,8 @@ def _pairing(usable: list[str]) -> Iterator[Finding]:
     try:
         rdma.device_for_rank(0, gpus, usable)
     except (AssertionError, RuntimeError) as error:
-        yield Finding(
-            "warning",
-            "NICs",
-            str(error),
-            "P2P is off on this node",
-            f"set {rdma.DEVICES_VARIABLE} to a number of NICs that divides {gpus}",
-        )
+        mend = f"set {rdma.DEVICES_VARIABLE} to a number of NICs that divides {gpus}"
+        yield Finding("warning", "NICs", str(error), "P2P is off on this node", mend)
 
 
 def _mooncake() -> Iterator[Finding]:
@@ -271,130 +250,80 @@ def _version_of(distribution: str) -> str | None:
 
 def _memory_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
-        yield Finding("ok", "memlock", "unlimited")
-    else:
-        seen = f"{soft / GB:.3f} GB may be locked (at most {_limit(hard)})"
-        yield Finding(
-            "warning" if Path(rdma.SYSFS).exists() else "note",
-            "memlock",
-            seen,
-            "RDMA cannot register more than that, so larger checkpoints are not offered by P2P",
-            "ulimit -l unlimited; in a container --ulimit memlock=-1, in systemd "
-            "LimitMEMLOCK=infinity",
-        )
+    yield _judge(
+        soft != resource.RLIM_INFINITY,
+        "memlock",
+        f"soft limit {_limit(soft)}, hard limit {_limit(hard)}",
+        "RDMA cannot register more than that, so larger checkpoints are not offered by P2P",
+        "ulimit -l unlimited; in a container --ulimit memlock=-1, in systemd LimitMEMLOCK=infinity",
+        "warning" if Path(rdma.SYSFS).exists() else "note",
+    )
 
 
 def _limit(value: int) -> str:
-    return "no limit" if value == resource.RLIM_INFINITY else f"{value / GB:.3f} GB"
+    return "none" if value == resource.RLIM_INFINITY else f"{value / GB:.3f} GB"
 
 
 def _huge_pages() -> Iterator[Finding]:
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", path.read_text()) if path.exists() else None
-    if chosen is None or chosen.group(1) == "never":
-        yield Finding(
-            "warning",
-            "huge pages",
-            "transparent huge pages are off",
-            "registering takes several times as long: memory is populated and pinned page by page",
-            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-        )
-    else:
-        yield Finding("ok", "huge pages", f"transparent, {chosen.group(1)}")
+    setting = chosen.group(1) if chosen else "never"
+    yield _judge(
+        setting == "never",
+        "huge pages",
+        f"transparent, {setting}",
+        "registering takes several times as long: memory is populated and pinned page by page",
+        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+    )
 
 
 def _host_memory() -> Iterator[Finding]:
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    available = int(found.group(1)) * 1024 if found else 0
-    limit = _cgroup_limit()
-    seen = f"{available / GB:.1f} GB available"
-    if limit is not None and limit < available:
-        yield Finding(
-            "note",
-            "host memory",
-            f"{seen}, but this container may use {limit / GB:.1f} GB",
-            "the ranks' parts of a checkpoint have to fit in there",
-            "raise the container's memory limit",
-        )
-    else:
-        yield Finding("ok", "host memory", seen)
-
-
-def _cgroup_limit() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        if path.exists():
-            text = path.read_text().strip()
-            return int(text) if text.isdigit() else None
-    return None
+    available, limit = available_host_memory()
+    yield _judge(
+        limit.endswith("memory.max"),
+        "host memory",
+        f"{available / GB:.1f} GB available ({limit})",
+        "the ranks' parts of a checkpoint have to fit in there",
+        "raise the container's memory limit",
+        "note",
+    )
 
 
 def _shared_memory() -> Iterator[Finding]:
-    if not os.access(SHARED_MEMORY_FOLDER, os.W_OK):
-        yield Finding(
-            "warning",
-            SHARED_MEMORY_FOLDER,
-            "cannot be written",
-            "no update on the cpu device; torch and NCCL need it, too",
-            "mount a tmpfs there",
-        )
+    folder = SHARED_MEMORY_FOLDER
+    if not os.access(folder, os.W_OK):
+        cost = "no update on the cpu device; torch and NCCL need it, too"
+        yield Finding("warning", folder, "cannot be written", cost, "mount a tmpfs there")
         return
-    usage = shutil.disk_usage(SHARED_MEMORY_FOLDER)
-    seen = f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free"
-    if usage.free < 1 * GB:
-        yield Finding(
-            "warning",
-            SHARED_MEMORY_FOLDER,
-            seen,
-            "NCCL may not start, and on the cpu device buckets become tiny",
-            "docker run --shm-size=8g or --ipc=host; on Kubernetes an emptyDir of medium Memory",
-        )
-    else:
-        yield Finding("ok", SHARED_MEMORY_FOLDER, seen)
+    usage = shutil.disk_usage(folder)
+    yield _judge(
+        usage.free < 1 * GB,
+        folder,
+        f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free",
+        "NCCL may not start, and on the cpu device buckets become tiny",
+        "docker run --shm-size=8g or --ipc=host; on Kubernetes an emptyDir of medium Memory",
+    )
 
 
 def _affinity() -> Iterator[Finding]:
-    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
     cpus = os.sched_getaffinity(0)
-    yield Finding("ok", "CPUs", f"{len(cpus)} of {os.cpu_count()}, {max(len(nodes), 1)} NUMA nodes")
-    if len(nodes) < 2 or not torch.cuda.is_available():
+    yield Finding("ok", "CPUs", f"{len(cpus)} of {os.cpu_count()}")
+    if not torch.cuda.is_available():
         return
-    for index in range(torch.cuda.device_count()):
-        node = _gpu_node(index)
-        if node is None:
+    manager = DeviceManager("cuda")
+    for index in range(manager.device_count()):
+        near = manager.nearby_cpus(index)
+        if near is None:
             continue
-        near = _cpus_of(node)
-        if cpus & near:
-            yield Finding("ok", f"device {index}", f"on NUMA node {node}, within reach")
-        else:
-            yield Finding(
-                "warning",
-                f"device {index}",
-                f"is on NUMA node {node}, whose CPUs this process may not use",
-                "pinned memory lies on the other node: copies cross the socket link",
-                f"numactl --cpunodebind={node}, or a wider cpuset for the container",
-            )
-
-
-def _gpu_node(index: int) -> int | None:
-    properties = torch.cuda.get_device_properties(index)
-    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
-    if not all(hasattr(properties, name) for name in names):
-        return None
-    domain, bus, device = (getattr(properties, name) for name in names)
-    path = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0/numa_node")
-    node = int(path.read_text()) if path.exists() else -1
-    return node if node >= 0 else None
-
-
-def _cpus_of(node: int) -> set[int]:
-    text = Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip()
-    cpus: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return cpus
+        usable = len(cpus & near)
+        yield _judge(
+            usable == 0,
+            f"device {index}",
+            f"this process may use {usable} of the {len(near)} CPUs on its NUMA node",
+            "pinned memory lies on another node: copies cross the socket link",
+            "numactl --cpunodebind with the node that nvidia-smi topo -m shows, or a wider cpuset "
+            "for the container",
+        )
 
 
 # ---------------------------------------------------------------------- engines
@@ -430,18 +359,14 @@ def _vllm_reload() -> str:
 def _copy_rates() -> Iterator[Finding]:
     source = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
     target = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
-    rate = _rate(lambda: target.copy_(source))
-    seen = f"{rate:.1f} GB/s with {torch.get_num_threads()} threads"
-    if rate < _SLOW_MEMCPY:
-        yield Finding(
-            "warning",
-            "host memcpy",
-            seen,
-            "registering is bound by it",
-            "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)",
-        )
-    else:
-        yield Finding("ok", "host memcpy", seen)
+    rate = _rate(partial(target.copy_, source))
+    yield _judge(
+        rate < _SLOW_MEMCPY,
+        "host memcpy",
+        f"{rate:.1f} GB/s with {torch.get_num_threads()} threads",
+        "registering is bound by it",
+        "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)",
+    )
 
 
 def _device_rates() -> Iterator[Finding]:
@@ -450,22 +375,14 @@ def _device_rates() -> Iterator[Finding]:
     source = torch.zeros(_RATE_BYTES, dtype=torch.uint8, pin_memory=True)
     for index in range(torch.cuda.device_count()):
         target = torch.empty(_RATE_BYTES, dtype=torch.uint8, device=f"cuda:{index}")
-
-        def copy(target: torch.Tensor = target, index: int = index) -> None:
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize(index)
-
-        rate = _rate(copy)
-        if rate < _SLOW_PCIE:
-            yield Finding(
-                "warning",
-                f"device {index}",
-                f"host to device {rate:.1f} GB/s",
-                "an update takes at least the checkpoint's bytes divided by it",
-                "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node",
-            )
-        else:
-            yield Finding("ok", f"device {index}", f"host to device {rate:.1f} GB/s")
+        rate = _rate(partial(target.copy_, source))
+        yield _judge(
+            rate < _SLOW_PCIE,
+            f"device {index}",
+            f"host to device {rate:.1f} GB/s",
+            "an update takes at least the checkpoint's bytes divided by it",
+            "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node",
+        )
 
 
 def _rate(action: Callable[[], object]) -> float:
