@@ -91,25 +91,19 @@ def _devices() -> Iterator[Finding]:
     for index in range(manager.device_count()):
         free, total = manager.device_module.mem_get_info(index)
         name = manager.device_module.get_device_name(index)
-        yield _judge(
-            free < 0.02 * total,
-            f"device {index}",
-            f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free",
-            "buckets become small, and a tensor larger than half of it cannot be sent",
-            "lower the engine's share (vLLM: --gpu-memory-utilization)",
-        )
+        seen = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        cost = "buckets become small, and a tensor larger than half of it cannot be sent"
+        mend = "lower the engine's share (vLLM: --gpu-memory-utilization)"
+        yield _judge(free < 0.02 * total, f"device {index}", seen, cost, mend)
 
 
 def _no_accelerator() -> Finding:
     if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci[0-9]*"):
         return Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
-    return Finding(
-        "warning",
-        "device",
-        f"there are device files, but torch {torch.__version__} sees no device",
-        "everything runs on the CPU",
-        "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE",
-    )
+    seen = f"there are device files, but torch {torch.__version__} sees no device"
+    cost = "everything runs on the CPU"
+    mend = "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE"
+    return Finding("warning", "device", seen, cost, mend)
 
 
 def _driver() -> Iterator[Finding]:
@@ -120,28 +114,22 @@ def _driver() -> Iterator[Finding]:
     seen = f"NVIDIA {found.group(1) if found else 'of unknown version'}"
     is_unused = torch.version.cuda is not None and not torch.cuda.is_available()
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use it"
-    yield _judge(
-        is_unused,
-        "driver",
-        f"{seen}, but {built}" if is_unused else seen,
-        "GPUs are not used",
-        "update the driver, or install a torch built for an older CUDA",
-    )
+    seen = f"{seen}, but {built}" if is_unused else seen
+    cost = "GPUs are not used"
+    mend = "update the driver, or install a torch built for an older CUDA"
+    yield _judge(is_unused, "driver", seen, cost, mend)
 
 
 def _collectives() -> Iterator[Finding]:
     seen = f"torch {torch.__version__}"
-    if torch.cuda.is_available():
-        name, is_there = "NCCL", torch.distributed.is_nccl_available()
-        numbers: Any = torch.cuda.nccl.version() if is_there else ()
-        seen = f"{'.'.join(map(str, numbers))}, {seen}"
+    cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
+    if not torch.cuda.is_available():
+        yield _judge(not torch.distributed.is_gloo_available(), "gloo", seen, cost, mend, "broken")
+    elif torch.distributed.is_nccl_available():
+        numbers: Any = torch.cuda.nccl.version()
+        yield Finding("ok", "NCCL", ".".join(map(str, numbers)))
     else:
-        name, is_there = "gloo", torch.distributed.is_gloo_available()
-    if is_there:
-        yield Finding("ok", name, seen)
-    else:
-        cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
-        yield Finding("broken", name, f"torch {torch.__version__} has none", cost, mend)
+        yield Finding("broken", "NCCL", f"{seen} has none", cost, mend)
 
 
 # ---------------------------------------------------------------------- network and P2P
@@ -149,42 +137,31 @@ def _collectives() -> Iterator[Finding]:
 
 def _nics() -> Iterator[Finding]:
     devices, findings = rdma.list_devices()
-    yield _judge(
-        bool(findings),
-        "libibverbs",
-        ", ".join(findings) or "loads",
-        "P2P is off: Mooncake does not load without it",
-        "apt-get install libibverbs1 (ibverbs-providers for the NICs' drivers)",
-    )
+    seen = ", ".join(findings) or "loads"
+    cost = "P2P is off: Mooncake does not load without it"
+    mend = "apt-get install libibverbs1 (ibverbs-providers for the NICs' drivers)"
+    yield _judge(bool(findings), "libibverbs", seen, cost, mend)
     yield from _rdma_devices(devices)
 
 
 def _rdma_devices(devices: list[str]) -> Iterator[Finding]:
     known = {path.name for path in Path(rdma.SYSFS).glob("*")}
     for name in sorted(known - set(devices)):
-        yield Finding(
-            "warning",
-            f"NIC {name}",
-            "the kernel has it, libibverbs does not",
-            "P2P goes over TCP or another NIC",
-            "install ibverbs-providers; in a container, pass /dev/infiniband",
-        )
+        seen = "the kernel has it, libibverbs does not"
+        cost = "P2P goes over TCP or another NIC"
+        mend = "install ibverbs-providers; in a container, pass /dev/infiniband"
+        yield Finding("warning", f"NIC {name}", seen, cost, mend)
     chosen, remarks = rdma.select_devices(os.environ, devices)
     usable, problems = rdma.usable_devices(chosen)
     for text in remarks + problems:
-        yield Finding(
-            "warning",
-            "NIC",
-            text,
-            "its ranks read through other NICs, more slowly",
-            f"bring its port up, or leave it out of {rdma.DEVICES_VARIABLE}",
-        )
+        cost = "its ranks read through other NICs, more slowly"
+        mend = f"bring its port up, or leave it out of {rdma.DEVICES_VARIABLE}"
+        yield Finding("warning", "NIC", text, cost, mend)
     for name in usable:
         yield Finding("ok", f"NIC {name}", f"active, {_rate_of(name)}, {_node_of(name)}")
     if not usable:
-        yield Finding(
-            "note", "NIC", "no RDMA device: P2P goes over TCP, and NCCL between nodes, too"
-        )
+        seen = "no RDMA device: P2P goes over TCP, and NCCL between nodes, too"
+        yield Finding("note", "NIC", seen)
     yield from _pairing(usable)
 
 
@@ -215,25 +192,18 @@ def _mooncake() -> Iterator[Finding]:
     version = next((found for name in names if (found := _version_of(name))), None)
     if version is None:
         wheel = names[0] if torch.cuda.is_available() else names[1]
-        yield Finding(
-            "warning",
-            "Mooncake",
-            "not installed",
-            "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works",
-            f"pip install {wheel}",
-        )
+        seen = "not installed"
+        cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
+        mend = f"pip install {wheel}"
+        yield Finding("warning", "Mooncake", seen, cost, mend)
         return
     try:
         import mooncake.engine  # noqa: F401
     except ImportError as error:
-        yield Finding(
-            "warning",
-            "Mooncake",
-            f"{version} does not load: {error}",
-            "P2P is off; broadcast works",
-            "install the libraries that it names (libibverbs1, libnuma1), or the wheel "
-            f"{names[1]} on a machine without CUDA",
-        )
+        seen = f"{version} does not load: {error}"
+        cost = "P2P is off; broadcast works"
+        mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
+        yield Finding("warning", "Mooncake", seen, cost, mend)
     else:
         yield Finding("ok", "Mooncake", version)
 
@@ -250,14 +220,11 @@ def _version_of(distribution: str) -> str | None:
 
 def _memory_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    yield _judge(
-        soft != resource.RLIM_INFINITY,
-        "memlock",
-        f"soft limit {_limit(soft)}, hard limit {_limit(hard)}",
-        "RDMA cannot register more than that, so larger checkpoints are not offered by P2P",
-        "ulimit -l unlimited; in a container --ulimit memlock=-1, in systemd LimitMEMLOCK=infinity",
-        "warning" if Path(rdma.SYSFS).exists() else "note",
-    )
+    seen = f"soft limit {_limit(soft)}, hard limit {_limit(hard)}"
+    cost = "RDMA cannot register more than that, so larger checkpoints are not offered by P2P"
+    mend = "ulimit -l unlimited; container: --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"
+    level: Level = "warning" if Path(rdma.SYSFS).exists() else "note"
+    yield _judge(soft != resource.RLIM_INFINITY, "memlock", seen, cost, mend, level)
 
 
 def _limit(value: int) -> str:
@@ -268,25 +235,18 @@ def _huge_pages() -> Iterator[Finding]:
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", path.read_text()) if path.exists() else None
     setting = chosen.group(1) if chosen else "never"
-    yield _judge(
-        setting == "never",
-        "huge pages",
-        f"transparent, {setting}",
-        "registering takes several times as long: memory is populated and pinned page by page",
-        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-    )
+    seen = f"transparent, {setting}"
+    cost = "registering takes several times as long: memory is populated and pinned page by page"
+    mend = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    yield _judge(setting == "never", "huge pages", seen, cost, mend)
 
 
 def _host_memory() -> Iterator[Finding]:
     available, limit = available_host_memory()
-    yield _judge(
-        limit.endswith("memory.max"),
-        "host memory",
-        f"{available / GB:.1f} GB available ({limit})",
-        "the ranks' parts of a checkpoint have to fit in there",
-        "raise the container's memory limit",
-        "note",
-    )
+    seen = f"{available / GB:.1f} GB available ({limit})"
+    cost = "the ranks' parts of a checkpoint have to fit in there"
+    mend = "raise the container's memory limit"
+    yield _judge(limit.endswith("memory.max"), "host memory", seen, cost, mend, "note")
 
 
 def _shared_memory() -> Iterator[Finding]:
@@ -296,13 +256,10 @@ def _shared_memory() -> Iterator[Finding]:
         yield Finding("warning", folder, "cannot be written", cost, "mount a tmpfs there")
         return
     usage = shutil.disk_usage(folder)
-    yield _judge(
-        usage.free < 1 * GB,
-        folder,
-        f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free",
-        "NCCL may not start, and on the cpu device buckets become tiny",
-        "docker run --shm-size=8g or --ipc=host; on Kubernetes an emptyDir of medium Memory",
-    )
+    seen = f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free"
+    cost = "NCCL may not start, and on the cpu device buckets become tiny"
+    mend = "docker run --shm-size=8g or --ipc=host; on Kubernetes an emptyDir of medium Memory"
+    yield _judge(usage.free < 1 * GB, folder, seen, cost, mend)
 
 
 def _affinity() -> Iterator[Finding]:
@@ -316,14 +273,10 @@ def _affinity() -> Iterator[Finding]:
         if near is None:
             continue
         usable = len(cpus & near)
-        yield _judge(
-            usable == 0,
-            f"device {index}",
-            f"this process may use {usable} of the {len(near)} CPUs on its NUMA node",
-            "pinned memory lies on another node: copies cross the socket link",
-            "numactl --cpunodebind with the node that nvidia-smi topo -m shows, or a wider cpuset "
-            "for the container",
-        )
+        seen = f"this process may use {usable} of the {len(near)} CPUs on its NUMA node"
+        cost = "pinned memory lies on another node: copies cross the socket link"
+        mend = "numactl --cpunodebind its node (nvidia-smi topo -m), or a wider cpuset"
+        yield _judge(usable == 0, f"device {index}", seen, cost, mend)
 
 
 # ---------------------------------------------------------------------- engines
@@ -360,13 +313,10 @@ def _copy_rates() -> Iterator[Finding]:
     source = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
     target = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
     rate = _rate(partial(target.copy_, source))
-    yield _judge(
-        rate < _SLOW_MEMCPY,
-        "host memcpy",
-        f"{rate:.1f} GB/s with {torch.get_num_threads()} threads",
-        "registering is bound by it",
-        "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)",
-    )
+    seen = f"{rate:.1f} GB/s with {torch.get_num_threads()} threads"
+    cost = "registering is bound by it"
+    mend = "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)"
+    yield _judge(rate < _SLOW_MEMCPY, "host memcpy", seen, cost, mend)
 
 
 def _device_rates() -> Iterator[Finding]:
@@ -376,13 +326,10 @@ def _device_rates() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         target = torch.empty(_RATE_BYTES, dtype=torch.uint8, device=f"cuda:{index}")
         rate = _rate(partial(target.copy_, source))
-        yield _judge(
-            rate < _SLOW_PCIE,
-            f"device {index}",
-            f"host to device {rate:.1f} GB/s",
-            "an update takes at least the checkpoint's bytes divided by it",
-            "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node",
-        )
+        seen = f"host to device {rate:.1f} GB/s"
+        cost = "an update takes at least the checkpoint's bytes divided by it"
+        mend = "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node"
+        yield _judge(rate < _SLOW_PCIE, f"device {index}", seen, cost, mend)
 
 
 def _rate(action: Callable[[], object]) -> float:
