@@ -7,11 +7,11 @@ import base64
 import contextlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
@@ -22,22 +22,17 @@ MAX_CONNECTIONS = 256
 CLOSE = [("connection", "close")]
 """Headers of every answer: a connection is for one request."""
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
 
 class Guard:
     """An ASGI application before ``app``, which sees only complete requests that may be made."""
 
-    def __init__(self, app: App, token: str | None, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, max_body_bytes: int) -> None:
         """``token``: what a caller has to present as its bearer token; ``None``: nothing."""
         self._app = app
         self._token = token
         self._max_body_bytes = max_body_bytes
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -54,7 +49,7 @@ class Guard:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
 
-    def _check_token(self, scope: MutableMapping[str, Any]) -> None:
+    def _check_token(self, scope: Scope) -> None:
         if self._token is None:
             return
         given = [value for key, value in scope["headers"] if key == b"authorization"]

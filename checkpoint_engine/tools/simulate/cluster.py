@@ -45,7 +45,8 @@ class Cluster:
     shared_memory: bool = False
 
     def __post_init__(self) -> None:
-        wrong = [name for name in _POSITIVE if not 0 < getattr(self, name) < math.inf]
+        rates = [field.name for field in fields(self) if field.name not in _MAY_BE_NOTHING]
+        wrong = [name for name in rates if not 0 < getattr(self, name) < math.inf]
         if wrong:
             raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive and finite")
         if not 0 <= self.hop < math.inf:
@@ -80,16 +81,7 @@ class Cluster:
         return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
 
 
-_POSITIVE = (
-    "nodes",
-    "gpus_per_node",
-    "nics_per_node",
-    "host_to_device",
-    "host_memory",
-    "nvlink",
-    "nic",
-    "device_memory",
-)
+_MAY_BE_NOTHING = ("hop", "cores", "broadcast_cores", "shared_memory")
 
 
 @dataclass(frozen=True)
