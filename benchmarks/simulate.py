@@ -28,15 +28,16 @@ import limits
 import models
 import torch
 import torch.distributed as dist
+from original import predict_original
 
 from checkpoint_engine.checksum import checksum
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.settings import SHARED_MEMORY
-from checkpoint_engine.simulate.checkpoint import make_plan, share_out
-from checkpoint_engine.simulate.cluster import Algorithm, Cluster, Costs
-from checkpoint_engine.simulate.update import Prediction, predict
+from checkpoint_engine.tools.simulate.checkpoint import make_plan, share_out
+from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
+from checkpoint_engine.tools.simulate.update import Prediction, predict
 
 GIB = 1 << 30
 SPARE = 40 * GIB
@@ -83,22 +84,18 @@ def simulate(
     owners: int | Sequence[int] | None = None,
     members: int | None = None,
     cap: float = 8 * GIB,
-    algorithm: Algorithm = "pipelined",
+    original: bool = False,
 ) -> Prediction:
     """``owners``: the ranks, or the first so many; default: all. ``members``: P2P to the first so
-    many ranks, which read from all owners' memory."""
+    many ranks, which read from all owners' memory. ``original``: by the original's algorithm."""
     owners = cluster.gpus if owners is None else owners
     metas = share_out(tensors, range(owners) if isinstance(owners, int) else owners)
     ranks = None if members is None else range(members)
-    plan = make_plan(
-        metas,
-        cluster,
-        free_device_bytes=SPARE,
-        cap=int(cap),
-        receivers=ranks,
-        algorithm=algorithm,
-    )
-    return predict(plan, cluster, costs, ranks, remote=ranks is not None, algorithm=algorithm)
+    given: dict[str, Any] = {"free_device_bytes": SPARE, "cap": int(cap), "receivers": ranks}
+    if original:
+        return predict_original(metas, cluster, costs, **given)
+    plan = make_plan(metas, cluster, **given)
+    return predict(plan, cluster, costs, ranks, remote=ranks is not None)
 
 
 def show(columns: list[str], rows: list[list[str]]) -> None:
@@ -112,10 +109,8 @@ def published() -> None:
     rows = []
     for row in PUBLISHED:
         tensors = row.model.tensors()
-        theirs = simulate(tensors, row.cluster, ORIGINAL_020, algorithm="original")
-        pulled = simulate(
-            tensors, row.cluster, ORIGINAL_020, members=row.members, algorithm="original"
-        )
+        theirs = simulate(tensors, row.cluster, ORIGINAL_020, original=True)
+        pulled = simulate(tensors, row.cluster, ORIGINAL_020, members=row.members, original=True)
         plain, replayed = (simulate(tensors, row.cluster, costs) for costs in (PLAIN, REPLAYED))
         joined = simulate(tensors, row.cluster, REPLAYED, members=row.members)
         rows.append(
@@ -150,7 +145,7 @@ def scaled() -> None:
         for owners in (cluster.gpus, min(cluster.gpus, 64)):
             found = simulate(tensors, cluster, REPLAYED, owners=owners)
             cells.append(f"{found.seconds:.2f} ({found.buckets} buckets, {found.bound_by})")
-        theirs = simulate(tensors, cluster, ORIGINAL_020, algorithm="original")
+        theirs = simulate(tensors, cluster, ORIGINAL_020, original=True)
         rows.append([*cells, f"{theirs.seconds:.1f}"])
     show(["GPUs", "ours, every rank owns", "ours, 64 ranks own", "the original's"], rows)
 

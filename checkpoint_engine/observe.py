@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Path
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -12,7 +13,6 @@ from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.problems import Problem
 from checkpoint_engine.status import Status, status_of
-from checkpoint_engine.status_page import render_body, render_page
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -57,10 +57,10 @@ def make_router(ps: ParameterServer, journal: Journal) -> APIRouter:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     @router.get("/", include_in_schema=False)
-    def page(part: Literal["page", "body"] = "page") -> Response:
-        render = render_body if part == "body" else render_page
+    def page() -> Response:
+        content = resources.files("checkpoint_engine").joinpath("status_page.html").read_bytes()
         headers = {"Content-Security-Policy": _OWN_HOST_ONLY, "Cache-Control": "no-store"}
-        return HTMLResponse(render(status_of(ps, journal)), headers=headers)
+        return HTMLResponse(content, headers=headers)
 
     return router
 

@@ -69,6 +69,13 @@ READ_PACE = Pace(32 << 20, 1 << 30)
 """P2P reads over a network."""
 
 
+def choose_pace(is_accelerator: bool, p2p: bool) -> Pace:
+    """The pace of an update: by P2P, or by a broadcast among accelerators or CPUs."""
+    if p2p:
+        return READ_PACE
+    return DEVICE_PACE if is_accelerator else HOST_PACE
+
+
 @dataclass(frozen=True)
 class Step:
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into

@@ -134,11 +134,13 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     """uvicorn's configuration for ``app`` behind the limits of ``options``."""
     import uvicorn
 
-    from checkpoint_engine.http_guard import Guard, ImpatientProtocol
+    from checkpoint_engine.http_guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
 
     return uvicorn.Config(
         Guard(app, options.token, options.max_body_bytes),
         http=ImpatientProtocol,
+        headers=CLOSE,
+        limit_concurrency=MAX_CONNECTIONS,
         ws="none",
         loop="asyncio",
         proxy_headers=False,

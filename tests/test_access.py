@@ -195,6 +195,12 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def url() -> Iterator[str]:
+    with serving() as where:
+        yield where
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
     options = ServeOptions(port=0, token=TOKEN, max_body_bytes=1000)
     config = uvicorn_config(app, options)
     config.lifespan = "off"
@@ -249,6 +255,29 @@ def test_a_head_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> No
                 slow.sendall(b"a: b\r\n")
                 time.sleep(0.05)
             pytest.fail("the connection was kept")
+
+
+def test_a_connection_is_for_one_request(url: str) -> None:
+    """A second head could be as slow as the first."""
+    port = httpx.URL(url).port
+    assert port is not None
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(
+            f"GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_guard, "MAX_CONNECTIONS", 2)
+    with serving() as url:
+        port = httpx.URL(url).port
+        assert port is not None
+        with socket.create_connection(("127.0.0.1", port), timeout=10):
+            assert httpx.get(url, headers=RIGHT).status_code == 503
+        until_answered = (httpx.get(url, headers=RIGHT).status_code for _ in range(1000))
+        assert 200 in until_answered
 
 
 def test_a_body_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from checkpoint_engine import doctor, rdma
+from checkpoint_engine import rdma
 from checkpoint_engine.cli import commands
-from checkpoint_engine.doctor import Finding
+from checkpoint_engine.tools import doctor
+from checkpoint_engine.tools.doctor import Finding
 
 
 def findings_of(check: object) -> list[Finding]:
@@ -88,6 +90,32 @@ def test_a_memlock_limit_matters_where_there_is_rdma(
     (finding,) = findings_of(doctor._memory_limits)
     assert finding.level == "warning"
     assert "memlock=-1" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("limit", "level"),
+    [("/sys/fs/cgroup/a/memory.max", "note"), ("MemAvailable of /proc/meminfo", "ok")],
+)
+def test_a_containers_memory_limit_is_noted(
+    monkeypatch: pytest.MonkeyPatch, limit: str, level: str
+) -> None:
+    monkeypatch.setattr(doctor, "available_host_memory", lambda: (3 * 10**9, limit))
+    (finding,) = findings_of(doctor._host_memory)
+    assert (finding.level, finding.seen) == (level, f"3.0 GB available ({limit})")
+
+
+@pytest.mark.parametrize(("near", "level"), [({0, 1, 2}, "ok"), ({6, 7}, "warning")])
+def test_a_process_far_from_its_device(
+    monkeypatch: pytest.MonkeyPatch, near: set[int], level: str
+) -> None:
+    manager = SimpleNamespace(device_count=lambda: 1, nearby_cpus=lambda index: near)
+    monkeypatch.setattr(doctor, "DeviceManager", lambda device_type: manager)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    cpus, device = findings_of(doctor._affinity)
+    assert cpus.level == "ok"
+    assert device.level == level
+    assert bool(device.mend) == (level == "warning")
 
 
 def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

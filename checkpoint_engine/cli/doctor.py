@@ -23,7 +23,7 @@ def doctor(quick: bool, strict: bool, as_json: bool) -> None:
     """
     import json
 
-    from checkpoint_engine.doctor import examine
+    from checkpoint_engine.tools.doctor import examine
 
     findings = examine(measure=not quick)
     worst = [one.level for one in findings]

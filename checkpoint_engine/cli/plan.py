@@ -11,10 +11,10 @@ import click
 
 from checkpoint_engine.cli.output import Positive, fail, gigabytes, json_option, show
 from checkpoint_engine.settings import GIB
-from checkpoint_engine.simulate.cluster import Cluster, Costs
+from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 
 if TYPE_CHECKING:
-    from checkpoint_engine.simulate.update import Prediction
+    from checkpoint_engine.tools.simulate.update import Prediction
 
 _UNITS = {
     "host_to_device": "GB/s of pinned memory to one device (PCIe)",
@@ -37,14 +37,9 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """An option for each rate and cost, with the default of ``Cluster`` or ``Costs``."""
     for field in (*fields(Costs), *fields(Cluster)):
         if field.name in _UNITS:
-            option = click.option(
-                f"--{field.name.replace('_', '-')}",
-                type=float,
-                default=field.default,
-                show_default=True,
-                help=_UNITS[field.name],
-            )
-            function = option(function)
+            name = f"--{field.name.replace('_', '-')}"
+            kind: dict[str, Any] = {"type": float, "default": field.default, "show_default": True}
+            function = click.option(name, **kind, help=_UNITS[field.name])(function)
     return function
 
 
@@ -78,22 +73,13 @@ def plan(
     are this library's and not new: tensors larger than a bucket are broadcast in parts.
     """
     per_node = min(gpus_per_node, world_size)
+    nodes = -(-world_size // per_node)
+    room: dict[str, Any] = {"free_device_bytes": int(free_gb * GIB), "cap": int(bucket_gb * GIB)}
+    members = range(min(receivers or world_size, world_size))
     try:
-        cluster = Cluster(
-            nodes=-(-world_size // per_node),
-            gpus_per_node=per_node,
-            nics_per_node=nics_per_node,
-            **_of(Cluster, rates),
-        )
-        result = _predict(
-            checkpoint,
-            world_size,
-            min(receivers or world_size, world_size),
-            cluster,
-            Costs(**_of(Costs, rates)),
-            int(free_gb * GIB),
-            int(bucket_gb * GIB),
-        )
+        cluster = Cluster(nodes, per_node, nics_per_node, **_of(Cluster, rates))
+        costs = Costs(**_of(Costs, rates))
+        result = _predict(checkpoint, range(world_size), members, cluster, costs, room)
     except (ValueError, OSError) as error:
         fail(str(error), "", as_json)
     show(result, _as_text(result), as_json)
@@ -101,27 +87,25 @@ def plan(
 
 def _predict(
     checkpoint: Path,
-    world_size: int,
-    receivers: int,
+    owners: range,
+    members: range,
     cluster: Cluster,
     costs: Costs,
-    free: int,
-    cap: int,
+    room: dict[str, Any],
 ) -> dict[str, Any]:
     # These import torch, which takes longer than completion may.
-    from checkpoint_engine.simulate.checkpoint import make_plan, read_headers, share_out
-    from checkpoint_engine.simulate.update import predict
+    from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
+    from checkpoint_engine.tools.simulate.update import predict
 
-    metas = share_out(read_headers(checkpoint), range(world_size))
-    broadcast = make_plan(metas, cluster, free_device_bytes=free, cap=cap)
-    members = range(receivers)
-    p2p = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
+    metas = share_out(read_headers(checkpoint), owners)
+    broadcast = make_plan(metas, cluster, **room)
+    p2p = make_plan(metas, cluster, **room, receivers=members)
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
     return {
         "checkpoint": str(checkpoint),
         "tensors": broadcast.tensor_count,
         "bytes": broadcast.total_bytes,
-        "world_size": world_size,
+        "world_size": len(owners),
         "host_bytes_of_a_rank": max(owned, default=0),
         "cluster": asdict(cluster),
         "broadcast": _as_dict(predict(broadcast, cluster, costs)),
@@ -135,15 +119,9 @@ def _of(kind: type, rates: dict[str, float]) -> dict[str, Any]:
 
 
 def _as_dict(found: Prediction) -> dict[str, Any]:
-    return {
-        "seconds": found.seconds,
-        "gigabytes_per_second": found.gigabytes_per_second,
-        "buckets": found.buckets,
-        "bucket_bytes": found.bucket_bytes,
-        "device_bytes": found.device_bytes,
-        "bound_by": found.bound_by,
-        "waiting_for": found.critical,
-    }
+    names = ("seconds", "gigabytes_per_second", "buckets", "bucket_bytes", "device_bytes")
+    shown = {name: getattr(found, name) for name in (*names, "bound_by")}
+    return shown | {"waiting_for": found.critical}
 
 
 def _as_text(result: dict[str, Any]) -> str:

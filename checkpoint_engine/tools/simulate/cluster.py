@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 GB = 1e9
 
@@ -46,7 +45,8 @@ class Cluster:
     shared_memory: bool = False
 
     def __post_init__(self) -> None:
-        wrong = [name for name in _POSITIVE if not 0 < getattr(self, name) < math.inf]
+        rates = [field.name for field in fields(self) if field.name not in _MAY_BE_NOTHING]
+        wrong = [name for name in rates if not 0 < getattr(self, name) < math.inf]
         if wrong:
             raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive and finite")
         if not 0 <= self.hop < math.inf:
@@ -81,16 +81,7 @@ class Cluster:
         return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
 
 
-_POSITIVE = (
-    "nodes",
-    "gpus_per_node",
-    "nics_per_node",
-    "host_to_device",
-    "host_memory",
-    "nvlink",
-    "nic",
-    "device_memory",
-)
+_MAY_BE_NOTHING = ("hop", "cores", "broadcast_cores", "shared_memory")
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,3 @@ class Costs:
             may_be_zero = field.name not in ("load", "check")  # these are rates
             if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
                 raise ValueError(f"{field.name} cannot be {value}")
-
-
-Algorithm = Literal["pipelined", "original"]
-"""``pipelined``: this library. ``original``: the rounds of the original, see ``update.py``."""

@@ -17,13 +17,12 @@ _NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True)
 class Span:
-    """When a task ran, in seconds since the start. ``kind`` and ``lane`` are its author's.
+    """When a task ran, in seconds since the start. ``kind`` is its author's.
 
     ``after``: the task whose end let it begin; ``None`` at the start.
     """
 
     kind: str
-    lane: str
     begin: float
     end: float
     after: int | None = None
@@ -32,7 +31,6 @@ class Span:
 @dataclass
 class _Task:
     kind: str
-    lane: str
     fixed: float
     amounts: dict[str, float]
     solo: float
@@ -65,7 +63,6 @@ class Simulation:
         self,
         kind: str,
         *,
-        lane: str = "",
         fixed: float = 0.0,
         amounts: Mapping[str, float] | None = None,
         after: Sequence[int | None] = (),
@@ -80,7 +77,7 @@ class Simulation:
         solo = max((amount / self._links[link] for link, amount in work.items()), default=0.0)
         number = len(self._tasks)
         predecessors = {one for one in after if one is not None}
-        self._tasks.append(_Task(kind, lane, fixed, work, solo, len(predecessors)))
+        self._tasks.append(_Task(kind, fixed, work, solo, len(predecessors)))
         for one in predecessors:
             self._tasks[one].followers.append(number)
         return number
@@ -99,9 +96,7 @@ class Simulation:
                 self._join_links(number, now)
             else:
                 self._finish(number, now)
-        return [
-            Span(task.kind, task.lane, task.begin, task.end, task.after) for task in self._tasks
-        ]
+        return [Span(task.kind, task.begin, task.end, task.after) for task in self._tasks]
 
     def _begin(self, number: int, now: float, after: int | None) -> None:
         task = self._tasks[number]

@@ -8,13 +8,13 @@ loaded by all workers in the same time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from checkpoint_engine.data_types import H2DBucket, TensorPart
 from checkpoint_engine.plan import Step, TransferPlan
-from checkpoint_engine.simulate.cluster import GB, Algorithm, Cluster, Costs
-from checkpoint_engine.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
+from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def predict(
     members: Sequence[int] | None = None,
     *,
     remote: bool = False,
-    algorithm: Algorithm = "pipelined",
+    order: Callable[[Model], None] | None = None,
 ) -> Prediction:
     """Predict one update.
 
@@ -65,20 +65,13 @@ def predict(
         members: the ranks that receive, by place in the cluster. ``None``: all.
         remote: buckets are read out of the owners' memory by P2P. The owners then are ranks of the
             cluster beyond its last node, or among the members.
-        algorithm: ``original`` stands for what is known of the original's: all owners of a round
-            copy their bucket at once, after the last round is through; the round's buckets are
-            then broadcast one after the other, into alternate halves; loading one overlaps the
-            broadcast of the next.
+        order: adds the tasks of all steps, each after those that it waits for. ``None``: as this
+            library orders them.
     """
     ranks = list(range(cluster.gpus)) if members is None else sorted(members)
-    model = _Model(plan, cluster, costs, ranks, remote)
+    model = Model(plan, cluster, costs, ranks, remote)
     staged = plan.staging and len(ranks) > 1 and (remote or cluster.cores is None)
-    if algorithm == "original":
-        model.add_rounds()
-    elif staged:
-        model.add_staged()
-    else:
-        model.add_direct()
+    (order or (Model.add_staged if staged else Model.add_direct))(model)
     spans = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
     once = costs.per_update + costs.per_buffer_gb * double_buffer / GB
@@ -97,13 +90,14 @@ def predict(
     )
 
 
-class _Model:
-    """The tasks of one update. Each method adds those of one stage of one step."""
+class Model:
+    """The tasks of one update. ``fetch``, ``broadcast`` and ``reload`` each add the task of one
+    stage of one step, after the tasks that are named, and return it."""
 
     def __init__(
         self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: list[int], remote: bool
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._cluster = cluster
         self._costs = costs
         self._ranks = ranks
@@ -120,14 +114,14 @@ class _Model:
         delivered: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
-        for step in self._plan.steps:
+        for step in self.plan.steps:
             slot_free = reloads[-2]
-            fetched = self._fetch(step, [delivered[step.receiver]])
+            fetched = self.fetch(step, [delivered[step.receiver]])
             arrived = delivered[step.receiver] = self._deliver(
                 step, [fetched, slot_free, broadcast]
             )
-            broadcast = self._broadcast(step, [arrived])
-            reloads = [reloads[-1], self._reload(step, [broadcast, reloads[-1]])]
+            broadcast = self.broadcast(step, [arrived])
+            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1]])]
 
     def add_direct(self) -> None:
         """Without staging a bucket is fetched into the double buffer. Host memory is broadcast from
@@ -138,29 +132,19 @@ class _Model:
         fetches: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
-        for step in self._plan.steps:
+        for step in self.plan.steps:
             slot_free = reloads[-2]
             # Each rank's one thread fetches its own buckets and takes those of others in turn.
             apart = in_place or (on_cores and step.receiver == last)
             before = fetches[step.receiver] if apart else broadcast
             last = step.receiver
-            fetched = fetches[step.receiver] = self._fetch(step, [slot_free, before])
-            broadcast = self._broadcast(step, [slot_free, broadcast, None if in_place else fetched])
-            reloads = [reloads[-1], self._reload(step, [fetched, broadcast, reloads[-1]])]
-
-    def add_rounds(self) -> None:
-        """The original, as far as its documentation and its timings tell."""
-        broadcast: int | None = None
-        reloads: list[int | None] = [None, None]
-        for steps in _rounds(self._plan.steps):
-            fetched = [self._fetch(step, [broadcast]) for step in steps]
-            for step in steps:
-                broadcast = self._broadcast(step, [*fetched, broadcast, reloads[-2]])
-                reloads = [reloads[-1], self._reload(step, [broadcast, reloads[-1]])]
+            fetched = fetches[step.receiver] = self.fetch(step, [slot_free, before])
+            broadcast = self.broadcast(step, [slot_free, broadcast, None if in_place else fetched])
+            reloads = [reloads[-1], self.reload(step, [fetched, broadcast, reloads[-1]])]
 
     # ------------------------------------------------------------------ the stages
 
-    def _fetch(self, step: Step, after: list[int | None]) -> int:
+    def fetch(self, step: Step, after: list[int | None]) -> int:
         nbytes = step.bucket.size / GB
         if self._remote and step.owner != step.receiver:
             amounts = {
@@ -172,7 +156,7 @@ class _Model:
             amounts = {f"pcie {step.receiver}": nbytes, f"memory {node}": nbytes}
         if self._cluster.cores is not None:
             amounts["cores"] = nbytes / self._cluster.host_to_device
-        return self._add("fetch", step, amounts, after, lane=f"rank {step.receiver}")
+        return self.simulation.task("fetch", amounts=amounts, after=after)
 
     def _deliver(self, step: Step, after: list[int | None]) -> int:
         """From staging into the double buffer."""
@@ -184,16 +168,16 @@ class _Model:
                 f"pcie {step.receiver}": nbytes,
                 "cores": nbytes / self._cluster.host_to_device,
             }
-        return self._add("deliver", step, amounts, after, lane=f"rank {step.receiver}")
+        return self.simulation.task("deliver", amounts=amounts, after=after)
 
-    def _broadcast(self, step: Step, after: list[int | None]) -> int:
+    def broadcast(self, step: Step, after: list[int | None]) -> int:
         nbytes = step.bucket.size / GB
         if len(self._ranks) == 1 or not step.bucket.size:
-            return self._add("broadcast", step, {}, after)
+            return self.simulation.task("broadcast", after=after)
         rate = self._cluster.broadcast(self._nodes)
         amounts = {"fabric": nbytes}
         if self._nodes > 1 and self._remote:
-            receivers = {each.receiver for each in self._plan.steps}
+            receivers = {each.receiver for each in self.plan.steps}
             share = nbytes / self._cluster.nics_per_node
             amounts |= {f"in {self._cluster.nic_of(rank)}": share for rank in receivers}
         if self._cluster.shared_memory and self._nodes == 1:
@@ -204,9 +188,9 @@ class _Model:
             busy = self._cluster.broadcast_cores * self._on_one_node
             amounts["cores"] = busy * nbytes / rate
         fixed = self._cluster.hop * (self._nodes - 1)
-        return self._add("broadcast", step, amounts, after, fixed=fixed)
+        return self.simulation.task("broadcast", fixed=fixed, amounts=amounts, after=after)
 
-    def _reload(self, step: Step, after: list[int | None]) -> int:
+    def reload(self, step: Step, after: list[int | None]) -> int:
         """All workers load a bucket: messages, its checksum, Python for each tensor, then the
         bytes that they need."""
         messages, loading = self._costs.per_bucket, self._loading(step.bucket)
@@ -217,7 +201,7 @@ class _Model:
             amounts[f"memory {self._cluster.node_of(step.receiver)}"] = (
                 self._on_one_node * step.bucket.size / GB
             )
-        return self._add("reload", step, amounts, after)
+        return self.simulation.task("reload", amounts=amounts, after=after)
 
     def _loading(self, bucket: H2DBucket) -> float:
         """A worker's seconds with a bucket. A part is copied to where its tensor is put together,
@@ -233,26 +217,13 @@ class _Model:
         copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
         return joining + checking + python + copying
 
-    def _add(
-        self,
-        kind: str,
-        step: Step,
-        amounts: dict[str, float],
-        after: list[int | None],
-        lane: str = "",
-        fixed: float = 0.0,
-    ) -> int:
-        return self.simulation.task(
-            kind, lane=lane or kind, fixed=fixed, amounts=amounts, after=after
-        )
-
     def _links(self) -> dict[str, float]:
         """GB/s of every link that a step may use; seconds per second of workers and cores."""
         cluster = self._cluster
         links = {"fabric": cluster.broadcast(self._nodes), "workers": 1.0}
         if cluster.cores is not None:
             links["cores"] = float(cluster.cores)
-        for step in self._plan.steps:
+        for step in self.plan.steps:
             links[f"pcie {step.receiver}"] = cluster.host_to_device
             links[f"device {step.receiver}"] = cluster.device_memory
             links[f"memory {cluster.node_of(step.receiver)}"] = cluster.host_memory
@@ -265,16 +236,3 @@ def _put_together(plan: TransferPlan) -> int:
     """Bytes of the largest tensor that travels in parts."""
     parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
     return max((part.total for part in parts), default=0)
-
-
-def _rounds(steps: Sequence[Step]) -> list[list[Step]]:
-    """The plan cut where a receiver comes up again."""
-    rounds: list[list[Step]] = []
-    seen: set[int] = set()
-    for step in steps:
-        if not rounds or step.receiver in seen:
-            rounds.append([])
-            seen = set()
-        rounds[-1].append(step)
-        seen.add(step.receiver)
-    return rounds

@@ -13,16 +13,13 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
 )
 from checkpoint_engine.plan import (
-    DEVICE_PACE,
-    HOST_PACE,
-    READ_PACE,
-    Pace,
     TransferPlan,
     bucket_size,
+    choose_pace,
     largest_tensor,
     plan_transfer,
 )
-from checkpoint_engine.simulate.cluster import Algorithm, Cluster
+from checkpoint_engine.tools.simulate.cluster import Cluster
 
 Metas = dict[int, MemoryBufferMetaList]
 
@@ -71,7 +68,6 @@ def make_plan(
     free_device_bytes: int,
     cap: int,
     receivers: Sequence[int] | None = None,
-    algorithm: Algorithm = "pipelined",
     joins_parts: bool = True,
 ) -> TransferPlan:
     """The plan that the ranks would cut.
@@ -80,28 +76,22 @@ def make_plan(
         free_device_bytes: that the buffers may take on the fullest device.
         cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         receivers: P2P to these ranks. ``None``: broadcast to all.
-        algorithm: the original fills its buckets up to ``cap``.
         joins_parts: the workers are this library's and have been updated before: then a broadcast
             may cut tensors, as ``ParameterServer`` decides it.
 
     Raises:
         ValueError: the largest tensor does not fit.
     """
-    may_cut = joins_parts and receivers is None and algorithm == "pipelined"
+    p2p = receivers is not None
+    may_cut = joins_parts and not p2p
     size = bucket_size(free_device_bytes, largest_tensor(metas), cap, may_cut)
-    local, remote = _on_nics(range(cluster.gpus), cluster), _on_nics(metas, cluster)
-    pace = _pace(cluster, receivers) if algorithm == "pipelined" else None
+    local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
+    pace = choose_pace(is_accelerator=cluster.cores is None, p2p=p2p)
     return plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
 
 
-def _pace(cluster: Cluster, receivers: Sequence[int] | None) -> Pace:
-    """As ``ParameterServer`` chooses it."""
-    if receivers is not None:
-        return READ_PACE
-    return DEVICE_PACE if cluster.cores is None else HOST_PACE
-
-
-def _on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
+def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
+    """Which of ``ranks`` share each NIC, by its name."""
     topology: defaultdict[str, set[int]] = defaultdict(set)
     for rank in ranks:
         topology[cluster.nic_of(rank)].add(rank)

