@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -120,9 +120,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
-def open_files(
-    files: Iterable[Path], allowed_folders: Sequence[str] | None = None
-) -> dict[str, TensorSource]:
+def open_files(files: Iterable[Path], allowed_folders: Folders = None) -> dict[str, TensorSource]:
     """The tensors of safetensors files and of ``.npy`` files with their ``.meta``, by name.
 
     Reads headers only; the files must stay as they are until their bytes have been read.
@@ -140,15 +138,11 @@ def open_files(
             shard is missing, duplicated or does not match the others. Names the file and the
             tensor.
     """
-    allowed = None if allowed_folders is None else tuple(allowed_folders)
-    paths = expand_folders(files, allowed)
-    assigned = assigned_tensors(paths, allowed)
-    return merge_sources(
-        itertools.chain(
-            _safetensors_sources(paths, assigned, allowed), _npy_sources(paths, allowed)
-        ),
-        allowed,
-    )
+    paths = expand_folders(files, allowed_folders)
+    assigned = assigned_tensors(paths, allowed_folders)
+    safetensors = _safetensors_sources(paths, assigned, allowed_folders)
+    arrays = _npy_sources(paths, allowed_folders)
+    return merge_sources(itertools.chain(safetensors, arrays), allowed_folders)
 
 
 def merge_sources(

@@ -22,7 +22,7 @@ _MAX_INDEX = 100_000_000
 """Bytes; as many as a safetensors header may have."""
 
 Path = str | os.PathLike[str]
-Folders = tuple[str, ...] | None
+Folders = Sequence[str] | None
 """Where files must lie, as real paths; ``None``: anywhere."""
 Inode = tuple[int, int]
 """What a path led to: device and inode number."""
