@@ -62,7 +62,8 @@ class RegisterRequest(BaseModel):
     """The files whose tensors this rank shall own."""
 
     files: Annotated[list[ShortText], Field(max_length=65_536)] = Field(
-        description="safetensors files, or .npy files with their .meta, on the server's host.",
+        description="safetensors files, or .npy files with their .meta, on the server's host. A "
+        "folder stands for all files of its checkpoint; an index among the files selects tensors.",
         examples=[["/models/step-1/model-00001-of-00008.safetensors"]],
     )
 

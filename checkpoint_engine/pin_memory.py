@@ -30,12 +30,11 @@ from checkpoint_engine import crew
 from checkpoint_engine.checkpoint_files import (
     FileParts,
     FileSlice,
-    Inode,
     TensorSource,
-    check_same_file,
     natural_key,
     open_files,
 )
+from checkpoint_engine.checkpoint_folder import Inode, check_same_file
 from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
 
 MAX_BUFFER_BYTES = 4 << 30

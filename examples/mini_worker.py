@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
+from checkpoint_engine.checkpoint_files import open_files, view_tensors
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 from parallel_layers import TensorParallel
 from tiny_transformer import CausalLM, ModelConfig, new_model
@@ -48,14 +48,14 @@ class Worker(VllmColocateWorkerExtension):
             self.load_checkpoint(str(args.model))
 
     def load_checkpoint(self, folder: str) -> None:
-        """Load a whole checkpoint from the ``*.safetensors`` files in ``folder``.
+        """Load the whole checkpoint in ``folder``.
 
         Raises:
             ValueError: the files lack a tensor of the model, or hold one that is not of it.
         """
         model: CausalLM = self.model_runner.model
         missing = model.checkpoint_names()
-        for name, tensor in _tensors_of(Path(folder)):
+        for name, tensor in view_tensors(open_files([folder]).values()).items():
             model.load_weights([(name, tensor)])
             missing.discard(name)
         if missing:
@@ -124,13 +124,6 @@ def _fill_with_dummies(model: CausalLM) -> None:
         whole = len(flat) // len(pattern) * len(pattern)
         flat[:whole].view(-1, len(pattern)).copy_(pattern)
         flat[whole:].copy_(pattern[: len(flat) - whole])
-
-
-def _tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                yield name, tensors.get_tensor(name)
 
 
 def _exit_with_engine() -> None:

@@ -128,7 +128,7 @@ def actor_environment() -> dict[str, str]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Send a checkpoint into engines, with Ray.")
     add = parser.add_argument
-    add("--checkpoint-path", type=Path, required=True, help="folder with safetensors files")
+    add("--checkpoint-path", type=Path, required=True, help="folder of the checkpoint")
     add("--checkpoint-name", default="my-checkpoint-iter-0")
     add("--endpoint", default="http://localhost:19730", help="of the engine, on its first node")
     add("--inference-parallel-size", type=int, default=8, help="workers per engine")

@@ -11,31 +11,29 @@ New engines, with ranks in a world of their own, take the weights from the memor
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import safe_open
 
 from checkpoint_engine.checkpoint_files import (
     FileParts,
-    FileSlice,
     TensorSource,
+    file_of,
     natural_key,
     open_files,
+    view_tensors,
 )
+from checkpoint_engine.checkpoint_folder import INDEX, checkpoint_of, split_over_ranks
 from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
 from checkpoint_engine.distributed import use_backend
 from checkpoint_engine.metas_file import Metas, decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
 
-INDEX = "model.safetensors.index.json"
 SocketPaths = list[tuple[str, str]]
 
 
@@ -44,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Send a checkpoint into running inference engines."
     )
     add = parser.add_argument
-    add("--checkpoint-path", type=Path, help="folder with safetensors files")
+    add("--checkpoint-path", type=Path, help="folder of the checkpoint")
     add("--save-metas-file", type=Path, help="write for --load-metas-file who owns what")
     add("--load-metas-file", type=Path, help="take the weights from the ranks that wrote this")
     add("--metas-url", help="the same, from a server's /v1/metas; PS_HTTP_TOKEN is sent")
@@ -161,42 +159,28 @@ def load_share(
 
     With an index the tensors are split over the ranks, without one the files are.
     """
-    if not (folder / INDEX).is_file():
-        files = sorted(str(path) for path in folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no *.safetensors files")
-        mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
+    files = checkpoint_of(folder)
+    if not files[0].endswith(INDEX):
+        mine = split_over_ranks(files, world_size)[rank]
         return mine, {}, sum(source.nbytes for source in open_files(mine).values())
-    weight_map = read_weight_map(folder / INDEX)
-    stored = open_files(str(folder / file) for file in set(weight_map.values()))
-    for name, file in weight_map.items():
-        if name not in stored or place(stored[name]).path != str(folder / file):
-            raise ValueError(f"{folder / INDEX}: tensor {name!r} is not in {file}")
-    share = split_by_bytes([stored[name] for name in weight_map], rank, world_size)
+    stored = list(open_files(files).values())
+    share = split_by_bytes(stored, rank, world_size)
     whole = whole_files(share, stored)
-    rest = [source for source in share if place(source).path not in whole]
-    return whole, view_tensors(rest), sum(source.nbytes for source in share)
+    rest = [source for source in share if file_of(source) not in whole]
+    mine = [files[0], *whole] if whole else []
+    return mine, view_tensors(rest), sum(source.nbytes for source in share)
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
-    return weight_map
-
-
-def place(source: TensorSource) -> FileSlice:
-    """Where a tensor of a safetensors file lies: in one piece."""
-    return cast(FileParts, source.data).parts[0]
+def offset_of(source: TensorSource) -> int:
+    """Where a tensor of a safetensors file begins."""
+    return cast(FileParts, source.data).parts[0].offset
 
 
 def split_by_bytes(
     sources: Sequence[TensorSource], rank: int, world_size: int
 ) -> list[TensorSource]:
     """This rank's part: contiguous in the files, of about as many bytes as the others' parts."""
-    in_order = sorted(sources, key=lambda s: (natural_key(place(s).path), place(s).offset))
+    in_order = sorted(sources, key=lambda s: (natural_key(file_of(s)), offset_of(s)))
     total = sum(source.nbytes for source in sources)
     share, begin = [], 0
     for source in in_order:
@@ -207,20 +191,11 @@ def split_by_bytes(
     return share
 
 
-def whole_files(share: Sequence[TensorSource], stored: Mapping[str, TensorSource]) -> list[str]:
+def whole_files(share: Sequence[TensorSource], stored: Sequence[TensorSource]) -> list[str]:
     """The files all of whose tensors are in ``share``: these can be read straight into place."""
     mine = {source.name for source in share}
-    shared = {place(source).path for source in stored.values() if source.name not in mine}
-    return list(dict.fromkeys(p for source in share if (p := place(source).path) not in shared))
-
-
-def view_tensors(sources: Sequence[TensorSource]) -> dict[str, torch.Tensor]:
-    """The tensors as views of the mapped files: nothing is read before it is copied."""
-    tensors = {}
-    for path, group in groupby(sources, key=lambda source: place(source).path):
-        with safe_open(path, framework="pt") as file:
-            tensors.update({source.name: file.get_tensor(source.name) for source in group})
-    return tensors
+    shared = {file_of(source) for source in stored if source.name not in mine}
+    return list(dict.fromkeys(file for file in map(file_of, share) if file not in shared))
 
 
 def read_metas(args: argparse.Namespace) -> Metas:

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from loguru import logger
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from checkpoint_engine import checkpoint_files
 from checkpoint_engine.checkpoint_files import (
     FileParts,
-    MissingFileError,
     TensorSource,
+    file_of,
     natural_key,
     open_files,
     tensor_sources,
 )
+from checkpoint_engine.checkpoint_folder import MissingFileError
 
 
 def write_safetensors(path: Path, header: dict[str, Any] | bytes, data: bytes) -> str:
@@ -64,6 +68,16 @@ def stored(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
         return tensor.view(torch.uint8).numpy()
     return tensor.numpy()
+
+
+@contextmanager
+def warnings() -> Iterator[io.StringIO]:
+    sink = io.StringIO()
+    handler = logger.add(sink, level="WARNING")
+    try:
+        yield sink
+    finally:
+        logger.remove(handler)
 
 
 def read(source: TensorSource) -> torch.Tensor:
@@ -240,11 +254,84 @@ class TestSafetensors:
         with pytest.raises(ValueError, match=r"weights\.bin: not a checkpoint file"):
             open_files([tmp_path / "weights.bin"])
 
-    def test_same_name_in_two_files(self, tmp_path: Path) -> None:
-        for name in ("a", "b"):
-            save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ValueError, match=r"'w' is in both .*a\.safetensors and .*b\.safet"):
+    def test_a_later_file_with_the_same_bytes_wins(self, tmp_path: Path) -> None:
+        same = {"w": torch.randn(3, 5), "v": torch.tensor(float("nan")), "none": torch.ones(0, 2)}
+        for name in ("c", "b", "a"):
+            save_file(same | {name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        files = [str(tmp_path / f"{name}.safetensors") for name in ("c", "b", "a")]
+        with warnings() as warned:
+            sources = open_files(files)
+        assert {file_of(sources[name]) for name in same} == {files[-1]}
+        assert sources.keys() == {*same, "a", "b", "c"}
+        assert warned.getvalue().count("\n") == 1
+        assert "'w'" in warned.getvalue()
+
+    @pytest.mark.parametrize(
+        ("other", "says"),
+        [
+            (torch.tensor([1.0, -0.0]), "different bytes"),
+            (torch.tensor([1.0, 0.0], dtype=torch.float16), "different dtypes: .*32 and .*16"),
+            (torch.tensor([[1.0, 0.0]]), "different shapes"),
+            (torch.tensor([1, 0], dtype=torch.int32), "different dtypes"),
+        ],
+    )
+    def test_different_tensors_of_one_name(
+        self, tmp_path: Path, other: torch.Tensor, says: str
+    ) -> None:
+        save_file({"w": torch.tensor([1.0, 0.0])}, tmp_path / "a.safetensors")
+        save_file({"w": other}, tmp_path / "b.safetensors")
+        with pytest.raises(
+            ValueError, match=rf"'w' is in both .*a\.safetensors and .*b\.safetensors, .*{says}"
+        ):
             open_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+    @pytest.mark.parametrize("at", [0, 99, -1])
+    def test_every_byte_of_a_duplicate_counts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    ) -> None:
+        monkeypatch.setattr(checkpoint_files, "_CHUNK", 64)
+        tensor = torch.randint(0, 255, (1000,), dtype=torch.uint8)
+        files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+        save_file({"w": tensor}, files[0])
+        save_file({"first": torch.ones(7), "w": tensor}, files[1])
+        assert open_files(files).keys() == {"w", "first"}
+        tensor[at] += 1
+        save_file({"first": torch.ones(7), "w": tensor}, files[1])
+        with pytest.raises(ValueError, match="different bytes"):
+            open_files(files)
+
+    def test_duplicates_alone_are_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+        digest = checkpoint_files._digest
+
+        def note_and_digest(source: TensorSource, allowed: Any) -> bytes:
+            read.append(source.name)
+            return digest(source, allowed)
+
+        monkeypatch.setattr(checkpoint_files, "_digest", note_and_digest)
+        files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+        for file in files:
+            save_file({"w": torch.ones(2), file.stem: torch.ones(9)}, file)
+        open_files(files)
+        assert read == ["w", "w"]
+
+    def test_a_duplicate_that_is_replaced_before_it_is_compared(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+        for file in files:
+            save_file({"w": torch.ones(2)}, file)
+        check = checkpoint_files._check_equal
+
+        def replace_then_check(*args: Any) -> None:
+            os.replace(files[2], files[0])
+            check(*args)
+
+        monkeypatch.setattr(checkpoint_files, "_check_equal", replace_then_check)
+        with pytest.raises(ValueError, match=r"a\.safetensors was replaced by another file"):
+            open_files(files[:2])
 
     def test_no_file_stays_open(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
@@ -303,13 +390,9 @@ class TestNpy:
 
     def test_warns_once(self, tmp_path: Path) -> None:
         files = [write_npy(tmp_path / f"m.tp.{r}.npy", {"w": (torch.ones(2), 0)}) for r in (0, 1)]
-        sink = io.StringIO()
-        handler = logger.add(sink, level="WARNING")
-        try:
+        with warnings() as warned:
             open_files(files)
-        finally:
-            logger.remove(handler)
-        assert sink.getvalue().count("deprecated") == 1
+        assert warned.getvalue().count("deprecated") == 1
 
     @pytest.mark.parametrize("ranks", [(1, 2), (0, 2), (1,)])
     def test_missing_rank(self, tmp_path: Path, ranks: tuple[int, ...]) -> None:
@@ -353,9 +436,20 @@ class TestNpy:
         files = [write_npy(tmp_path / f"{n}.tp.0.npy", ones) for n in ("a", "b")]
         with pytest.raises(ValueError, match=r"'w' of tensor-parallel rank 0 is in .*a\.tp\.0"):
             open_files(files)
-        save_file({"w": torch.ones(2)}, tmp_path / "c.safetensors")
+        save_file({"w": torch.zeros(2)}, tmp_path / "c.safetensors")
         with pytest.raises(ValueError, match="'w' is in both"):
             open_files([files[0], tmp_path / "c.safetensors"])
+
+    def test_shards_with_the_bytes_of_a_whole_tensor(self, tmp_path: Path) -> None:
+        whole = torch.randn(4, 6)
+        parts = torch.chunk(whole, 2, 1)
+        files = [write_npy(tmp_path / f"m.tp.{r}.npy", {"w": (parts[r], 1)}) for r in (0, 1)]
+        path = tmp_path / "whole.safetensors"
+        save_file({"w": whole}, path)
+        assert open_files([path, *files]).keys() == {"w"}
+        save_file({"w": whole.flip(1)}, path)
+        with pytest.raises(ValueError, match="different bytes"):
+            open_files([path, *files])
 
     def test_rank_that_is_no_number(self, tmp_path: Path) -> None:
         path = write_npy(tmp_path / "a.b.c.d.npy", {"w": (torch.ones(2), 0)})

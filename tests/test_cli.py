@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.cli import commands, servers
 from checkpoint_engine.cli.servers import Server, ServiceError, ask, find_servers
@@ -76,6 +77,25 @@ def test_plan_believes_the_description(checkpoint: Path) -> None:
 def test_plan_counts_nodes(checkpoint: Path) -> None:
     found = json_of("plan", checkpoint, "--world-size", "20", "--gpus-per-node", "8")
     assert found["cluster"]["nodes"] == 3
+
+
+@pytest.fixture
+def indexed(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy with an index, one tensor left behind in another file, and a file of no index."""
+    folder = tmp_path / "indexed"
+    shutil.copytree(checkpoint, folder)
+    weight_map = {name: f"model-{i % RANKS}.safetensors" for i, name in enumerate(WEIGHTS)}
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    first = folder / "model-0.safetensors"
+    save_file(load_file(first) | {"layers.1.w": torch.zeros(3)}, first)
+    save_file({"stray": torch.ones(9)}, folder / "consolidated.safetensors")
+    return folder
+
+
+def test_plan_follows_the_index(checkpoint: Path, indexed: Path) -> None:
+    plain, found = (json_of("plan", path, "--world-size", "4") for path in (checkpoint, indexed))
+    assert (found["tensors"], found["bytes"]) == (plain["tensors"], plain["bytes"])
 
 
 def test_plan_of_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -162,6 +182,33 @@ def test_files_are_shared_among_the_ranks(server: list[str], checkpoint: Path) -
     found = json_of("register", "step-2", checkpoint, *server)
     assert [len(files) for files in found["files"].values()] == [1, 1]
     assert run("unregister", "step-2", *server).exit_code == 0
+
+
+def test_only_what_the_index_names_is_registered(server: list[str], indexed: Path) -> None:
+    json_of("register", "step-2", indexed, *server)
+    engine = Engine()
+    with listening(engine) as url:
+        base = url.removesuffix("/collective_rpc")
+        json_of("update", "step-2", *server, "--engine", base, "--timeout", "40")
+    assert run("unregister", "step-2", *server).exit_code == 0
+    for weights in engine.weights:
+        assert weights.keys() == WEIGHTS.keys()
+        assert all(torch.equal(weights[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(
+    server: list[str], indexed: Path, tmp_path: Path
+) -> None:
+    (indexed / "model-1.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    for folder, says in {
+        indexed: "model-1.safetensors, which does not exist",
+        tmp_path / "empty": "holds no *.safetensors files",
+        tmp_path / "none": "there is no such folder",
+    }.items():
+        error = json_of("register", "step-2", folder, *server, code=1)["error"]
+        assert says in error["message"]
+        assert str(folder) in error["message"]
 
 
 @pytest.mark.usefixtures("registered")

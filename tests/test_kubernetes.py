@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from torchrun import free_port_pair
 
@@ -145,6 +147,9 @@ def test_the_sidecar_and_publish(tmp_path: Path) -> None:
     model, step = tmp_path / "model", tmp_path / "step-7"
     write_checkpoint(model, model_config("small"), seed=1)
     write_checkpoint(step, model_config("small"), seed=2)
+    first, second = expected_digests(model, TP), expected_digests(step, TP)
+    for folder in (model, step):  # a file that the index leaves out
+        save_file({"of no model": torch.ones(2)}, folder / "consolidated.safetensors")
     sockets = tmp_path / "s"
     sockets.mkdir(mode=0o700)
     variables = {
@@ -164,11 +169,13 @@ def test_the_sidecar_and_publish(tmp_path: Path) -> None:
             pass
         done = publish(variables, "step-7", str(step), f"--engine={engine.url}")
         assert done.returncode == 0, done.stderr + log.read_text()
-        assert engine.call_workers("weights_digest") == expected_digests(step, TP)
+        assert engine.call_workers("weights_digest") == second
         wrong = publish(variables, "step-8", str(step), "--engine=http://localhost:9")
         assert wrong.returncode != 0
         assert "is the engine up?" in wrong.stderr
         again = publish(variables, "step-9", str(model), f"--engine={engine.url}")
         assert again.returncode == 0, again.stderr + log.read_text()
-        assert engine.call_workers("weights_digest") == expected_digests(model, TP)
+        assert engine.call_workers("weights_digest") == first
+        nowhere = publish(variables, "step-9", str(tmp_path / "none"))
+        assert "there is no such folder" in nowhere.stderr
     assert [path.name for path in sockets.rglob("*.sock")] == []

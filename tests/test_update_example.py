@@ -10,9 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from checkpoint_engine.checkpoint_files import FileParts, FileSlice, TensorSource
+from checkpoint_engine.checkpoint_files import (
+    FileParts,
+    FileSlice,
+    TensorSource,
+    open_files,
+    view_tensors,
+)
 
 
 def load_example() -> ModuleType:
@@ -85,24 +91,27 @@ TENSORS = {
 }
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def write_checkpoint(folder: Path, extra: bool = False) -> None:
-    """Three files and their index; ``extra`` puts a tensor into one that the index lacks."""
+    """Three files and their index; ``extra`` adds tensors and a file that the index leaves out."""
     names = list(TENSORS)
     files = {f"model-0000{i}.safetensors": names[i * 5 : i * 5 + 5] for i in range(3)}
     for file, held in files.items():
         tensors = {name: TENSORS[name] for name in held}
         if extra and file.endswith("1.safetensors"):
-            tensors["not.listed"] = torch.ones(2)
+            tensors |= {"not.listed": torch.ones(2), "lm_head": torch.ones(3)}
         save_file(tensors, folder / file)
+    if extra:
+        save_file({"scale": torch.ones(3)}, folder / "consolidated.safetensors")
     weight_map = {name: file for file, held in files.items() for name in held}
-    (folder / update.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def load(files: list[str], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    loaded = dict(tensors)
-    for file in files:
-        loaded.update(load_file(file))
-    return loaded
+    """What ``register_checkpoint`` takes from them."""
+    return tensors | view_tensors(open_files(files).values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
@@ -123,9 +132,11 @@ def test_an_indexed_checkpoint_is_loaded_once_over_all_ranks(
 
 
 def test_one_rank_reads_whole_files(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, extra=True)
     files, tensors, _ = update.load_share(tmp_path, 0, 1)
-    assert files == [str(tmp_path / f"model-0000{i}.safetensors") for i in range(3)]
+    assert files == [
+        str(tmp_path / name) for name in (INDEX, *(f"model-0000{i}.safetensors" for i in range(3)))
+    ]
     assert tensors == {}
 
 
@@ -150,7 +161,7 @@ def test_without_an_index_the_files_are_shared(tmp_path: Path, world_size: int) 
 )
 def test_a_wrong_index_is_named(tmp_path: Path, index: str, message: str) -> None:
     write_checkpoint(tmp_path)
-    (tmp_path / update.INDEX).write_text(index)
+    (tmp_path / INDEX).write_text(index)
     with pytest.raises(ValueError, match=message) as raised:
         update.load_share(tmp_path, 0, 1)
     assert str(tmp_path) in str(raised.value)
@@ -159,6 +170,8 @@ def test_a_wrong_index_is_named(tmp_path: Path, index: str, message: str) -> Non
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
         update.load_share(tmp_path, 0, 1)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        update.load_share(tmp_path / "none", 0, 1)
 
 
 def test_metas_are_written_whole_and_read_back(tmp_path: Path) -> None:

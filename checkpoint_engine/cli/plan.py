@@ -67,7 +67,7 @@ def plan(
     as_json: bool,
     **rates: float,
 ) -> None:
-    """Predict an update of CHECKPOINT, a safetensors file or a folder of them.
+    """Predict an update of CHECKPOINT, a safetensors file or the folder of a checkpoint.
 
     Reads only their headers; needs no GPU. The cluster is described by the options, the workers
     are this library's and not new: tensors larger than a bucket are broadcast in parts.

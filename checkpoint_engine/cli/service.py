@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import click
 
+from checkpoint_engine.checkpoint_folder import expand_folders, split_over_ranks
 from checkpoint_engine.cli.output import (
     BUSY,
     FAILED,
@@ -108,6 +109,7 @@ def register(
 ) -> None:
     """Register checkpoint NAME: the ranks share the files, or those in a folder, among them.
 
+    Of a folder with an index (*.safetensors.index.json) only what the index names is registered.
     If one rank cannot, none keeps it.
     """
     world = World(servers)
@@ -115,9 +117,8 @@ def register(
         fail(f"checkpoint {name!r} is registered already, on ranks {ranks}",
              f"give it another name, or `checkpoint-engine unregister {name}` first",
              as_json)  # fmt: skip
-    files = [str(file.absolute()) for path in paths for file in _files_of(path)]
-    count = len(world.servers)
-    shares = [files[r * len(files) // count : (r + 1) * len(files) // count] for r in range(count)]
+    files = expand_folders(path.absolute() for path in paths)
+    shares = split_over_ranks(files, len(world.servers))
     began = time.perf_counter()
     bodies = [{"files": share} for share in shares]
     answers = ask(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies).each()
@@ -130,7 +131,7 @@ def register(
     }
     show(
         result,
-        f"registered {name}: {len(files)} files on {count} ranks, {seconds:.2f} s",
+        f"registered {name}: {len(files)} files on {len(shares)} ranks, {seconds:.2f} s",
         as_json,
     )
 
@@ -157,15 +158,6 @@ def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> Non
 def _may_have_done(answer: Any) -> bool:
     """It did not say that it failed."""
     return isinstance(answer, Exception) and getattr(answer, "status", None) in (None, 200)
-
-
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no *.safetensors files")
-    return files
 
 
 @click.command()

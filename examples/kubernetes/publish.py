@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from checkpoint_engine.checkpoint_folder import checkpoint_of, split_over_ranks
+
 TIMEOUT = 600.0
 """Seconds that one step may take."""
 
@@ -29,11 +31,6 @@ class Pod:
         first = int(os.environ["NODE_RANK"]) * gpus
         self.ranks = list(range(first, first + gpus))
         self.world_size = int(os.environ["NODES"]) * gpus
-
-    def share(self, files: list[str], rank: int) -> dict[str, Any]:
-        """The files that ``rank`` shall hold."""
-        begin, end = (i * len(files) // self.world_size for i in (rank, rank + 1))
-        return {"files": files[begin:end]}
 
     def request(self, rank: int, engine: str) -> dict[str, Any]:
         """Of the pod's first rank: ask the engine to receive from all of them."""
@@ -55,6 +52,7 @@ def call(method: str, rank: int, route: str, body: Any = None) -> None:
 def publish(pod: Pod, name: str, files: list[str], engine: str) -> None:
     """Register, gather, update, unregister, each on all ranks at the same time."""
     route = f"checkpoints/{name}"
+    shares = split_over_ranks(files, pod.world_size)
     with ThreadPoolExecutor(len(pod.ranks)) as pool:
 
         def everywhere(method: str, step: str, bodies: list[Any]) -> None:
@@ -63,7 +61,7 @@ def publish(pod: Pod, name: str, files: list[str], engine: str) -> None:
 
         nothing = [None] * len(pod.ranks)
         try:
-            everywhere("POST", "/files", [pod.share(files, rank) for rank in pod.ranks])
+            everywhere("POST", "/files", [{"files": shares[rank]} for rank in pod.ranks])
             everywhere("POST", "/gather-metas", nothing)
             everywhere("POST", "/update", [pod.request(rank, engine) for rank in pod.ranks])
         finally:
@@ -84,9 +82,10 @@ def main() -> int:
         return 0
     if args.folder is None:
         parser.error("give a name and a folder")
-    files = sorted(str(path) for path in args.folder.glob("*.safetensors"))
-    if not files:
-        parser.error(f"{args.folder} holds no *.safetensors files")
+    try:
+        files = checkpoint_of(args.folder)
+    except ValueError as error:
+        parser.error(str(error))
     publish(pod, args.name, files, args.engine)
     print(f"sent {args.name}: {len(files)} files")
     return 0

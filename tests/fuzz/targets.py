@@ -25,7 +25,7 @@ import torch
 from loguru import logger
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from checkpoint_engine import checkpoint_files, gather, metas_file, wire
+from checkpoint_engine import checkpoint_files, checkpoint_folder, gather, metas_file, wire
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import (
     DataToGather,
@@ -131,12 +131,21 @@ class _Files:
 
 
 _SAFETENSORS, _NPY = _Files(".safetensors"), _Files(".npy")
-ALL_FILES = (_SAFETENSORS.path, _NPY.path, f"{_NPY.path}.meta")
+_INDEX = _Files(checkpoint_folder.INDEX)
+ALL_FILES = (_SAFETENSORS.path, _INDEX.path, _NPY.path, f"{_NPY.path}.meta")
 
 
 def safetensors(data: bytes) -> None:
     _SAFETENSORS.write(data)
     checkpoint_files.open_files([_SAFETENSORS.path])
+
+
+_INDEX_JSON = b'{"weight_map": {"a": "x.safetensors", "b": "y/z.safetensors"}}'
+
+
+def index(data: bytes) -> None:
+    _INDEX.write(data)
+    checkpoint_folder.read_index(_INDEX.path)
 
 
 NPY_META = pickle.dumps(
@@ -294,6 +303,7 @@ TARGETS = (
             _safetensors_bytes({"__metadata__": {"a": "b"}}, 0),
         ),
     ),
+    Target("index", index, (ValueError,), (_INDEX_JSON,)),
     Target(".npy", npy, (ValueError,), (_npy_bytes(),)),
     Target(".npy.meta", npy_meta, (ValueError,), (NPY_META,)),
     Target("metas: JSON", metas_file.decode_metas, (ValueError,), (_METAS_JSON,)),

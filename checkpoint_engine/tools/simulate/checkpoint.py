@@ -25,17 +25,14 @@ Metas = dict[int, MemoryBufferMetaList]
 
 
 def read_headers(checkpoint: Path) -> list[ParameterMeta]:
-    """The tensors of a safetensors file, or of all in a folder; only headers are read.
+    """The tensors of a safetensors file, or of the checkpoint in a folder; only headers are read.
 
     Raises:
-        ValueError: there is none, or one cannot be used; names it.
+        ValueError: as ``open_files``.
     """
-    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
-    if not files:
-        raise ValueError(f"{checkpoint} holds no *.safetensors files")
     return [
         ParameterMeta(name=source.name, dtype=source.dtype, shape=source.shape)
-        for source in open_files(files).values()
+        for source in open_files([checkpoint]).values()
     ]
 
 
