@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.settings import Settings, from_launcher
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class LocalRank:
         local_rank: its number on its host, and of its device.
         gpu_count: ranks per host.
         device_uuid: identity of its device, which its worker looks for.
+        mem_fraction: share of free device memory that the buffers of an update may take.
         host_ip: where hosts of other worlds reach it.
         group_ip: where the ranks of this world reach it.
-        mem_fraction: share of free device memory that the buffers of an update may take.
     """
 
     rank: int
@@ -29,9 +30,35 @@ class LocalRank:
     gpu_count: int
     device_manager: DeviceManager
     device_uuid: str
-    host_ip: str
-    group_ip: str
     mem_fraction: float
+    host_ip: str = ""
+    group_ip: str = ""
+
+    @staticmethod
+    def find(
+        rank: int | None, world_size: int | None, gpu_count: int | None, mem_fraction: float | None
+    ) -> LocalRank:
+        """From arguments, else from the launcher's environment; nothing is connected.
+
+        Raises:
+            ValueError: a value is missing or out of range.
+        """
+        rank, world_size = from_launcher(rank, "RANK"), from_launcher(world_size, "WORLD_SIZE")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        device_manager = DeviceManager()
+        gpu_count = device_manager.device_count() if gpu_count is None else gpu_count
+        if gpu_count < 1:
+            raise ValueError(f"gpu_count must be at least 1, got {gpu_count}")
+        return LocalRank(
+            rank,
+            world_size,
+            local_rank=rank % gpu_count,
+            gpu_count=gpu_count,
+            device_manager=device_manager,
+            device_uuid=device_manager.identity(rank % gpu_count),
+            mem_fraction=Settings.from_env(mem_fraction).mem_fraction,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -14,11 +14,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import zmq
 from loguru import logger
 
 from checkpoint_engine import plan, rdma
 from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.contract import Contract
 from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
@@ -33,22 +33,19 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.gather import encode_place
-from checkpoint_engine.link import Address
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import Served, UpdateReport
-from checkpoint_engine.settings import Settings, from_launcher
+from checkpoint_engine.settings import Settings
 from checkpoint_engine.snapshot import Snapshot
 from checkpoint_engine.transfer.p2p import P2P
-from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.update.order import Order, members_of
 from checkpoint_engine.update.profile import EngineProfile
-from checkpoint_engine.update.request import RequestFunction, SocketPaths
+from checkpoint_engine.update.request import RequestFunction
 from checkpoint_engine.update.update import Server, run_update
-from checkpoint_engine.update.ways.base import bucket_size
 from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.update.ways.pull import Pull
 from checkpoint_engine.update.ways.shared_memory import SharedMemory
@@ -83,7 +80,7 @@ _TEN_MINUTES = timedelta(minutes=10)
 _LONGEST_READ = 120.0  # seconds that a P2P read of one bucket may take after its owner withdrew it
 
 
-class ParameterServer:
+class ParameterServer(Contract):
     """Holds one rank's part of checkpoints in host memory and sends them to inference workers.
 
     Every rank of the world makes one. Methods marked "all ranks" are collective: call them on every
@@ -119,49 +116,35 @@ class ParameterServer:
         Raises:
             ValueError: a value is missing or out of range.
         """
-        self._rank = from_launcher(rank, "RANK")
-        self._world_size = from_launcher(world_size, "WORLD_SIZE")
-        if not 0 <= self._rank < self._world_size:
-            raise ValueError(f"rank {self._rank} is not in a world of {self._world_size}")
-        self.device_manager = DeviceManager()
-        self._gpu_count = self.device_manager.device_count() if gpu_count is None else gpu_count
-        if self._gpu_count < 1:
-            raise ValueError(f"gpu_count must be at least 1, got {self._gpu_count}")
-        self._local_rank = self._rank % self._gpu_count
-        settings = Settings.from_env(mem_fraction)
-        self._mem_fraction = settings.mem_fraction
+        here = LocalRank.find(rank, world_size, gpu_count, mem_fraction)
+        self._rank, self._world_size = here.rank, here.world_size
+        self._local_rank, self._gpu_count = here.local_rank, here.gpu_count
+        self._device_uuid, self._mem_fraction = here.device_uuid, here.mem_fraction
+        self.device_manager = here.device_manager
         self._auto_pg = auto_pg
-        self._device_uuid = _get_physical_gpu_id(self.device_manager, self._local_rank)
         self.allowed_folders: Sequence[str] | None = None
         """Real paths of the folders that files may be registered from, symbolic links resolved;
         ``None``: from anywhere."""
-        self._log = logger.bind(rank=self._rank)
-        self._control = ControlPlane(self._rank, self._world_size, master_addr, master_port)
+        self._log = logger.bind(rank=here.rank)
+        self._control = ControlPlane(here.rank, here.world_size, master_addr, master_port)
         self._default_group = DefaultGroup(self._control, self.device_manager.backend)
-        here = LocalRank(
-            self._rank,
-            self._world_size,
-            self._local_rank,
-            self._gpu_count,
-            self.device_manager,
-            self._device_uuid,
-            self._control.reachable_ip(),
-            self._control.local_ip(),
-            self._mem_fraction,
-        )
+        reachable, local = self._control.reachable_ip(), self._control.local_ip()
+        here = replace(here, host_ip=reachable, group_ip=local)
         here.make_device_current()
+        p2p = P2P(here.rank)
+        _start_p2p(p2p, here)
+        draws_bars = here.local_rank == 0 and sys.stderr.isatty()
         memory = HostMemory(
             self.device_manager.device_type,
-            retain_bytes=None if settings.retain_host_memory else 0,
-            cpus=self.device_manager.nearby_cpus(self._local_rank),
+            retain_bytes=None if Settings.from_env().retain_host_memory else 0,
+            cpus=self.device_manager.nearby_cpus(here.local_rank),
         )
-        draws_bars = self._local_rank == 0 and sys.stderr.isatty()
-        p2p = P2P(self._rank)
-        self._checkpoints = Checkpoints(memory, p2p, draws_bars, self._rank)
+        if p2p.store is not None:
+            memory.keep_addresses(_LONGEST_READ)
+        self._checkpoints = Checkpoints(memory, p2p, draws_bars, here.rank)
         self._gathered = Gathered()
         ways = (SharedMemory(here), Pull(here, p2p), Broadcast(here))
         self._server = Server(here, p2p, ways, EngineProfile(), draws_bars)
-        self._start_p2p()
 
     # ------------------------------------------------------------------ checkpoints on this rank
 
@@ -181,7 +164,8 @@ class ParameterServer:
         the tensors and files.
 
         Args:
-            files: ``.safetensors`` files, or ``.npy`` files with their ``.meta``.
+            files: ``.safetensors`` files, ``.npy`` files with their ``.meta``, or folders; a folder
+                is read by its index if it has one.
             named_tensors: on any device; they override same-named tensors of the files.
             use_shared_memory_pool: fill memory that successive checkpoints share, one at a time.
             use_inplace_pin_memory: pin ``.safetensors`` files below ``/dev/shm`` where they are
@@ -443,105 +427,22 @@ class ParameterServer:
         report = UpdateReport.of_nothing(checkpoint_name, self._rank, self._world_size)
         return report.completed({"waiting": waited}, *self._checkpoints.memory.usage)
 
-    def _start_p2p(self) -> None:
-        """Without P2P everything but ``update(ranks=...)`` works."""
-        here, p2p = self._server.here, self._server.p2p
-        try:
-            device = "" if self.device_manager.device_type == "npu" else _choose_nic(here)
-            p2p.store = P2PStore(self.device_manager, device=device, host=here.host_ip)
-            p2p.device = p2p.store.device
-            self._checkpoints.memory.keep_addresses(_LONGEST_READ)
-        except (RuntimeError, AssertionError) as error:
-            p2p.missing = str(error)
-            level = "WARNING" if self._local_rank == 0 else "DEBUG"
-            self._log.log(level, "no P2P: {}", error)
-
-    # ------------------------------------------------------------------ what clients reach into
-
-    @property
-    def _memory_pool(self) -> dict[str, list[MemoryBuffer]]:
-        return self._checkpoints.by_name()
-
-    @property
-    def _current_global_parameter_metas(self) -> Metas:
-        return self._gathered.metas
-
-    @property
-    def _local_rdma_devices(self) -> dict[str, set[int]]:
-        return dict(self._gathered.nics)
-
-    @property
-    def _remote_rdma_devices(self) -> dict[str, set[int]]:
-        return self._gathered.owner_nics
-
-    @property
-    def _rdma_device(self) -> str | None:
-        return self._server.p2p.device or None
-
-    @property
-    def _p2p_store(self) -> P2PStore | None:
-        return self._server.p2p.store
-
-    @_p2p_store.setter
-    def _p2p_store(self, store: P2PStore | None) -> None:
-        """Clients assign ``None`` to switch P2P off."""
-        self._server.p2p.store = store
-
-    def _copy_to_buffer(
-        self,
-        checkpoint_name: str,
-        bucket: H2DBucket,
-        buffer: torch.Tensor,
-        owner_rank: int | None = None,
-    ) -> None:
-        """Copy a bucket from host memory into ``buffer``: this rank's own on the current stream,
-        another's by P2P before it returns.
-
-        Args:
-            buffer: uint8, of at least ``bucket.size`` bytes.
-            owner_rank: whose memory to read; ``None``: this rank's own.
-        """
-        is_own = owner_rank == self._rank and self._gathered.name == checkpoint_name
-        if owner_rank is None or is_own:
-            with self._checkpoints.pin(checkpoint_name) as source:
-                source.copy(bucket, buffer)
-            return
-        here, store = self._server.here, self._server.p2p.require("_copy_to_buffer")
-        metas = self._gathered.metas
-        loader = RemoteLoader(store, metas, self.device_manager, here.device)
-        loader.read(owner_rank, bucket, buffer)
-
-    def _bind_zmq_socket(self) -> tuple[zmq.Socket[bytes], SocketPaths]:
-        """A bound REQ socket for this rank's worker, and all ranks' addresses. All ranks.
-
-        For programs that drive the worker's protocol themselves; the caller closes the socket.
-        """
-        address = Address().url  # its file goes with this process, not before
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
-        socket.bind(address)
-        mine = Hello(self._rank, "_bind_zmq_socket", device=self._device_uuid, address=address)
-        with self._begin("_bind_zmq_socket", "", _TEN_MINUTES) as call:
-            hellos = call.exchange(mine)
-        return socket, [(hello.device, hello.address) for hello in hellos]
-
-    def _detect_bucket_size(
-        self, ranks_group: Any = None, *, disable_h2d_buffer: bool = False
-    ) -> tuple[int, bool]:
-        """Bytes of a bucket and whether staging is off, for what was gathered. All ranks."""
-        mine = Hello(
-            self._rank,
-            "_detect_bucket_size",
-            free_bytes=self._server.here.spare_memory(),
-            bucket_cap=Settings.from_env().max_bucket_bytes,
-        )
-        with self._begin("_detect_bucket_size", "", _TEN_MINUTES) as call:
-            size = bucket_size(call.exchange(mine), self._gathered, may_cut=False)
-        return size.bytes, disable_h2d_buffer or not size.staging
-
 
 def _level(leads: bool) -> str:
     """Of what all ranks log alike: that of the first one is enough."""
     return "INFO" if leads else "DEBUG"
+
+
+def _start_p2p(p2p: P2P, here: LocalRank) -> None:
+    """Without P2P everything but ``update(ranks=...)`` works."""
+    try:
+        device = "" if here.device_manager.device_type == "npu" else _choose_nic(here)
+        p2p.store = P2PStore(here.device_manager, device=device, host=here.host_ip)
+        p2p.device = p2p.store.device
+    except (RuntimeError, AssertionError) as error:
+        p2p.missing = str(error)
+        level = "WARNING" if here.local_rank == 0 else "DEBUG"
+        logger.bind(rank=here.rank).log(level, "no P2P: {}", error)
 
 
 def _choose_nic(here: LocalRank) -> str:

@@ -16,7 +16,13 @@ import torch
 from loguru import logger
 
 from checkpoint_engine import checksum
-from checkpoint_engine.checkpoint_files import open_files, tensor_sources
+from checkpoint_engine.checkpoint_files import merge_sources, open_files, tensor_sources
+from checkpoint_engine.checkpoint_folder import (
+    INDEX,
+    assigned_tensors,
+    expand_folders,
+    with_indexes,
+)
 from checkpoint_engine.checksum import clear_gaps
 from checkpoint_engine.data_types import H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
@@ -170,8 +176,12 @@ class Checkpoints:
         """See ``ParameterServer.register_checkpoint``."""
         with self._changing, ExitStack() as undo:
             self._check_can_register(name, pooled)
-            pinned_files, copied = _split_in_place(files, in_place and not pooled)
-            sources = {**open_files(copied, allowed_folders), **tensor_sources(named_tensors)}
+            pinned_files, copied = _split_in_place(files, in_place and not pooled, allowed_folders)
+            from_files = open_files(copied, allowed_folders)
+            in_shm = open_files(pinned_files, allowed_folders)
+            merge_sources([*from_files.values(), *in_shm.values()], allowed_folders)
+            from_files = {n: one for n, one in from_files.items() if n not in in_shm}
+            sources = {**from_files, **tensor_sources(named_tensors)}
             nbytes = sum(source.nbytes for source in sources.values())
             reused = self._pool if pooled and self._pool else None
             with self._observed("filling", name, nbytes, on_progress) as advance:
@@ -186,12 +196,10 @@ class Checkpoints:
                         checksum.add_sums(buffers, advance)
 
             if pinned_files:
-                overridden = set(named_tensors)
                 buffers += self._pin_in_place(
                     pinned_files,
                     allowed_folders,
-                    sources.keys() - overridden,
-                    overridden,
+                    named_tensors.keys(),
                     lambda pinned: add_sums([*buffers, *pinned]),
                 )
             else:
@@ -269,14 +277,10 @@ class Checkpoints:
         self,
         files: list[str],
         allowed_folders: Sequence[str] | None,
-        taken: Set[str],
         overridden: Set[str],
         before_deleting: Callable[[list[MemoryBuffer]], None],
     ) -> list[MemoryBuffer]:
         """Pin files where they are, but for the tensors that are ``overridden``."""
-        clashes = sorted(set(open_files(files, allowed_folders)) & taken)
-        if clashes:
-            raise ValueError(f"tensors {clashes[:3]} are in files of both kinds")
 
         def wanted(buffers: list[MemoryBuffer]) -> list[MemoryBuffer]:
             return [buffer for buffer in buffers if buffer.metas[0].name not in overridden]
@@ -310,14 +314,19 @@ class Checkpoints:
                 self.filling = None
 
 
-def _split_in_place(files: Sequence[str], in_place: bool) -> tuple[list[str], list[str]]:
-    """Files to pin where they are, and files to copy."""
-    paths = [os.fspath(path) for path in files]
+def _split_in_place(
+    files: Sequence[str], in_place: bool, allowed_folders: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Files to pin where they are, and files to copy, each with the indexes about them."""
+    paths = expand_folders(files, allowed_folders)
+    assigned = assigned_tensors(paths, allowed_folders)
+    data = [path for path in paths if not path.endswith(INDEX)]
     chosen = [
         path
-        for path in paths
+        for path in data
         if in_place
         and path.endswith(".safetensors")
         and os.path.realpath(path).startswith("/dev/shm/")
     ]
-    return chosen, [path for path in paths if path not in chosen]
+    rest = [path for path in data if path not in chosen]
+    return with_indexes(chosen, assigned), with_indexes(rest, assigned)
