@@ -16,6 +16,7 @@ from checkpoint_engine.link import Address
 from checkpoint_engine.memory.checkpoints import Checkpoints
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.update.request import SocketPaths
 from checkpoint_engine.update.update import Server
@@ -34,6 +35,7 @@ class Contract:
     _device_uuid: str
     device_manager: DeviceManager
     _server: Server
+    _p2p: P2P
     _checkpoints: Checkpoints
     _gathered: Gathered
 
@@ -64,16 +66,16 @@ class Contract:
 
     @property
     def _rdma_device(self) -> str | None:
-        return self._server.p2p.device or None
+        return self._p2p.device or None
 
     @property
     def _p2p_store(self) -> P2PStore | None:
-        return self._server.p2p.store
+        return self._p2p.store
 
     @_p2p_store.setter
     def _p2p_store(self, store: P2PStore | None) -> None:
         """Clients assign ``None`` to switch P2P off."""
-        self._server.p2p.store = store
+        self._p2p.store = store
 
     def _copy_to_buffer(
         self,
@@ -94,7 +96,7 @@ class Contract:
             with self._checkpoints.pin(checkpoint_name) as source:
                 source.copy(bucket, buffer)
             return
-        here, store = self._server.here, self._server.p2p.require("_copy_to_buffer")
+        here, store = self._server.here, self._p2p.require("_copy_to_buffer")
         metas = self._gathered.metas
         loader = RemoteLoader(store, metas, self.device_manager, here.device)
         loader.read(owner_rank, bucket, buffer)

@@ -13,6 +13,8 @@ _HEAD = 4 << 10
 KINDS = (
     "broadcast_failed",
     "busy",
+    "disagreement",
+    "disagreement",
     "failed",
     "forbidden",
     "interrupted",

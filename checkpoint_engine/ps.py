@@ -131,7 +131,7 @@ class ParameterServer(Contract):
         reachable, local = self._control.reachable_ip(), self._control.local_ip()
         here = replace(here, host_ip=reachable, group_ip=local)
         here.make_device_current()
-        p2p = P2P(here.rank)
+        self._p2p = p2p = P2P(here)
         _start_p2p(p2p, here)
         draws_bars = here.local_rank == 0 and sys.stderr.isatty()
         memory = HostMemory(
@@ -220,7 +220,7 @@ class ParameterServer(Contract):
             self._checkpoints.pin(checkpoint_name) as source,
         ):
             place = encode_place(
-                self._server.p2p.place(source, self._server.here),
+                self._p2p.place(source),
                 source.layout.digest,
                 known_layouts(self._gathered),
             )
@@ -336,7 +336,7 @@ class ParameterServer(Contract):
         if members is not None and self._rank not in members:
             return self._await_update(checkpoint_name, members, timeout)
         if members is not None:
-            self._server.p2p.require(f"update(ranks={list(members)})")
+            self._p2p.require(f"update(ranks={list(members)})")
         order = Order(
             checkpoint_name,
             req_func,
@@ -373,7 +373,7 @@ class ParameterServer(Contract):
         """What this rank holds and does now; never waits for a call that is running. Any thread."""
         return Snapshot(
             self._server.here,
-            self._server.p2p.store is not None,
+            self._p2p.store is not None,
             self._rdma_device,
             self._checkpoints.memory.usage,
             self._checkpoints.all(),

@@ -24,7 +24,7 @@ from checkpoint_engine.checkpoint_folder import (
     with_indexes,
 )
 from checkpoint_engine.checksum import clear_gaps
-from checkpoint_engine.data_types import H2DBucket, Lease, MemoryBuffer, align_up
+from checkpoint_engine.data_types import DataToGather, H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
 from checkpoint_engine.gather import EncodedLayout, encode_layout
 from checkpoint_engine.memory.content import hash_tensors
@@ -105,6 +105,10 @@ class Readers(Protocol):
 
     def revoke(self, lease: Lease) -> None:
         """From now on reads under ``lease`` fail."""
+        ...
+
+    def place(self, checkpoint: Checkpoint) -> DataToGather:
+        """What this rank owns of a checkpoint, and how others read it."""
         ...
 
     def withdraw(self, place: str, count: int) -> None:

@@ -25,11 +25,12 @@ class P2P:
         device: this rank's RDMA device; empty: P2P over TCP, or none.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, here: LocalRank) -> None:
+        self._here = here
         self.store: P2PStore | None = None
         self.missing = "it was switched off"
         self.device = ""
-        self._log = logger.bind(rank=rank)
+        self._log = logger.bind(rank=here.rank)
 
     def require(self, wanted_by: str) -> P2PStore:
         """The store. Raises ``RuntimeError`` if there is none."""
@@ -67,7 +68,7 @@ class P2P:
         if self.store is not None:
             self.store.unregister_named_tensors([f"{place}/{index}" for index in range(count)])
 
-    def place(self, checkpoint: Checkpoint, here: LocalRank) -> DataToGather:
+    def place(self, checkpoint: Checkpoint) -> DataToGather:
         """What this rank owns of a checkpoint, and how others read it."""
         owned = [
             MemoryBufferMetas(
@@ -80,7 +81,7 @@ class P2P:
             memory_buffer_metas_list=owned,
             p2p_store_addr=self.store.addr if self.store is not None and readable else None,
             rdma_device=self.device,
-            host_ip=here.host_ip,
-            device_uuid=here.device_uuid,
+            host_ip=self._here.host_ip,
+            device_uuid=self._here.device_uuid,
             lease=checkpoint.lease,
         )

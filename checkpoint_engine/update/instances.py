@@ -25,11 +25,7 @@ from checkpoint_engine.world.call import Call
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
 
 
-class InstanceError(RuntimeError):
-    """This rank's engine is not updated, because of another rank of its instance or its time."""
-
-
-_ENGINE_ERRORS = (WireError, WorkerError, RequestError, InstanceError)
+_ENGINE_ERRORS = (WireError, WorkerError, RequestError)
 """What ends the update of one engine, and not that of the others."""
 
 
@@ -141,7 +137,7 @@ class Instance:
     def _check_instance(self) -> None:
         for failure in self.failed:
             if failure.instance == self._name:
-                raise InstanceError(f"rank {failure.rank} of this instance failed")
+                raise WorkerError(f"rank {failure.rank} of this instance failed")
 
     def _attempt(self, action: Callable[[], Any], waits: bool = True) -> None:
         """``waits``: for the engine."""
@@ -202,7 +198,7 @@ class _EngineWait:
         """Raise if this rank's engine cannot be updated any more."""
         self._request.check()
         if self._patience is not None and self._patience.remaining() == 0.0:
-            raise InstanceError(
+            raise WorkerError(
                 f"the engine took more than {self._patience.seconds:.3g} s, half of the time that "
                 "was left"
             )
@@ -210,4 +206,4 @@ class _EngineWait:
         if self._failed_key is not None and now - self._looked > _LOOK_SECONDS:
             self._looked = now
             if self._call.is_told(self._failed_key):
-                raise InstanceError("another rank of this instance failed")
+                raise WorkerError("another rank of this instance failed")

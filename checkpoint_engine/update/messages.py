@@ -16,7 +16,7 @@ class Messages:
     """What workers are told of a plan's buckets, each encoded once, however often it is sent."""
 
     def __init__(self, plan: TransferPlan) -> None:
-        self._plan = plan
+        self.plan = plan
         self._encoded: dict[tuple[BucketEncoder, int], tuple[bytes, str]] = {}
 
     def of(self, index: int, encode: BucketEncoder) -> bytes:
@@ -29,13 +29,13 @@ class Messages:
             None
             if isinstance(step.bucket, TensorPart) and not step.bucket.is_last
             else self._message(index, encode)[1]
-            for index, step in enumerate(self._plan.steps)
+            for index, step in enumerate(self.plan.steps)
         ]
 
     def _message(self, index: int, encode: BucketEncoder) -> tuple[bytes, str]:
         if (encode, index) not in self._encoded:
-            step = self._plan.steps[index]
-            start = step.slot * self._plan.bucket_bytes
+            step = self.plan.steps[index]
+            start = step.slot * self.plan.bucket_bytes
             if isinstance(step.bucket, TensorPart):
                 start = 0  # of the tensor that the worker puts together
             message = encode(to_named_tensor(step.bucket.items, start))

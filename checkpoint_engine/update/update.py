@@ -15,11 +15,10 @@ from checkpoint_engine.gather import encode_place
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import Address, WorkerLink, open_context
 from checkpoint_engine.local_rank import LocalRank
-from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
 from checkpoint_engine.plan import TransferPlan
 from checkpoint_engine.progress import drawn_bar
 from checkpoint_engine.report import Served, UpdateReport
-from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.order import Order
@@ -44,7 +43,7 @@ class Server:
     """
 
     here: LocalRank
-    p2p: P2P
+    p2p: Readers
     ways: Sequence[Way]
     profile: EngineProfile
     draws_bars: bool
@@ -60,7 +59,8 @@ def run_update(
         hellos = _agree(call, link, source, gathered, order, server, held)
         gathered = gathered.renewed(hellos, source)
         usable = [way for way in server.ways if way.serves(hellos)]
-        _, plan, messages = usable[0].plan(gathered, hellos)
+        messages = usable[0].plan(gathered, hellos)
+        plan = messages.plan
         _show_progress(call, plan, order, server, held)
         tracer = _trace(call, plan, hellos, order, server)
 
@@ -110,7 +110,7 @@ def _agree(
     call.claim(mine)
     gathered.check_usable(source, remote=order.ranks is not None)
     if source.serial != gathered.serial and not gathered.is_loaded:
-        place = encode_place(server.p2p.place(source, server.here), gathered.layout, known="")
+        place = encode_place(server.p2p.place(source), gathered.layout, known="")
         mine = replace(mine, place=place.decode())
     for way in server.ways:
         mine = way.introduce(mine, held)

@@ -20,10 +20,10 @@ from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import (
     SUCCESS,
-    DisagreementError,
     Failure,
-    GoneError,
-    MissingRanksError,
+    MemberError,
+    gone,
+    missing,
 )
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
@@ -104,7 +104,7 @@ class Call:
         """Every member's hello, in rank order. The first exchange of a call, by all members.
 
         Raises:
-            DisagreementError: ranks make different calls; at once, on every rank that has come.
+            MemberError: ranks make different calls; at once, on every rank that has come.
             TimeoutError: naming the ranks that did not come.
             ValueError: two ranks are on one device.
         """
@@ -119,7 +119,7 @@ class Call:
         """Say which call this is, before anything is exchanged. ``exchange`` does it otherwise.
 
         Raises:
-            DisagreementError: another rank makes a call that does not go together with it.
+            MemberError: another rank makes a call that does not go together with it.
         """
         self._hello = mine
         if len(self.members) > 1:
@@ -172,12 +172,12 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        if self._outcome is None and (gone := self._gone()):
+        if self._outcome is None and (absent := self._gone()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
                 # A rank that was stopped until its deadline finds that the others have left.
                 self.deadline.check(f"{self.phase} of {self.name}")
-                raise GoneError(gone, self.name)
+                raise gone(absent, self.name)
         if self._outcome not in (None, SUCCESS):
             raise self._failure().error(self.name)
         self.deadline.check(f"{self.phase} of {self.name}")
@@ -255,7 +255,7 @@ class Call:
         try:
             if self._membership.claim(mine.terms()):
                 self._keys.append("call")
-        except DisagreementError as error:
+        except MemberError as error:
             self._stays_out = self.rank in error.missing_ranks
             raise
         finally:  # it may be another number now
@@ -285,9 +285,8 @@ class Call:
             if self._outcome is None:
                 self._look_for_outcome()
             if self.deadline.remaining() == 0.0:
-                raise MissingRanksError(
-                    f"gave up after {self.deadline.seconds:g} s", self.name, self._missing(keys)
-                )
+                why = f"gave up after {self.deadline.seconds:g} s"
+                raise missing(why, self.name, self._missing(keys))
             self.check()
             if self._announced and time.monotonic() > looks_around_at:
                 assert self._hello is not None
@@ -301,10 +300,10 @@ class Call:
 
     def _gone(self) -> list[int]:
         """Members that are not there any more. One that was not when this began may come back."""
-        gone = self._membership.gone()
-        if gone and time.monotonic() < self._awaits_return_until:
-            return [rank for rank in gone if rank not in self._absent]
-        return gone
+        absent = self._membership.gone()
+        if absent and time.monotonic() < self._awaits_return_until:
+            return [rank for rank in absent if rank not in self._absent]
+        return absent
 
     def _look_for_outcome(self) -> None:
         if self.store.check(["outcome"]):
@@ -368,7 +367,9 @@ class Call:
         self.begin("failed")
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
-            states = self._exchange_states()
+            if self.state is not None and not self._stays_out:
+                self._keys.append(f"state/{self.rank}")
+                states = self._membership.exchange_states(self.state(), _FAREWELL / 2)
             self._leave(outcome, Deadline(_FAREWELL))
         failure = error if isinstance(error, UpdateError) else failed.error(self.name)
         failure.engines, failure.seconds = states, dict(self.clock.seconds)
@@ -382,37 +383,13 @@ class Call:
         finally:
             del error, failure  # this frame lives on in their traceback
 
-    def _exchange_states(self) -> dict[int, str]:
-        """What the engine of each rank holds; of those that say so soon."""
-        if self.state is None or self._stays_out:
-            return {}
-        self._put(f"state/{self.rank}", self.state().encode())
-        there = [rank for rank in self.members if rank not in self._membership.gone()]
-        keys = [f"state/{rank}" for rank in there]
-        soon = Deadline(_FAREWELL / 2)
-        with contextlib.suppress(TimeoutError):
-            poll(lambda: self.store.check(keys), lambda: soon.check("the other ranks' states"))
-        said = [rank for rank in there if self.store.check([f"state/{rank}"])]
-        return {rank: self.store.get(f"state/{rank}").decode() for rank in said}
-
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
-        """The first member leaves last: as rank 0 it takes the store along. It tells visitors."""
         if self._announced:
             self._membership.withdraw()
-        if self._stays_out:
-            return
-        if not self.leads:
-            self.store.add("left", 1)
-            return
-        self._start()
-        with contextlib.suppress(TimeoutError):
-            poll(self._have_left, lambda: deadline.check("the other ranks to leave"))
-            self._keys.append("outcome")  # otherwise it stays for those that come late
-        self._membership.end(outcome)
-
-    def _have_left(self) -> bool:
-        """Whether all others have; not waiting for those that never will."""
-        return self.store.add("left", 0) >= len(self.members) - 1 - len(self._membership.gone())
+        if not self._stays_out:
+            self._start()
+            if self._membership.leave(outcome, deadline):
+                self._keys.append("outcome")  # otherwise it stays for those that come late
 
     def _await_outcome(self) -> None:
         try:

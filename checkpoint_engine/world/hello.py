@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint_engine.world.outcome import DisagreementError
+from checkpoint_engine.world.outcome import MemberError
 
 _MUST_AGREE = (
     "call",
@@ -105,7 +105,7 @@ class Hello:
         ) or any(mine != theirs for mine, theirs in pairs if None not in (mine, theirs))
 
 
-def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> DisagreementError:
+def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> MemberError:
     """The error of two ranks whose calls do not go together; names who wants what."""
     first, second = sorted((one, other), key=lambda hello: hello.rank, reverse=True)
     if first.wish != second.wish:
@@ -119,14 +119,14 @@ def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> Disag
             f"ranks {second.rank} and {first.rank} gathered other metas for {first.wish}: call "
             f"gather_metas({first.checkpoint!r}), or load_metas(), on all ranks"
         )
-    return DisagreementError(text, [one.wish, other.wish], missing)
+    return MemberError(text, "disagreement", missing, calls=[one.wish, other.wish])
 
 
 def check_agreement(hellos: Sequence[Hello]) -> None:
     """Compare what all ranks of a call said.
 
     Raises:
-        DisagreementError: two of them make different calls.
+        MemberError: two of them make different calls.
         ValueError: two of them are on one device.
     """
     for one in hellos:

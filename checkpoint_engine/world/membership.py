@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -13,9 +14,8 @@ from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
     Failure,
-    GoneError,
-    Last,
     describe,
+    gone,
 )
 
 
@@ -72,11 +72,41 @@ class Membership:
         """Go on where the others are: this process took another one's place."""
         self.withdraw()  # what that process announced
         if self.store.check(["last"]):
-            self._count = Last.decode(self.store.get("last")).number
+            self._count = int(self.store.get("last").split(b" ", 1)[0])
 
-    def end(self, outcome: bytes) -> None:
-        """Called by the first member, last of all."""
-        self.store.set("last", Last(self._count, outcome).encode())
+    def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
+        """What the engine of each member holds; of those that say so in ``seconds``."""
+        store = self.part_of(self.world.store)
+        store.set(f"state/{self.rank}", mine)
+        there = [rank for rank in self.members if rank not in self.gone()]
+        keys = [f"state/{rank}" for rank in there]
+        soon = Deadline(seconds)
+        with contextlib.suppress(TimeoutError):
+            poll(lambda: store.check(keys), lambda: soon.check("the other ranks' states"))
+        said = [rank for rank in there if store.check([f"state/{rank}"])]
+        return {rank: store.get(f"state/{rank}").decode() for rank in said}
+
+    def leave(self, outcome: bytes, deadline: Deadline) -> bool:
+        """The running call is over. The first member leaves last, for as rank 0 it takes the store
+        along. Returns whether it has seen all others leave."""
+        store = self.part_of(self.world.store)
+        if self.rank != self.members[0]:
+            store.add("left", 1)
+            return False
+
+        def have_left() -> bool:
+            """All but those that never will."""
+            return bool(store.add("left", 0) >= len(self.members) - 1 - len(self.gone()))
+
+        all_left = False
+        with contextlib.suppress(TimeoutError):
+            poll(have_left, lambda: deadline.check("the other ranks to leave"))
+            all_left = True
+        self._end(outcome)
+        return all_left
+
+    def _end(self, outcome: bytes) -> None:
+        self.store.set("last", f"{self._count} {outcome.decode()}")
         self.store.add("finished", 1)
 
     def forget(self) -> None:
@@ -109,7 +139,7 @@ class Membership:
         make, too. Returns whether this one was the first.
 
         Raises:
-            DisagreementError: it makes another one. ``missing_ranks`` holds this rank if only this
+            MemberError: it makes another one. ``missing_ranks`` holds this rank if only this
                 rank fails.
         """
         while True:
@@ -154,7 +184,7 @@ class Membership:
         """Compare this rank's update with those that ``others`` have announced.
 
         Raises:
-            DisagreementError: one of them updates from the same checkpoint, but not the same
+            MemberError: one of them updates from the same checkpoint, but not the same
                 ranks, and there are ranks in both. That call fails, too.
         """
         store = self.world.store
@@ -183,12 +213,12 @@ class Membership:
 
         def check() -> None:
             deadline.check(f"{name} of ranks {list(self.members)}")
-            if (gone := self.gone()) and not self._is_over():
-                raise GoneError(gone, name)
+            if (absent := self.gone()) and not self._is_over():
+                raise gone(absent, name)
 
         poll(self._is_over, check)
         self._visits = self.store.add("finished", 0)
-        outcome = Last.decode(self.store.get("last")).outcome
+        outcome = self.store.get("last").split(b" ", 1)[1]
         if outcome != SUCCESS:
             raise Failure.decode(outcome).error(name)
 

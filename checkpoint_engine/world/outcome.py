@@ -13,47 +13,43 @@ from checkpoint_engine.errors import UpdateError, kind_of
 SUCCESS = b"ok"
 
 
-class MissingRanksError(TimeoutError):
-    """Some ranks did not make a collective call before its deadline."""
-
-    kind = "rank_missing"
-
-    def __init__(self, why: str, call: str, ranks: list[int]) -> None:
-        super().__init__(f"{why}: ranks {ranks} did not join {call}")
-        self.missing_ranks = ranks
-
-
-class GoneError(RuntimeError):
-    """Ranks of a call whose process has ended, or whose host is cut off."""
-
-    kind = "rank_gone"
-
-    def __init__(self, ranks: list[int], call: str) -> None:
-        one = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {ranks} are"
-        super().__init__(
-            f"{one} gone before {call} was over: its process has ended, or its host is cut "
-            "off; start it again"
-        )
-        self.missing_ranks = ranks
-        self.rank_at_fault = ranks[0]
-
-
-class DisagreementError(RuntimeError):
-    """Ranks that were to make one collective call together make different ones.
+class MemberError(RuntimeError):
+    """Members of a call did not come, are gone, or make another call; ``kind`` says which.
 
     Attributes:
-        calls: the calls that do not go together, as their ranks made them.
-        missing_ranks: ranks that make another call than the one that this error ends.
+        missing_ranks: the ranks that do not make the call which this error ends.
+        rank_at_fault: the rank that the error names, if it is not the one that raises it.
+        calls: of a disagreement, the calls that do not go together, as their ranks made them.
     """
 
-    kind = "disagreement"
-
     def __init__(
-        self, text: str, calls: Sequence[str] = (), missing_ranks: Sequence[int] = ()
+        self,
+        text: str,
+        kind: str,
+        missing_ranks: Sequence[int] = (),
+        rank_at_fault: int | None = None,
+        calls: Sequence[str] = (),
     ) -> None:
         super().__init__(text)
-        self.calls = list(calls)
+        self.kind = kind
         self.missing_ranks = list(missing_ranks)
+        self.rank_at_fault = rank_at_fault
+        self.calls = list(calls)
+
+
+def missing(why: str, call: str, ranks: Sequence[int]) -> MemberError:
+    """Ranks did not make a call before its deadline."""
+    return MemberError(f"{why}: ranks {list(ranks)} did not join {call}", "rank_missing", ranks)
+
+
+def gone(ranks: Sequence[int], call: str) -> MemberError:
+    """The processes of ranks have ended, or their hosts are cut off."""
+    one = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {list(ranks)} are"
+    text = (
+        f"{one} gone before {call} was over: its process has ended, or its host is cut off; "
+        "start it again"
+    )
+    return MemberError(text, "rank_gone", ranks, ranks[0])
 
 
 class Failure(NamedTuple):
@@ -73,8 +69,9 @@ class Failure(NamedTuple):
     @staticmethod
     def of(error: BaseException, rank: int, phase: str, lost: str) -> Failure:
         """``lost``: what is wrong where the store is what failed."""
+        at_fault = getattr(error, "rank_at_fault", None)
         return Failure(
-            getattr(error, "rank_at_fault", rank),
+            rank if at_fault is None else at_fault,
             phase,
             describe(error, lost),
             list(getattr(error, "missing_ranks", [])),
@@ -91,21 +88,6 @@ class Failure(NamedTuple):
 
     def error(self, call: str) -> UpdateError:
         return UpdateError(call, self.rank, self.phase, self.cause, self.kind)
-
-
-class Last(NamedTuple):
-    """The call that some ranks finished last: its number and outcome."""
-
-    number: int
-    outcome: bytes
-
-    def encode(self) -> str:
-        return f"{self.number} {self.outcome.decode()}"
-
-    @staticmethod
-    def decode(last: bytes) -> Last:
-        number, _, outcome = last.partition(b" ")
-        return Last(int(number), outcome)
 
 
 def describe(error: BaseException, lost: str) -> str:

@@ -31,21 +31,13 @@ def bucket_size(hellos: Sequence[Hello], gathered: Gathered, may_cut: bool) -> p
     )
 
 
-class Planned(NamedTuple):
-    """A plan, kept for the next update; ``basis`` is what it was made from."""
-
-    basis: tuple[object, ...]
-    transfer: TransferPlan
-    messages: Messages
-
-
 class Way(ABC):
     """One way for bytes to travel. One object per ``ParameterServer``; it owns what is kept between
     updates."""
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
-        self._planned: Planned | None = None
+        self._planned: tuple[object, Messages] | None = None  # what the plan was made from, and it
 
     # ------------------------------------------------------------------ whether it can be taken
 
@@ -73,9 +65,11 @@ class Way(ABC):
         """Whether a tensor may travel in parts, where all workers put them together."""
         return True
 
-    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> Planned:
-        """What the update moves. Equal inputs give an equal plan, so all ranks have the same; the
-        plan of the last update is taken if nothing that it depends on has changed.
+    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> Messages:
+        """What the update moves, and what workers are told of it.
+
+        Equal inputs give an equal plan, so all ranks have the same. The plan of the last update is
+        taken if nothing that it depends on has changed.
 
         Raises:
             ValueError: there is nothing to move, or the largest tensor does not fit.
@@ -86,7 +80,7 @@ class Way(ABC):
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
         basis = (gathered.plan_basis, size, nics, members, may_cut)
-        if self._planned is None or self._planned.basis != basis:
+        if self._planned is None or self._planned[0] != basis:
             transfer = plan.plan_transfer(
                 gathered.metas,
                 size,
@@ -101,8 +95,8 @@ class Way(ABC):
                     f"checkpoint {hellos[0].checkpoint!r} holds no tensors on any rank: there is "
                     "nothing to update"
                 )
-            self._planned = Planned(basis, transfer, Messages(transfer))
-        return self._planned
+            self._planned = basis, Messages(transfer)
+        return self._planned[1]
 
     # ------------------------------------------------------------------ moving it
 
