@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import os
 import socket
+import struct
 import termios
 import threading
 import time
@@ -213,10 +214,14 @@ class _Meeting:
         device: torch.device,
     ) -> None:
         try:
-            before = _connections()
-            group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
             if backend == "gloo":
-                self.sockets = _new_connections(before)
+                addresses = _Addresses(store)
+                group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
+                self.sockets = _connections_among(addresses.told)
+            else:
+                group = CREATE[backend](
+                    _stores_of_torch(store, *place, local_ip), *place, _MEETING_TIME, local_ip
+                )
             if device.type != "cpu":
                 _connect_now(group, device)
             if hasattr(group, "set_timeout"):
@@ -236,41 +241,72 @@ class _Meeting:
         return self._group
 
 
-def _connections() -> list[socket.socket]:
-    """Descriptors of our own for this process's TCP sockets."""
+class _Addresses(dist.Store):
+    """Between gloo and a store: there its members tell each other where each of them listens."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store: Any = store
+        self.told = b""
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self.told += value.encode() if isinstance(value, str) else value
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        value = bytes(self._store.get(key))
+        self.told += value
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta = _MEETING_TIME) -> None:
+        self._store.wait(keys, timeout)
+
+
+def _connections_among(told: bytes) -> list[socket.socket]:
+    """Gloo's connections in this process, each as one descriptor of ours, as gloo shows none.
+
+    Each has an address at one end where a member of the group listens, and that is in what the
+    members told each other. So no connection of another part of the program is among them.
+    """
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
                 candidate = socket.socket(fileno=os.dup(int(fd)))
-                if candidate.family == socket.AF_UNIX:
-                    candidate.close()
-                else:
+                if _is_among(candidate, told):
                     found.append(candidate)
+                else:
+                    candidate.close()
     return found
 
 
-def _new_connections(before: list[socket.socket]) -> list[socket.socket]:
-    """What gloo has connected meanwhile: it waits for what is in flight rather than be aborted, and
-    two survivors of a third rank's death would wait for each other.
+def _is_among(connection: socket.socket, told: bytes) -> bool:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    with contextlib.suppress(OSError):  # it is not connected
+        ends = connection.getpeername(), connection.getsockname()
+        return any(_in_memory(connection.family, *end[:2]) in told for end in ends)
+    return False
 
-    Connections that somebody accepted at a port that was there before are not its own.
+
+def _in_memory(family: int, address: str, port: int) -> bytes:
+    """The beginning of a ``sockaddr``, which is what gloo tells."""
+    flow = b"" if family == socket.AF_INET else bytes(4)
+    host = socket.inet_pton(family, address.partition("%")[0])
+    return struct.pack("=H", family) + struct.pack("!H", port) + flow + host
+
+
+def _stores_of_torch(store: Any, rank: int, size: int, local_ip: str) -> dist.Store:
+    """A store of torch's for one group, at its first member.
+
+    Threads of NCCL ask it for as long as the group lives; they must not run Python.
     """
-    ports = {known.getsockname()[1] for known in before}
-    for known in before:
-        known.close()
-    found = []
-    for candidate in _connections():
-        try:
-            candidate.getpeername()
-        except OSError:  # it listens
-            candidate.close()
-            continue
-        if candidate.getsockname()[1] in ports:
-            candidate.close()
-        else:
-            found.append(candidate)
-    return found
+    if rank == 0:
+        hosted = dist.TCPStore(local_ip, 0, size, True, _MEETING_TIME, wait_for_workers=False)
+        store.set("torch's store", f"{local_ip} {hosted.port}")
+        return hosted
+    addr, port = store.get("torch's store").decode().split()
+    return dist.TCPStore(addr, int(port), size, False, _MEETING_TIME, wait_for_workers=False)
 
 
 def _connect_now(group: Any, device: torch.device) -> None:
