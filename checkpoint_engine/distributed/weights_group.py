@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,47 +31,8 @@ _LAST_MESSAGES = 2.0  # seconds for what is under way when a group is aborted
 _SILENCE = 0.3  # seconds without a byte under way, after which nothing is
 
 
-class Work(Protocol):
-    """A broadcast that has begun: torch's, or like it."""
-
-    def is_completed(self) -> bool:
-        """Whether it is over, successfully or not."""
-        ...
-
-    def wait(self) -> Any:
-        """Raises ``RuntimeError`` if it failed."""
-        ...
-
-    def get_future(self) -> Any:
-        """A future whose ``then`` calls back when it is over."""
-        ...
-
-
-class WeightsGroup(Protocol):
-    """Some ranks that broadcast weights to each other. Owned by one ``ParameterServer`` per
-    rank."""
-
-    def expect_end(self, seconds: float) -> None:
-        """What is broadcast from now on may fail after so long."""
-        ...
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> Work:
-        """Begin to overwrite ``tensor`` with that of global rank ``src``. Called by all ranks, in
-        the same order."""
-        ...
-
-    def abort(self) -> None:
-        """Leave at once, whatever is in flight; peers that still wait for this rank get an
-        error."""
-        ...
-
-    def close(self) -> None:
-        """Leave when nothing is in flight."""
-        ...
-
-
 class TorchGroup:
-    """A ``WeightsGroup`` with one of torch's communicators."""
+    """Some ranks that broadcast weights to each other, by one of torch's communicators."""
 
     def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket]) -> None:
         """``sockets``: its connections, if it does not end them itself when it is aborted."""
@@ -219,9 +180,7 @@ class _Meeting:
                 group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
                 self.sockets = _connections_among(addresses.told)
             else:
-                group = CREATE[backend](
-                    _stores_of_torch(store, *place, local_ip), *place, _MEETING_TIME, local_ip
-                )
+                group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
             if device.type != "cpu":
                 _connect_now(group, device)
             if hasattr(group, "set_timeout"):
@@ -296,19 +255,6 @@ def _in_memory(family: int, address: str, port: int) -> bytes:
     return struct.pack("=H", family) + struct.pack("!H", port) + flow + host
 
 
-def _stores_of_torch(store: Any, rank: int, size: int, local_ip: str) -> dist.Store:
-    """A store of torch's for one group, at its first member.
-
-    Threads of NCCL ask it for as long as the group lives; they must not run Python.
-    """
-    if rank == 0:
-        hosted = dist.TCPStore(local_ip, 0, size, True, _MEETING_TIME, wait_for_workers=False)
-        store.set("torch's store", f"{local_ip} {hosted.port}")
-        return hosted
-    addr, port = store.get("torch's store").decode().split()
-    return dist.TCPStore(addr, int(port), size, False, _MEETING_TIME, wait_for_workers=False)
-
-
 def _connect_now(group: Any, device: torch.device) -> None:
     """Have the communicator made here, and not in the first broadcast, which nothing could end."""
     module = getattr(torch, device.type)
@@ -350,9 +296,11 @@ hold the group for a minute, as it does to write a report. There are no options 
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set while a group is made, which is when torch reads them."""
+    """Set while a group is made, which is when torch reads them. Where the launcher has set them
+    so, nothing is changed while other threads run."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    before = {name: value for name, value in before.items() if value != variables[name]}
+    os.environ.update({name: variables[name] for name in before})
     try:
         yield
     finally:
