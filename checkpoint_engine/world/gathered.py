@@ -210,6 +210,10 @@ def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gat
     owners = {rank: one for rank, one in found.items() if one.memory_buffer_metas_list}
     for rank, owned in owners.items():
         _check_proofs(rank, owned)
+    owner_layouts = tuple(place["layout"] for place in places)
+    duplicates = before.duplicates
+    if duplicates or owner_layouts != before.owner_layouts:  # otherwise there are none again
+        duplicates = _agree_on_duplicates(call, source, owners)
     return Gathered(
         name=source.name,
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
@@ -219,9 +223,9 @@ def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gat
         is_registered=bool(owners) or _is_registered(call, source, found),
         serial=source.serial,
         layout=source.layout.digest,
-        owner_layouts=tuple(place["layout"] for place in places),
+        owner_layouts=owner_layouts,
         layouts=layouts,
-        duplicates=_agree_on_duplicates(call, source, owners),
+        duplicates=duplicates,
     )
 
 
