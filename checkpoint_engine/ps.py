@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +32,6 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
-from checkpoint_engine.gather import encode_place
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.p2p_store import P2PStore
@@ -53,7 +52,7 @@ from checkpoint_engine.world import control
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
-from checkpoint_engine.world.gathered import Gathered, Metas, gather, known_layouts, load
+from checkpoint_engine.world.gathered import Gathered, Metas, gather, load
 from checkpoint_engine.world.hello import Hello
 
 if TYPE_CHECKING:
@@ -134,14 +133,7 @@ class ParameterServer(Contract):
         self._p2p = p2p = P2P(here)
         _start_p2p(p2p, here)
         draws_bars = here.local_rank == 0 and sys.stderr.isatty()
-        memory = HostMemory(
-            self.device_manager.device_type,
-            retain_bytes=None if Settings.from_env().retain_host_memory else 0,
-            cpus=self.device_manager.nearby_cpus(here.local_rank),
-        )
-        if p2p.store is not None:
-            memory.keep_addresses(_LONGEST_READ)
-        self._checkpoints = Checkpoints(memory, p2p, draws_bars, here.rank)
+        self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, draws_bars, here.rank)
         self._gathered = Gathered()
         ways = (SharedMemory(here), Pull(here, p2p), Broadcast(here))
         self._server = Server(here, p2p, ways, EngineProfile(), draws_bars)
@@ -160,8 +152,7 @@ class ParameterServer(Contract):
     ) -> None:
         """Take this rank's part of a checkpoint into pinned host memory. This rank alone.
 
-        Without input the rank owns nothing of it. Once this returns, the caller may change or drop
-        the tensors and files.
+        Without input the rank owns nothing of it. The tensors and files are not needed afterwards.
 
         Args:
             files: ``.safetensors`` files, ``.npy`` files with their ``.meta``, or folders; a folder
@@ -219,20 +210,8 @@ class ParameterServer(Contract):
             self._begin("gather_metas", checkpoint_name, timeout) as call,
             self._checkpoints.pin(checkpoint_name) as source,
         ):
-            place = encode_place(
-                self._p2p.place(source),
-                source.layout.digest,
-                known_layouts(self._gathered),
-            )
-            mine = Hello(
-                self._rank,
-                "gather_metas",
-                checkpoint_name,
-                device=self._device_uuid,
-                place=place.decode(),
-            )
-            gathered = gather(call, mine, source, self._gathered)
-            call.on_success = lambda: self._note_gathered(call, gathered)
+            gathered = gather(call, self._server.here, self._p2p, source, self._gathered)
+            call.on_success = lambda: self._replace_gathered(gathered)
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last, by owner rank. This rank alone."""
@@ -335,25 +314,19 @@ class ParameterServer(Contract):
         members = members_of(ranks, self._world_size)
         if members is not None and self._rank not in members:
             return self._await_update(checkpoint_name, members, timeout)
-        if members is not None:
-            self._p2p.require(f"update(ranks={list(members)})")
-        order = Order(
-            checkpoint_name,
-            req_func,
-            members,
-            version,
-            on_instance_failure,
-            on_progress,
-            compare_ranks,
-            trace,
-        )
-        with (
-            self._begin("update", checkpoint_name, timeout, members) as call,
-            self._checkpoints.pin(checkpoint_name) as source,
-        ):
-            report = run_update(call, source, self._gathered, order, self._server)
+        options = (version, on_instance_failure, on_progress, compare_ranks, trace)
+        order = Order(checkpoint_name, req_func, members, *options)
+        try:
+            with (
+                self._begin("update", checkpoint_name, timeout, members) as call,
+                self._checkpoints.pin(checkpoint_name) as source,
+            ):
+                report = run_update(call, source, self._gathered, order, self._server)
+        finally:
+            if self._auto_pg:
+                self._default_group.leave()
         report = report.completed(call.clock.seconds, *self._checkpoints.memory.usage)
-        self._log.log(_level(call.leads), "updated {}", report)
+        self._log.log("INFO" if call.leads else "DEBUG", "updated {}", report)
         return report
 
     @property
@@ -367,7 +340,7 @@ class ParameterServer(Contract):
         """How far the call that is running on this rank has come: a collective one, else the
         registering of a checkpoint. Any thread."""
         call = self._control.running
-        return self._checkpoints.filling if call is None else call.progress
+        return self._checkpoints.filling if call is None else call.clock.progress
 
     def snapshot(self) -> Snapshot:
         """What this rank holds and does now; never waits for a call that is running. Any thread."""
@@ -385,39 +358,19 @@ class ParameterServer(Contract):
 
     # ------------------------------------------------------------------ parts of the above
 
-    @contextlib.contextmanager
     def _begin(
         self,
         name: str,
         checkpoint_name: str,
         timeout: timedelta,
         members: Sequence[int] | None = None,
-    ) -> Iterator[Call]:
+    ) -> contextlib.AbstractContextManager[Call]:
         """One collective call at a time; ends with the same outcome on every rank."""
         self._server.here.make_device_current()
-        try:
-            with self._control.call(name, timeout, members, checkpoint_name) as call:
-                if name == "update":
-                    level = _level(call.leads)
-                    call.clock.on_phase = lambda phase: self._log.log(
-                        level, "updating {}: {}", checkpoint_name, phase
-                    )
-                yield call
-        finally:
-            if name == "update" and self._auto_pg:
-                self._default_group.leave()
+        return self._control.call(name, timeout, members, checkpoint_name)
 
-    def _note_gathered(self, call: Call, gathered: Gathered) -> None:
-        self._gathered = replace(gathered, seconds=sum(call.clock.seconds.values()))
-        self._log.log(
-            _level(call.leads),
-            "gathered {}: {} tensors, {:.3f} GB, of {} of {} ranks",
-            gathered.name,
-            gathered.tensor_count,
-            gathered.nbytes / 1e9,
-            len(gathered.metas),
-            self._world_size,
-        )
+    def _replace_gathered(self, gathered: Gathered) -> None:
+        self._gathered = gathered
 
     def _await_update(
         self, checkpoint_name: str, members: Sequence[int], timeout: timedelta
@@ -426,11 +379,6 @@ class ParameterServer(Contract):
         waited = self._control.await_others("update", timeout, members)
         report = UpdateReport.of_nothing(checkpoint_name, self._rank, self._world_size)
         return report.completed({"waiting": waited}, *self._checkpoints.memory.usage)
-
-
-def _level(leads: bool) -> str:
-    """Of what all ranks log alike: that of the first one is enough."""
-    return "INFO" if leads else "DEBUG"
 
 
 def _start_p2p(p2p: P2P, here: LocalRank) -> None:
@@ -443,6 +391,17 @@ def _start_p2p(p2p: P2P, here: LocalRank) -> None:
         p2p.missing = str(error)
         level = "WARNING" if here.local_rank == 0 else "DEBUG"
         logger.bind(rank=here.rank).log(level, "no P2P: {}", error)
+
+
+def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:
+    memory = HostMemory(
+        here.device_manager.device_type,
+        retain_bytes=None if Settings.from_env().retain_host_memory else 0,
+        cpus=here.device_manager.nearby_cpus(here.local_rank),
+    )
+    if p2p.store is not None:
+        memory.keep_addresses(_LONGEST_READ)
+    return memory
 
 
 def _choose_nic(here: LocalRank) -> str:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -231,12 +232,12 @@ def bad_calls() -> dict[str, Any]:
 
 
 def _update_with_little_memory(rank: Rank) -> None:
-    kept = rank.ps._mem_fraction
-    rank.ps._mem_fraction = 1e-9
+    kept = rank.ps._server
+    rank.ps._server = replace(kept, here=replace(kept.here, mem_fraction=1e-9))
     try:
         rank.update("good")
     finally:
-        rank.ps._mem_fraction = kept
+        rank.ps._server = kept
 
 
 def _gather_point(name: str) -> None:

@@ -161,7 +161,7 @@ class Instance:
                 if name == self._name
             ],
             rank=self._call.rank,
-            phase=self._call.phase,
+            phase=self._call.clock.phase,
             error=str(error),
         )
         self._call.tell(self._key, json.dumps(str(error)).encode())

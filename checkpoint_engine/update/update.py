@@ -53,10 +53,12 @@ def run_update(
     call: Call, source: Checkpoint, gathered: Gathered, order: Order, server: Server
 ) -> UpdateReport:
     """Send ``source``, and what other ranks own of that checkpoint, to the workers. All members."""
+    log, level = logger.bind(rank=call.rank), "INFO" if call.leads else "DEBUG"
+    call.clock.on_phase = lambda phase: log.log(level, "updating {}: {}", order.checkpoint, phase)
     with ExitStack() as held:
-        call.watch()
         link = _listen(held)
         hellos = _agree(call, link, source, gathered, order, server, held)
+        call.watch()
         gathered = gathered.renewed(hellos, source)
         usable = [way for way in server.ways if way.serves(hellos)]
         messages = usable[0].plan(gathered, hellos)
@@ -192,7 +194,7 @@ def _show_progress(
         show = held.enter_context(drawn_bar("update", plan.total_bytes))
     if show is not None:
         shown = show
-        call.clock.on_advance = lambda: shown(call.progress)
+        call.clock.on_advance = lambda: shown(call.clock.progress)
     logger.bind(rank=call.rank).debug(
         "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB",
         order.checkpoint,

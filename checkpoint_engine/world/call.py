@@ -6,15 +6,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from loguru import logger
-
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import GroupError, UpdateError
-from checkpoint_engine.progress import Progress
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
@@ -28,7 +25,6 @@ from checkpoint_engine.world.outcome import (
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
-_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
 
@@ -38,7 +34,6 @@ class Call:
     Attributes:
         name: of the method that was called.
         clock: what this rank spends its time with.
-        checkpoint: what it is about.
         state: what this rank's engine holds, for ``UpdateError.engines``; ``None``: no engine is
             concerned.
         on_success: called when every rank has succeeded, before another call may begin.
@@ -49,15 +44,13 @@ class Call:
         self, membership: Membership, name: str, checkpoint: str, deadline: Deadline
     ) -> None:
         self.name = name
-        self.checkpoint = checkpoint
         self.deadline = deadline
-        self.clock = Clock()
+        self.clock = Clock(name, checkpoint)
         self.state: Callable[[], str] | None = None
         self.on_success: Callable[[], None] | None = None
         self.on_failure: Callable[[UpdateError], None] | None = None
         self.rank = membership.rank
         self.store = membership.part_of(membership.world.store)
-        self._watched = membership.part_of(membership.world.watched)
         self._membership = membership
         self._hello: Hello | None = None
         self._guards: list[Callable[[], None]] = []
@@ -65,8 +58,6 @@ class Call:
         self._outcome: bytes | None = None
         self._keys: list[str] = []
         self._watcher: threading.Thread | None = None
-        self._absent = membership.gone()
-        self._awaits_return_until = self.clock.began + _RETURN_SECONDS
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -78,24 +69,8 @@ class Call:
         """Whether this is the first member."""
         return self.rank == self.members[0]
 
-    @property
-    def phase(self) -> str:
-        return self.clock.phase
-
-    @property
-    def progress(self) -> Progress:
-        """How far it has come on this rank. Any thread."""
-        return Progress(
-            call=self.name,
-            checkpoint=self.checkpoint,
-            phase=self.clock.phase,
-            done_bytes=self.clock.done_bytes,
-            total_bytes=self.clock.total_bytes,
-            seconds=dict(self.clock.seconds),
-        )
-
     def begin(self, phase: str) -> None:
-        """What this rank does from now on, for errors and for the report."""
+        """What this rank does from now on."""
         self.clock.begin(phase)
 
     # ------------------------------------------------------------------ what ranks tell each other
@@ -122,8 +97,14 @@ class Call:
             MemberError: another rank makes a call that does not go together with it.
         """
         self._hello = mine
-        if len(self.members) > 1:
-            self._claim(mine)
+        try:
+            if len(self.members) > 1 and self._membership.claim(mine.terms()):
+                self._keys.append("call")
+        except MemberError as error:
+            self._stays_out = self.rank in error.missing_ranks
+            raise
+        finally:  # it may be another number now
+            self.store = self._membership.part_of(self._membership.world.store)
         self._start()
         if mine.call == "update" and self._membership.world_size > 1:
             self._membership.announce(mine)
@@ -145,19 +126,22 @@ class Call:
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
         """The ``value`` of each of ``ranks``, which all members name alike. Called by all."""
         if self.rank in ranks:
-            self._put(f"{what}/{self.rank}", value)
+            self.tell(f"{what}/{self.rank}", value)
         if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
         return self._read([f"{what}/{rank}" for rank in ranks])
 
     def gather_at(self, reader: int, what: str, value: bytes) -> list[bytes]:
         """On rank ``reader``, which waits for them, every member's ``value``; nothing elsewhere."""
-        self._put(f"{what}/{self.rank}", value)
-        return self._read([f"{what}/{rank}" for rank in self.members]) * (self.rank == reader)
+        self.tell(f"{what}/{self.rank}", value)
+        if self.rank != reader:
+            return []
+        return self._read([f"{what}/{rank}" for rank in self.members])
 
     def tell(self, key: str, value: bytes) -> None:
         """Say something that other ranks may look for."""
-        self._put(key, value)
+        self.store.set(key, value)
+        self._keys.append(key)
 
     def is_told(self, key: str) -> bool:
         """Whether some rank has said this."""
@@ -172,15 +156,14 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        if self._outcome is None and (absent := self._gone()):
+        if self._outcome is None and (absent := self._membership.lost()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
                 # A rank that was stopped until its deadline finds that the others have left.
-                self.deadline.check(f"{self.phase} of {self.name}")
+                self.deadline.check(f"{self.clock.phase} of {self.name}")
                 raise gone(absent, self.name)
-        if self._outcome not in (None, SUCCESS):
-            raise self._failure().error(self.name)
-        self.deadline.check(f"{self.phase} of {self.name}")
+        self._raise_failure()
+        self.deadline.check(f"{self.clock.phase} of {self.name}")
         for guard in self._guards:
             guard()
 
@@ -194,23 +177,15 @@ class Call:
             self._guards.remove(guard)
 
     def watch(self) -> None:
-        """From now on ``check`` sees the failure of other ranks as soon as it happens."""
-        if len(self.members) > 1 and self._watcher is None:
-            self._watcher = threading.Thread(
-                target=self._await_outcome, name="checkpoint-engine-watch", daemon=True
-            )
-            self._watcher.start()
+        """From now on ``check`` sees the failure of other ranks as soon as it happens. Called once
+        the ranks agree which call this is."""
+        if len(self.members) > 1:
+            seconds = self.deadline.remaining() + _FAREWELL
+            self._watcher = self._membership.watch(seconds, partial(setattr, self, "_outcome"))
 
-    @contextlib.contextmanager
-    def store_to_block(self) -> Iterator[Any]:
-        """This call's part of the store, for calls in C++ that wait by themselves; whoever is
-        still blocked when this is left by an error is freed."""
-        world = self._membership.world
-        try:
-            yield self._membership.part_of(world.store_to_block(self.deadline))
-        except BaseException:
-            world.free_blocked()
-            raise
+    def store_to_block(self) -> contextlib.AbstractContextManager[Any]:
+        """This call's part of the store, for calls in C++ that wait by themselves."""
+        return self._membership.store_to_block(self.deadline)
 
     # ------------------------------------------------------------------ the end
 
@@ -242,25 +217,15 @@ class Call:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
         error = self._cause_of(error)
-        mine = Failure.of(error, self.rank, self.phase, self._membership.world.why_lost).encode()
-        if self._stays_out:
-            return mine
-        with contextlib.suppress(RuntimeError):  # the store may be what failed
-            return self._membership.publish(mine)
+        mine = Failure.of(
+            error, self.rank, self.clock.phase, self._membership.world.why_lost
+        ).encode()
+        if not self._stays_out:
+            with contextlib.suppress(RuntimeError):  # the store may be what failed
+                return self._membership.publish(mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
-
-    def _claim(self, mine: Hello) -> None:
-        try:
-            if self._membership.claim(mine.terms()):
-                self._keys.append("call")
-        except MemberError as error:
-            self._stays_out = self.rank in error.missing_ranks
-            raise
-        finally:  # it may be another number now
-            self.store = self._membership.part_of(self._membership.world.store)
-            self._watched = self._membership.part_of(self._membership.world.watched)
 
     def _start(self) -> None:
         """Tell visitors that a call has begun."""
@@ -268,10 +233,6 @@ class Call:
             self._started = True
             self._keys += ["done", "left"]
             self._membership.store.add("started", 1)
-
-    def _put(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)
-        self._keys.append(key)
 
     def _read(self, keys: list[str]) -> list[bytes]:
         self._wait_for(keys)
@@ -298,20 +259,13 @@ class Call:
     def _missing(self, keys: list[str]) -> list[int]:
         return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
 
-    def _gone(self) -> list[int]:
-        """Members that are not there any more. One that was not when this began may come back."""
-        absent = self._membership.gone()
-        if absent and time.monotonic() < self._awaits_return_until:
-            return [rank for rank in absent if rank not in self._absent]
-        return absent
-
     def _look_for_outcome(self) -> None:
         if self.store.check(["outcome"]):
             self._outcome = self.store.get("outcome")
 
-    def _failure(self) -> Failure:
-        assert self._outcome is not None
-        return Failure.decode(self._outcome)
+    def _raise_failure(self) -> None:
+        if self._outcome is not None and self._outcome != SUCCESS:
+            raise Failure.decode(self._outcome).error(self.name)
 
     def _succeed(self) -> None:
         """Return only once every rank has done its part."""
@@ -332,8 +286,7 @@ class Call:
                 self.store.compare_set("outcome", "", SUCCESS.decode())
             self.wait(lambda: self.store.check(["outcome"]))
             self._outcome = self.store.get("outcome")
-            if self._outcome != SUCCESS:
-                raise self._failure().error(self.name)
+            self._raise_failure()
         except BaseException as error:
             if isinstance(error, Exception) and self.publish(error) == SUCCESS:
                 return  # the last rank arrived while this one gave up
@@ -346,14 +299,13 @@ class Call:
             return error
         soon = Deadline(_FAREWELL / 2)
         try:
-            poll(lambda: soon.remaining() == 0.0, self._look_around)
+            while soon.remaining() > 0.0:
+                self._look_for_outcome()
+                self.check()
+                time.sleep(_LONGEST_PAUSE)
         except (RuntimeError, TimeoutError) as cause:
             return cause.with_traceback(None)  # which leads to the frame that will hold it
         return error
-
-    def _look_around(self) -> None:
-        self._look_for_outcome()
-        self.check()
 
     def _fail(self, error: BaseException) -> None:
         """End the call everywhere, and raise the one error that every rank raises."""
@@ -390,12 +342,3 @@ class Call:
             self._start()
             if self._membership.leave(outcome, deadline):
                 self._keys.append("outcome")  # otherwise it stays for those that come late
-
-    def _await_outcome(self) -> None:
-        try:
-            self._watched.wait(
-                ["outcome"], timedelta(seconds=self.deadline.remaining() + _FAREWELL)
-            )
-            self._outcome = self._watched.get("outcome")
-        except RuntimeError as error:
-            logger.debug("{}: no longer watching the other ranks: {}", self.name, error)

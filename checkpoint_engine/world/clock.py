@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from checkpoint_engine.progress import Progress
+
 
 class Clock:
     """The phases of one call on one rank.
@@ -19,7 +21,8 @@ class Clock:
         on_advance: called when ``done_bytes`` has grown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call: str, checkpoint: str) -> None:
+        self._about = {"call": call, "checkpoint": checkpoint}
         self.phase = "start"
         self.seconds: dict[str, float] = {}
         self.waited_for: dict[int, float] = {}
@@ -28,6 +31,22 @@ class Clock:
         self.on_advance: Callable[[], None] | None = None
         self.began = time.monotonic()
         self.history = [(self.phase, self.began)]
+
+    @property
+    def progress(self) -> Progress:
+        """How far the call has come on this rank. Any thread."""
+        return Progress(
+            **self._about,
+            phase=self.phase,
+            done_bytes=self.done_bytes,
+            total_bytes=self.total_bytes,
+            seconds=dict(self.seconds),
+        )
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self.history[0][1]
 
     def begin(self, phase: str) -> None:
         """What this rank does from now on."""

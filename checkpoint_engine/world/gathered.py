@@ -17,11 +17,13 @@ from checkpoint_engine.gather import (
     Layout,
     decode_layouts,
     decode_place,
+    encode_place,
     join_place,
     known_digest,
     missing_layouts,
 )
-from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 
@@ -187,17 +189,21 @@ def load(metas: Metas) -> Gathered:
     )
 
 
-def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gathered:
-    """Learn what every rank owns. Called by all ranks; those of ``before`` that all know already
-    are not sent again.
+def gather(
+    call: Call, here: LocalRank, readers: Readers, source: Checkpoint, before: Gathered
+) -> Gathered:
+    """Learn what every rank owns. Called by all ranks.
 
     Args:
-        mine: with ``place``, see ``gather.encode_place``.
+        source: what this rank owns.
+        before: what was gathered last; layouts that all ranks know from it are not sent again.
 
     Raises:
         ValueError: no rank has registered the checkpoint, and none could join another world; or
             two ranks own different tensors of one name.
     """
+    place = encode_place(readers.place(source), source.layout.digest, known_digest(before.layouts))
+    mine = Hello(call.rank, call.name, source.name, device=here.device_uuid, place=place.decode())
     hellos = call.exchange(mine)
     places = [decode_place(hello.place.encode()) for hello in hellos]
     missing = missing_layouts(places, before.layouts)
@@ -214,7 +220,7 @@ def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gat
     duplicates = before.duplicates
     if duplicates or owner_layouts != before.owner_layouts:  # otherwise there are none again
         duplicates = _agree_on_duplicates(call, source, owners)
-    return Gathered(
+    gathered = Gathered(
         name=source.name,
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
         digest=hashlib.sha256(b"".join(hello.place.encode() for hello in hellos)).hexdigest(),
@@ -226,7 +232,18 @@ def gather(call: Call, mine: Hello, source: Checkpoint, before: Gathered) -> Gat
         owner_layouts=owner_layouts,
         layouts=layouts,
         duplicates=duplicates,
+        seconds=call.clock.elapsed,
     )
+    logger.bind(rank=call.rank).log(
+        "INFO" if call.leads else "DEBUG",
+        "gathered {}: {} tensors, {:.3f} GB, of {} of {} ranks",
+        source.name,
+        gathered.tensor_count,
+        gathered.nbytes / 1e9,
+        len(owners),
+        len(found),
+    )
+    return gathered
 
 
 def topology(nics: Iterable[tuple[int, str, str]]) -> dict[str, set[int]]:
@@ -235,11 +252,6 @@ def topology(nics: Iterable[tuple[int, str, str]]) -> dict[str, set[int]]:
     for rank, nic, host in nics:
         found[f"{nic or f'rank-{rank}'}@{host}"].add(rank)
     return dict(found)
-
-
-def known_layouts(gathered: Gathered) -> str:
-    """Equal on ranks that know the same layouts; part of a rank's place."""
-    return known_digest(gathered.layouts)
 
 
 # ---------------------------------------------------------------------- parts of the above

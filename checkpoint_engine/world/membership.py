@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.store import Alone, World
@@ -14,9 +19,10 @@ from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
     Failure,
-    describe,
     gone,
 )
+
+_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 
 
 class Membership:
@@ -38,6 +44,8 @@ class Membership:
         self.world = world
         self.old_keys: list[str] = []
         self._name = name
+        self._absent: list[int] = []
+        self._awaits_return_until = 0.0
         self._count = 0
         self._visits = 0
         self._left_by_me: list[str] = []
@@ -60,6 +68,8 @@ class Membership:
 
     def begin(self) -> None:
         """Go on to the next call that this rank has part in."""
+        self._absent = self.gone()
+        self._awaits_return_until = time.monotonic() + _RETURN_SECONDS
         self._count += 1
         while self.rank in self._missed_by():
             self._count += 1
@@ -123,8 +133,36 @@ class Membership:
         """The members that are not there any more."""
         return sorted(self.world.peers.gone.intersection(self.members))
 
-    def describe(self, error: BaseException) -> str:
-        return describe(error, self.world.why_lost)
+    def lost(self) -> list[int]:
+        """Those whose call has ended by that. One that was gone when the call began may return."""
+        if time.monotonic() < self._awaits_return_until:
+            return [rank for rank in self.gone() if rank not in self._absent]
+        return self.gone()
+
+    def watch(self, seconds: float, note: Callable[[bytes], None]) -> threading.Thread:
+        """Have ``note`` called with the running call's outcome as soon as there is one."""
+        watched, prefix = self.part_of(self.world.watched), self.prefix
+
+        def run() -> None:
+            try:
+                watched.wait(["outcome"], timedelta(seconds=seconds))
+                note(watched.get("outcome"))
+            except RuntimeError as error:
+                logger.debug("no longer watching the ranks of call {}: {}", prefix, error)
+
+        thread = threading.Thread(target=run, name="checkpoint-engine-watch", daemon=True)
+        thread.start()
+        return thread
+
+    @contextlib.contextmanager
+    def store_to_block(self, deadline: Deadline) -> Iterator[Any]:
+        """The running call's part of a store that calls in C++ may block; whoever is still blocked
+        when this is left by an error is freed."""
+        try:
+            yield self.part_of(self.world.store_to_block(deadline))
+        except BaseException:
+            self.world.free_blocked()
+            raise
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for in the call of this number."""
@@ -147,8 +185,8 @@ class Membership:
             first = Hello.decode(store.compare_set("call", "", mine.encode().decode()))
             if not first.differs_from(mine):
                 return first.rank == mine.rank
-            if first.wish not in self._left_by_me:
-                is_behind = mine.wish in self._left_by_others
+            if first.wish == mine.wish or first.wish not in self._left_by_me:
+                is_behind = first.wish != mine.wish and mine.wish in self._left_by_others
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])

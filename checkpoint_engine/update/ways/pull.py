@@ -31,6 +31,8 @@ class Pull(Way):
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         store = self._p2p.store
+        if mine.ranks is not None:
+            store = self._p2p.require(f"update(ranks={list(mine.ranks)})")
         return replace(mine, nic="" if store is None else store.device, host=self.here.host_ip)
 
     def serves(self, hellos: Sequence[Hello]) -> bool:
