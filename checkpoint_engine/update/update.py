@@ -110,12 +110,12 @@ def _agree(
     call.begin("plan")
     mine = order.hello(server.here, link.url, gathered.digest)
     call.claim(mine)
+    for way in server.ways:
+        mine = way.introduce(mine, held)
     gathered.check_usable(source, remote=order.ranks is not None)
     if source.serial != gathered.serial and not gathered.is_loaded:
         place = encode_place(server.p2p.place(source), gathered.layout, known="")
         mine = replace(mine, place=place.decode())
-    for way in server.ways:
-        mine = way.introduce(mine, held)
     return call.exchange(mine)
 
 
