@@ -6,7 +6,7 @@ Compiled for a bucket, whose tensors lie at certain places, copies at equal dist
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 
 from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.gather_scatter import Table
-from checkpoint_engine.recording import Entry, Recording
+from checkpoint_engine.recording import Entry, Recording, Slot
 from checkpoint_engine.strided import Copy, View, coalesced
 
 
@@ -97,6 +97,33 @@ class Plan:
         self.loaded = loaded
         self.programs: dict[Hashable, Program] = {}
         self._numbers = {source.name: i for i, source in enumerate(recording.sources)}
+
+    def holds(self, fingerprint: Hashable, modules: Mapping[str, torch.nn.Module]) -> bool:
+        """Whether the model is as it was, where the loader looked at it."""
+        return self.fingerprint == fingerprint and all(
+            slot.owner in modules and _is_still(getattr(modules[slot.owner], slot.name, None), seen)
+            for slot, seen in self.recording.constants.items()
+        )
+
+    def does_as(self, other: Plan | None) -> bool:
+        """Whether another plan was recorded of the same deeds."""
+        return (
+            other is not None
+            and self.loaded == other.loaded
+            and self.recording.identity == other.recording.identity
+        )
+
+    def written(self, bucket: Program | None = None) -> set[Slot]:
+        """The slots that it writes; ``bucket``: just with this one."""
+        recording = self.recording
+        if bucket is None:
+            numbers = {entry.slot for some in recording.entries.values() for entry in some}
+            owners = set(recording.fills)
+        else:
+            numbers = {move.slot for step in bucket.steps for move in step.moves}
+            owners = {step.owner for step in bucket.steps}
+        numbers |= {fill.slot for owner in owners for fill in recording.fills.get(owner, ())}
+        return {recording.slots[number] for number in numbers}
 
     def number_of(self, placed: Placed) -> int | None:
         """Its source, unless it is not the tensor that was recorded."""
@@ -207,6 +234,14 @@ class Plan:
     def memory(self) -> int:
         """About how many bytes of host memory the plan holds, as it was when first asked."""
         return _sizeof([self.recording, list(self.programs.values()), self._numbers], set())
+
+
+def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and (tensor.dtype, tensor.device) == (seen.dtype, seen.device)
+        and torch.equal(tensor, seen)
+    )
 
 
 def _copy_of(entry: Entry, placed: Placed) -> tuple[Any, Copy]:
