@@ -24,6 +24,10 @@ class Origins(Protocol):
         """``result`` is new memory."""
         ...
 
+    def make_of_numbers(self, result: torch.Tensor) -> None:
+        """``result`` holds what Python had."""
+        ...
+
     def make_copy(self, result: torch.Tensor, source: torch.Tensor) -> None:
         """``result`` is new memory, filled from ``source``."""
         ...
@@ -49,6 +53,10 @@ def _copy_(recorder: Origins, result: Any, target: Any, source: Any, *_: Any, **
 
 def _filled(recorder: Origins, result: Any, target: Any, value: Any = 0) -> None:
     recorder.fill(target, value)
+
+
+def _lifted(recorder: Origins, result: torch.Tensor, *_: Any) -> None:
+    recorder.make_of_numbers(result)
 
 
 def _copied(recorder: Origins, result: torch.Tensor, source: Any, *_: Any, **__: Any) -> None:
@@ -104,6 +112,7 @@ RULES: dict[Any, Any] = {
     _aten.fill_.Scalar: _filled,
     _aten.fill_.Tensor: _filled,
     _aten.zero_.default: _filled,
+    _aten.lift_fresh.default: _lifted,
     _aten.clone.default: _copied,
     _aten._to_copy.default: _copied,
     _aten.cat.default: _cat,
@@ -117,15 +126,38 @@ RULES: dict[Any, Any] = {
     _aten.zeros_like.default: _zeros,
     _aten.new_zeros.default: _zeros,
 }
-VIEWS: set[Any] = {_aten._unsafe_view.default}
-"""Beside those that torch calls views itself."""
+VIEWS: set[Any] = {
+    getattr(packet, overload)
+    for packet in (
+        _aten.view,
+        _aten._unsafe_view,
+        _aten._reshape_alias,
+        _aten.slice,
+        _aten.select,
+        _aten.transpose,
+        _aten.t,
+        _aten.permute,
+        _aten.expand,
+        _aten.squeeze,
+        _aten.unsqueeze,
+        _aten.split,
+        _aten.split_with_sizes,
+        _aten.unbind,
+        _aten.diagonal,
+        _aten.as_strided,
+        _aten.detach,
+        _aten.alias,
+    )
+    for overload in packet.overloads()
+    if overload != "out"
+}
+"""They give nothing away. Not those that leave it to readers to change bits, as ``conj`` does."""
 LOOK_AT_NO_VALUES: set[Any] = {
     _aten.is_same_size.default,
     _aten.is_pinned.default,
     _aten.record_stream.default,
 }
 READ_A_NUMBER = _aten._local_scalar_dense.default
-MADE_OF_NUMBERS = _aten.lift_fresh.default
 
 
 def _named(names: str) -> set[Any]:

@@ -34,7 +34,6 @@ from checkpoint_engine.operations import (
     HANDS_OUT_MEMORY,
     LOOK_AT_NO_VALUES,
     LOOKS,
-    MADE_OF_NUMBERS,
     READ_A_NUMBER,
     RULES,
     VIEWS,
@@ -217,11 +216,7 @@ class Recorder:
         self._call += 1
         offered = []
         for name, tensor in weights:
-            if tensor.numel():
-                flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-                alias = torch.from_dlpack(flat).view(tensor.dtype).view(tensor.shape)
-            else:
-                alias = torch.empty_like(tensor)
+            alias = _alias(tensor.detach())
             source = Source(name, tensor.dtype, tuple(tensor.shape))
             seen = _Seen(len(self._seen), source, self._call)
             self._seen.append(seen)
@@ -312,64 +307,40 @@ class Recorder:
 
     # ------------------------------------------------------------------ operations
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch's that the loader called."""
-        if self._is_off or func in FUNCTIONS or isinstance(func, (OpOverload, OpOverloadPacket)):
-            return func(*args, **kwargs)  # made of operations, which ``observe`` sees
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The loader is about to call a function of torch's."""
+        if self._is_paused or self.failure or func in FUNCTIONS:
+            return
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            return  # ``observe`` sees it
         if getattr(func, "__name__", "") != "__get__" or func in HANDS_OUT_MEMORY:
-            with self._noting():
-                name = getattr(func, "__qualname__", func)
+            name = getattr(func, "__qualname__", func)
+            with self.paused():
                 self._look(func in LOOKS, name, _tensors_in((args, kwargs)))
-        return func(*args, **kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation and note what it did."""
+        """Run one operation and note what it did. The loader goes on whatever happens in here."""
         result = func(*args, **kwargs)
-        if not self._is_off:
-            with self._noting():
-                self._note(func, args, kwargs, result)
+        if self._is_paused or self.failure or func in VIEWS:
+            return result
+        self._is_paused = True
+        try:
+            self._note(func, args, kwargs, result)
+        except Exception as error:
+            names = [self._called(tensor) for tensor in _tensors_in((args, kwargs))]
+            self.give_up(f"{func} of {', '.join(names)}: {error}")
+        finally:
+            self._is_paused = False
         return result
-
-    @property
-    def _is_off(self) -> bool:
-        return self._is_paused or bool(self.failure)
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        """The loader goes on whatever happens in here."""
-        with self.paused():
-            try:
-                yield
-            except Exception as error:
-                self.give_up(f"{type(error).__name__}: {error}")
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         rule = RULES.get(func)
         if rule is not None:
-            try:
-                rule(self, result, *args, **kwargs)
-            except InexpressibleError as error:
-                names = map(self._called, _tensors_in((args, kwargs)))
-                self.give_up(f"{func} of {', '.join(names)}: {error}")
-        elif func.is_view or func in VIEWS:
-            self._note_view(func, args, result)
+            rule(self, result, *args, **kwargs)
         elif func not in LOOK_AT_NO_VALUES:
             self._look(func is READ_A_NUMBER, func, _tensors_in((args, kwargs)))
             if torch.Tag.nondeterministic_seeded not in func.tags:
                 self._fresh.update(map(self._remember, _tensors_in(result)))
-
-    def _note_view(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Views share the storage of what they are views of, unless their bits are to be changed
-        when they are read."""
-        for view in [result] if isinstance(result, torch.Tensor) else _tensors_in(result):
-            if view.layout != torch.strided or view.is_conj() or view.is_neg():
-                self._look(False, func, _tensors_in((args, result)))
-            elif (
-                func is MADE_OF_NUMBERS
-                and not self._is_known(view)
-                and view.untyped_storage().resizable()  # otherwise it is an array's of NumPy
-            ):
-                self._fresh.add(self._remember(view))
 
     def _look(self, is_harmless: bool, name: Any, tensors: Iterable[torch.Tensor]) -> None:
         """Something was done that is no copy. What the loader made of numbers may be looked at, and
@@ -418,6 +389,11 @@ class Recorder:
             self._write(canvas, View.of(target), Constant.of(value, target.dtype))
         elif target.numel() and key_of(target) not in self._fresh:
             raise InexpressibleError("into memory that is no parameter or buffer")
+
+    def make_of_numbers(self, result: torch.Tensor) -> None:
+        """``result`` holds what Python had, unless NumPy has its memory too."""
+        if not self._is_known(result) and result.untyped_storage().resizable():
+            self._fresh.add(self._remember(result))
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -660,7 +636,15 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._recorder.call(func, args, kwargs or {})
+        if self._recorder.failure:
+            return func(*args, **(kwargs or {}))
+        hook = sys.getprofile()
+        sys.setprofile(None)  # it need not see what torch and the recorder do
+        try:
+            self._recorder.call(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+        finally:
+            sys.setprofile(hook)
 
 
 @contextlib.contextmanager
@@ -668,7 +652,10 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
     """Call ``give_up`` when this thread works with another one, where no mode of torch's sees what
     is read. The interpreter's own profile hook tells: it is this thread's alone, while
     ``ThreadPoolExecutor`` belongs to the whole program."""
-    before: Any = sys.getprofile()
+    if sys.getprofile() is not None:
+        give_up("this thread has a profiler, whose place the recorder needs")
+        yield
+        return
     held: set[int] = set()
 
     def notice(frame: Any, event: Any, function: Any) -> None:
@@ -681,14 +668,12 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
                 or (type(owner) is _Lock and _meets_others(id(owner), name, held))
             ):
                 give_up(f"the loader calls {function.__qualname__}: what threads do is not seen")
-        if before is not None:
-            before(frame, event, function)
 
     sys.setprofile(notice)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)
 
 
 _Lock = type(threading.Lock())
@@ -715,6 +700,20 @@ def key_of(tensor: torch.Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):  # sparse, not yet made, ...
         return None
+
+
+_KNOWN_TO_DLPACK = {torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8}
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, with a storage of its own."""
+    if not tensor.numel():
+        return torch.empty_like(tensor)
+    tensor = tensor.contiguous()
+    if tensor.dtype in _KNOWN_TO_DLPACK:
+        return torch.from_dlpack(tensor)
+    flat = tensor.view(-1).view(torch.uint8)
+    return torch.from_dlpack(flat).view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors_in(result: Any) -> list[torch.Tensor]:
