@@ -200,8 +200,11 @@ class LearnedLoader:
         if self._surprises > _MOST_SURPRISES:
             self.refuse("its loader does something else in every update")
 
-    def proved(self) -> None:
-        """Another update did the same."""
+    def proved(self, plan: Plan) -> None:
+        """Another update did the same; its plan has the programs of the last buckets."""
+        if self.plan is not None:
+            plan.combine(self.plan)
+        self.plan = plan
         self.is_proven, self._is_verified = True, self.is_proven
 
     def forget(self) -> None:
@@ -322,7 +325,8 @@ class _Learning(Session):
             self._recorder.give_up(f"tensors of this device cannot be told apart: {error}")
             return plainly(weights)
         with ExitStack() as around:
-            around.enter_context(self._host.checking(self._comparison.check))
+            if self._learned.plan is not None:
+                around.enter_context(self._host.checking(self._comparison.check))
             around.enter_context(self._host.watching(self._recorder))
             around.enter_context(self._recorder.watching())
             return plainly(offered)
@@ -351,8 +355,7 @@ class _Learning(Session):
         if self._plan is None or self.reason:
             self._learned.refuse(self.reason)
         elif self._plan.does_as(self._learned.plan):
-            self._learned.plan = self._plan  # with the programs of this update's buckets
-            self._learned.proved()
+            self._learned.proved(self._plan)
         else:
             self._learned.learned(self._plan)
 
@@ -561,9 +564,7 @@ class _Comparison:
         self._bucket = bucket
         self._expected: dict[str, list[tuple[Move, torch.Tensor]]] = defaultdict(list)
         self._differing: set[str] = set()
-        self._others = {
-            slot: (tensor, _digest(tensor)) for slot, tensor in self._not_written_by(plan)
-        }
+        self._others = {slot: (t.detach(), _digest(t)) for slot, t in self._not_written_by(plan)}
 
     def expect(self, placed: list[Placed], buffer: torch.Tensor) -> None:
         """These tensors are in the buffer, and about to be loaded."""
@@ -603,11 +604,14 @@ class _Comparison:
         nothing is."""
         for owner in list(self._expected):
             self.check(owner)
-        for slot, _ in self._not_written_by(plan):
-            if slot in self._others:
-                tensor, before = self._others[slot]
-                if not torch.equal(_digest(tensor), before):
-                    self._differing.add(slot.qualified)
+        for slot, tensor in self._not_written_by(plan):
+            was = self._others.get(slot)
+            if was is None or key_of(was[0]) != key_of(tensor):
+                changed = self._plan is not None  # the first update may make some
+            else:
+                changed = not torch.equal(_digest(tensor), was[1])
+            if changed:
+                self._differing.add(slot.qualified)
         if not self._differing:
             return ""
         shown = sorted(self._differing)[:_SHOWN_NAMES]

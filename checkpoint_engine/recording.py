@@ -134,7 +134,6 @@ class Recording:
             frozenset(named[number] for number in self.plain),
             frozenset(named[number] for number in self.unused),
             frozenset(self.constants),
-            self.together,
         )
 
 
@@ -230,7 +229,7 @@ class Recorder:
         with _Functions(self), _Operations(self):
             with self.paused():
                 torch.empty(0)  # under a mode, the first operation of a process imports a lot
-            with _noticing(self.give_up):
+            with _noticing(self._meets_a_thread):
                 yield
 
     @contextlib.contextmanager
@@ -292,6 +291,9 @@ class Recorder:
         for made in self._made.values():
             for source in _sources_of(made):
                 self.give_up(f"the loader keeps a copy of {self._seen[source].source.name}")
+        names = [seen.source.name for seen in self._seen]
+        if len(names) > len(set(names)):
+            self.give_up("a name came twice")
         targets = list(self._target_of.values())
         fed = {owner for target in targets if target.wrote for owner in target.owners}
         for target in targets:
@@ -304,6 +306,10 @@ class Recorder:
     def give_up(self, reason: str) -> None:
         """There will be no recording; ``finish`` says why."""
         self.failure = self.failure or reason
+
+    def _meets_a_thread(self, reason: str) -> None:
+        if not self._is_paused:
+            self.give_up(reason)
 
     # ------------------------------------------------------------------ operations
 
@@ -337,6 +343,8 @@ class Recorder:
         rule = RULES.get(func)
         if rule is not None:
             rule(self, result, *args, **kwargs)
+        elif func.namespace != "aten":
+            self.give_up(f"{func} is no operation of torch's")
         elif func not in LOOK_AT_NO_VALUES:
             self._look(func is READ_A_NUMBER, func, _tensors_in((args, kwargs)))
             if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -510,7 +518,8 @@ class Recorder:
         return key
 
     def _judge(self, target: _Target, fed: set[str]) -> None:
-        """Whether what was seen of a target can be done again.
+        """Whether what was seen of a target can be done again. One without memory was made for this
+        update, and is filled as it was.
 
         ``fed``: the owners that get anything of the checkpoint, and are seen to in later updates.
         """
@@ -520,9 +529,9 @@ class Recorder:
         name = self._slots[target.slots[0]].qualified
         if target.broken:
             self.give_up(f"{name}: {target.broken}")
-        if target.owners.isdisjoint(fed):
+        if not target.tensor.is_meta and target.owners.isdisjoint(fed):
             self.give_up(f"{name} was written, but from no tensor of the checkpoint")
-        if covered < target.canvas.numel:
+        if not target.tensor.is_meta and covered < target.canvas.numel:
             total = target.canvas.numel
             self.give_up(f"{name}: only {covered} of its {total} elements were seen written")
 

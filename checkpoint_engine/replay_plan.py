@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -105,6 +105,11 @@ class Plan:
             for slot, seen in self.recording.constants.items()
         )
 
+    def combine(self, other: Plan) -> None:
+        """Note what only another plan of the same deeds shows, whose buckets were cut otherwise."""
+        together = self.recording.together or other.recording.together
+        self.recording = replace(self.recording, together=together)
+
     def does_as(self, other: Plan | None) -> bool:
         """Whether another plan was recorded of the same deeds."""
         return (
@@ -114,7 +119,7 @@ class Plan:
         )
 
     def written(self, bucket: Program | None = None) -> set[Slot]:
-        """The slots that it writes; ``bucket``: just with this one."""
+        """The slots that it copies or fills; ``bucket``: just with this one."""
         recording = self.recording
         if bucket is None:
             numbers = {entry.slot for some in recording.entries.values() for entry in some}
