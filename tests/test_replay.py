@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.replay import Replayed, replayed
+from hostile_loaders import draw_case, run_case
 
 Weights = list[tuple[str, torch.Tensor]]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -989,6 +990,22 @@ def test_any_chain_of_operations_gives_the_same_bits(drawn: Any) -> None:
     last = same_as_plain(lambda: Model({"w": (dtype, shape)}, load), layout)
     reason = last.report["reason"]
     assert not reason or any(known in reason for known in INEXPRESSIBLE), reason
+
+
+@pytest.mark.parametrize("mode", ["on", "verify"])
+@pytest.mark.parametrize("first_seed", range(0, 100, 50))
+def test_hostile_loaders_are_loaded_as_plainly(
+    monkeypatch: pytest.MonkeyPatch, mode: str, first_seed: int
+) -> None:
+    monkeypatch.setenv("PS_REPLAY", mode)
+    replayed_of_copies = []
+    for seed in range(first_seed, first_seed + 50):
+        case = draw_case(seed)
+        how, wrong = run_case(case, changes_maps=seed % 2 == 0)
+        assert not wrong, (seed, case.kinds, how)
+        if case.is_allowed:
+            replayed_of_copies.append(how[-1] == "replayed")
+    assert sum(replayed_of_copies) >= 0.9 * len(replayed_of_copies)
 
 
 @pytest.fixture(autouse=True)
