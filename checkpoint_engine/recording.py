@@ -658,9 +658,9 @@ class _Functions(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
-    """Call ``give_up`` when this thread works with another one, where no mode of torch's sees what
-    is read. The interpreter's own profile hook tells: it is this thread's alone, while
-    ``ThreadPoolExecutor`` belongs to the whole program."""
+    """Call ``give_up`` when this thread works with another one, or without torch's modes, where
+    nobody sees what is read. The interpreter's own profile hook tells: it is this thread's alone,
+    while ``ThreadPoolExecutor`` belongs to the whole program."""
     if sys.getprofile() is not None:
         give_up("this thread has a profiler, whose place the recorder needs")
         yield
@@ -673,10 +673,11 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
             name = function.__name__
             if (
                 function in _GOES_ELSEWHERE
+                or (isinstance(owner, torch.Tensor) and not _modes_see())
                 or (type(owner) is SimpleQueue and name == "put")
                 or (type(owner) is _Lock and _meets_others(id(owner), name, held))
             ):
-                give_up(f"the loader calls {function.__qualname__}: what threads do is not seen")
+                give_up(f"the loader calls {function.__qualname__} where nobody sees what it does")
 
     sys.setprofile(notice)
     try:
@@ -686,6 +687,7 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
 
 
 _Lock = type(threading.Lock())
+_modes_see = torch._C._is_torch_function_mode_enabled
 _GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
 
 
@@ -718,11 +720,10 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, with a storage of its own."""
     if not tensor.numel():
         return torch.empty_like(tensor)
-    tensor = tensor.contiguous()
+    flat = tensor.contiguous().view(-1)
     if tensor.dtype in _KNOWN_TO_DLPACK:
-        return torch.from_dlpack(tensor)
-    flat = tensor.view(-1).view(torch.uint8)
-    return torch.from_dlpack(flat).view(tensor.dtype).view(tensor.shape)
+        return torch.from_dlpack(flat).view(tensor.shape)
+    return torch.from_dlpack(flat.view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors_in(result: Any) -> list[torch.Tensor]:
