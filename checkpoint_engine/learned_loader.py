@@ -744,20 +744,19 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
     """Tells tensors of one shape apart, by bits and their places, at the speed of memory: the sums
     of rows and of columns, times factors that are odd and depend on the place."""
     words = _bits(tensor.detach())
-    if words.dim() < 2 or words.shape[-1] > 2 * _ROW:
-        whole = words.shape[-1] // _ROW * _ROW if words.dim() else 0
-        if not whole:
-            words = words.reshape(1, -1)
-        elif words.shape[-1] > whole:
-            return 3 * _digest(words[..., :whole]) + _digest(words[..., whole:])
-        else:
-            words = words.unflatten(-1, (-1, _ROW))
-    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64)
+    words = words if words.dim() else words.view(1)
+    whole = words.shape[-1] // _BLOCK * _BLOCK
+    if whole:  # one pass instead of two
+        sums = words[..., :whole].unflatten(-1, (-1, _ROWS, _ROW)).sum(dim=-2, dtype=torch.int64)
+        return _digest(sums) + 3 * _digest(words[..., whole:])
+    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64).flatten()
     rows = words.sum(dim=-1, dtype=torch.int64).flatten()
     return (columns * _factors(columns)).sum() + 5 * (rows * _factors(rows)).sum()
 
 
-_ROW = 2048
+_ROWS, _ROW = 16, 2047
+"""The length is odd, so that rows of a matrix do not lie at multiples of it."""
+_BLOCK = _ROWS * _ROW
 
 
 def _factors(sums: torch.Tensor) -> torch.Tensor:
