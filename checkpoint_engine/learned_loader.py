@@ -741,15 +741,20 @@ def _digests(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Tells tensors of one shape apart, by bits and their places, at the speed of memory: the sums
-    of rows and of columns, times factors that are odd and depend on the place."""
+    """Tells tensors of one shape apart, by bits and their places, at the speed of memory.
+
+    It is the sum of all words, or of the sums of rows and of columns where there are many, times
+    factors that are odd and depend on the place.
+    """
     words = _bits(tensor.detach())
-    words = words if words.dim() else words.view(1)
+    if words.numel() <= _FEW:
+        words = words.reshape(-1).to(torch.int64)
+        return (words * _factors(words)).sum()
     whole = words.shape[-1] // _BLOCK * _BLOCK
     if whole:  # one pass instead of two
         sums = words[..., :whole].unflatten(-1, (-1, _ROWS, _ROW)).sum(dim=-2, dtype=torch.int64)
         return _digest(sums) + 3 * _digest(words[..., whole:])
-    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64).flatten()
+    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64)
     rows = words.sum(dim=-1, dtype=torch.int64).flatten()
     return (columns * _factors(columns)).sum() + 5 * (rows * _factors(rows)).sum()
 
@@ -757,6 +762,7 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
 _ROWS, _ROW = 16, 2047
 """The length is odd, so that rows of a matrix do not lie at multiples of it."""
 _BLOCK = _ROWS * _ROW
+_FEW = 2 * _BLOCK
 
 
 def _factors(sums: torch.Tensor) -> torch.Tensor:

@@ -633,7 +633,7 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Loaders are not compiled; to be left out costs seconds, for torch imports its compiler."""
+        """Loaders are not compiled. To be skipped costs seconds: torch imports its compiler."""
         return False
 
     def __torch_dispatch__(

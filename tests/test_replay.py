@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
+from checkpoint_engine.learned_loader import _digest
 from checkpoint_engine.replay import Replayed, replayed
 from hostile_loaders import draw_case, run_case
 
@@ -829,6 +830,30 @@ def test_a_loader_that_pairs_tensors_is_compared_over_whole_updates(
     buckets = [["a"], ["b", "c"]]
     how = [update(model, Bytes(HOARD, seed), buckets).report["loaded"] for seed in range(5)]
     assert how == ["recorded", "recorded", "replayed", "verified", "replayed"]
+
+
+@given(
+    shape=st.lists(st.sampled_from([1, 2, 3, 7, 2047, 40_000]), max_size=3)
+    .filter(lambda shape: torch.Size(shape).numel() < 200_000)
+    .map(tuple),
+    dtype=st.sampled_from([torch.int8, BF16, FP32, torch.int64, torch.complex64]),
+    place=st.floats(0, 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_digest_tells_changed_and_exchanged_elements(
+    shape: tuple[int, ...], dtype: torch.dtype, place: float
+) -> None:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    noise = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    tensor = noise.view(dtype).view(shape)
+    one = int(place * (size - 1))
+    other = (one + 1) % size
+    exchanged, changed = noise.clone(), noise.clone()
+    exchanged[[one, other]] = exchanged[[other, one]]
+    changed[one] ^= 1
+    same = bool(_digest(tensor) == _digest(exchanged.view(dtype).view(shape)))
+    assert same == torch.equal(noise, exchanged)
+    assert _digest(tensor) != _digest(changed.view(dtype).view(shape))
 
 
 @pytest.mark.parametrize("every", ["0", "-1", "often"])
