@@ -313,7 +313,8 @@ class _Learning(Session):
         for buffer, placed in _by_storage(weights, delivery and delivery.buffer):
             self._cuts[delivery.digest if delivery else tuple(placed)] = placed
             self._comparison.expect(placed, buffer)
-        self._recorder.rebind(self._host.tensors())
+        if not self._host.is_persistent:
+            self._recorder.rebind(self._host.tensors())
         super().load(weights, lambda given: self._watched(given, plainly), delivery)
 
     def _watched(self, weights: NamedTensors, plainly: Plainly) -> Any:

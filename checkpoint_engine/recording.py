@@ -226,18 +226,26 @@ class Recorder:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the loader, in its thread; other threads are not watched, but noticed."""
+        if sys.getprofile() is not None:
+            self.give_up("this thread has a profiler, whose place the recorder needs")
+            yield
+            return
         with _Functions(self), _Operations(self):
             with self.paused():
                 torch.empty(0)  # under a mode, the first operation of a process imports a lot
-            with _noticing(self._meets_a_thread):
+            with _noticing(self.give_up):
                 yield
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """For what the engine does with weights once they are loaded."""
+        if self.failure:
+            yield
+            return
         paused, self._is_paused = self._is_paused, True
         try:
-            yield
+            with _unnoticed():
+                yield
         finally:
             self._is_paused = paused
 
@@ -306,10 +314,6 @@ class Recorder:
     def give_up(self, reason: str) -> None:
         """There will be no recording; ``finish`` says why."""
         self.failure = self.failure or reason
-
-    def _meets_a_thread(self, reason: str) -> None:
-        if not self._is_paused:
-            self.give_up(reason)
 
     # ------------------------------------------------------------------ operations
 
@@ -652,13 +656,9 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         if self._recorder.failure:
             return func(*args, **(kwargs or {}))
-        hook = sys.getprofile()
-        sys.setprofile(None)  # it need not see what torch and the recorder do
-        try:
+        with _unnoticed():
             self._recorder.call(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
-        finally:
-            sys.setprofile(hook)
 
 
 @contextlib.contextmanager
@@ -666,10 +666,6 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
     """Call ``give_up`` when this thread works with another one, or without torch's modes, where
     nobody sees what is read. The interpreter's own profile hook tells: it is this thread's alone,
     while ``ThreadPoolExecutor`` belongs to the whole program."""
-    if sys.getprofile() is not None:
-        give_up("this thread has a profiler, whose place the recorder needs")
-        yield
-        return
     held: set[int] = set()
 
     def notice(frame: Any, event: Any, function: Any) -> None:
@@ -689,6 +685,17 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
+
+
+class _unnoticed:  # noqa: N801
+    """Around what torch, the engine or the recorder do: the profile hook need not see that."""
+
+    def __enter__(self) -> None:
+        self._hook: Any = sys.getprofile()
+        sys.setprofile(None)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._hook)
 
 
 _Lock = type(threading.Lock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import ctypes
 import gc
 import hashlib
@@ -688,6 +689,16 @@ def test_an_interrupted_recording_leaves_nothing() -> None:
     assert load.plan is None
     assert sys.getprofile() is None
     same_as_plain(lambda: model if model.calls < 2 else stacked_model(), STACKED)
+
+
+def test_a_profiler_keeps_its_place() -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    load = update(stacked_model(), Bytes(STACKED, 1))
+    is_there = sys.getprofile() is profiler
+    profiler.disable()
+    assert is_there
+    assert load.report["reason"] == "this thread has a profiler, whose place the recorder needs"
 
 
 def test_two_models_do_not_mix() -> None:
