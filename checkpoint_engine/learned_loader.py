@@ -186,7 +186,7 @@ class LearnedLoader:
             return _Replaying(self, host, self.plan)
         if self.plan.recording.together:  # one bucket says little
             return _Learning(self, host, fingerprint)
-        return _Replaying(self, host, self.plan, checks % max(1, len(self.plan.programs)))
+        return _Replaying(self, host, self.plan, checks % max(1, self.plan.buckets))
 
     def recognises(self, message: bytes) -> bool:
         """Whether the plan, if it still holds, has this bucket; nothing is begun to find out."""
@@ -305,14 +305,17 @@ class _Learning(Session):
         self._recorder = Recorder(host.tensors(), every_tensor(host.modules))
         self._comparison = _Comparison(host, learned.plan)
         self._cuts: dict[Hashable, list[Placed]] = {}
+        self._buckets = 0
         self._plan: Plan | None = None
 
     def load(
         self, weights: NamedTensors, plainly: Plainly, delivery: Delivery | None = None
     ) -> None:
+        self._buckets += 1
         for buffer, placed in _by_storage(weights, delivery and delivery.buffer):
             self._cuts[delivery.digest if delivery else tuple(placed)] = placed
-            self._comparison.expect(placed, buffer)
+            if self._learned.plan is not None:
+                self._comparison.expect(self._learned.plan.compile(placed), buffer)
         if not self._host.is_persistent:
             self._recorder.rebind(self._host.tensors())
         super().load(weights, lambda given: self._watched(given, plainly), delivery)
@@ -346,7 +349,7 @@ class _Learning(Session):
         except UnaccountableError as error:
             self.reason = str(error)
             return
-        self._plan = Plan(recording, self._fingerprint, self._loaded)
+        self._plan = Plan(recording, self._fingerprint, self._loaded, self._buckets)
         for key, placed in self._cuts.items():
             self._plan.programs[key] = self._plan.compile(placed)
         if self._learned.plan is None or self._plan.does_as(self._learned.plan):
@@ -403,8 +406,8 @@ class _Replaying(Session):
         self._bucket += 1
         if self._leaves_it:
             return super().load(weights, plainly, delivery)
-        if self._bucket - 1 == self._checked and len(programs) == 1 and not programs[0][2].unknown:
-            return self._load_compared(weights, plainly, *programs[0])
+        if self._bucket - 1 == self._checked and not self._is_stale:
+            return self._load_compared(weights, plainly, programs)
         for buffer, key, program in programs:
             self._execute(key, program, buffer, plainly)
 
@@ -412,14 +415,14 @@ class _Replaying(Session):
         self,
         weights: NamedTensors,
         plainly: Plainly,
-        buffer: torch.Tensor,
-        key: Hashable,
-        program: Program,
+        programs: list[tuple[torch.Tensor, Hashable, Program]],
     ) -> None:
-        self._used[key] = program
-        self._count(program.tensors, program.nbytes)
-        self._comparison = _Comparison(self._host, self._plan, program)
-        self._comparison.expect(_by_storage(weights, buffer)[0][1], buffer)
+        self._count(len(weights), sum(tensor.nbytes for _, tensor in weights))
+        self._used |= {key: program for _, key, program in programs}
+        bucket = [program for _, _, program in programs]
+        self._comparison = _Comparison(self._host, self._plan, bucket)
+        for buffer, _, program in programs:
+            self._comparison.expect(program, buffer)
         with self._host.checking(self._comparison.check):
             self._load_plainly(weights, plainly)
 
@@ -439,6 +442,7 @@ class _Replaying(Session):
     def finish(self) -> None:
         if self._plan.recording.together and not self._is_stale:
             self._require_all()
+        self._plan.buckets = self._bucket
         self._plan.programs = {  # what other cuts need is compiled again
             key: program for key, program in self._used.items() if not program.unknown
         }
@@ -553,7 +557,7 @@ class _Comparison:
     as nothing more will be done to it. Tensors that the plan does not write must not change.
     """
 
-    def __init__(self, host: Host, plan: Plan | None, bucket: Program | None = None) -> None:
+    def __init__(self, host: Host, plan: Plan | None, bucket: list[Program] | None = None) -> None:
         """
         Args:
             plan: none yet, in the first update: then whatever changes must be written by the plan
@@ -567,11 +571,9 @@ class _Comparison:
         self._differing: set[str] = set()
         self._others = {slot: (t.detach(), _digest(t)) for slot, t in self._not_written_by(plan)}
 
-    def expect(self, placed: list[Placed], buffer: torch.Tensor) -> None:
-        """These tensors are in the buffer, and about to be loaded."""
-        if self._plan is None:
-            return
-        for step in self._plan.compile(placed).steps:
+    def expect(self, program: Program, buffer: torch.Tensor) -> None:
+        """What the program would copy is in the buffer, and about to be loaded."""
+        for step in program.steps:
             for move in step.moves:
                 sources = _sources(move, _as(buffer, move.dtype))
                 sums = _digests([source.to(_written_as(move)) for source in sources])

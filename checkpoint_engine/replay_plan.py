@@ -91,10 +91,23 @@ class Program:
 class Plan:
     """What a loader does with a checkpoint, frozen."""
 
-    def __init__(self, recording: Recording, fingerprint: Hashable, loaded: set[str] | None):
+    def __init__(
+        self,
+        recording: Recording,
+        fingerprint: Hashable,
+        loaded: set[str] | None,
+        buckets: int,
+    ) -> None:
+        """
+        Args:
+            fingerprint: of the model's memory, which must stay the same.
+            loaded: the parameters that the loader says it loaded.
+            buckets: how many calls of the loader an update was.
+        """
         self.recording = recording
         self.fingerprint = fingerprint
         self.loaded = loaded
+        self.buckets = buckets
         self.programs: dict[Hashable, Program] = {}
         self._numbers = {source.name: i for i, source in enumerate(recording.sources)}
 
@@ -118,15 +131,16 @@ class Plan:
             and self.recording.identity == other.recording.identity
         )
 
-    def written(self, bucket: Program | None = None) -> set[Slot]:
-        """The slots that it copies or fills; ``bucket``: just with this one."""
+    def written(self, bucket: list[Program] | None = None) -> set[Slot]:
+        """The slots that it copies or fills; ``bucket``: just with these programs."""
         recording = self.recording
         if bucket is None:
             numbers = {entry.slot for some in recording.entries.values() for entry in some}
             owners = set(recording.fills)
         else:
-            numbers = {move.slot for step in bucket.steps for move in step.moves}
-            owners = {step.owner for step in bucket.steps}
+            steps = [step for program in bucket for step in program.steps]
+            numbers = {move.slot for step in steps for move in step.moves}
+            owners = {step.owner for step in steps}
         numbers |= {fill.slot for owner in owners for fill in recording.fills.get(owner, ())}
         return {recording.slots[number] for number in numbers}
 

@@ -833,6 +833,21 @@ def test_the_buckets_are_compared_in_turns(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [*halves[1], *halves[0]]
 
 
+def test_tensors_with_memory_of_their_own_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_REPLAY_CHECK", "1")
+    model = stacked_model()
+    model.load = lambda m, n, t: stack(m, n, t if m.calls < 3 else t.flip(0))
+
+    def load(seed: int) -> None:
+        with replayed(model.load_weights) as load:
+            load([(name, tensor.clone()) for name, tensor in Bytes(STACKED, seed).weights()])
+
+    load(0)
+    load(1)
+    with pytest.raises(RuntimeError, match="wrote something else than was recorded into"):
+        load(2)
+
+
 def test_a_loader_that_pairs_tensors_is_compared_over_whole_updates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
