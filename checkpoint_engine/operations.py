@@ -180,9 +180,10 @@ FUNCTIONS = _named(
 )
 """What may be called with any tensor. Where an argument is a tensor that stands for a number, the
 dispatcher sees it read."""
+_PROPERTIES = (
+    "shape dtype device layout ndim itemsize nbytes data T mT requires_grad grad is_leaf "
+    "is_meta is_cpu is_cuda is_sparse is_quantized is_nested"
+)
+FUNCTIONS |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()}
 LOOKS = _named("item tolist __int__ __index__ __float__ __bool__")
 """What may be called with numbers of the model as it was before, as a map of experts."""
-HANDS_OUT_MEMORY: set[Any] = {
-    torch.Tensor.__cuda_array_interface__.__get__,
-}
-"""Properties, which may be read otherwise."""

@@ -31,7 +31,6 @@ from torch.utils._pytree import tree_leaves
 from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.operations import (
     FUNCTIONS,
-    HANDS_OUT_MEMORY,
     LOOK_AT_NO_VALUES,
     LOOKS,
     READ_A_NUMBER,
@@ -215,7 +214,7 @@ class Recorder:
         self._call += 1
         offered = []
         for name, tensor in weights:
-            alias = _alias(tensor.detach())
+            alias = _alias(tensor)
             source = Source(name, tensor.dtype, tuple(tensor.shape))
             seen = _Seen(len(self._seen), source, self._call)
             self._seen.append(seen)
@@ -318,15 +317,14 @@ class Recorder:
     # ------------------------------------------------------------------ operations
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The loader is about to call a function of torch's."""
-        if self._is_paused or self.failure or func in FUNCTIONS:
+        """The loader is about to call a function of torch's that may do more than copy."""
+        if self._is_paused or self.failure:
             return
         if isinstance(func, (OpOverload, OpOverloadPacket)):
             return  # ``observe`` sees it
-        if getattr(func, "__name__", "") != "__get__" or func in HANDS_OUT_MEMORY:
-            name = getattr(func, "__qualname__", func)
-            with self.paused():
-                self._look(func in LOOKS, name, _tensors_in((args, kwargs)))
+        name = getattr(func, "__qualname__", func)
+        with self.paused():
+            self._look(func in LOOKS, name, _tensors_in((args, kwargs)))
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what it did. The loader goes on whatever happens in here."""
@@ -657,7 +655,8 @@ class _Functions(TorchFunctionMode):
         if self._recorder.failure:
             return func(*args, **(kwargs or {}))
         with _unnoticed():
-            self._recorder.call(func, args, kwargs or {})
+            if func not in FUNCTIONS:
+                self._recorder.call(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
 
@@ -732,7 +731,7 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, with a storage of its own."""
     if not tensor.numel():
         return torch.empty_like(tensor)
-    flat = tensor.contiguous().view(-1)
+    flat = (tensor.detach() if tensor.requires_grad else tensor).contiguous().view(-1)
     if tensor.dtype in _KNOWN_TO_DLPACK:
         return torch.from_dlpack(flat).view(tensor.shape)
     return torch.from_dlpack(flat.view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
