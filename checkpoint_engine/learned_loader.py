@@ -1,26 +1,38 @@
 """What is known of a model's loader, and one update that makes use of it.
 
 An update is a session: of learning, while the engine's loader is watched; of replaying what was
-learned; of verifying it; or plain, where the loader is left alone.
+learned; or plain, where the loader is left alone. Two updates learn. The first records. The second
+records again, and must see the same; what the first saw is compared with what the loader leaves in
+every parameter and buffer.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from checkpoint_engine import gather_scatter
-from checkpoint_engine.recording import NamedTensors, Recorder, Slot, UnaccountableError
-from checkpoint_engine.replay_plan import Move, Placed, Plan, Program, Step
-from checkpoint_engine.settings import replay_mode
+from checkpoint_engine.recording import (
+    NamedTensors,
+    Recorder,
+    Slot,
+    UnaccountableError,
+    key_of,
+    overlap,
+)
+from checkpoint_engine.replay_plan import Move, Placed, Plan, Program
+from checkpoint_engine.settings import replay_check, replay_mode
 from checkpoint_engine.strided import View
 
 _SHOWN_NAMES = 20
+_MOST_SURPRISES = 2
+"""Recordings that are not as the one before; then a loader is left alone."""
 
 KEEPS_TENSORS = (
     "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
@@ -37,6 +49,11 @@ class Host(Protocol):
     @property
     def is_persistent(self) -> bool:
         """Whether the memory of slots stays the same from update to update."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, torch.nn.Module]:
+        """The model's, by name."""
         ...
 
     def cannot(self) -> str:
@@ -56,8 +73,8 @@ class Host(Protocol):
         ...
 
     def checking(self, check: Callable[[str], None]) -> AbstractContextManager[Any]:
-        """Around the loader while a plan is verified: call ``check`` with an owner before what was
-        loaded into it is changed."""
+        """Around the loader while a plan is compared with it: call ``check`` with an owner before
+        what was loaded into it is changed."""
         ...
 
     def open(self, owner: str) -> None:
@@ -79,13 +96,13 @@ class InPlace:
     is_persistent = True
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._modules = dict(model.named_modules())
+        self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
 
     def cannot(self) -> str:
         return ""
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
-        for owner, module in self._modules.items():
+        for owner, module in self.modules.items():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     yield Slot(owner, name), tensor
@@ -103,8 +120,8 @@ class InPlace:
         """They are there."""
 
     def memory(self, slot: Slot) -> torch.Tensor:
-        module = self._modules[slot.owner]
-        tensor = module._parameters.get(slot.name)
+        module = self.modules[slot.owner]
+        tensor: torch.Tensor | None = module._parameters.get(slot.name)
         tensor = module._buffers[slot.name] if tensor is None else tensor
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
@@ -131,61 +148,88 @@ def digest_of(message: bytes) -> bytes:
 
 
 class LearnedLoader:
-    """What is known of one model's loader; kept from update to update."""
+    """What is known of one model's loader; kept from update to update.
+
+    ``plan`` is replayed only if ``is_proven``: a second update was recorded alike, and compared.
+    """
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.is_proven = False
         self.why_not = ""
         self.keeps_tensors = False
-        self.verified = False
-        self._drops = 0
+        self._is_verified = False
+        self._drops = self._surprises = self._replays = 0
 
     def begin(self, host: Host, version: str = "") -> Session:
         """A new update; the engine is ready to load.
 
         Raises:
-            ValueError: ``PS_REPLAY`` is none of ``on``, ``off``, ``verify``.
+            ValueError: ``PS_REPLAY`` or ``PS_REPLAY_CHECK`` is not what it may be.
         """
-        mode = replay_mode()
+        mode, every = replay_mode(), replay_check()
         reason = "PS_REPLAY=off" if mode == "off" else self.why_not or host.cannot()
         if reason:
             return Session(self, host, reason)
         fingerprint = _fingerprint(host, version)
-        if self.plan is not None and self.plan.fingerprint != fingerprint:
+        if self.plan is not None and not self.plan.holds(fingerprint, host.modules):
             self._drop()
         if self.why_not:
             return Session(self, host, self.why_not)
-        if self.plan is None:
+        must_verify = mode == "verify" and not self._is_verified
+        if self.plan is None or not self.is_proven or must_verify:
             return _Learning(self, host, fingerprint)
-        self._drops = 0
-        if mode == "verify" and not self.verified:
-            return _Verifying(self, host, self.plan)
-        return _Replaying(self, host, self.plan)
+        self._drops = self._surprises = 0
+        self._replays += 1
+        checks, rest = divmod(self._replays, every)
+        if rest:
+            return _Replaying(self, host, self.plan)
+        if self.plan.recording.together:  # one bucket says little
+            return _Learning(self, host, fingerprint)
+        return _Replaying(self, host, self.plan, checks % max(1, self.plan.buckets))
 
     def recognises(self, message: bytes) -> bool:
         """Whether the plan, if it still holds, has this bucket; nothing is begun to find out."""
-        return self.plan is not None and digest_of(message) in self.plan.programs
+        plan = self.plan if self.is_proven else None
+        return plan is not None and digest_of(message) in plan.programs
 
     def learned(self, plan: Plan) -> None:
-        self.plan, self.verified = plan, False
+        """What an update did, which another one must do as well."""
+        self._surprises += self.plan is not None
+        self.plan, self.is_proven, self._is_verified = plan, False, False
+        if self._surprises > _MOST_SURPRISES:
+            self.refuse("its loader does something else in every update")
+
+    def proved(self, plan: Plan) -> None:
+        """Another update did the same; its plan has the programs of the last buckets."""
+        if self.plan is not None:
+            plan.combine(self.plan)
+        self.plan = plan
+        self.is_proven, self._is_verified = True, self.is_proven
+
+    def forget(self) -> None:
+        """Learn anew."""
+        self.plan, self.is_proven = None, False
 
     def refuse(self, reason: str) -> None:
         """Never again."""
-        self.plan, self.why_not = None, reason
+        self.forget()
+        self.why_not = reason
 
     def _drop(self) -> None:
-        self.plan = None
+        self.forget()
         self._drops += 1
         if self._drops > 1:
-            self.why_not = "its parameters are others in every update"
+            self.why_not = "its parameters, or what it looks at, are others in every update"
 
 
 class Session:
     """One update of one model; this one leaves it to the engine's loader.
 
     Attributes:
-        how: ``plain``, ``recorded``, ``verified`` or ``replayed``.
-        reason: why it is plain.
+        how: ``plain``, ``recorded``, ``verified`` (recorded again, and found the same) or
+            ``replayed``.
+        reason: why it is plain, or will be.
         tensors, nbytes: what arrived.
         replayed: tensors that did not go through the loader.
         held_bytes: of those, what went to owners that the bucket left incomplete.
@@ -249,33 +293,46 @@ class Session:
 
 
 class _Learning(Session):
-    """Goes through the engine's loader, and watches."""
+    """Goes through the engine's loader, and watches; compares what the loader leaves with the plan
+    that the update before has left, where there is one."""
 
     how = "recorded"
 
     def __init__(self, learned: LearnedLoader, host: Host, fingerprint: Hashable) -> None:
         super().__init__(learned, host)
+        self.how = "verified" if learned.is_proven else "recorded"
         self._fingerprint = fingerprint
-        self._recorder = Recorder(host.tensors())
-        self._cuts: dict[bytes, list[Placed]] = {}
+        self._recorder = Recorder(host.tensors(), every_tensor(host.modules))
+        self._comparison = _Comparison(host, learned.plan)
+        self._cuts: dict[Hashable, list[Placed]] = {}
+        self._buckets = 0
         self._plan: Plan | None = None
 
     def load(
         self, weights: NamedTensors, plainly: Plainly, delivery: Delivery | None = None
     ) -> None:
-        if delivery is not None:
-            for _, placed in _by_storage(weights, delivery.buffer):
-                self._cuts[delivery.digest] = placed
-        self._recorder.rebind(self._host.tensors())
+        self._buckets += 1
+        for buffer, placed in _by_storage(weights, delivery and delivery.buffer):
+            self._cuts[delivery.digest if delivery else tuple(placed)] = placed
+            if self._learned.plan is not None:
+                self._comparison.expect(self._learned.plan.compile(placed), buffer)
+        if not self._host.is_persistent:
+            self._recorder.rebind(self._host.tensors())
         super().load(weights, lambda given: self._watched(given, plainly), delivery)
 
     def _watched(self, weights: NamedTensors, plainly: Plainly) -> Any:
+        if self._recorder.failure:
+            return plainly(weights)
         try:
             offered = self._recorder.offer(weights)
         except (BufferError, NotImplementedError, RuntimeError, TypeError) as error:
             self._recorder.give_up(f"tensors of this device cannot be told apart: {error}")
             return plainly(weights)
-        with self._host.watching(self._recorder), self._recorder.watching():
+        with ExitStack() as around:
+            if self._learned.plan is not None:
+                around.enter_context(self._host.checking(self._comparison.check))
+            around.enter_context(self._host.watching(self._recorder))
+            around.enter_context(self._recorder.watching())
             return plainly(offered)
 
     def settle(self) -> list[str]:
@@ -292,13 +349,17 @@ class _Learning(Session):
         except UnaccountableError as error:
             self.reason = str(error)
             return
-        self._plan = Plan(recording, self._fingerprint, self._loaded)
-        for digest, placed in self._cuts.items():
-            self._plan.programs[digest] = self._plan.compile(placed)
+        self._plan = Plan(recording, self._fingerprint, self._loaded, self._buckets)
+        for key, placed in self._cuts.items():
+            self._plan.programs[key] = self._plan.compile(placed)
+        if self._learned.plan is None or self._plan.does_as(self._learned.plan):
+            self.reason = self._comparison.finish(self._plan)
 
     def commit(self) -> None:
-        if self._plan is None:
+        if self._plan is None or self.reason:
             self._learned.refuse(self.reason)
+        elif self._plan.does_as(self._learned.plan):
+            self._learned.proved(self._plan)
         else:
             self._learned.learned(self._plan)
 
@@ -308,9 +369,15 @@ class _Replaying(Session):
 
     how = "replayed"
 
-    def __init__(self, learned: LearnedLoader, host: Host, plan: Plan) -> None:
+    def __init__(
+        self, learned: LearnedLoader, host: Host, plan: Plan, checked: int | None = None
+    ) -> None:
+        """``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, host)
         self._plan = plan
+        self._checked = checked
+        self._comparison: _Comparison | None = None
+        self._bucket = 0
         self._used: dict[Hashable, Program] = {}
         self._opened: set[str] = set()
         self._bases: dict[str, dict[tuple[int, torch.dtype], torch.Tensor]] = {}
@@ -318,9 +385,12 @@ class _Replaying(Session):
         self._leaves_it = False
 
     def knows(self, message: bytes) -> bool:
-        return not self._leaves_it and digest_of(message) in self._plan.programs
+        if self._leaves_it or self._bucket == self._checked:
+            return False
+        return digest_of(message) in self._plan.programs
 
     def replay(self, delivery: Delivery, plainly: Plainly) -> None:
+        self._bucket += 1
         digest = delivery.digest
         self._execute(digest, self._plan.programs[digest], delivery.buffer, plainly)
 
@@ -333,10 +403,35 @@ class _Replaying(Session):
         ]
         if not self._leaves_it and any(program.unknown for _, _, program in programs):
             self._meet_unknown([p for _, _, program in programs for p in program.unknown])
+        self._bucket += 1
         if self._leaves_it:
             return super().load(weights, plainly, delivery)
+        if self._bucket - 1 == self._checked and not self._is_stale:
+            return self._load_compared(weights, plainly, programs)
         for buffer, key, program in programs:
             self._execute(key, program, buffer, plainly)
+
+    def _load_compared(
+        self,
+        weights: NamedTensors,
+        plainly: Plainly,
+        programs: list[tuple[torch.Tensor, Hashable, Program]],
+    ) -> None:
+        self._count(len(weights), sum(tensor.nbytes for _, tensor in weights))
+        self._used |= {key: program for _, key, program in programs}
+        bucket = [program for _, _, program in programs]
+        self._comparison = _Comparison(self._host, self._plan, bucket)
+        for buffer, _, program in programs:
+            self._comparison.expect(program, buffer)
+        with self._host.checking(self._comparison.check):
+            self._load_plainly(weights, plainly)
+
+    def settle(self) -> list[str]:
+        comparison, self._comparison = self._comparison, None
+        if comparison is not None and (differs := comparison.finish(self._plan)):
+            self._learned.refuse(differs)
+            raise RuntimeError(f"{differs}: update again, it will not be replayed any more")
+        return []
 
     def _compiled(self, key: Hashable, placed: list[Placed]) -> tuple[Hashable, Program]:
         program = self._plan.programs.get(key)
@@ -347,16 +442,17 @@ class _Replaying(Session):
     def finish(self) -> None:
         if self._plan.recording.together and not self._is_stale:
             self._require_all()
+        self._plan.buckets = self._bucket
         self._plan.programs = {  # what other cuts need is compiled again
             key: program for key, program in self._used.items() if not program.unknown
         }
         if self._is_stale:
-            self._learned.plan = None
+            self._learned.forget()
 
     def _require_all(self) -> None:
         absent = self._plan.replayable - self._arrived()
         if absent:
-            self._learned.plan = None
+            self._learned.forget()
             raise RuntimeError(
                 f"the checkpoint lacks {len(absent)} tensors that it had before, and its loader "
                 "looks at tensors together: update again, it will be learned anew"
@@ -396,7 +492,7 @@ class _Replaying(Session):
         if not self._used:
             self._leaves_it = True
         elif self._plan.recording.together:
-            self._learned.plan = None
+            self._learned.forget()
             raise RuntimeError(
                 f"the checkpoint has {len(tensors)} tensors that it did not have before, as "
                 f"{tensors[0].name!r}, and its loader looks at tensors together: update again, it "
@@ -432,7 +528,7 @@ class _Replaying(Session):
             return gather_scatter.gather_scatter(base, flat, program.tables[place])
         targets = program.targets.get(place) if self._host.is_persistent else None
         if targets is None:
-            targets = self._targets(owner, move)
+            targets = _targets(self._base(owner, move.slot, _written_as(move)), move)
             if self._host.is_persistent:
                 program.targets[place] = targets
         _copy_all(targets, _sources(move, flat))
@@ -443,80 +539,110 @@ class _Replaying(Session):
             return
         self._opened.add(owner)
         for fill in self._plan.recording.fills.get(owner, ()):
-            self._region(owner, fill.slot, fill.target).fill_(fill.value)
-
-    def _targets(self, owner: str, move: Move) -> list[torch.Tensor]:
-        dtype = move.casts[-1] if move.casts else move.dtype
-        base = self._base(owner, move.slot, dtype)
-        return [
-            base.as_strided(copy.sizes, copy.target_strides, copy.target) for copy in move.copies
-        ]
-
-    def _region(self, owner: str, slot: int, view: View) -> torch.Tensor:
-        return self._base(owner, slot, view.dtype).as_strided(view.sizes, view.strides, view.offset)
+            base = self._base(owner, fill.slot, fill.target.dtype)
+            _region(base, fill.target).fill_(fill.value)
 
     def _base(self, owner: str, slot: int, dtype: torch.dtype) -> torch.Tensor:
-        """All of a slot's storage as elements of ``dtype``."""
         bases = self._bases.setdefault(owner, {})
         if (slot, dtype) not in bases:
             memory = self._host.memory(self._plan.recording.slots[slot])
-            storage = memory.untyped_storage()
-            empty = torch.empty(0, dtype=dtype, device=memory.device)
-            bases[slot, dtype] = empty.set_(storage)
+            bases[slot, dtype] = _storage_as(memory, dtype)
         return bases[slot, dtype]
 
 
-class _Verifying(_Replaying):
-    """Goes through the engine's loader, and compares what it writes with what the plan would."""
+class _Comparison:
+    """What a plan would write, and what the loader leaves, bucket by bucket.
 
-    how = "verified"
+    What a plan would write is summed up where it arrives; what was written, where it lies, as soon
+    as nothing more will be done to it. Tensors that the plan does not write must not change.
+    """
 
-    def __init__(self, learned: LearnedLoader, host: Host, plan: Plan) -> None:
-        super().__init__(learned, host, plan)
-        self._differing: list[str] = []
-        self._pending: dict[str, list[tuple[Step, torch.Tensor]]] = {}
+    def __init__(self, host: Host, plan: Plan | None, bucket: list[Program] | None = None) -> None:
+        """
+        Args:
+            plan: none yet, in the first update: then whatever changes must be written by the plan
+                that comes of it.
+            bucket: the only one that is compared; default: all of an update's.
+        """
+        self._host = host
+        self._plan = plan
+        self._bucket = bucket
+        self._expected: dict[str, list[tuple[Move, torch.Tensor]]] = defaultdict(list)
+        self._differing: set[str] = set()
+        self._others = {slot: (t.detach(), _digest(t)) for slot, t in self._not_written_by(plan)}
 
-    def knows(self, message: bytes) -> bool:
-        return False
-
-    def load(
-        self, weights: NamedTensors, plainly: Plainly, delivery: Delivery | None = None
-    ) -> None:
-        for buffer, placed in _by_storage(weights, delivery and delivery.buffer):
-            program = self._plan.compile(placed)
-            self._is_stale |= bool(program.unknown)
-            for step in program.steps:
-                self._pending.setdefault(step.owner, []).append((step, buffer))
-        self._count(len(weights), sum(tensor.nbytes for _, tensor in weights))
-        with self._host.checking(self._check):
-            self._load_plainly(weights, plainly)
-
-    def loaded(self) -> set[str] | None:
-        return self._loaded
-
-    def settle(self) -> list[str]:
-        for owner in list(self._pending):
-            self._check(owner)
-        return []
-
-    def finish(self) -> None:
-        if self._differing:
-            shown = sorted(set(self._differing))[:_SHOWN_NAMES]
-            self.reason = f"the loader wrote something else than was recorded into {shown}"
-            self._learned.refuse(self.reason)
-        elif self._is_stale:
-            self._learned.plan = None
-        else:
-            self._learned.verified = True
-
-    def _check(self, owner: str) -> None:
-        """What has been loaded into an owner is there, and nothing has changed it yet."""
-        for step, buffer in self._pending.pop(owner, ()):
+    def expect(self, program: Program, buffer: torch.Tensor) -> None:
+        """What the program would copy is in the buffer, and about to be loaded."""
+        for step in program.steps:
             for move in step.moves:
                 sources = _sources(move, _as(buffer, move.dtype))
-                if not all(map(_same_bits, self._targets(owner, move), sources)):
-                    self._differing.append(self._plan.recording.slots[move.slot].qualified)
-            self._bases.pop(owner, None)
+                sums = _digests([source.to(_written_as(move)) for source in sources])
+                self._expected[step.owner].append((move, sums))
+
+    def check(self, owner: str) -> None:
+        """What has been loaded into an owner is there, and nothing has changed it yet."""
+        expected = self._expected.pop(owner, [])
+        for move, sums in expected:
+            targets = _targets(self._storage(move.slot, _written_as(move)), move)
+            if targets[0].is_meta or not torch.equal(_digests(targets), sums):
+                self._note(move.slot)
+        if self._plan is None or not expected:
+            return
+        if self._bucket is None or self._host.is_persistent:
+            for fill in self._plan.recording.fills.get(owner, ()):
+                region = _region(self._storage(fill.slot, fill.target.dtype), fill.target)
+                if not _same_bits(region, torch.empty_like(region).fill_(fill.value)):
+                    self._note(fill.slot)
+
+    def _note(self, slot: int) -> None:
+        assert self._plan is not None
+        self._differing.add(self._plan.recording.slots[slot].qualified)
+
+    def _storage(self, slot: int, dtype: torch.dtype) -> torch.Tensor:
+        assert self._plan is not None
+        return _storage_as(self._host.memory(self._plan.recording.slots[slot]), dtype)
+
+    def finish(self, plan: Plan) -> str:
+        """Everything is loaded. Returns what is not as ``plan`` would have it, in words; empty if
+        nothing is."""
+        for owner in list(self._expected):
+            self.check(owner)
+        for slot, tensor in self._not_written_by(plan):
+            was = self._others.get(slot)
+            if was is None or key_of(was[0]) != key_of(tensor):
+                changed = self._plan is not None  # the first update may make some
+            else:
+                changed = not torch.equal(_digest(tensor), was[1])
+            if changed:
+                self._differing.add(slot.qualified)
+        if not self._differing:
+            return ""
+        shown = sorted(self._differing)[:_SHOWN_NAMES]
+        return f"the loader wrote something else than was recorded into {shown}"
+
+    def _not_written_by(self, plan: Plan | None) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Of memory that stays, that is: where an engine makes layers anew, it changes them too."""
+        if not self._host.is_persistent:
+            return
+        memory: dict[int | None, list[torch.Tensor]] = defaultdict(list)
+        for slot in plan.written(self._bucket) if plan is not None else ():
+            tensor = self._host.memory(slot)
+            memory[key_of(tensor)].append(tensor)
+        for slot, tensor in every_tensor(self._host.modules):
+            key = key_of(tensor)
+            if key is None or tensor.is_meta:
+                continue
+            if not any(overlap(tensor, one) for one in memory[key]):
+                yield slot, tensor
+
+
+def every_tensor(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    for owner, module in modules.items():
+        for named in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in named.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield Slot(owner, name), tensor
 
 
 def _fingerprint(host: Host, version: str) -> Hashable:
@@ -587,6 +713,25 @@ def _sources(move: Move, flat: torch.Tensor) -> list[torch.Tensor]:
     return sources
 
 
+def _written_as(move: Move) -> torch.dtype:
+    return move.casts[-1] if move.casts else move.dtype
+
+
+def _storage_as(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """All of a tensor's storage as elements of ``dtype``."""
+    return torch.empty(0, dtype=dtype, device=memory.device).set_(memory.untyped_storage())
+
+
+def _targets(storage: torch.Tensor, move: Move) -> list[torch.Tensor]:
+    return [
+        storage.as_strided(copy.sizes, copy.target_strides, copy.target) for copy in move.copies
+    ]
+
+
+def _region(storage: torch.Tensor, view: View) -> torch.Tensor:
+    return storage.as_strided(view.sizes, view.strides, view.offset)
+
+
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     if len(targets) == 1:
         targets[0].copy_(sources[0])
@@ -594,9 +739,48 @@ def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
+def _digests(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([_digest(tensor) for tensor in tensors])
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Tells tensors of one shape apart, by bits and their places, at the speed of memory.
+
+    It is the sum of all words, or of the sums of rows and of columns where there are many, times
+    factors that are odd and depend on the place.
+    """
+    words = _bits(tensor.detach())
+    if words.numel() <= _FEW:
+        words = words.reshape(-1).to(torch.int64)
+        return (words * _factors(words)).sum()
+    whole = words.shape[-1] // _BLOCK * _BLOCK
+    if whole:  # one pass instead of two
+        sums = words[..., :whole].unflatten(-1, (-1, _ROWS, _ROW)).sum(dim=-2, dtype=torch.int64)
+        return _digest(sums) + 3 * _digest(words[..., whole:])
+    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64)
+    rows = words.sum(dim=-1, dtype=torch.int64).flatten()
+    return (columns * _factors(columns)).sum() + 5 * (rows * _factors(rows)).sum()
+
+
+_ROWS, _ROW = 16, 2047
+"""The length is odd, so that rows of a matrix do not lie at multiples of it."""
+_BLOCK = _ROWS * _ROW
+_FEW = 2 * _BLOCK
+
+
+def _factors(sums: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(1, len(sums) + 1, device=sums.device)
+    return (places * places * 0x1E3779B97F4A7C15 + places * 0x14D049BB133111EB) * 2 + 1
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype.is_complex and (not tensor.dim() or tensor.stride(-1) != 1):
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_BITS[tensor.itemsize])
+
+
 def _same_bits(target: torch.Tensor, source: torch.Tensor) -> bool:
-    bits = _BITS[target.itemsize]
-    return torch.equal(target.view(bits), source.to(target.dtype).view(bits))
+    return torch.equal(_bits(target), _bits(source))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}

@@ -1,29 +1,42 @@
-"""Watch a loader once: which bytes of which tensor it copies where.
+"""Watch a loader: which bytes of which tensor it copies where.
 
-The loader runs as ever, on real tensors; nothing it does is changed. What it does is seen: views by
-the storage that they share, copies by the operation itself. Whatever is no copy at constant strides
-is noted with its reason, and what it touched stays with the loader.
+The loader runs as ever, on real tensors; nothing it does is changed. A recording is all or nothing.
+It exists if everything that the loader did to tensors is made of views and copies out of the lists
+in ``operations.py``. As soon as the loader looks at a value of a tensor that it was given or wrote,
+computes with one, starts a thread or writes anywhere else, there is none: what a loader does after
+that may depend on anything, and a loader that gets a part of its tensors may count them.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
+import sys
 import threading
+from _queue import SimpleQueue
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.data_types import tensor_nbytes
-from checkpoint_engine.operations import ESCAPES, FACTORIES, LOOK_AT_NO_VALUES, RULES
+from checkpoint_engine.operations import (
+    FUNCTIONS,
+    LOOK_AT_NO_VALUES,
+    LOOKS,
+    READ_A_NUMBER,
+    RULES,
+    VIEWS,
+)
 from checkpoint_engine.strided import Canvas, Constant, Fragment, InexpressibleError, Origin, View
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -79,13 +92,14 @@ class Recording:
 
     Attributes:
         sources: the tensors it was given, in order.
-        entries: by source, the copies that make up for the loader; only of what can be replayed.
+        entries: by source, the copies that make up for the loader.
         fills: by owner.
         counts: by source and owner, how many elements the engine counted as loaded.
-        plain: the sources that stay with the loader, and why.
-        modules: the modules that stay with the loader, and why.
+        plain: the sources that go to modules which the engine loads itself, and why.
+        modules: those modules, and why.
         unused: the sources that nothing was done with.
         together: whether what happens to a tensor may depend on which others there are.
+        constants: tensors of the model that the loader looked at, as they were.
     """
 
     slots: list[Slot]
@@ -97,29 +111,48 @@ class Recording:
     modules: dict[str, str]
     unused: set[int]
     together: bool
+    constants: dict[Slot, torch.Tensor]
+
+    @cached_property
+    def identity(self) -> Hashable:
+        """Equal for recordings of the same deeds, whatever order the tensors came in."""
+        named = self.sources
+        return (
+            frozenset(named),
+            frozenset(
+                (named[number], self.slots[entry.slot], *entry[:2], entry.target)
+                for number, entries in self.entries.items()
+                for entry in entries
+            ),
+            frozenset(  # by its text a NaN equals itself, and 0.0 is not -0.0
+                (self.slots[fill.slot], fill.target, repr(fill.value))
+                for fills in self.fills.values()
+                for fill in fills
+            ),
+            frozenset((named[n], *one) for n, of in self.counts.items() for one in of.items()),
+            frozenset(named[number] for number in self.plain),
+            frozenset(named[number] for number in self.unused),
+            frozenset(self.constants),
+        )
+
+
+class UnaccountableError(Exception):
+    """There is no recording; says why."""
 
 
 @dataclass(eq=False)
 class _Target:
     """The memory of one or more slots (weights may be tied) and what was copied into it.
 
-    ``wrote``: the sources that did, even if another wrote over all of it. ``was_changed_alone``:
-    something was done to it that no other tensor had a part in.
+    ``wrote``: the sources that did. ``broken``: why nothing may write into it.
     """
 
     canvas: Canvas
     slots: list[int]
     owners: set[str]
-    is_meta: bool
-    before: int | None
     tensor: torch.Tensor
     wrote: set[int] = field(default_factory=set)
-    was_changed_alone: bool = False
     broken: str = ""
-
-    @property
-    def was_written_unseen(self) -> bool:
-        return self.before is not None and _content(self.tensor) != self.before
 
 
 @dataclass
@@ -129,32 +162,48 @@ class _Seen:
     number: int
     source: Source
     call: int
-    broken: str = ""
+    was_copied: bool = False
 
 
 class Recorder:
     """Watches one update of one model.
 
     For each bucket ``offer`` its tensors, load them ``watching``, and ``settle``; then ``finish``.
+    ``failure`` says why there will be no recording, as soon as that is known.
     """
 
-    def __init__(self, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> None:
-        """``tensors``: what the loader may write into, as it is when loading begins."""
+    def __init__(
+        self,
+        tensors: Iterable[tuple[Slot, torch.Tensor]],
+        model: Iterable[tuple[Slot, torch.Tensor]],
+    ) -> None:
+        """
+        Args:
+            tensors: what the loader may write into, as it is when loading begins.
+            model: every tensor of the model: what the loader may look at as long as it is as it
+                was before.
+        """
+        self.failure = ""
         self._slots: list[Slot] = []
         self._targets: dict[int, list[_Target]] = defaultdict(list)
         self._seen: list[_Seen] = []
         self._by_storage: dict[int, _Seen] = {}
         self._made: dict[int, Canvas] = {}
+        self._fresh: set[int] = set()
         self._target_of: dict[int, _Target] = {}
         self._weak: dict[int, StorageWeakRef] = {}
         self._counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._written: set[tuple[int, str]] = set()
+        self._constants: dict[Slot, torch.Tensor] = {}
         self._call = 0
+        self._last = -1
         self._together = False
-        self._thread = threading.local()
-        self._lock = threading.Lock()
-        self._failure = ""
-        everything = [(slot, t) for slot, t in tensors if _key(t) is not None]
+        self._is_paused = False
+        self._model: dict[int, list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
+        for slot, tensor in model:
+            if key_of(tensor) is not None:
+                self._model[self._remember(tensor)].append((slot, tensor))
+        everything = [(slot, t) for slot, t in tensors if key_of(t) is not None]
         for slot, tensor in sorted(everything, key=lambda one: -_extent(one[1])):
             self._add_slot(slot, tensor)
 
@@ -165,11 +214,7 @@ class Recorder:
         self._call += 1
         offered = []
         for name, tensor in weights:
-            if tensor.numel():
-                flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-                alias = torch.from_dlpack(flat).view(tensor.dtype).view(tensor.shape)
-            else:
-                alias = torch.empty_like(tensor)
+            alias = _alias(tensor)
             source = Source(name, tensor.dtype, tuple(tensor.shape))
             seen = _Seen(len(self._seen), source, self._call)
             self._seen.append(seen)
@@ -179,35 +224,29 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the loader. What it hands to a pool of threads is watched there."""
-        with self._here(), _pools_call(lambda function: self._watched(function)):
+        """Around the loader, in its thread; other threads are not watched, but noticed."""
+        if sys.getprofile() is not None:
+            self.give_up("this thread has a profiler, whose place the recorder needs")
             yield
-
-    @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
+            return
         with _Functions(self), _Operations(self):
-            yield
-
-    def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self._here():
-                return function(*args, **kwargs)
-
-        return watched
+            with self.paused():
+                torch.empty(0)  # under a mode, the first operation of a process imports a lot
+            with _noticing(self.give_up):
+                yield
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """For what the engine does with weights once they are loaded."""
-        paused = self._is_paused
-        self._thread.paused = True
-        try:
+        if self.failure:
             yield
+            return
+        paused, self._is_paused = self._is_paused, True
+        try:
+            with _unnoticed():
+                yield
         finally:
-            self._thread.paused = paused
-
-    @property
-    def _is_paused(self) -> bool:
-        return getattr(self._thread, "paused", False)
+            self._is_paused = paused
 
     def count(self, load: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
         """Call what loads a tensor into a layer and returns how many elements the engine counts."""
@@ -227,7 +266,7 @@ class Recorder:
         }
         for slot, tensor in tensors:
             target = targets.get(slot)
-            key = _key(tensor)
+            key = key_of(tensor)
             if target is None or key is None or target in self._targets.get(key, ()):
                 continue
             if View.of(tensor) != View.of(target.tensor):
@@ -236,92 +275,100 @@ class Recorder:
 
     def settle(self) -> list[str]:
         """A bucket is loaded. Returns the names of the tensors that the loader keeps."""
-        for key in [key for key in self._by_storage if self._weak[key].expired()]:
-            del self._by_storage[key], self._weak[key]
-        for key in [key for key in self._made if self._weak[key].expired()]:
-            del self._made[key], self._weak[key]
+        for by_key in (self._by_storage, self._made):
+            for key in [key for key in by_key if self._weak[key].expired()]:
+                del by_key[key], self._weak[key]
+        for key in [key for key in self._fresh if self._weak[key].expired()]:
+            self._fresh.discard(key)
+            del self._weak[key]
         return [seen.source.name for seen in self._by_storage.values()]
 
     def finish(self, refused: Callable[[Slot], str | None] = lambda _: None) -> Recording:
         """What was seen. ``refused``: why a slot needs the engine's own loader, where it does.
 
         Raises:
-            UnaccountableError: the model changed where nothing was seen to write.
+            UnaccountableError: not everything that happened is known.
         """
-        if self._failure:
-            raise UnaccountableError(self._failure)
         self.settle()
         if self._made or self._by_storage:
             gc.collect()
             self.settle()
         for seen in self._by_storage.values():
-            self._break(seen, "the loader keeps it")
+            self.give_up(f"the loader keeps {seen.source.name}")
         for made in self._made.values():
             for source in _sources_of(made):
-                self._break(self._seen[source], "the loader keeps a copy")
+                self.give_up(f"the loader keeps a copy of {self._seen[source].source.name}")
+        names = [seen.source.name for seen in self._seen]
+        if len(names) > len(set(names)):
+            self.give_up("a name came twice")
         targets = list(self._target_of.values())
         fed = {owner for target in targets if target.wrote for owner in target.owners}
         for target in targets:
-            self._judge(target, refused, fed)
-        return _Outcome(self._slots, self._seen, targets, self._counts, self._together).recording()
+            self._judge(target, fed)
+        if self.failure:
+            raise UnaccountableError(self.failure)
+        outcome = _Outcome(self._slots, self._seen, targets, refused)
+        return outcome.recording(self._counts, self._together, self._constants)
+
+    def give_up(self, reason: str) -> None:
+        """There will be no recording; ``finish`` says why."""
+        self.failure = self.failure or reason
 
     # ------------------------------------------------------------------ operations
 
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The loader is about to call a function of torch's that may do more than copy."""
+        if self._is_paused or self.failure:
+            return
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            return  # ``observe`` sees it
+        name = getattr(func, "__qualname__", func)
+        with self.paused():
+            self._look(func in LOOKS, name, _tensors_in((args, kwargs)))
+
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation and note what it did to tensors of the checkpoint and the model."""
+        """Run one operation and note what it did. The loader goes on whatever happens in here."""
         result = func(*args, **kwargs)
-        if not (self._is_paused or func.is_view or func in LOOK_AT_NO_VALUES):
-            with self._noting():
-                rule = RULES.get(func)
-                if rule is None:
-                    self._cannot_express(func, args, kwargs, result)
-                else:
-                    self._apply(rule, func, result, args, kwargs)
+        if self._is_paused or self.failure or func in VIEWS:
+            return result
+        self._is_paused = True
+        try:
+            self._note(func, args, kwargs, result)
+        except Exception as error:
+            names = [self._called(tensor) for tensor in _tensors_in((args, kwargs))]
+            self.give_up(f"{func} of {', '.join(names)}: {error}")
+        finally:
+            self._is_paused = False
         return result
 
-    def escapes(self, func: Any, args: tuple[Any, ...]) -> None:
-        """What leaves the sight of operations: addresses, NumPy arrays, replaced memory."""
-        if not self._is_paused:
-            with self._noting():
-                name = getattr(func, "__qualname__", func)
-                self._taint(_tensors_in(args), f"{name} was used on it")
-
-    def give_up(self, reason: str) -> None:
-        """Nothing will be learned; ``finish`` says why."""
-        self._failure = self._failure or reason
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        """The loader goes on whatever happens in here; then nothing is learned."""
-        with self._lock, self.paused():
-            try:
-                yield
-            except Exception as error:
-                self.give_up(f"{type(error).__name__}: {error}")
-
-    def _apply(
-        self, rule: Any, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        tensors = _tensors_in((args, kwargs))
-        if rule not in FACTORIES and not any(self._is_known(t) for t in tensors):
-            return
-        try:
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        rule = RULES.get(func)
+        if rule is not None:
             rule(self, result, *args, **kwargs)
-        except InexpressibleError as error:
-            self._taint([*tensors, *_tensors_in(result)], f"{func}: {error}")
+        elif func.namespace != "aten":
+            self.give_up(f"{func} is no operation of torch's")
+        elif func not in LOOK_AT_NO_VALUES:
+            self._look(func is READ_A_NUMBER, func, _tensors_in((args, kwargs)))
+            if torch.Tag.nondeterministic_seeded not in func.tags:
+                self._fresh.update(map(self._remember, _tensors_in(result)))
 
-    def _cannot_express(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        tensors = _tensors_in((args, kwargs))
-        outputs = _tensors_in(result)
-        storages = {_key(t) for t in tensors}
-        if outputs and not func._schema.is_mutable and all(_key(t) in storages for t in outputs):
-            return  # a view by another name
-        self._taint(tensors, f"{func} depends on its values")
-        if func._schema.is_mutable and len(storages) == 1:
-            for target in self._targets.get(next(iter(storages)) or 0, ()):
-                target.was_changed_alone = True
+    def _look(self, is_harmless: bool, name: Any, tensors: Iterable[torch.Tensor]) -> None:
+        """Something was done that is no copy. What the loader made of numbers may be looked at, and
+        numbers out of the model as it was before, which are compared before every replay."""
+        for tensor in tensors:
+            key = key_of(tensor)
+            if key is not None and key in self._fresh:
+                continue
+            if key is None or not (is_harmless and self._is_as_before(key)):
+                return self.give_up(f"{name} was used on {self._called(tensor)}")
+            for slot, whole in self._model[key]:
+                if slot not in self._constants:
+                    self._constants[slot] = whole.detach().clone()
+
+    def _is_as_before(self, key: int) -> bool:
+        """Whether it is memory of the model that nothing was written into."""
+        targets = self._targets.get(key, ())
+        return key in self._model and not any(target.canvas.covered for target in targets)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """``target`` was filled from ``source``, broadcast and converted."""
@@ -331,23 +378,32 @@ class Recorder:
         self, target: torch.Tensor, into: View, source: torch.Tensor, out_of: View
     ) -> None:
         """A view of the memory of one tensor was filled from a view of another's."""
+        if not target.numel():
+            return
         canvas = self._canvas(target, into)
         if canvas is None:
-            if self._is_known(source) or _key(target) in self._by_storage:
-                raise InexpressibleError("into memory that is no parameter or buffer")
-            return
+            if key_of(target) in self._fresh and key_of(source) in self._fresh:
+                return
+            raise InexpressibleError("into memory that is no parameter or buffer")
         for fragment in self._read(source, out_of.expand(into.sizes)):
             self._write(canvas, fragment.within(into), fragment.origin)
 
     def fill(self, target: torch.Tensor, value: Any) -> None:
-        """``target`` was filled with a number."""
+        """``target`` was filled with a number, or a tensor that holds one."""
+        if isinstance(value, torch.Tensor):
+            if key_of(value) not in self._fresh or value.dim():
+                return self.copy(target, value)
+            value = value.item()
         canvas = self._canvas(target, View.of(target))
         if canvas is not None:
             self._write(canvas, View.of(target), Constant.of(value, target.dtype))
-            if id(canvas) in self._target_of:
-                self._target_of[id(canvas)].was_changed_alone = True
-        elif _key(target) in self._by_storage:
-            raise InexpressibleError("into the checkpoint's own memory")
+        elif target.numel() and key_of(target) not in self._fresh:
+            raise InexpressibleError("into memory that is no parameter or buffer")
+
+    def make_of_numbers(self, result: torch.Tensor) -> None:
+        """``result`` holds what Python had, unless NumPy has its memory too."""
+        if not self._is_known(result) and result.untyped_storage().resizable():
+            self._fresh.add(self._remember(result))
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -355,12 +411,16 @@ class Recorder:
         self._by_storage.pop(key, None)
         self._made[key] = Canvas.like(View.of(result))
 
-    def is_constant(self, tensor: torch.Tensor) -> bool:
-        """Whether its values have nothing to do with the checkpoint or the model."""
-        return not self._is_known(tensor)
+    def make_copy(self, result: torch.Tensor, source: torch.Tensor) -> None:
+        """``result`` is new memory, filled from ``source``."""
+        if key_of(source) in self._fresh:
+            self._fresh.add(self._remember(result))
+        else:
+            self.make(result)
+            self.copy(result, source)
 
     def _read(self, tensor: torch.Tensor, view: View) -> list[Fragment]:
-        key = _key(tensor)
+        key = key_of(tensor)
         seen = self._by_storage.get(key) if key is not None else None
         if seen is not None:
             dims = tuple((n, d, 1) for d, n in enumerate(view.sizes))
@@ -377,14 +437,17 @@ class Recorder:
     def _write(self, canvas: Canvas, view: View, origin: Origin | Constant) -> None:
         replaced = canvas.write(view, origin)
         target = self._target_of.get(id(canvas))
+        mine = None
         if isinstance(origin, Origin):
-            seen = self._seen[origin.source]
-            self._together |= seen.call != self._call
+            mine = origin.source
+            seen = self._seen[mine]
+            is_back = seen.was_copied and self._last != mine  # after another tensor's turn
+            self._together |= is_back or seen.call != self._call
+            seen.was_copied, self._last = True, mine
             if target is not None:
-                target.wrote.add(origin.source)
-                self._written.update((origin.source, owner) for owner in target.owners)
+                target.wrote.add(mine)
+                self._written.update((mine, owner) for owner in target.owners)
         if target is not None:
-            mine = origin.source if isinstance(origin, Origin) else None
             others = {o.source for o in replaced if isinstance(o, Origin)} - {mine}
             if others:
                 names = [self._seen[n].source.name for n in sorted(others)]
@@ -402,20 +465,29 @@ class Recorder:
         except InexpressibleError:
             return  # writes into it are then writes into unknown memory
         for target in self._targets[key]:
-            if _overlap(target.tensor, tensor):
+            if overlap(target.tensor, tensor):
                 target.slots.append(number)
                 target.owners.add(slot.owner)
                 if not _contains(target.tensor, tensor):
                     target.broken = f"its memory overlaps that of {slot.qualified}"
                 return
-        before = None if tensor.is_meta else _content(tensor)
-        target = _Target(canvas, [number], {slot.owner}, tensor.is_meta, before, tensor)
+        target = _Target(canvas, [number], {slot.owner}, tensor)
+        if self._is_held_elsewhere(key, tensor):
+            target.broken = "an array of NumPy's, or another process, has its memory"
         self._targets[key].append(target)
         self._target_of[id(canvas)] = target
 
+    def _is_held_elsewhere(self, key: int, tensor: torch.Tensor) -> bool:
+        """Whether memory that torch has shared, and so never resizes, has holders that are no
+        tensors of the model."""
+        if tensor.is_meta or tensor.untyped_storage().resizable():
+            return False
+        known = len({id(one) for _, one in self._model[key]})
+        return int(torch._C._storage_Use_Count(key)) > known + 1  # Python's object for it
+
     def _canvas(self, tensor: torch.Tensor, view: View) -> Canvas | None:
         """What keeps the origins of a view of ``tensor``'s memory; ``None`` for unknown memory."""
-        key = _key(tensor)
+        key = key_of(tensor)
         if key in self._made:
             return self._made[key]
         begin = view.offset * view.dtype.itemsize
@@ -426,10 +498,18 @@ class Recorder:
         return None
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        key = _key(tensor)
-        return key is not None and (
-            key in self._by_storage or key in self._made or key in self._targets
-        )
+        key = key_of(tensor)
+        return any(key in one for one in (self._by_storage, self._made, self._targets, self._model))
+
+    def _called(self, tensor: torch.Tensor) -> str:
+        key = key_of(tensor)
+        if key in self._by_storage:
+            return self._by_storage[key].source.name
+        for source in _sources_of(self._made[key]) if key in self._made else ():
+            return f"a copy of {self._seen[source].source.name}"
+        for target in self._targets.get(key, ()) if key is not None else ():
+            return self._slots[target.slots[0]].qualified
+        return self._model[key][0][0].qualified if key in self._model else "a tensor"
 
     def _remember(self, tensor: torch.Tensor) -> int:
         """The key of a tensor's memory, which no other memory gets as long as it is remembered."""
@@ -439,99 +519,70 @@ class Recorder:
             self._weak[key] = StorageWeakRef(storage)
         return key
 
-    def _taint(self, tensors: Iterable[torch.Tensor], reason: str) -> None:
-        """What these tensors hold or get stays with the loader; one operation had them all."""
-        sources: set[int] = set()
-        targets: list[_Target] = []
-        for tensor in tensors:
-            key = _key(tensor)
-            if key in self._by_storage:
-                sources.add(self._by_storage[key].number)
-            if key in self._made:
-                sources |= _sources_of(self._made.pop(key))
-            if key is not None and key in self._targets:
-                canvas = self._canvas(tensor, View.of(tensor))
-                group = self._targets[key]
-                targets += [one for one in group if canvas is None or one.canvas is canvas]
-        for source in sources:
-            self._break(self._seen[source], reason)
-        for target in targets:
-            target.broken = target.broken or reason
-            target.wrote |= sources
-
-    def _break(self, seen: _Seen, reason: str) -> None:
-        seen.broken = seen.broken or reason
-
-    def _judge(self, target: _Target, refused: Callable[[Slot], str | None], fed: set[str]) -> None:
-        """Whether what was seen of a target is all that happened to it.
+    def _judge(self, target: _Target, fed: set[str]) -> None:
+        """Whether what was seen of a target can be done again. One without memory was made for this
+        update, and is filled as it was.
 
         ``fed``: the owners that get anything of the checkpoint, and are seen to in later updates.
         """
         covered = target.canvas.covered
-        if covered:
-            reasons = (refused(self._slots[number]) for number in target.slots)
-            target.broken = target.broken or next(filter(None, reasons), "")
-        if target.is_meta:  # nothing can be written there unseen
+        if not covered:
             return
-        by_itself = not any(seen.broken for seen in self._seen) or target.was_changed_alone
-        if by_itself and target.owners.isdisjoint(fed) and target.was_written_unseen:
-            name = self._slots[target.slots[0]].qualified
-            raise UnaccountableError(f"{name} was written, but from no tensor of the checkpoint")
+        name = self._slots[target.slots[0]].qualified
         if target.broken:
-            return
-        if 0 < covered < target.canvas.numel:
-            target.broken = (
-                f"only {covered} of its {target.canvas.numel} elements were seen written"
-            )
-        elif not covered and target.was_written_unseen:
-            raise UnaccountableError(f"{self._slots[target.slots[0]].qualified} was written unseen")
-
-
-class UnaccountableError(Exception):
-    """What was recorded is not all that happened: nothing of it can be relied on."""
+            self.give_up(f"{name}: {target.broken}")
+        if not target.tensor.is_meta and target.owners.isdisjoint(fed):
+            self.give_up(f"{name} was written, but from no tensor of the checkpoint")
+        if not target.tensor.is_meta and covered < target.canvas.numel:
+            total = target.canvas.numel
+            self.give_up(f"{name}: only {covered} of its {total} elements were seen written")
 
 
 @dataclass
 class _Outcome:
-    """Decides what can be replayed, and puts it into entries."""
+    """Puts what was seen into entries, but for what the engine loads itself."""
 
     slots: list[Slot]
     seen: list[_Seen]
     targets: list[_Target]
-    counts: dict[int, dict[str, int]]
-    together: bool
+    refused: Callable[[Slot], str | None]
     plain: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
-    def recording(self) -> Recording:
-        self._spread_reasons()
+    def recording(
+        self,
+        counts: dict[int, dict[str, int]],
+        together: bool,
+        constants: dict[Slot, torch.Tensor],
+    ) -> Recording:
+        self._spread_refusals()
         entries: dict[int, list[Entry]] = defaultdict(list)
         fills: dict[str, list[Fill]] = defaultdict(list)
         for target in self.targets:
             if target.owners.isdisjoint(self.modules):
                 self._add_entries(target, entries, fills)
         wrote = {source for target in self.targets for source in target.wrote}
-        unused = {seen.number for seen in self.seen} - wrote - self.plain.keys()
         return Recording(
             self.slots,
             [seen.source for seen in self.seen],
             dict(entries),
             dict(fills),
-            {number: dict(counts) for number, counts in self.counts.items()},
+            {number: dict(of_source) for number, of_source in counts.items()},
             self.plain,
             self.modules,
-            unused,
-            self.together,
+            {seen.number for seen in self.seen} - wrote,
+            together,
+            constants,
         )
 
-    def _spread_reasons(self) -> None:
-        """A module that needs the loader needs all its tensors; a tensor that goes to the loader
-        takes along every module that it reaches."""
-        self.plain = {seen.number: seen.broken for seen in self.seen if seen.broken}
+    def _spread_refusals(self) -> None:
+        """A module that needs the engine's loader needs all its tensors; a tensor that goes to the
+        loader takes along every module that it reaches."""
         for target in self.targets:
-            if target.broken:
-                self.modules.update(dict.fromkeys(target.owners, self._named(target)))
+            reasons = (self.refused(self.slots[n]) for n in target.slots if target.wrote)
+            if reason := next(filter(None, reasons), ""):
+                self._refuse(target, f"{self.slots[target.slots[0]].name}: {reason}")
         grew = True
         while grew:
             before = len(self.plain) + len(self.modules)
@@ -552,9 +603,6 @@ class _Outcome:
     def _refuse(self, target: _Target, reason: str) -> None:
         for owner in target.owners:
             self.modules.setdefault(owner, reason)
-
-    def _named(self, target: _Target) -> str:
-        return f"{self.slots[target.slots[0]].name}: {target.broken}"
 
     def _add_entries(
         self, target: _Target, entries: dict[int, list[Entry]], fills: dict[str, list[Fill]]
@@ -585,6 +633,11 @@ class _Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Loaders are not compiled. To be skipped costs seconds: torch imports its compiler."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -599,36 +652,89 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in ESCAPES:
-            self._recorder.escapes(func, args)
-        return func(*args, **(kwargs or {}))
+        if self._recorder.failure:
+            return func(*args, **(kwargs or {}))
+        with _unnoticed():
+            if func not in FUNCTIONS:
+                self._recorder.call(func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def _pools_call(watched: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Have ``watched(function)`` called for the functions that this thread submits to pools."""
-    submit, me = ThreadPoolExecutor.submit, threading.get_ident()
+def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
+    """Call ``give_up`` when this thread works with another one, or without torch's modes, where
+    nobody sees what is read. The interpreter's own profile hook tells: it is this thread's alone,
+    while ``ThreadPoolExecutor`` belongs to the whole program."""
+    held: set[int] = set()
 
-    def submit_watched(pool: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        mine = threading.get_ident() == me
-        return submit(pool, watched(function) if mine else function, *args, **kwargs)
+    def notice(frame: Any, event: Any, function: Any) -> None:
+        if event == "c_call":
+            owner = getattr(function, "__self__", None)
+            name = function.__name__
+            if (
+                function in _GOES_ELSEWHERE
+                or (isinstance(owner, torch.Tensor) and not _modes_see())
+                or (type(owner) is SimpleQueue and name == "put")
+                or (type(owner) is _Lock and _meets_others(id(owner), name, held))
+            ):
+                give_up(f"the loader calls {function.__qualname__} where nobody sees what it does")
 
-    ThreadPoolExecutor.submit = submit_watched  # type: ignore[method-assign]
+    sys.setprofile(notice)
     try:
         yield
     finally:
-        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+        sys.setprofile(None)
+
+
+class _unnoticed:  # noqa: N801
+    """Around what torch, the engine or the recorder do: the profile hook need not see that."""
+
+    def __enter__(self) -> None:
+        self._hook: Any = sys.getprofile()
+        sys.setprofile(None)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._hook)
+
+
+_Lock = type(threading.Lock())
+_modes_see = torch._C._is_torch_function_mode_enabled
+_GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
+
+
+def _meets_others(lock: int, name: str, held: set[int]) -> bool:
+    """Whether a thread waits for another one, or wakes it: takes a lock that it has, or lets one go
+    that it has not. A lock that a ``with`` takes is not told of."""
+    has_it = lock in held
+    if name == "acquire":
+        held.add(lock)
+        return has_it
+    held.discard(lock)
+    return name == "release" and not has_it
 
 
 # ---------------------------------------------------------------------- memory
 
 
-def _key(tensor: torch.Tensor) -> int | None:
+def key_of(tensor: torch.Tensor) -> int | None:
     """Tells storages apart."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):  # sparse, not yet made, ...
         return None
+
+
+_KNOWN_TO_DLPACK = {torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8}
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, with a storage of its own."""
+    if not tensor.numel():
+        return torch.empty_like(tensor)
+    flat = (tensor.detach() if tensor.requires_grad else tensor).contiguous().view(-1)
+    if tensor.dtype in _KNOWN_TO_DLPACK:
+        return torch.from_dlpack(flat).view(tensor.shape)
+    return torch.from_dlpack(flat.view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors_in(result: Any) -> list[torch.Tensor]:
@@ -651,7 +757,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.itemsize if tensor.numel() else begin
 
 
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     (a, b), (c, d) = _span(one), _span(other)
     return a < d and c < b
 
@@ -659,12 +765,3 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _contains(one: torch.Tensor, other: torch.Tensor) -> bool:
     (a, b), (c, d) = _span(one), _span(other)
     return a <= c and d <= b
-
-
-def _content(tensor: torch.Tensor) -> int:
-    """Changes when the tensor's bytes do, most likely."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    words = flat[: flat.numel() // 4 * 4].view(torch.int32)
-    return int(words.sum(dtype=torch.int64)) * 31 + int(flat[words.nbytes :].sum())

@@ -200,6 +200,10 @@ class _Layerwise:
 
     is_persistent = False
 
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return self._by_name
+
     def cannot(self) -> str:
         return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
 

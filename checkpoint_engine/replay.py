@@ -1,9 +1,14 @@
-"""Learn an engine's loader once, replay it ever after.
+"""Learn an engine's loader in two updates, replay it ever after.
 
-The first update of a model goes through the engine's own loader while it is watched. What it did
+The first two updates of a model go through the engine's own loader while it is watched. What it did
 becomes a plan: copies from regions of the checkpoint's tensors to regions of the model's. Later
-updates execute those copies, a few per layer and bucket, without a look at single tensors. Whatever
-could not be put into copies stays with the loader, and is named.
+updates execute those copies, a few per layer and bucket, without a look at single tensors.
+
+There is a plan only if the loader did nothing but views and copies, did the same twice, and left
+exactly what the plan would have written, in every parameter and buffer. Otherwise it is called for
+every tensor, and ``report`` says why. One condition remains: a loader must not change its behaviour
+later. Every so many updates (``PS_REPLAY_CHECK``) one bucket goes through the loader too and is
+compared; a difference is an error, and the loader is not replayed any more.
 
     from checkpoint_engine.replay import replayed
     update_weights_from_ipc(context, address, device_id, run=replayed(model.load_weights))
@@ -44,7 +49,7 @@ class Replayed:
 
     @property
     def plan(self) -> Plan | None:
-        """What was learned, if anything."""
+        """What was learned, if anything; replayed once two updates agree."""
         return self._learned.plan
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -99,7 +104,7 @@ _learned_loaders = weakref.WeakKeyDictionary()
 
 
 def replayed(load_weights: Plainly, model: torch.nn.Module | None = None) -> Replayed:
-    """``load_weights``, learned in the first update of a model and replayed in later ones.
+    """``load_weights``, learned in the first two updates of a model and replayed in later ones.
 
     Pass it as ``run`` to ``worker.update_weights_from_ipc``, which says when an update ends. Other
     callers use it in a ``with`` block for each update, and call it with lists of (name, tensor).

@@ -6,8 +6,8 @@ Compiled for a bucket, whose tensors lie at certain places, copies at equal dist
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.gather_scatter import Table
-from checkpoint_engine.recording import Entry, Recording
+from checkpoint_engine.recording import Entry, Recording, Slot
 from checkpoint_engine.strided import Copy, View, coalesced
 
 
@@ -91,12 +91,58 @@ class Program:
 class Plan:
     """What a loader does with a checkpoint, frozen."""
 
-    def __init__(self, recording: Recording, fingerprint: Hashable, loaded: set[str] | None):
+    def __init__(
+        self,
+        recording: Recording,
+        fingerprint: Hashable,
+        loaded: set[str] | None,
+        buckets: int,
+    ) -> None:
+        """
+        Args:
+            fingerprint: of the model's memory, which must stay the same.
+            loaded: the parameters that the loader says it loaded.
+            buckets: how many calls of the loader an update was.
+        """
         self.recording = recording
         self.fingerprint = fingerprint
         self.loaded = loaded
+        self.buckets = buckets
         self.programs: dict[Hashable, Program] = {}
         self._numbers = {source.name: i for i, source in enumerate(recording.sources)}
+
+    def holds(self, fingerprint: Hashable, modules: Mapping[str, torch.nn.Module]) -> bool:
+        """Whether the model is as it was, where the loader looked at it."""
+        return self.fingerprint == fingerprint and all(
+            slot.owner in modules and _is_still(getattr(modules[slot.owner], slot.name, None), seen)
+            for slot, seen in self.recording.constants.items()
+        )
+
+    def combine(self, other: Plan) -> None:
+        """Note what only another plan of the same deeds shows, whose buckets were cut otherwise."""
+        together = self.recording.together or other.recording.together
+        self.recording = replace(self.recording, together=together)
+
+    def does_as(self, other: Plan | None) -> bool:
+        """Whether another plan was recorded of the same deeds."""
+        return (
+            other is not None
+            and self.loaded == other.loaded
+            and self.recording.identity == other.recording.identity
+        )
+
+    def written(self, bucket: list[Program] | None = None) -> set[Slot]:
+        """The slots that it copies or fills; ``bucket``: just with these programs."""
+        recording = self.recording
+        if bucket is None:
+            numbers = {entry.slot for some in recording.entries.values() for entry in some}
+            owners = set(recording.fills)
+        else:
+            steps = [step for program in bucket for step in program.steps]
+            numbers = {move.slot for step in steps for move in step.moves}
+            owners = {step.owner for step in steps}
+        numbers |= {fill.slot for owner in owners for fill in recording.fills.get(owner, ())}
+        return {recording.slots[number] for number in numbers}
 
     def number_of(self, placed: Placed) -> int | None:
         """Its source, unless it is not the tensor that was recorded."""
@@ -207,6 +253,14 @@ class Plan:
     def memory(self) -> int:
         """About how many bytes of host memory the plan holds, as it was when first asked."""
         return _sizeof([self.recording, list(self.programs.values()), self._numbers], set())
+
+
+def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and (tensor.dtype, tensor.device) == (seen.dtype, seen.device)
+        and torch.equal(tensor, seen)
+    )
 
 
 def _copy_of(entry: Entry, placed: Placed) -> tuple[Any, Copy]:

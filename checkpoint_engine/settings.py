@@ -129,3 +129,15 @@ def replay_mode() -> str:
     if mode not in REPLAY_MODES:
         raise ValueError(f"PS_REPLAY must be one of {', '.join(REPLAY_MODES)}, got {mode!r}")
     return mode
+
+
+def replay_check() -> int:
+    """``PS_REPLAY_CHECK``: of so many replayed updates, one bucket also goes through the loader.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    every = integer("PS_REPLAY_CHECK", 50)
+    if every < 1:
+        raise ValueError(f"PS_REPLAY_CHECK must be positive, got {every}")
+    return every

@@ -66,9 +66,9 @@ class Constant(NamedTuple):
 
     @staticmethod
     def of(value: Any, dtype: torch.dtype) -> Constant:
-        """``value`` converted to ``dtype``."""
+        """``value`` as it is in a tensor of ``dtype`` that was filled with it."""
         try:
-            return Constant(torch.tensor(value).to(dtype).item(), dtype)
+            return Constant(torch.empty((), dtype=dtype).fill_(value).item(), dtype)
         except (RuntimeError, TypeError, ValueError) as error:
             raise InexpressibleError(f"{value!r} as {dtype}: {error}") from None
 

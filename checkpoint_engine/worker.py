@@ -66,7 +66,7 @@ def update_weights_from_ipc(
         device_id: this worker's device, as this process counts them.
         run: gets each bucket as ``[(name, tensor)]``. The tensors are views of memory that is
             overwritten as soon as it returns: copy what is kept. ``replay.replayed(run)`` learns it
-            in the first update and replays it in later ones.
+            in the first two updates and replays it in later ones.
         post_hook: called when all weights are loaded and the buffer is gone.
         version: told what the model holds, before its first byte is written and at the end.
 

@@ -46,7 +46,7 @@ def test_tokens_are_those_of_a_fresh_start(
             (first, "model", str(models[first]), EVERYTHING, "verify"),
         )
     ]
-    how = ["plain", "plain", "recorded", "replayed", "replayed", "verified", "replayed"]
+    how = ["plain", "plain", "recorded", "recorded", "replayed", "verified", "replayed"]
     ranks = torchrun(
         tmp_path, tp, "updates", 150, CPU, script=PROGRAMS, url=engine_host.url, steps=steps
     )
