@@ -28,10 +28,10 @@ from worker_process import WorkerProcess
 
 from checkpoint_engine import ps as server
 from checkpoint_engine.control import Operation
-from checkpoint_engine.journal import Journal
-from checkpoint_engine.metrics import Metrics
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.report import Stage
+from checkpoint_engine.service.journal import Journal
+from checkpoint_engine.service.metrics import Metrics
 from checkpoint_engine.trace import UNTRACED
 from update import NAME, RANK, WORLD_SIZE, Engine, make_tensors
 

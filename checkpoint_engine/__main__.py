@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from checkpoint_engine.access import Access
-from checkpoint_engine.service import (
+from checkpoint_engine.service.access import Access
+from checkpoint_engine.service.serve import (
     MAX_BODY_BYTES,
     TOKEN_VARIABLE,
     ServeOptions,

@@ -16,7 +16,7 @@ import uvicorn
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError
-from checkpoint_engine.service import ServeOptions, listen, uvicorn_config
+from checkpoint_engine.service.serve import ServeOptions, listen, uvicorn_config
 
 METAS = {
     "3": {
@@ -168,7 +168,7 @@ def test_malformed_bodies_never_reach_the_server(
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "checkpoint_engine.api.request_inference_to_update", lambda *args: made.append(args)
+        "checkpoint_engine.service.app.request_inference_to_update", lambda *args: made.append(args)
     )
     return made
 

@@ -77,7 +77,7 @@ def service_command(function: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         try:
             if token_file is not None:
-                from checkpoint_engine.service import read_token
+                from checkpoint_engine.service.serve import read_token
 
                 token = read_token(token_file)
             token = (token or "").strip() or None

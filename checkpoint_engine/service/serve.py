@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from loguru import logger
 
-from checkpoint_engine.access import Access
 from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.service.access import Access
 from checkpoint_engine.settings import integer
 
 MAX_BODY_BYTES = 64 << 20
@@ -123,10 +123,10 @@ def _exit(signum: int, _frame: object) -> NoReturn:
 def _answer(rank: int, world_size: int, options: ServeOptions, listener: socket.socket) -> None:
     import uvicorn
 
-    from checkpoint_engine.api import _init_api
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.service.app import make_app
 
-    app = _init_api(ParameterServer(rank=rank, world_size=world_size, auto_pg=True), options.access)
+    app = make_app(ParameterServer(rank=rank, world_size=world_size, auto_pg=True), options.access)
     uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
 
 
@@ -134,7 +134,7 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     """uvicorn's configuration for ``app`` behind the limits of ``options``."""
     import uvicorn
 
-    from checkpoint_engine.http_guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
+    from checkpoint_engine.service.guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
 
     return uvicorn.Config(
         Guard(app, options.token, options.max_body_bytes),

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_engine.errors import KINDS
-from checkpoint_engine.journal import CALLS, Job, Journal
 from checkpoint_engine.report import PHASES
-from checkpoint_engine.status import status_of
+from checkpoint_engine.service.journal import CALLS, Job, Journal
+from checkpoint_engine.service.status import status_of
 from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.problems import Problem, describe
 from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.service.problems import Problem, describe
 
 _KEPT = 100
 """Calls that are remembered once they have ended."""

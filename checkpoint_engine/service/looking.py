@@ -9,10 +9,10 @@ from fastapi import APIRouter, Path
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel
 
-from checkpoint_engine.journal import Job, Journal
-from checkpoint_engine.metrics import CONTENT_TYPE, Metrics
-from checkpoint_engine.problems import Problem
-from checkpoint_engine.status import Status, status_of
+from checkpoint_engine.service.journal import Job, Journal
+from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
+from checkpoint_engine.service.problems import Problem
+from checkpoint_engine.service.status import Status, status_of
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
@@ -58,7 +58,7 @@ def make_router(ps: ParameterServer, journal: Journal) -> APIRouter:
 
     @router.get("/", include_in_schema=False)
     def page() -> Response:
-        content = resources.files("checkpoint_engine").joinpath("status_page.html").read_bytes()
+        content = resources.files(__package__).joinpath("page.html").read_bytes()
         headers = {"Content-Security-Policy": _OWN_HOST_ONLY, "Cache-Control": "no-store"}
         return HTMLResponse(content, headers=headers)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from checkpoint_engine import __version__
-from checkpoint_engine.journal import Job, Journal
 from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import Served
+from checkpoint_engine.service.journal import Job, Journal
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
