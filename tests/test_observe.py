@@ -364,7 +364,7 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    router = make_router(SimpleNamespace(), Journal())  # type: ignore[arg-type]
+    router = make_router(SimpleNamespace, Journal())  # type: ignore[arg-type]
     (endpoint,) = [one.endpoint for one in router.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
     answer = endpoint()
     assert answer.status_code == 501

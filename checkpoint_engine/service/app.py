@@ -1,4 +1,4 @@
-"""One rank's ``ParameterServer`` over HTTP.
+"""The routes of one rank's ``ParameterServer``.
 
 Every rank serves its own; a collective call (gather, update) is posted to all of them at once.
 """
@@ -14,16 +14,17 @@ from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from loguru import logger
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.errors import AccessError, BusyError
 from checkpoint_engine.metas_file import Metas, encode_metas
 from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.journal import Job, Journal
 from checkpoint_engine.service.looking import make_router
+from checkpoint_engine.service.problems import describe
+from checkpoint_engine.service.status import status_of
 from checkpoint_engine.settings import LONGEST_UPDATE
 
 if TYPE_CHECKING:
@@ -53,42 +54,37 @@ _LONG_CALL: dict[int | str, dict[str, Any]] = {
 _DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
 update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
 are a JSON string, as the original's; those of the others an object with code, message and hint."""
+_REFUSED = {"busy": 409, "forbidden": 403}
 _SHOWN_ERRORS = 10
 
 
-class RegisterRequest(BaseModel):
+class _Request(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class RegisterRequest(_Request):
     """The files whose tensors this rank shall own."""
 
-    files: Annotated[list[ShortText], Field(max_length=65_536)] = Field(
-        description="safetensors files, or .npy files with their .meta, on the server's host. A "
-        "folder stands for all files of its checkpoint; an index among the files selects tensors.",
-        examples=[["/models/step-1/model-00001-of-00008.safetensors"]],
+    files: list[ShortText] = Field(
+        max_length=65_536, examples=[["/models/step-1/model-00001-of-00008.safetensors"]]
     )
+    """safetensors files, or .npy files with their .meta, on the server's host. A folder stands for
+    all files of its checkpoint; an index among the files selects tensors."""
 
 
-class UpdateRequest(BaseModel):
+class UpdateRequest(_Request):
     """Which ranks take part, and which engine this rank asks to receive, if any."""
 
-    ranks: Ranks = Field(default=[], description="Empty: broadcast to all. Otherwise P2P to these.")
-    update_url: ShortText | None = Field(
-        default=None,
-        description="The engine's /collective_rpc; null on ranks that are not the first of their "
-        "engine.",
-        examples=["http://localhost:19730/collective_rpc"],
-    )
-    inference_group_ranks: Ranks = Field(
-        default=[], description="The global ranks of that engine's workers. Empty: all."
-    )
-    timeout: float = Field(
-        default=300.0,
-        gt=0,
-        le=LONGEST_UPDATE,
-        description="Seconds that the whole update may take.",
-    )
-    uds: ShortText | None = Field(
-        default=None,
-        description="Path of the Unix socket that the engine listens on, where it is not TCP.",
-    )
+    ranks: Ranks = []
+    """Empty: broadcast to all. Otherwise P2P to these."""
+    update_url: ShortText | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
+    """The engine's /collective_rpc; null on ranks that are not the first of their engine."""
+    inference_group_ranks: Ranks = []
+    """The global ranks of that engine's workers. Empty: all."""
+    timeout: float = Field(300.0, gt=0, le=LONGEST_UPDATE)
+    """Seconds that the whole update may take."""
+    uds: ShortText | None = None
+    """Path of the Unix socket that the engine listens on, where it is not TCP."""
 
 
 def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
@@ -103,9 +99,11 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
     app.add_exception_handler(RequestValidationError, _explain)
     journal = Journal()
-    app.include_router(make_router(ps, journal), tags=["observe"])
+    app.include_router(
+        make_router(lambda: status_of(ps.snapshot(), journal.jobs()), journal), tags=["observe"]
+    )
 
-    def do(call: str, name: str, action: Callable[[], object], wait: bool) -> Response:
+    def do(call: str, name: str, action: Callable[[], object], wait: bool = True) -> Response:
         if wait:
             return _answer(lambda: journal.run(call, name, action))
         job = journal.start(call, name, action)
@@ -117,14 +115,11 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
 
     @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
     def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
-        def register() -> None:
-            ps.register_checkpoint(name, files=request.files)
-
-        return do("register", name, register, wait)
+        return do("register", name, lambda: ps.register_checkpoint(name, files=request.files), wait)
 
     @app.delete("/v1/checkpoints/{name}", summary="Free this rank's part of a checkpoint")
     def unregister_checkpoint(name: Name) -> Response:
-        return do("unregister", name, lambda: ps.unregister_checkpoint(name), wait=True)
+        return do("unregister", name, lambda: ps.unregister_checkpoint(name))
 
     @app.post(
         "/v1/checkpoints/{name}/gather-metas",
@@ -143,8 +138,10 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     def update(
         name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
     ) -> Response:
-        ask_engine = _requester(request, rules)
         timeout = timedelta(seconds=request.timeout)
+
+        def ask_engine(socket_paths: SocketPaths) -> None:
+            _ask_engine(request, rules, socket_paths)
 
         def send() -> UpdateReport:
             return ps.update(name, ask_engine, ranks=request.ranks, timeout=timeout)
@@ -159,7 +156,7 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
 
     @app.post("/v1/metas", summary="Take over another world's metas, to read its memory by P2P")
     def load_metas(metas: Metas) -> Response:
-        return do("load metas", "", lambda: ps.load_metas(metas), wait=True)
+        return do("load metas", "", lambda: ps.load_metas(metas))
 
     return app
 
@@ -168,22 +165,18 @@ def _answer(call: Callable[[], object]) -> Response:
     """200 with the JSON bytes that ``call`` returns, if any, or the error that it raises."""
     try:
         result = call()
-    except BusyError as error:
-        return _failed(409, error)
-    except AccessError as error:
-        logger.warning("refused: {}", error)
-        return _failed(403, error)
     except Exception as error:
-        logger.exception("a request failed")
-        return _failed(500, error)
+        problem = describe(error)
+        status = _REFUSED.get(problem.code, 500)
+        if status == 500:
+            logger.exception("a request failed")
+        elif status == 403:
+            logger.warning("refused: {}", error)
+        text = problem.message.encode(errors="replace").decode()
+        return JSONResponse(text, status_code=status)
     if isinstance(result, bytes):
         return Response(result, media_type="application/json")
     return Response()
-
-
-def _failed(status: int, error: Exception) -> Response:
-    text = str(error) or repr(error)
-    return JSONResponse(text.encode(errors="replace").decode(), status_code=status)
 
 
 def _explain(request: Request, error: Exception) -> Response:
@@ -197,27 +190,20 @@ def _explain(request: Request, error: Exception) -> Response:
     return Response(text, status_code=422, media_type="application/json")
 
 
-def _requester(request: UpdateRequest, rules: Access) -> Callable[[SocketPaths], None]:
-    """The ``req_func`` that asks the engine named in the request; without one it asks nobody.
+def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: SocketPaths) -> None:
+    """Ask the engine that the request names, if it names one.
 
     An engine that may not be asked fails the update, on all ranks, rather than this request alone:
     the other ranks would wait for this one.
     """
-
-    def ask_engine(socket_paths: SocketPaths) -> None:
-        if request.update_url is None:
-            return
-        rules.check_engine(request.update_url, request.uds)
-        sockets = dict(_choose(socket_paths, request.inference_group_ranks))
-        request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)
-
-    return ask_engine
-
-
-def _choose(socket_paths: SocketPaths, ranks: list[int]) -> SocketPaths:
+    if request.update_url is None:
+        return
+    rules.check_engine(request.update_url, request.uds)
+    ranks = request.inference_group_ranks or range(len(socket_paths))
     unknown = [rank for rank in ranks if not 0 <= rank < len(socket_paths)]
     if unknown:
         raise ValueError(
             f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"
         )
-    return [socket_paths[rank] for rank in ranks] if ranks else socket_paths
+    sockets = dict(socket_paths[rank] for rank in ranks)
+    request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)

@@ -7,30 +7,33 @@ from pydantic import BaseModel, ConfigDict, Field
 from checkpoint_engine.errors import UpdateError, kind_of
 
 
-class Problem(BaseModel):
+class Told(BaseModel):
+    """What the service tells. The text below a field describes it to readers of openapi.json."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Problem(Told):
     """A failed call."""
 
-    model_config = ConfigDict(frozen=True)
-
-    code: str = Field(description="One of a few words that do not change.", examples=["busy"])
-    message: str = Field(description="The error's text, a worker's traceback included.")
-    cause: str = Field(
-        default="failed",
-        description="What failed, of a few words: of an update, on the rank that failed first.",
-        examples=["worker_failed"],
-    )
-    hint: str = Field(default="", description="What to do about it.")
-    rank: int | None = Field(default=None, description="That failed first, of several.")
-    phase: str = Field(default="", description="In which it failed.", examples=["reload"])
-    engines: dict[int, str] = Field(
-        default={}, description="What the engine of each rank held then, of an update."
-    )
-    seconds: dict[str, float] = Field(
-        default={}, description="That this rank had spent in each phase until then."
-    )
-    trace: str | None = Field(
-        default=None, description="A file with what the ranks did until then."
-    )
+    code: str = Field(examples=["busy"])
+    """One of a few words that do not change."""
+    message: str
+    """The error's text, a worker's traceback included."""
+    cause: str = Field(default="failed", examples=["worker_failed"])
+    """What failed, of a few words: of an update, on the rank that failed first."""
+    hint: str = ""
+    """What to do about it."""
+    rank: int | None = None
+    """That failed first, of several."""
+    phase: str = Field(default="", examples=["reload"])
+    """In which it failed."""
+    engines: dict[int, str] = {}
+    """What the engine of each rank held then, of an update."""
+    seconds: dict[str, float] = {}
+    """That this rank had spent in each phase until then."""
+    trace: str | None = None
+    """A file with what the ranks did until then."""
 
 
 _HINTS = {
@@ -44,15 +47,16 @@ _HINTS = {
     "invalid": "mend the request: the message names the value",
     "failed": "",
 }
+_OF_UPDATES = ("rank", "phase", "engines", "seconds", "trace")
 
 
 def describe(error: BaseException) -> Problem:
     """The problem that an exception stands for."""
-    cause = kind_of(error)
-    code = "update_failed" if isinstance(error, UpdateError) else cause
-    code = code if code in _HINTS else "failed"
-    problem = Problem(code=code, message=str(error) or repr(error), cause=cause, hint=_HINTS[code])
-    if not isinstance(error, UpdateError):
-        return problem
-    known = ("rank", "phase", "engines", "seconds", "trace")
-    return problem.model_copy(update={name: getattr(error, name) for name in known})
+    cause = code = kind_of(error)
+    known = {}
+    if isinstance(error, UpdateError):
+        code, known = "update_failed", {name: getattr(error, name) for name in _OF_UPDATES}
+    elif code not in _HINTS:
+        code = "failed"
+    message = str(error) or repr(error)
+    return Problem(code=code, message=message, cause=cause, hint=_HINTS[code], **known)
