@@ -13,41 +13,33 @@ from checkpoint_engine.errors import AccessError
 _UNIX = "unix:"
 _PORTS = {"http": 80, "https": 443}
 
+Place = tuple[tuple[str, str, int], str]
+"""Of an engine: scheme, host and port; and the path."""
 
-@dataclass(frozen=True)
-class UrlPrefix:
-    """Engines that may be asked: one origin, and paths from ``path`` on, segment by segment."""
 
-    scheme: str
-    host: str
-    port: int
-    path: str
+def _place_of(text: str) -> Place:
+    """Raises ``ValueError`` on what is no plain http URL, or hides where it leads."""
+    import httpx  # the parser of the client that will make the request: no second opinion
 
-    @staticmethod
-    def parse(text: str) -> UrlPrefix:
-        """Raises ``ValueError`` on what is no plain http URL, or hides where it leads."""
-        import httpx  # the parser of the client that will make the request: no second opinion
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, TypeError, ValueError) as error:
+        raise ValueError(f"{text!r:.200} is not a URL: {error}") from error
+    if url.scheme not in _PORTS or not url.host:
+        raise ValueError(f"{text!r:.200} is not an http:// or https:// URL with a host")
+    if url.userinfo:
+        raise ValueError(f"{text!r:.200}: user names and passwords do not belong into URLs")
+    path = unquote(url.path)
+    hides = "\\" in path or "//" in path or posixpath.normpath(path) != (path.rstrip("/") or "/")
+    if hides or not path.isprintable():
+        raise ValueError(f"{text!r:.200}: its path is not in its plain form")
+    return (url.scheme, url.host.rstrip("."), url.port or _PORTS[url.scheme]), path
 
-        try:
-            url = httpx.URL(text)
-        except (httpx.InvalidURL, TypeError, ValueError) as error:
-            raise ValueError(f"{text!r:.200} is not a URL: {error}") from error
-        if url.scheme not in _PORTS or not url.host:
-            raise ValueError(f"{text!r:.200} is not an http:// or https:// URL with a host")
-        if url.userinfo:
-            raise ValueError(f"{text!r:.200}: user names and passwords do not belong into URLs")
-        path = unquote(url.path)
-        hides = (
-            "\\" in path or "//" in path or posixpath.normpath(path) != (path.rstrip("/") or "/")
-        )
-        if hides or not path.isprintable():
-            raise ValueError(f"{text!r:.200}: its path is not in its plain form")
-        return UrlPrefix(url.scheme, url.host.rstrip("."), url.port or _PORTS[url.scheme], path)
 
-    def covers(self, other: UrlPrefix) -> bool:
-        same_origin = (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
-        folder = self.path.rstrip("/")
-        return same_origin and (other.path == folder or other.path.startswith(f"{folder}/"))
+def _covers(allowed: Place, asked: Place) -> bool:
+    """Whether the path is the one that is allowed or below it, segment by segment."""
+    folder = allowed[1].rstrip("/")
+    return allowed[0] == asked[0] and f"{asked[1]}/".startswith(f"{folder}/")
 
 
 @dataclass(frozen=True)
@@ -56,12 +48,12 @@ class Access:
 
     Attributes:
         folders: real paths; only files in or below them may be registered.
-        engines: only these may be asked to receive over TCP.
+        engines: only these, and what is below them, may be asked to receive over TCP.
         sockets: only on these Unix sockets may an engine be asked.
     """
 
     folders: tuple[str, ...] | None = None
-    engines: tuple[UrlPrefix, ...] | None = None
+    engines: tuple[Place, ...] | None = None
     sockets: tuple[str, ...] | None = None
 
     @staticmethod
@@ -83,7 +75,7 @@ class Access:
         if not allow_update_urls:
             return Access(folders)
         sockets = [url.removeprefix(_UNIX) for url in allow_update_urls if url.startswith(_UNIX)]
-        engines = [UrlPrefix.parse(url) for url in allow_update_urls if not url.startswith(_UNIX)]
+        engines = [_place_of(url) for url in allow_update_urls if not url.startswith(_UNIX)]
         return Access(folders, tuple(engines), tuple(sockets))
 
     def check_engine(self, url: str, uds: str | None) -> None:
@@ -96,8 +88,8 @@ class Access:
                 raise AccessError(f"no engine may be asked through {uds!r:.200} here")
             return
         try:
-            asked = UrlPrefix.parse(url)
+            asked = _place_of(url)
         except ValueError as error:
             raise AccessError(str(error)) from error
-        if not any(prefix.covers(asked) for prefix in self.engines):
+        if not any(_covers(allowed, asked) for allowed in self.engines):
             raise AccessError(f"no engine may be asked at {url!r:.200} here")
