@@ -9,11 +9,7 @@ from checkpoint_engine.cli.serve import serve
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve this rank's ``ParameterServer`` over HTTP until SIGINT or SIGTERM."""
-    serve.main(
-        None if argv is None else list(argv),
-        prog_name="checkpoint-engine",
-        help_option_names=["-h", "--help"],
-    )
+    serve.main(argv, prog_name="checkpoint-engine", help_option_names=["-h", "--help"])
 
 
 if __name__ == "__main__":

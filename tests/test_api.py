@@ -256,7 +256,8 @@ def test_socket_is_for_this_user_alone(tmp_path: Path) -> None:
 
 def test_a_dead_servers_socket_is_replaced(tmp_path: Path) -> None:
     path = str(tmp_path / "server.sock")
-    listen(path).close()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
     with listen(path), socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
 
@@ -264,14 +265,17 @@ def test_a_dead_servers_socket_is_replaced(tmp_path: Path) -> None:
 def test_a_live_servers_socket_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "server.sock")
     with listen(path), socket.socket(socket.AF_UNIX) as client:
-        with pytest.raises(FileExistsError, match=r"another server listens there.*\{rank\}"):
-            listen(path)
+        with (
+            pytest.raises(FileExistsError, match=r"another server listens there.*\{rank\}"),
+            listen(path),
+        ):
+            pass
         client.connect(path)
 
 
 def test_a_file_is_never_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "server.sock"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="not a socket"):
-        listen(str(path))
+    with pytest.raises(FileExistsError, match="not a socket"), listen(str(path)):
+        pass
     assert path.read_text() == "precious"

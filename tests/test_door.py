@@ -439,6 +439,9 @@ def test_a_lock_that_another_user_holds_does_not_stop_a_service(
     monkeypatch.setattr(serve, "_LOCK_SECONDS", 0.2)
     folder = os.open(open_folder, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(OSError, match="whoever holds a lock on the socket's folder"):
-        listen(str(open_folder / "http.sock"))
+    with (
+        pytest.raises(OSError, match="whoever holds a lock on the socket's folder"),
+        listen(str(open_folder / "http.sock")),
+    ):
+        pass
     os.close(folder)

@@ -86,7 +86,3 @@ class Positive(click.FloatRange):
 
 
 SECONDS = Positive(LONGEST_UPDATE)
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from checkpoint_engine.cli.output import Positive, Shown, gigabytes, shown
+from checkpoint_engine.cli.output import Positive, Shown, shown
 from checkpoint_engine.settings import GIB
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 
@@ -104,19 +104,23 @@ def _as_dict(found: Prediction) -> dict[str, Any]:
     return {name: getattr(found, name) for name in _FOUND} | {"waiting_for": found.critical}
 
 
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
 def _as_text(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['checkpoint']}: {gigabytes(result['bytes'])} in {result['tensors']:,} tensors, "
+        f"{result['checkpoint']}: {_gigabytes(result['bytes'])} in {result['tensors']:,} tensors, "
         f"{result['world_size']} ranks with up to "
-        f"{gigabytes(result['host_bytes_of_a_rank'])} of host memory each"
+        f"{_gigabytes(result['host_bytes_of_a_rank'])} of host memory each"
     ]
     for method in ("broadcast", "p2p"):
         found = result[method]
         waits = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found["waiting_for"].items())
         lines += [
             f"{method:9} {found['seconds']:8.3f} s {found['gigabytes_per_second']:7.1f} GB/s, "
-            f"{found['buckets']} buckets of up to {gigabytes(found['bucket_bytes'])}, "
-            f"{gigabytes(found['device_bytes'])} of each receiver's device",
+            f"{found['buckets']} buckets of up to {_gigabytes(found['bucket_bytes'])}, "
+            f"{_gigabytes(found['device_bytes'])} of each receiver's device",
             f"          waits, s: {waits}",
         ]
     return "\n".join(lines)

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from checkpoint_engine.settings import integer
 
 
 @click.command()
-@click.option(
-    "--uds",
-    metavar="PATH",
-    help="The socket; {rank} in it becomes the rank, so that under torchrun each has its own.",
-)
+@click.option("--uds", metavar="PATH",
+              help="The socket; {rank} in it becomes the rank, so that under torchrun each has its "
+              "own.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", help="For --port: the address to listen on.")
 @click.option("--port", type=int, help="Listen on TCP; under torchrun, local rank r on PORT + r.")
-@click.option(
-    "--token-file",
-    metavar="FILE",
-    help="Holds the bearer token that callers must send; default: PS_HTTP_TOKEN.",
-)
-@click.option("--no-token", is_flag=True, help="Serve TCP to everybody who can connect.")
-@click.option(
-    "--allow-path",
-    multiple=True,
-    metavar="DIR",
-    help="Only files below it may be registered, symbolic links resolved; repeatable.",
-)
-@click.option(
-    "--allow-update-url",
-    multiple=True,
-    metavar="URL",
-    help="Only engines at or below it may be asked; unix:PATH for a socket; repeatable.",
-)
-@click.option(
-    "--max-body", type=click.IntRange(1), default=64 << 20, metavar="BYTES", help="Of one request."
-)
+@click.option("--token-file", metavar="FILE",
+              help="Holds the bearer token that callers must send. Default: "
+              "PS_HTTP_TOKEN.")  # fmt: skip
+@click.option("--no-token", "allow_anyone", is_flag=True, help="Serve TCP to everybody.")
+@click.option("--allow-path", multiple=True, metavar="DIR",
+              help="Only files below it may be registered, symbolic links resolved; "
+              "repeatable.")  # fmt: skip
+@click.option("--allow-update-url", multiple=True, metavar="URL",
+              help="Only engines at or below it may be asked; unix:PATH for a socket; "
+              "repeatable.")  # fmt: skip
+@click.option("--max-body", "max_body_bytes", type=click.IntRange(1), default=64 << 20,
+              metavar="BYTES", help="Of one request.")  # fmt: skip
 def serve(
     uds: str | None,
-    host: str,
     port: int | None,
     token_file: str | None,
-    no_token: bool,
     allow_path: tuple[str, ...],
     allow_update_url: tuple[str, ...],
-    max_body: int,
+    **others: Any,
 ) -> None:
     """Serve this rank's ParameterServer over HTTP on a Unix socket, or on TCP.
 
@@ -62,17 +51,15 @@ def serve(
             )
         options = ServeOptions(
             uds=None if uds is None else uds.replace("{rank}", str(rank)),
-            host=host,
             port=port + integer("LOCAL_RANK", 0) if port else port,
-            token=None if no_token else read_token(token_file),
-            allow_anyone=no_token,
+            token=None if others["allow_anyone"] else read_token(token_file),
             access=Access.of(allow_path, allow_update_url),
-            max_body_bytes=max_body,
+            **others,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
         serve(options, rank, world_size)
     except OSError as error:
-        text = f"rank {rank} cannot serve on {options.where}: {error}"
-        raise click.ClickException(text) from error
+        where = options.uds or f"{options.host}:{options.port}"
+        raise click.ClickException(f"rank {rank} cannot serve on {where}: {error}") from error

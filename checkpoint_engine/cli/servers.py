@@ -51,7 +51,7 @@ class Server:
     place: str
     token: str | None = None
 
-    def ask(self, method: str, route: str, timeout: float, body: Any = None) -> Any:
+    def ask(self, method: str, route: str, timeout: float = SHORT, body: Any = None) -> Any:
         """The answer's JSON, ``None`` where it is empty.
 
         Raises:
@@ -100,17 +100,9 @@ def _refusal(place: str, status: int, text: str) -> ServiceError:
         content = content.get("error", content.get("detail", text))
     if isinstance(content, dict):
         hint, content = content.get("hint") or hint, content.get("message", text)
-    elif isinstance(content, list):
-        content = "; ".join(map(_describe_value, content))
+    with contextlib.suppress(TypeError, KeyError):  # wrong values, as FastAPI lists them
+        content = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in content)
     return ServiceError(place, status, str(content) or f"HTTP {status}", hint)
-
-
-def _describe_value(problem: Any) -> str:
-    """One entry of FastAPI's answer to a request with values that are wrong."""
-    try:
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (TypeError, KeyError):
-        return str(problem)
 
 
 # ---------------------------------------------------------------------- which servers there are
@@ -153,9 +145,8 @@ def _check_url(text: str) -> None:
         raise click.UsageError(f"{text!r} is no URL: {error}") from error
     if url.userinfo:
         raise click.UsageError("give no user or password in a URL: a token is its own option")
-    if (url.port or 0) >= 1 << 16:
-        raise click.UsageError(f"{text!r} has no port of TCP")
-    if url.scheme not in ("http", "https") or not url.host or set(url.host) & set(",{}"):
+    host = url.host if url.scheme in ("http", "https") and (url.port or 0) < 1 << 16 else ""
+    if not host or set(host) & set(",{}"):
         raise click.UsageError(f"{text!r} is no URL of one server, as http://host:8000")
 
 
@@ -174,20 +165,17 @@ class World:
         Raises:
             ServiceError: one does not answer, or a rank of theirs is not among them.
         """
-        states = ask(servers, "GET", STATUS, SHORT, collective=True)
+        states = ask(servers, "GET", STATUS, collective=True)
         ranks = [state["rank"] for state in states]
         size = max(state["world_size"] for state in states)
         if sorted(ranks) != list(range(size)):
+            places = ", ".join(server.place for server in servers)
             missing = sorted(set(range(size)) - set(ranks))
-            raise ServiceError(
-                ", ".join(server.place for server in servers),
-                None,
-                f"these are ranks {sorted(ranks)} of {size}",
+            absent = (
                 f"every rank takes part, but {missing} are missing: name them, and start those "
-                "that are not up"
-                if missing
-                else "name every rank once",
             )
+            hint = f"{absent}that are not up" if missing else "name every rank once"
+            raise ServiceError(places, None, f"these are ranks {sorted(ranks)} of {size}", hint)
         self.servers = [servers[ranks.index(rank)] for rank in range(size)]
         ordered = [states[ranks.index(rank)] for rank in range(size)]
         self.held = [{one["name"] for one in state["checkpoints"]} for state in ordered]
@@ -202,7 +190,7 @@ def ask(
     servers: Sequence[Server],
     method: str,
     route: str,
-    timeout: float,
+    timeout: float = SHORT,
     bodies: Sequence[Any] | None = None,
     *,
     collective: bool = False,
@@ -218,14 +206,12 @@ def ask(
     queue: SimpleQueue[tuple[int, Any]] = SimpleQueue()
 
     def ask_one(place: int) -> None:
-        answer: Any
+        server = servers[place]
         try:
-            body = None if bodies is None else bodies[place]
-            answer = servers[place].ask(method, route, timeout, body)
-        except ServiceError as error:
-            answer = error
+            answer = server.ask(method, route, timeout, None if bodies is None else bodies[place])
         except Exception as error:
-            answer = ServiceError(servers[place].place, None, repr(error))
+            known = isinstance(error, ServiceError)
+            answer = error if known else ServiceError(server.place, None, repr(error))
         queue.put((place, answer))
 
     for place in range(len(servers)):

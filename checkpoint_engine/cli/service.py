@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,24 +14,8 @@ from urllib.parse import quote
 import click
 
 from checkpoint_engine.checkpoint_folder import expand_folders, split_over_ranks
-from checkpoint_engine.cli.output import (
-    FAILED,
-    SECONDS,
-    UNREACHABLE,
-    Failure,
-    Shown,
-    gigabytes,
-    shown,
-)
-from checkpoint_engine.cli.servers import (
-    SHORT,
-    STATUS,
-    Server,
-    ServiceError,
-    World,
-    ask,
-    find_servers,
-)
+from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
+from checkpoint_engine.cli.servers import STATUS, Server, ServiceError, World, ask, find_servers
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
 _GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given up
@@ -39,17 +24,10 @@ _GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given u
 def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
     """A command that asks the servers of ``--server``."""
 
-    @click.option(
-        "--server",
-        "places",
-        multiple=True,
-        required=True,
-        metavar="ADDRESS",
-        envvar="PS_SERVERS",
-        show_envvar=True,
-        help="A rank's Unix socket or URL; repeat it for all ranks, of all nodes. {rank} in a "
-        "socket's path stands for every rank whose socket is there.",
-    )
+    @click.option("--server", "places", multiple=True, required=True, metavar="ADDRESS",
+                  envvar="PS_SERVERS", show_envvar=True,
+                  help="A rank's Unix socket or URL; repeat it for all ranks, of all nodes. {rank} "
+                  "in a socket's path stands for every rank whose socket is there.")  # fmt: skip
     @click.option("--token", envvar="PS_HTTP_TOKEN", show_envvar=True,
                   help="What a server on TCP asks for.")  # fmt: skip
     @click.option("--token-file", type=click.Path(exists=True, dir_okay=False),
@@ -142,7 +120,7 @@ def unregister(servers: list[Server], name: str) -> Shown:
     """Free checkpoint NAME on every rank."""
     world = World(servers)
     _check_registered(world, name)
-    _raise_first(ask(world.servers, "DELETE", _route_of(name), SHORT))
+    _raise_first(ask(world.servers, "DELETE", _route_of(name)))
     return Shown({"checkpoint": name}, f"unregistered {name}")
 
 
@@ -279,11 +257,8 @@ def parse_ranks(text: str) -> list[int]:
     """
     ranks: list[int] = []
     for part in text.replace(" ", "").split(",") if text else []:
-        first, dash, last = part.partition("-")
-        try:
-            some = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            some = range(0)
+        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        some = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
         if not some:
             raise click.UsageError(f"--ranks is a list as 0,1,4-7, not {text!r}")
         ranks += some
@@ -313,8 +288,8 @@ def metas(
         _gather(World(servers), name, timeout)
     if load is not None:
         contents = [_read_json(load)] * len(servers)
-        _raise_first(ask(World(servers).servers, "POST", "/v1/metas", SHORT, contents))
-    found: dict[str, Any] = servers[0].ask("GET", "/v1/metas", SHORT) or {}
+        _raise_first(ask(World(servers).servers, "POST", "/v1/metas", bodies=contents))
+    found: dict[str, Any] = servers[0].ask("GET", "/v1/metas") or {}
     if output is not None:
         if not found:
             raise Failure("nothing was gathered: name a checkpoint that is registered")
@@ -342,7 +317,7 @@ def _describe(rank: str, owned: dict[str, Any]) -> str:
 @service_command
 def status(servers: list[Server]) -> Shown:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    answers = ask(servers, "GET", STATUS, SHORT)
+    answers = ask(servers, "GET", STATUS)
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
     known = [state for state in states if "rank" in state]
     size = max((state["world_size"] for state in known), default=0)
@@ -369,7 +344,8 @@ def _one_line(state: dict[str, Any]) -> str:
     running = [job for job in state["jobs"] if job["state"] == "running"]
     jobs = running or state["jobs"][:1]
     doing = ", ".join(f"{job['call']} {job['checkpoint']} {job['state']}" for job in jobs) or "idle"
+    gigabytes = f"{state['pinned_bytes'] / 1e9:.2f} GB"
     return (
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
-        f"{len(state['checkpoints'])} checkpoints, {gigabytes(state['pinned_bytes'])}, {doing}"
+        f"{len(state['checkpoints'])} checkpoints, {gigabytes}, {doing}"
     )

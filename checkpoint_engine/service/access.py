@@ -14,7 +14,11 @@ _UNIX = "unix:"
 _PORTS = {"http": 80, "https": 443}
 
 Place = tuple[tuple[str, str, int], str]
-"""Of an engine: scheme, host and port; and the path."""
+"""Of an engine: scheme, host and port; and the path. Of a Unix socket: ``unix:``, its path, 0."""
+
+
+def _unix_place(path: str) -> Place:
+    return (_UNIX, path, 0), "/"
 
 
 def _place_of(text: str) -> Place:
@@ -48,13 +52,11 @@ class Access:
 
     Attributes:
         folders: real paths; only files in or below them may be registered.
-        engines: only these, and what is below them, may be asked to receive over TCP.
-        sockets: only on these Unix sockets may an engine be asked.
+        engines: only these, and what is below their paths, may be asked to receive.
     """
 
     folders: tuple[str, ...] | None = None
     engines: tuple[Place, ...] | None = None
-    sockets: tuple[str, ...] | None = None
 
     @staticmethod
     def of(allow_paths: Sequence[str] = (), allow_update_urls: Sequence[str] = ()) -> Access:
@@ -72,24 +74,21 @@ class Access:
         if missing:
             raise ValueError(f"--allow-path {missing[0]}: there is no such folder")
         folders = tuple(os.path.realpath(path) for path in allow_paths) or None
-        if not allow_update_urls:
-            return Access(folders)
-        sockets = [url.removeprefix(_UNIX) for url in allow_update_urls if url.startswith(_UNIX)]
-        engines = [_place_of(url) for url in allow_update_urls if not url.startswith(_UNIX)]
-        return Access(folders, tuple(engines), tuple(sockets))
+        engines = tuple(
+            _unix_place(url.removeprefix(_UNIX)) if url.startswith(_UNIX) else _place_of(url)
+            for url in allow_update_urls
+        )
+        return Access(folders, engines or None)
 
     def check_engine(self, url: str, uds: str | None) -> None:
         """Raises ``AccessError`` if that engine may not be asked. Of an engine on a Unix socket
         the URL says no more than the path."""
-        if self.engines is None or self.sockets is None:
-            return
-        if uds is not None:
-            if uds not in self.sockets:
-                raise AccessError(f"no engine may be asked through {uds!r:.200} here")
+        if self.engines is None:
             return
         try:
-            asked = _place_of(url)
+            asked = _place_of(url) if uds is None else _unix_place(uds)
         except ValueError as error:
             raise AccessError(str(error)) from error
         if not any(_covers(allowed, asked) for allowed in self.engines):
-            raise AccessError(f"no engine may be asked at {url!r:.200} here")
+            where = url if uds is None else uds
+            raise AccessError(f"no engine may be asked at {where!r:.200} here")

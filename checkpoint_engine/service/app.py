@@ -14,7 +14,7 @@ from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
@@ -23,7 +23,7 @@ from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.journal import Job, Journal
 from checkpoint_engine.service.looking import make_router
-from checkpoint_engine.service.problems import describe
+from checkpoint_engine.service.problems import Described, describe
 from checkpoint_engine.service.status import status_of
 from checkpoint_engine.settings import LONGEST_UPDATE
 
@@ -58,11 +58,7 @@ _REFUSED = {"busy": 409, "forbidden": 403}
 _SHOWN_ERRORS = 10
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class RegisterRequest(_Request):
+class RegisterRequest(Described):
     """The files whose tensors this rank shall own."""
 
     files: list[ShortText] = Field(
@@ -72,14 +68,14 @@ class RegisterRequest(_Request):
     all files of its checkpoint; an index among the files selects tensors."""
 
 
-class UpdateRequest(_Request):
+class UpdateRequest(Described):
     """Which ranks take part, and which engine this rank asks to receive, if any."""
 
-    ranks: Ranks = []
+    ranks: Ranks = Field([])
     """Empty: broadcast to all. Otherwise P2P to these."""
     update_url: ShortText | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
     """The engine's /collective_rpc; null on ranks that are not the first of their engine."""
-    inference_group_ranks: Ranks = []
+    inference_group_ranks: Ranks = Field([])
     """The global ranks of that engine's workers. Empty: all."""
     timeout: float = Field(300.0, gt=0, le=LONGEST_UPDATE)
     """Seconds that the whole update may take."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from checkpoint_engine.report import UpdateReport
-from checkpoint_engine.service.problems import Problem, Told, describe
+from checkpoint_engine.service.problems import Described, Problem, describe
 
 _KEPT = 100
 """Calls that are remembered once they have ended."""
@@ -24,7 +24,7 @@ CALLS = ("register", "unregister", "gather", "load metas", "update")
 """What the service is asked to do."""
 
 
-class Job(Told):
+class Job(Described):
     """One call of this rank's service."""
 
     id: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from importlib import resources
 from typing import Annotated
@@ -11,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from checkpoint_engine.service.journal import Job, Journal
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
-from checkpoint_engine.service.problems import Problem, Told
+from checkpoint_engine.service.problems import Described, Problem
 from checkpoint_engine.service.status import Status
 
 _OWN_HOST_ONLY = (
@@ -20,7 +21,7 @@ _OWN_HOST_ONLY = (
 )
 
 
-class ErrorAnswer(Told):
+class ErrorAnswer(Described):
     """What the routes of this library answer when they fail; the original's answer a string."""
 
     error: Problem
@@ -29,7 +30,9 @@ class ErrorAnswer(Told):
 def make_router(look: Callable[[], Status], journal: Journal) -> APIRouter:
     """Routes over what ``look`` finds and ``journal`` remembers."""
     router = APIRouter()
-    metrics = _make_metrics(look, journal)
+    metrics: Metrics | None = None
+    with contextlib.suppress(ImportError):
+        metrics = Metrics(look, journal)
 
     @router.get("/v1/status", summary="What this rank holds, does and did")
     def status() -> Status:
@@ -68,10 +71,3 @@ def make_router(look: Callable[[], Status], journal: Journal) -> APIRouter:
 def _failed(status: int, code: str, message: str, hint: str) -> Response:
     answer = ErrorAnswer(error=Problem(code=code, message=message, hint=hint))
     return JSONResponse(answer.model_dump(), status_code=status)
-
-
-def _make_metrics(look: Callable[[], Status], journal: Journal) -> Metrics | None:
-    try:
-        return Metrics(look, journal)
-    except ImportError:
-        return None

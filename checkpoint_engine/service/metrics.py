@@ -79,9 +79,6 @@ class Metrics:
 
         return generate_latest(self._registry)
 
-    def describe(self) -> list[Any]:
-        return []  # or registering would collect once
-
     def collect(self) -> Iterator[Any]:
         """What the server holds, for the registry."""
         from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily

@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from checkpoint_engine.errors import UpdateError, kind_of
 
 
-class Told(BaseModel):
-    """What the service tells. The text below a field describes it to readers of openapi.json."""
+class Described(BaseModel):
+    """What the service gets or tells: openapi.json has the text that stands below a field."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Problem(Told):
+class Problem(Described):
     """A failed call."""
 
     code: str = Field(examples=["busy"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from loguru import logger
 
@@ -21,7 +23,6 @@ from checkpoint_engine.service.access import Access
 
 _SHUTDOWN_SECONDS = 5
 _LOCK_SECONDS = 10.0
-_MIN_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,11 @@ class ServeOptions:
                 "TCP can be reached by other users: give a token (PS_HTTP_TOKEN or a token file), "
                 "or say explicitly that none is wanted (--no-token)"
             )
-        token = self.token
-        if token is not None and not (
-            len(token) >= _MIN_TOKEN and all("!" <= letter <= "~" for letter in token)
-        ):
+        if self.token is not None and not re.fullmatch("[!-~]{16,}", self.token):
             raise ValueError(
-                f"a token has at least {_MIN_TOKEN} printable ASCII characters and no blanks: "
-                "make one with `openssl rand -hex 32`"
+                "a token has at least 16 printable ASCII characters and no blanks: make one with "
+                "`openssl rand -hex 32`"
             )
-
-    @property
-    def where(self) -> str:
-        return self.uds if self.uds is not None else f"{self.host}:{self.port}"
 
 
 def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
@@ -100,18 +94,15 @@ def serve(options: ServeOptions, rank: int, world_size: int) -> None:
     # uvicorn shuts down on either, then raises it again: without this the process would end there,
     # or asyncio would miss it.
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _exit)
-    with _listening(options) as listener:
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    uds = options.uds
+    with listen_tcp(options.host, options.port or 0) if uds is None else listen(uds) as listener:
         from checkpoint_engine.ps import ParameterServer
         from checkpoint_engine.service.app import make_app
 
         server = ParameterServer(rank=rank, world_size=world_size, auto_pg=True)
         app = make_app(server, options.access)
         uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
-
-
-def _exit(signum: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 def uvicorn_config(app: Any, options: ServeOptions) -> Any:
@@ -134,47 +125,37 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _listening(options: ServeOptions) -> Iterator[socket.socket]:
-    if options.uds is None:
-        with listen_tcp(options.host, options.port or 0) as listener:
-            logger.info("serving on {}:{}", *listener.getsockname()[:2])
-            yield listener
-        return
-    listener = listen(options.uds)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(options.uds)
-
-
 def listen_tcp(host: str, port: int) -> socket.socket:
     """A listening TCP socket, IPv4 or IPv6 as ``host`` says."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    return socket.create_server(address, family=family, dualstack_ipv6=dual)
+    listener = socket.create_server(address, family=family, dualstack_ipv6=dual)
+    logger.info("serving on {}:{}", *listener.getsockname()[:2])
+    return listener
 
 
-def listen(path: str) -> socket.socket:
-    """A listening socket at ``path`` that only this user can reach.
+@contextlib.contextmanager
+def listen(path: str) -> Iterator[socket.socket]:
+    """A listening socket at ``path`` that only this user can reach, until the block ends.
 
     A socket that a dead server left there is replaced.
 
     Raises:
         OSError: a live server or another kind of file is there, or the path cannot be used.
     """
-    with contextlib.ExitStack() as undo:
-        listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         # The file that bind makes inherits this mode, so it is never open to others.
         os.fchmod(listener.fileno(), 0o600)
         with _folder_locked(path):
             _remove_stale(path)
             listener.bind(path)
             listener.listen()
-        undo.pop_all()
-    return listener
+        try:
+            yield listener
+        finally:
+            # Before it is closed: another server may replace it then, and keep its own.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 @contextlib.contextmanager

@@ -11,14 +11,14 @@ from checkpoint_engine import __version__
 from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import Served
 from checkpoint_engine.service.journal import Job
-from checkpoint_engine.service.problems import Told
+from checkpoint_engine.service.problems import Described
 
 if TYPE_CHECKING:
     from checkpoint_engine.snapshot import Snapshot
     from checkpoint_engine.world.gathered import Gathered
 
 
-class Checkpoint(Told):
+class Checkpoint(Described):
     """A checkpoint in this rank's host memory."""
 
     name: str
@@ -27,7 +27,7 @@ class Checkpoint(Told):
     """Of pinned host memory on this rank."""
 
 
-class Rank(Told):
+class Rank(Described):
     """A rank of the world, as the last gather found it."""
 
     rank: int
@@ -40,7 +40,7 @@ class Rank(Told):
     """Where its memory can be read."""
 
 
-class Status(Told):
+class Status(Described):
     """One rank's service."""
 
     version: str
