@@ -171,10 +171,8 @@ class World:
         if sorted(ranks) != list(range(size)):
             places = ", ".join(server.place for server in servers)
             missing = sorted(set(range(size)) - set(ranks))
-            absent = (
-                f"every rank takes part, but {missing} are missing: name them, and start those "
-            )
-            hint = f"{absent}that are not up" if missing else "name every rank once"
+            absent = f"ranks {missing} are missing: name them, and start those that are not up"
+            hint = absent if missing else "name every rank once"
             raise ServiceError(places, None, f"these are ranks {sorted(ranks)} of {size}", hint)
         self.servers = [servers[ranks.index(rank)] for rank in range(size)]
         ordered = [states[ranks.index(rank)] for rank in range(size)]

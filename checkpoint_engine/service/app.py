@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
@@ -19,7 +20,6 @@ from pydantic import Field
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.metas_file import Metas, encode_metas
-from checkpoint_engine.report import UpdateReport
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.journal import Job, Journal
 from checkpoint_engine.service.looking import make_router
@@ -134,14 +134,9 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     def update(
         name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
     ) -> Response:
+        ask_engine = partial(_ask_engine, request, rules)
         timeout = timedelta(seconds=request.timeout)
-
-        def ask_engine(socket_paths: SocketPaths) -> None:
-            _ask_engine(request, rules, socket_paths)
-
-        def send() -> UpdateReport:
-            return ps.update(name, ask_engine, ranks=request.ranks, timeout=timeout)
-
+        send = partial(ps.update, name, ask_engine, ranks=request.ranks, timeout=timeout)
         if wait and report:
             return _answer(lambda: journal.run("update", name, send).model_dump_json().encode())
         return do("update", name, send, wait)
