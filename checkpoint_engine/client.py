@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +62,7 @@ def vllm_request(
             remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
             return _send("POST", f"{url}{route}", remaining, uds)
 
-        with _paused(post, pause):
+        with nullcontext() if pause is None else _paused(post, pause):
             seconds = max(deadline.remaining(), 0.1)
             request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             if reset_prefix_cache:
@@ -142,12 +142,9 @@ def _for_engine(
 
 
 @contextmanager
-def _paused(post: Callable[[str], Any], mode: str | None) -> Iterator[None]:
+def _paused(post: Callable[[str], Any], mode: str) -> Iterator[None]:
     """Generation stands still. A pause without an answer may still happen, so that is resumed
     too."""
-    if mode is None:
-        yield
-        return
     try:
         post(f"/pause?mode={mode}")
         yield

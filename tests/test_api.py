@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import stat
 import threading
@@ -16,6 +17,7 @@ import uvicorn
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError
+from checkpoint_engine.service import serve
 from checkpoint_engine.service.serve import ServeOptions, listen, uvicorn_config
 
 METAS = {
@@ -260,6 +262,23 @@ def test_a_dead_servers_socket_is_replaced(tmp_path: Path) -> None:
         dead.bind(path)
     with listen(path), socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
+
+
+def test_a_socket_is_removed_while_it_still_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it does not, the next server may have put its own in its place."""
+    path = str(tmp_path / "server.sock")
+    remove = os.unlink
+
+    def connect_and_remove(path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+        remove(path)
+
+    with listen(path):
+        monkeypatch.setattr(serve.os, "unlink", connect_and_remove)
+    assert not os.path.exists(path)
 
 
 def test_a_live_servers_socket_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Server:
             text = f"no answer: {str(error) or type(error).__name__}"
             raise ServiceError(self.place, None, text, _START) from error
         if not response.is_success:
-            raise _refusal(self.place, response.status_code, response.text)
+            raise refusal(self.place, response.status_code, response.text)
         with contextlib.suppress(ValueError):
             answer = response.json() if response.content else None
             if route != STATUS or _is_status(answer):
@@ -90,7 +90,7 @@ def _is_status(answer: Any) -> bool:
     )
 
 
-def _refusal(place: str, status: int, text: str) -> ServiceError:
+def refusal(place: str, status: int, text: str) -> ServiceError:
     """The error in an answer: a JSON string, an object with message and hint, or FastAPI's own."""
     hint = _HINTS.get(status, "")
     content: Any = text

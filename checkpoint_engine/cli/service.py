@@ -82,8 +82,8 @@ def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: f
         )
     files = expand_folders(path.absolute() for path in paths)
     shares = split_over_ranks(files, len(world.servers))
-    began = time.perf_counter()
     bodies = [{"files": share} for share in shares]
+    began = time.perf_counter()
     answers = ask(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
     _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began

@@ -30,7 +30,6 @@ from checkpoint_engine.settings import LONGEST_UPDATE
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
 
-SocketPaths = list[tuple[str, str]]
 Ranks = Annotated[list[int], Field(max_length=65_536)]
 ShortText = Annotated[str, Field(max_length=4096)]
 Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -181,7 +180,7 @@ def _explain(request: Request, error: Exception) -> Response:
     return Response(text, status_code=422, media_type="application/json")
 
 
-def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: SocketPaths) -> None:
+def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: list[tuple[str, str]]) -> None:
     """Ask the engine that the request names, if it names one.
 
     An engine that may not be asked fails the update, on all ranks, rather than this request alone:
