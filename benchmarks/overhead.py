@@ -28,10 +28,11 @@ from worker_process import WorkerProcess
 
 from checkpoint_engine import ps as server
 from checkpoint_engine.control import Operation
-from checkpoint_engine.journal import Journal
-from checkpoint_engine.metrics import Metrics
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.report import Stage
+from checkpoint_engine.service.journal import Journal
+from checkpoint_engine.service.metrics import Metrics
+from checkpoint_engine.service.status import status_of
 from checkpoint_engine.trace import UNTRACED
 from update import NAME, RANK, WORLD_SIZE, Engine, make_tensors
 
@@ -72,7 +73,9 @@ class Overhead:
         options = {"auto_pg": True} if WORLD_SIZE > 1 else {}
         self._ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **options)
         self._journal = Journal()
-        self._metrics = Metrics(self._ps, self._journal)
+        self._metrics = Metrics(
+            lambda: status_of(self._ps.snapshot(), self._journal.jobs()), self._journal
+        )
         mine = range(layers * RANK // WORLD_SIZE, layers * (RANK + 1) // WORLD_SIZE)
         self._ps.register_checkpoint(NAME, named_tensors=make_tensors(mine, seed=1))
         self._ps.gather_metas(NAME)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -57,15 +58,15 @@ def vllm_request(
     def ask(handles: dict[str, str]) -> None:
         deadline = Deadline(timeout)
 
-        def post(route: str, **query: str) -> httpx.Response:
+        def post(route: str) -> httpx.Response:
             remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
-            return _send("POST", f"{url}{route}", remaining, uds, query=query)
+            return _send("POST", f"{url}{route}", remaining, uds)
 
-        with _paused(post, pause):
+        with nullcontext() if pause is None else _paused(post, pause):
             seconds = max(deadline.remaining(), 0.1)
             request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             if reset_prefix_cache:
-                _check_success(post("/reset_prefix_cache", reset_running_requests="true"))
+                _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
 
     return _for_engine(ask, rank, inference_parallel_size)
 
@@ -91,14 +92,8 @@ def sglang_request(
         ValueError: a number is out of range. What the function raises is the engine's error, whole.
     """
 
-    def ask(handles: dict[str, str]) -> None:
-        body = {
-            "zmq_handles": handles,
-            "flush_cache": flush_cache,
-            "weight_version": weight_version,
-        }
-        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
-
+    options = {"flush_cache": flush_cache, "weight_version": weight_version}
+    ask = partial(_ask_by_ipc_route, url, timeout, uds, options)
     return _for_engine(ask, rank, inference_parallel_size)
 
 
@@ -111,12 +106,15 @@ def lmdeploy_request(
     uds: str | None = None,
 ) -> RequestFunction:
     """A ``req_func`` for lmdeploy; arguments and errors as of ``sglang_request``."""
-
-    def ask(handles: dict[str, str]) -> None:
-        body = {"zmq_handles": handles}
-        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
-
+    ask = partial(_ask_by_ipc_route, url, timeout, uds, {})
     return _for_engine(ask, rank, inference_parallel_size)
+
+
+def _ask_by_ipc_route(
+    url: str, timeout: float, uds: str | None, options: dict[str, Any], handles: dict[str, str]
+) -> None:
+    body = {"zmq_handles": handles, **options}
+    _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
 
 
 def _for_engine(
@@ -144,14 +142,11 @@ def _for_engine(
 
 
 @contextmanager
-def _paused(post: Callable[..., Any], mode: str | None) -> Iterator[None]:
+def _paused(post: Callable[[str], Any], mode: str) -> Iterator[None]:
     """Generation stands still. A pause without an answer may still happen, so that is resumed
     too."""
-    if mode is None:
-        yield
-        return
     try:
-        post("/pause", mode=mode)
+        post(f"/pause?mode={mode}")
         yield
     except BaseException:
         try:
@@ -209,14 +204,13 @@ def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:
     """
     import httpx
 
-    deadline = time.monotonic() + timeout
+    end = time.monotonic() + timeout
     while True:
-        remaining = deadline - time.monotonic()
         try:
-            _send("GET", url, max(0.1, min(5.0, remaining)), uds)
+            _send("GET", url, max(0.1, min(5.0, end - time.monotonic())), uds)
             return
         except (httpx.HTTPStatusError, httpx.TransportError) as error:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= end:
                 raise TimeoutError(f"engine not ready after {timeout:g} s: {error}") from error
         time.sleep(0.1)
 
@@ -245,18 +239,13 @@ def fetch_metas(
 
 
 def _send(
-    method: str,
-    url: str,
-    timeout: float,
-    uds: str | None,
-    body: Any = None,
-    query: dict[str, str] | None = None,
-    token: str | None = None,
+    verb: str, url: str, timeout: float, uds: str | None, body: Any = None, token: str | None = None
 ) -> httpx.Response:
+    """The answer of ``exchange``, which must be a success."""
     import httpx
 
     try:
-        response = exchange(method, url, timeout, uds, body, query, token)
+        response = exchange(verb, url, timeout, uds, body, token)
     except httpx.TransportError as error:
         where = url if uds is None else f"{url} through {uds}"
         text = f"no answer from {where}: {error or type(error).__name__}; is the engine up?"
@@ -271,13 +260,7 @@ def _send(
 
 
 def exchange(
-    method: str,
-    url: str,
-    timeout: float,
-    uds: str | None,
-    body: Any = None,
-    query: dict[str, str] | None = None,
-    token: str | None = None,
+    verb: str, url: str, timeout: float, uds: str | None, body: Any = None, token: str | None = None
 ) -> httpx.Response:
     """One request and whatever answer comes.
 
@@ -293,6 +276,6 @@ def exchange(
     # No proxy, netrc or certificates from the environment: who is asked are neighbours.
     with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
         try:
-            return client.request(method, url, json=body, params=query, headers=headers)
+            return client.request(verb, url, json=body, headers=headers)
         except httpx.LocalProtocolError:  # its text has the header, and so the token
             raise ValueError(f"{url}: a token or address that HTTP does not allow") from None

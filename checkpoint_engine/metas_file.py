@@ -7,7 +7,6 @@ We write JSON. Programs written for the original library left pickles; these are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -34,14 +33,7 @@ def decode_metas(data: bytes) -> Metas:
     """
     try:
         if data.startswith(_PICKLE_MARK):
-            return _ADAPTER.validate_python(_unpickle(data))
+            return _ADAPTER.validate_python(read_pickle(data, ModelWords()))
         return _ADAPTER.validate_json(data)
-    except ValidationError as error:
+    except (ValidationError, PlainPickleError) as error:
         raise ValueError(f"not the metas of a checkpoint: {error}") from error
-
-
-def _unpickle(data: bytes) -> Any:
-    try:
-        return read_pickle(data, ModelWords())
-    except PlainPickleError as error:
-        raise ValueError(f"not a pickle of a checkpoint's metas: {error}") from error

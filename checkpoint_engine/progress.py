@@ -12,18 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 class Progress(BaseModel):
     """A call that is running on this rank."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     call: str = Field(examples=["update"])
     checkpoint: str
-    phase: str = Field(
-        description="What this rank does or waits for.", examples=["reload", "filling", "summing"]
-    )
-    done_bytes: int = Field(
-        description="That this rank's worker has loaded, or that are filled, or summed."
-    )
-    total_bytes: int = Field(description="0 while it is not known yet.")
-    seconds: dict[str, float] = Field(default={}, description="Spent in the phases before.")
+    phase: str = Field(examples=["reload", "filling", "summing"])
+    """What this rank does or waits for."""
+    done_bytes: int
+    """That this rank's worker has loaded, or that are filled, or summed."""
+    total_bytes: int
+    """0 while it is not known yet."""
+    seconds: dict[str, float] = {}
+    """Spent in the phases before."""
 
     @property
     def fraction(self) -> float:
@@ -35,14 +35,7 @@ def drawn_bar(call: str, total_bytes: int) -> Iterator[Callable[[Progress], None
     """A bar on stderr, for as long as the block lasts; it moves with what the function gets."""
     import click
 
-    drawn = 0
     label = f"{call} {total_bytes / 1e9:.2f} GB"
     # Seconds that are left are guessed wrong: the first bytes wait for engines.
     with click.progressbar(length=total_bytes, label=label, file=sys.stderr, show_eta=False) as bar:
-
-        def show(progress: Progress) -> None:
-            nonlocal drawn
-            bar.update(progress.done_bytes - drawn)
-            drawn = progress.done_bytes
-
-        yield show
+        yield lambda progress: bar.update(progress.done_bytes - bar.pos)

@@ -20,7 +20,7 @@ PHASES = (
     "completion",
 )
 """Of an update, in their order; some updates go without some. Each has a colour of its own in
-``status_page.html``."""
+``service/page.html``."""
 
 
 class InstanceFailure(BaseModel):

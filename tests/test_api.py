@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import stat
 import threading
@@ -16,7 +17,8 @@ import uvicorn
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError
-from checkpoint_engine.service import ServeOptions, listen, uvicorn_config
+from checkpoint_engine.service import serve
+from checkpoint_engine.service.serve import ServeOptions, listen, uvicorn_config
 
 METAS = {
     "3": {
@@ -168,7 +170,7 @@ def test_malformed_bodies_never_reach_the_server(
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "checkpoint_engine.api.request_inference_to_update", lambda *args: made.append(args)
+        "checkpoint_engine.service.app.request_inference_to_update", lambda *args: made.append(args)
     )
     return made
 
@@ -256,22 +258,43 @@ def test_socket_is_for_this_user_alone(tmp_path: Path) -> None:
 
 def test_a_dead_servers_socket_is_replaced(tmp_path: Path) -> None:
     path = str(tmp_path / "server.sock")
-    listen(path).close()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
     with listen(path), socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
+
+
+def test_a_socket_is_removed_while_it_still_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it does not, the next server may have put its own in its place."""
+    path = str(tmp_path / "server.sock")
+    remove = os.unlink
+
+    def connect_and_remove(path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+        remove(path)
+
+    with listen(path):
+        monkeypatch.setattr(serve.os, "unlink", connect_and_remove)
+    assert not os.path.exists(path)
 
 
 def test_a_live_servers_socket_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "server.sock")
     with listen(path), socket.socket(socket.AF_UNIX) as client:
-        with pytest.raises(FileExistsError, match=r"another server listens there.*\{rank\}"):
-            listen(path)
+        with (
+            pytest.raises(FileExistsError, match=r"another server listens there.*\{rank\}"),
+            listen(path),
+        ):
+            pass
         client.connect(path)
 
 
 def test_a_file_is_never_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "server.sock"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="not a socket"):
-        listen(str(path))
+    with pytest.raises(FileExistsError, match="not a socket"), listen(str(path)):
+        pass
     assert path.read_text() == "precious"

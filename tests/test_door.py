@@ -27,7 +27,7 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.leftovers import abandoned
 from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
-from checkpoint_engine.service import listen
+from checkpoint_engine.service.serve import listen
 
 SOON = 10.0
 NOBODY = 65534
@@ -434,11 +434,14 @@ def test_a_lock_that_another_user_holds_does_not_stop_a_service(
 ) -> None:
     import fcntl
 
-    from checkpoint_engine import service
+    from checkpoint_engine.service import serve
 
-    monkeypatch.setattr(service, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(serve, "_LOCK_SECONDS", 0.2)
     folder = os.open(open_folder, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(OSError, match="whoever holds a lock on the socket's folder"):
-        listen(str(open_folder / "http.sock"))
+    with (
+        pytest.raises(OSError, match="whoever holds a lock on the socket's folder"),
+        listen(str(open_folder / "http.sock")),
+    ):
+        pass
     os.close(folder)

@@ -18,10 +18,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
-from checkpoint_engine.journal import Journal
-from checkpoint_engine.observe import make_router
-from checkpoint_engine.problems import describe
 from checkpoint_engine.report import PHASES, UpdateReport
+from checkpoint_engine.service.journal import Journal
+from checkpoint_engine.service.looking import make_router
+from checkpoint_engine.service.problems import describe
 from test_service import (  # noqa: F401
     RANKS,
     ROOT,
@@ -288,7 +288,7 @@ def test_status_while_an_update_runs(world: World, engine: Engine, url: str) -> 
 
 # ---------------------------------------------------------------------- the page
 
-PAGE = resources.files("checkpoint_engine").joinpath("status_page.html").read_text()
+PAGE = resources.files("checkpoint_engine.service").joinpath("page.html").read_text()
 
 
 def test_the_page_is_served_as_it_is_in_the_package(world: World) -> None:
@@ -364,7 +364,7 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    router = make_router(SimpleNamespace(), Journal())  # type: ignore[arg-type]
+    router = make_router(SimpleNamespace, Journal())  # type: ignore[arg-type]
     (endpoint,) = [one.endpoint for one in router.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
     answer = endpoint()
     assert answer.status_code == 501

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from checkpoint_engine.cli.output import FAILED, json_option
+from checkpoint_engine.cli.output import FAILED, Shown, shown
+
+if TYPE_CHECKING:
+    from checkpoint_engine.tools.doctor import Finding
 
 _COLOURS = {"ok": "green", "note": None, "warning": "yellow", "broken": "red"}
 
@@ -14,30 +18,24 @@ _COLOURS = {"ok": "green", "note": None, "warning": "yellow", "broken": "red"}
 @click.command()
 @click.option("--quick", is_flag=True, help="Measure no rates.")
 @click.option("--strict", is_flag=True, help="End with 1 for warnings too.")
-@json_option
-def doctor(quick: bool, strict: bool, as_json: bool) -> None:
+@shown
+def doctor(quick: bool, strict: bool) -> Shown:
     """Look at this machine: devices, network, limits, rates, engines.
 
     Each thing that is off has one line on what it costs and how to mend it. Ends with 1 if an
     update cannot run here.
     """
-    import json
-
     from checkpoint_engine.tools.doctor import examine
 
     findings = examine(measure=not quick)
-    worst = [one.level for one in findings]
-    failed = "broken" in worst or (strict and "warning" in worst)
-    if as_json:
-        result = {"healthy": not failed, "findings": [asdict(one) for one in findings]}
-        click.echo(json.dumps(result, indent=1))
-    else:
-        for one in findings:
-            level = click.style(f"{one.level:7}", fg=_COLOURS[one.level])
-            click.echo(f"{level} {one.subject:16} {one.seen}")
-            if one.cost:
-                click.echo(f"{'':24} costs: {one.cost}")
-            if one.mend:
-                click.echo(f"{'':24} mend:  {one.mend}")
-    if failed:
-        raise click.exceptions.Exit(FAILED)
+    failing = {"broken", "warning"} if strict else {"broken"}
+    failed = any(one.level in failing for one in findings)
+    result = {"healthy": not failed, "findings": [asdict(one) for one in findings]}
+    return Shown(result, "\n".join(map(_as_text, findings)), FAILED if failed else 0)
+
+
+def _as_text(one: Finding) -> str:
+    level = click.style(f"{one.level:7}", fg=_COLOURS[one.level])
+    notes = {"costs:": one.cost, "mend: ": one.mend}
+    lines = [f"{'':24} {label} {note}" for label, note in notes.items() if note]
+    return "\n".join([f"{level} {one.subject:16} {one.seen}", *lines])

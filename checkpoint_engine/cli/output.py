@@ -1,12 +1,13 @@
-"""What every command shares: ``--json``, and how a failure is told."""
+"""What every command shares: ``--json``, and how its result or its failure is told."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple
 
 import click
 
@@ -15,11 +16,29 @@ from checkpoint_engine.settings import LONGEST_UPDATE
 FAILED, WRONG_USAGE, UNREACHABLE, BUSY = 1, 2, 3, 4
 _CODES = {FAILED: "failed", WRONG_USAGE: "usage", UNREACHABLE: "unreachable", BUSY: "busy"}
 
-F = TypeVar("F", bound=Callable[..., Any])
+
+class Shown(NamedTuple):
+    """What a command found: for programs, for readers, and the exit code that it stands for."""
+
+    result: Mapping[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+class Failure(click.ClickException):
+    """A command could not do what it was asked to. ``hint``: what to do about it."""
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = exit_code  # type: ignore[misc]
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"Error: {self.message}\n{self.hint}".strip(), file, err=True)
 
 
 class Commands(click.Group):
-    """A group that tells wrong usage as JSON, too, where that is asked for."""
+    """A group that tells failures as JSON, wrong usage too, where that is asked for."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
@@ -27,12 +46,32 @@ class Commands(click.Group):
             return super().main(arguments, *rest, **options)
         try:
             sys.exit(super().main(arguments, *rest, **options | {"standalone_mode": False}))
-        except click.UsageError as error:
-            _tell(error.format_message(), "", as_json=True, status=WRONG_USAGE)
-            sys.exit(WRONG_USAGE)
-        except click.Abort:
-            _tell("interrupted", "", as_json=True, status=FAILED)
-            sys.exit(FAILED)
+        except (click.ClickException, click.Abort) as error:
+            failure = error if isinstance(error, click.ClickException) else Failure("interrupted")
+            told = {
+                "code": _CODES[failure.exit_code],
+                "message": failure.format_message(),
+                "hint": getattr(failure, "hint", ""),
+            }
+            click.echo(json.dumps({"error": told}, indent=1))
+            sys.exit(failure.exit_code)
+
+
+def shown(function: Callable[..., Shown]) -> Callable[..., None]:
+    """Give a command ``--json``, show what it returns, and end it with a line where it raises."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
+    @functools.wraps(function)
+    def command(as_json: bool, **arguments: Any) -> None:
+        try:
+            found = function(**arguments)
+            click.echo(json.dumps(found.result, indent=1) if as_json else found.text)
+        except (ValueError, OSError) as error:
+            raise Failure(str(error)) from error
+        if found.exit_code:
+            raise click.exceptions.Exit(found.exit_code)
+
+    return command
 
 
 class Positive(click.FloatRange):
@@ -47,30 +86,3 @@ class Positive(click.FloatRange):
 
 
 SECONDS = Positive(LONGEST_UPDATE)
-
-
-def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")(function)
-
-
-def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """The result of a command, for a program or for a reader."""
-    click.echo(json.dumps(result, indent=1) if as_json else text)
-
-
-def fail(message: str, hint: str, as_json: bool, status: int = FAILED) -> NoReturn:
-    """End the command; the text goes to stderr, the JSON to stdout."""
-    _tell(message, hint, as_json, status)
-    raise click.exceptions.Exit(status)
-
-
-def _tell(message: str, hint: str, as_json: bool, status: int) -> None:
-    if as_json:
-        error = {"code": _CODES[status], "message": message, "hint": hint}
-        click.echo(json.dumps({"error": error}, indent=1))
-    else:
-        click.echo(f"Error: {message}" + (f"\n{hint}" if hint else ""), err=True)
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from checkpoint_engine.cli.output import Positive, fail, gigabytes, json_option, show
+from checkpoint_engine.cli.output import Positive, Shown, shown
 from checkpoint_engine.settings import GIB
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 
@@ -28,9 +28,8 @@ _UNITS = {
     "check": "GB/s at which workers check the sums of a bucket",
     "per_update": "seconds of what happens once",
 }
-
-
 _GIGABYTES = Positive(1 << 30)
+_FOUND = ("seconds", "gigabytes_per_second", "buckets", "bucket_bytes", "device_bytes", "bound_by")
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +54,7 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--bucket-gb", type=_GIGABYTES, default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
 )
 @_describing_options
-@json_option
+@shown
 def plan(
     checkpoint: Path,
     world_size: int,
@@ -64,79 +63,64 @@ def plan(
     receivers: int | None,
     free_gb: float,
     bucket_gb: float,
-    as_json: bool,
     **rates: float,
-) -> None:
+) -> Shown:
     """Predict an update of CHECKPOINT, a safetensors file or the folder of a checkpoint.
 
     Reads only their headers; needs no GPU. The cluster is described by the options, the workers
     are this library's and not new: tensors larger than a bucket are broadcast in parts.
     """
-    per_node = min(gpus_per_node, world_size)
-    nodes = -(-world_size // per_node)
-    room: dict[str, Any] = {"free_device_bytes": int(free_gb * GIB), "cap": int(bucket_gb * GIB)}
-    members = range(min(receivers or world_size, world_size))
-    try:
-        cluster = Cluster(nodes, per_node, nics_per_node, **_of(Cluster, rates))
-        costs = Costs(**_of(Costs, rates))
-        result = _predict(checkpoint, range(world_size), members, cluster, costs, room)
-    except (ValueError, OSError) as error:
-        fail(str(error), "", as_json)
-    show(result, _as_text(result), as_json)
-
-
-def _predict(
-    checkpoint: Path,
-    owners: range,
-    members: range,
-    cluster: Cluster,
-    costs: Costs,
-    room: dict[str, Any],
-) -> dict[str, Any]:
     # These import torch, which takes longer than completion may.
     from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
     from checkpoint_engine.tools.simulate.update import predict
 
-    metas = share_out(read_headers(checkpoint), owners)
+    per_node = min(gpus_per_node, world_size)
+    cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **_of(Cluster, rates))
+    costs = Costs(**_of(Costs, rates))
+    room: dict[str, Any] = {"free_device_bytes": int(free_gb * GIB), "cap": int(bucket_gb * GIB)}
+    members = range(min(receivers or world_size, world_size))
+    metas = share_out(read_headers(checkpoint), range(world_size))
+    owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
     broadcast = make_plan(metas, cluster, **room)
     p2p = make_plan(metas, cluster, **room, receivers=members)
-    owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
-    return {
+    result = {
         "checkpoint": str(checkpoint),
         "tensors": broadcast.tensor_count,
         "bytes": broadcast.total_bytes,
-        "world_size": len(owners),
+        "world_size": world_size,
         "host_bytes_of_a_rank": max(owned, default=0),
         "cluster": asdict(cluster),
         "broadcast": _as_dict(predict(broadcast, cluster, costs)),
         "p2p": _as_dict(predict(p2p, cluster, costs, members, remote=True)),
     }
+    return Shown(result, _as_text(result))
 
 
 def _of(kind: type, rates: dict[str, float]) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {name: value for name, value in rates.items() if name in names}
+    return {field.name: rates[field.name] for field in fields(kind) if field.name in rates}
 
 
 def _as_dict(found: Prediction) -> dict[str, Any]:
-    names = ("seconds", "gigabytes_per_second", "buckets", "bucket_bytes", "device_bytes")
-    shown = {name: getattr(found, name) for name in (*names, "bound_by")}
-    return shown | {"waiting_for": found.critical}
+    return {name: getattr(found, name) for name in _FOUND} | {"waiting_for": found.critical}
+
+
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
 
 
 def _as_text(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['checkpoint']}: {gigabytes(result['bytes'])} in {result['tensors']:,} tensors, "
+        f"{result['checkpoint']}: {_gigabytes(result['bytes'])} in {result['tensors']:,} tensors, "
         f"{result['world_size']} ranks with up to "
-        f"{gigabytes(result['host_bytes_of_a_rank'])} of host memory each"
+        f"{_gigabytes(result['host_bytes_of_a_rank'])} of host memory each"
     ]
     for method in ("broadcast", "p2p"):
         found = result[method]
         waits = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found["waiting_for"].items())
         lines += [
             f"{method:9} {found['seconds']:8.3f} s {found['gigabytes_per_second']:7.1f} GB/s, "
-            f"{found['buckets']} buckets of up to {gigabytes(found['bucket_bytes'])}, "
-            f"{gigabytes(found['device_bytes'])} of each receiver's device",
+            f"{found['buckets']} buckets of up to {_gigabytes(found['bucket_bytes'])}, "
+            f"{_gigabytes(found['device_bytes'])} of each receiver's device",
             f"          waits, s: {waits}",
         ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from queue import Empty, SimpleQueue
@@ -16,29 +16,32 @@ from typing import Any
 
 import click
 
+from checkpoint_engine.cli.output import BUSY, FAILED, UNREACHABLE, Failure
+
 RANK = "{rank}"
 SHORT = 10.0
 """Seconds for what a server answers out of its memory."""
 
+_FAREWELL = 3.0
+"""Seconds that the other ranks have, once one has failed, to notice it."""
 _HINTS = {
     401: "give its token: PS_HTTP_TOKEN, --token-file or --token",
     404: "is this a rank's server, as `checkpoint-engine serve` starts it?",
     409: "wait for the call that is running: `checkpoint-engine status` shows it",
 }
-_STRANGE = "its answer is not that of a rank's server"
-_NEEDED = {"rank": int, "world_size": int, "checkpoints": list, "jobs": list, "pinned_bytes": int}
-_FAREWELL = 3.0
-"""Seconds that the other ranks have, once one has failed, to notice it."""
 _START = "is the server up? see `checkpoint-engine serve`"
+STATUS = "/v1/status"
+_NEEDED = {"rank": int, "world_size": int, "checkpoints": list, "jobs": list, "pinned_bytes": int}
+"""What a status has at least."""
 
 
-class ServiceError(Exception):
+class ServiceError(Failure):
     """A rank refused or failed. ``status``: of its answer; ``None``: there was none."""
 
     def __init__(self, place: str, status: int | None, text: str, hint: str = "") -> None:
-        super().__init__(f"{place}: {text}")
+        code = {None: UNREACHABLE, 409: BUSY}.get(status, FAILED)
+        super().__init__(f"{place}: {text}", hint, code)
         self.status = status
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Server:
     place: str
     token: str | None = None
 
-    def ask(self, method: str, route: str, timeout: float, body: Any = None) -> Any:
+    def ask(self, method: str, route: str, timeout: float = SHORT, body: Any = None) -> Any:
         """The answer's JSON, ``None`` where it is empty.
 
         Raises:
@@ -72,46 +75,34 @@ class Server:
             text = f"no answer: {str(error) or type(error).__name__}"
             raise ServiceError(self.place, None, text, _START) from error
         if not response.is_success:
-            raise _refusal(self.place, response.status_code, response.text)
-        try:
-            return response.json() if response.content else None
-        except ValueError:
-            raise ServiceError(self.place, response.status_code, _STRANGE, _HINTS[404]) from None
-
-    def status(self) -> dict[str, Any]:
-        """What it holds and does. Raises ``ServiceError``."""
-        found = self.ask("GET", "/v1/status", SHORT)
-        if not isinstance(found, dict) or not all(
-            isinstance(found.get(key), kind) for key, kind in _NEEDED.items()
-        ):
-            raise ServiceError(self.place, 200, _STRANGE, _HINTS[404])
-        return found
+            raise refusal(self.place, response.status_code, response.text)
+        with contextlib.suppress(ValueError):
+            answer = response.json() if response.content else None
+            if route != STATUS or _is_status(answer):
+                return answer
+        strange = "its answer is not that of a rank's server"
+        raise ServiceError(self.place, response.status_code, strange, _HINTS[404])
 
 
-def _refusal(place: str, status: int, text: str) -> ServiceError:
+def _is_status(answer: Any) -> bool:
+    return isinstance(answer, dict) and all(
+        isinstance(answer.get(key), kind) for key, kind in _NEEDED.items()
+    )
+
+
+def refusal(place: str, status: int, text: str) -> ServiceError:
     """The error in an answer: a JSON string, an object with message and hint, or FastAPI's own."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = text
     hint = _HINTS.get(status, "")
+    content: Any = text
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
     if isinstance(content, dict):
-        detail = content.get("error", content.get("detail", text))
-        if isinstance(detail, dict):
-            hint = detail.get("hint") or hint
-            detail = detail.get("message", text)
-        elif isinstance(detail, list):
-            detail = "; ".join(map(_describe_value, detail))
-        content = detail
+        content = content.get("error", content.get("detail", text))
+    if isinstance(content, dict):
+        hint, content = content.get("hint") or hint, content.get("message", text)
+    with contextlib.suppress(TypeError, KeyError):  # wrong values, as FastAPI lists them
+        content = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in content)
     return ServiceError(place, status, str(content) or f"HTTP {status}", hint)
-
-
-def _describe_value(problem: Any) -> str:
-    """One entry of FastAPI's answer to a request with values that are wrong."""
-    try:
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (TypeError, KeyError):
-        return str(problem)
 
 
 # ---------------------------------------------------------------------- which servers there are
@@ -125,10 +116,10 @@ def find_servers(places: Sequence[str], token: str | None) -> list[Server]:
         click.UsageError: an address makes no sense.
         ServiceError: no socket is there.
     """
-    found = [place for pattern in places for place in _expand(pattern)]
+    found = [Server(place, token) for pattern in places for place in _expand(pattern)]
     if not found:
         raise ServiceError(", ".join(places), None, "no socket is there", _START)
-    return [Server(place, token) for place in found]
+    return found
 
 
 def _expand(pattern: str) -> list[str]:
@@ -154,14 +145,19 @@ def _check_url(text: str) -> None:
         raise click.UsageError(f"{text!r} is no URL: {error}") from error
     if url.userinfo:
         raise click.UsageError("give no user or password in a URL: a token is its own option")
-    if (url.port or 0) >= 1 << 16:
-        raise click.UsageError(f"{text!r} has no port of TCP")
-    if url.scheme not in ("http", "https") or not url.host or set(url.host) & set(",{}"):
+    host = url.host if url.scheme in ("http", "https") and (url.port or 0) < 1 << 16 else ""
+    if not host or set(host) & set(",{}"):
         raise click.UsageError(f"{text!r} is no URL of one server, as http://host:8000")
 
 
 class World:
-    """All ranks of a service, in their order."""
+    """All ranks of a service, in their order.
+
+    Attributes:
+        held: of each rank, the names of the checkpoints that it has registered.
+        registered: the names of all checkpoints.
+        has_loaded_metas: whether all ranks know owners of another world.
+    """
 
     def __init__(self, servers: Sequence[Server]) -> None:
         """Learns from the servers which ranks they are.
@@ -169,107 +165,66 @@ class World:
         Raises:
             ServiceError: one does not answer, or a rank of theirs is not among them.
         """
-        states = ask_status(servers).all()
-        by_rank = {
-            state["rank"]: (server, state) for server, state in zip(servers, states, strict=True)
-        }
+        states = ask(servers, "GET", STATUS, collective=True)
+        ranks = [state["rank"] for state in states]
         size = max(state["world_size"] for state in states)
-        missing = sorted(set(range(size)) - by_rank.keys())
-        if missing or len(by_rank) < len(servers):
-            raise ServiceError(
-                ", ".join(server.place for server in servers),
-                None,
-                f"these are ranks {sorted(state['rank'] for state in states)} of {size}",
-                f"every rank takes part, but {missing} are missing: name them, and start those "
-                "that are not up"
-                if missing
-                else "name every rank once",
-            )
-        self.servers = [by_rank[rank][0] for rank in range(size)]
-        self._states = [by_rank[rank][1] for rank in range(size)]
-
-    def holders(self, name: str) -> list[int]:
-        """The ranks that have registered a checkpoint of this name."""
-        return [rank for rank, names in enumerate(self._registered()) if name in names]
-
-    @property
-    def registered(self) -> list[str]:
-        """The names of all checkpoints."""
-        return sorted(set().union(*self._registered()))
-
-    @property
-    def has_loaded_metas(self) -> bool:
-        """Whether all ranks know owners of another world."""
-        return all(state.get("metas_loaded", False) for state in self._states)
-
-    def _registered(self) -> list[set[str]]:
-        return [{one["name"] for one in state["checkpoints"]} for state in self._states]
+        if sorted(ranks) != list(range(size)):
+            places = ", ".join(server.place for server in servers)
+            missing = sorted(set(range(size)) - set(ranks))
+            absent = f"ranks {missing} are missing: name them, and start those that are not up"
+            hint = absent if missing else "name every rank once"
+            raise ServiceError(places, None, f"these are ranks {sorted(ranks)} of {size}", hint)
+        self.servers = [servers[ranks.index(rank)] for rank in range(size)]
+        ordered = [states[ranks.index(rank)] for rank in range(size)]
+        self.held = [{one["name"] for one in state["checkpoints"]} for state in ordered]
+        self.registered = sorted(set().union(*self.held))
+        self.has_loaded_metas = all(state.get("metas_loaded", False) for state in states)
 
 
 # ---------------------------------------------------------------------- asking them together
-
-
-class Answers:
-    """What servers answer that are asked at once, each by a thread of its own."""
-
-    def __init__(self, servers: Sequence[Server], ask: Callable[[int, Server], Any]) -> None:
-        """``ask``: gets a server's place among them, too."""
-        self._count = len(servers)
-        self._queue: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-
-        def answer(place: int, server: Server) -> None:
-            try:
-                self._queue.put((place, ask(place, server)))
-            except Exception as error:
-                self._queue.put((place, error))
-
-        for place, server in enumerate(servers):
-            # The command may end before all have answered.
-            threading.Thread(target=answer, args=(place, server), daemon=True).start()
-
-    def each(self) -> list[Any]:
-        """For what each rank does by itself: all are waited for, failures are among them."""
-        found = dict(self._queue.get() for _ in range(self._count))
-        return [found[place] for place in range(self._count)]
-
-    def all(self) -> list[Any]:
-        """For a collective call.
-
-        Raises:
-            ServiceError: of the first that fails. The others may be waiting for that one, and are
-                not waited for long.
-        """
-        found: dict[int, Any] = {}
-        failure: Exception | None = None
-        ends = math.inf
-        with contextlib.suppress(Empty):
-            while len(found) < self._count:
-                left = None if failure is None else max(0.0, ends - time.monotonic())
-                place, answer = self._queue.get(timeout=left)
-                found[place] = answer
-                if failure is None and isinstance(answer, Exception):
-                    failure, ends = answer, time.monotonic() + _FAREWELL
-        if failure is not None:
-            raise failure
-        return [found[place] for place in range(self._count)]
 
 
 def ask(
     servers: Sequence[Server],
     method: str,
     route: str,
-    timeout: float,
+    timeout: float = SHORT,
     bodies: Sequence[Any] | None = None,
-) -> Answers:
-    """Ask all of them at once, each with its own body."""
-    return Answers(
-        servers,
-        lambda place, server: server.ask(
-            method, route, timeout, None if bodies is None else bodies[place]
-        ),
-    )
+    *,
+    collective: bool = False,
+) -> list[Any]:
+    """Ask all of them at once, each with its own body; the answers, in the servers' order.
 
+    A server that fails has its ``ServiceError`` among the answers, unless the call is collective.
 
-def ask_status(servers: Sequence[Server]) -> Answers:
-    """As ``Server.status``."""
-    return Answers(servers, lambda _, server: server.status())
+    Raises:
+        ServiceError: of the first that fails in a collective call. The others may be waiting for
+            that one, and are not waited for long.
+    """
+    queue: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+
+    def ask_one(place: int) -> None:
+        server = servers[place]
+        try:
+            answer = server.ask(method, route, timeout, None if bodies is None else bodies[place])
+        except Exception as error:
+            known = isinstance(error, ServiceError)
+            answer = error if known else ServiceError(server.place, None, repr(error))
+        queue.put((place, answer))
+
+    for place in range(len(servers)):
+        # Daemons, because the command may end before all have answered.
+        threading.Thread(target=ask_one, args=(place,), daemon=True).start()
+    found: dict[int, Any] = {}
+    failure: ServiceError | None = None
+    ends = math.inf
+    with contextlib.suppress(Empty):
+        while len(found) < len(servers):
+            left = None if failure is None else max(0.0, ends - time.monotonic())
+            place, answer = queue.get(timeout=left)
+            found[place] = answer
+            if collective and failure is None and isinstance(answer, ServiceError):
+                failure, ends = answer, time.monotonic() + _FAREWELL
+    if failure is not None:
+        raise failure
+    return [found[place] for place in range(len(servers))]

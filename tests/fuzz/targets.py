@@ -36,9 +36,9 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.delivery import Delivery, digest
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.http_guard import Guard
 from checkpoint_engine.ipc import map_shared_memory, open_buffer
 from checkpoint_engine.parts import Parts
+from checkpoint_engine.service.guard import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
 from samples import CUDA_ARGS
 

@@ -36,18 +36,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        answer = self._app
         try:
             self._check_token(scope)
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+            receive = _replay(body, receive)
         except asyncio.TimeoutError:
-            text = f"the body did not arrive within {BODY_SECONDS:g} s"
-            await JSONResponse(text, 408)(scope, receive, send)
+            answer = JSONResponse(f"the body did not arrive within {BODY_SECONDS:g} s", 408)
         except HTTPException as refusal:
             answer = JSONResponse(refusal.detail, refusal.status_code, refusal.headers)
-            await answer(scope, receive, send)
-        else:
-            if body is not None:
-                await self._app(scope, _replay(body, receive), send)
+        await answer(scope, receive, send)
 
     def _check_token(self, scope: Scope) -> None:
         if self._token is None:
@@ -60,8 +58,8 @@ class Guard:
             challenge = 'Basic realm="the token, as password"' if may_be_browser else "Bearer"
             raise HTTPException(401, text, {"www-authenticate": challenge})
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; ``None`` if the caller went away."""
+    async def _read(self, receive: Receive) -> bytes:
+        """The whole body."""
         body = bytearray()
         while (message := await receive())["type"] != "http.disconnect":
             body += message.get("body", b"")
@@ -69,7 +67,7 @@ class Guard:
                 raise HTTPException(413, f"a body may have {self._max_body_bytes} bytes here")
             if not message.get("more_body", False):
                 return bytes(body)
-        return None
+        raise HTTPException(400, "the caller went away")  # nobody will read it
 
 
 _SHOWN = re.compile(r"/|/metrics|/openapi\.json|/v1/(status|jobs(/[^/]*)?)")

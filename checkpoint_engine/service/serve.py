@@ -5,28 +5,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from loguru import logger
 
-from checkpoint_engine.access import Access
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.settings import integer
-
-MAX_BODY_BYTES = 64 << 20
-"""Room for the metas of half a million tensors."""
-TOKEN_VARIABLE = "PS_HTTP_TOKEN"
+from checkpoint_engine.service.access import Access
 
 _SHUTDOWN_SECONDS = 5
 _LOCK_SECONDS = 10.0
-_MIN_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class ServeOptions:
             is needed, unless ``allow_anyone``.
         allow_anyone: serve TCP without a token.
         access: which files may be registered, and which engines asked.
-        max_body_bytes: of a request.
+        max_body_bytes: of a request. The default has room for the metas of half a million tensors.
     """
 
     uds: str | None = None
@@ -49,7 +45,7 @@ class ServeOptions:
     token: str | None = field(default=None, repr=False)
     allow_anyone: bool = False
     access: Access = field(default_factory=Access)
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if (self.uds is None) == (self.port is None):
@@ -58,15 +54,14 @@ class ServeOptions:
             raise ValueError(f"{self.port} is no TCP port")
         if self.port is not None and self.token is None and not self.allow_anyone:
             raise ValueError(
-                f"TCP can be reached by other users: give a token ({TOKEN_VARIABLE} or a token "
-                "file), or say explicitly that none is wanted (--no-token)"
+                "TCP can be reached by other users: give a token (PS_HTTP_TOKEN or a token file), "
+                "or say explicitly that none is wanted (--no-token)"
             )
-        if self.token is not None:
-            _check_token(self.token)
-
-    @property
-    def where(self) -> str:
-        return self.uds if self.uds is not None else f"{self.host}:{self.port}"
+        if self.token is not None and not re.fullmatch("[!-~]{16,}", self.token):
+            raise ValueError(
+                "a token has at least 16 printable ASCII characters and no blanks: make one with "
+                "`openssl rand -hex 32`"
+            )
 
 
 def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
@@ -76,65 +71,45 @@ def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
         ValueError: the file cannot be read.
     """
     if token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
+        return os.environ.get("PS_HTTP_TOKEN") or None
     path = Path(token_file)
     try:
-        token = path.read_text(encoding="ascii", errors="replace").strip()
         if path.stat().st_mode & stat.S_IROTH:
             logger.warning("every user of this machine can read the token in {}", path)
+        return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise ValueError(f"the token file cannot be read: {error}") from error
-    return token
 
 
-def _check_token(token: str) -> None:
-    if len(token) < _MIN_TOKEN or not all("!" <= letter <= "~" for letter in token):
-        raise ValueError(
-            f"a token has at least {_MIN_TOKEN} printable ASCII characters and no blanks: "
-            "make one with `openssl rand -hex 32`"
-        )
-
-
-def serve(options: ServeOptions, *, rank: int | None = None, world_size: int | None = None) -> None:
+def serve(options: ServeOptions, rank: int, world_size: int) -> None:
     """Make this rank's server and answer requests until SIGINT or SIGTERM, which exit.
 
     Called in the main thread of its own process, by every rank, or alone as a world of one.
 
-    Args:
-        rank, world_size: default: ``RANK``, ``WORLD_SIZE``, else a world of one.
-
     Raises:
         OSError: the socket or port cannot be had.
     """
-    rank = integer("RANK", 0) if rank is None else rank
-    world_size = integer("WORLD_SIZE", 1) if world_size is None else world_size
+    import uvicorn
+
     # uvicorn shuts down on either, then raises it again: without this the process would end there,
     # or asyncio would miss it.
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _exit)
-    with _listening(options) as listener:
-        _answer(rank, world_size, options, listener)
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    uds = options.uds
+    with listen_tcp(options.host, options.port or 0) if uds is None else listen(uds) as listener:
+        from checkpoint_engine.ps import ParameterServer
+        from checkpoint_engine.service.app import make_app
 
-
-def _exit(signum: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
-def _answer(rank: int, world_size: int, options: ServeOptions, listener: socket.socket) -> None:
-    import uvicorn
-
-    from checkpoint_engine.api import _init_api
-    from checkpoint_engine.ps import ParameterServer
-
-    app = _init_api(ParameterServer(rank=rank, world_size=world_size, auto_pg=True), options.access)
-    uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
+        server = ParameterServer(rank=rank, world_size=world_size, auto_pg=True)
+        app = make_app(server, options.access)
+        uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
 
 
 def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     """uvicorn's configuration for ``app`` behind the limits of ``options``."""
     import uvicorn
 
-    from checkpoint_engine.http_guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
+    from checkpoint_engine.service.guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
 
     return uvicorn.Config(
         Guard(app, options.token, options.max_body_bytes),
@@ -150,56 +125,37 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _listening(options: ServeOptions) -> Iterator[socket.socket]:
-    if options.uds is None:
-        with listen_tcp(options.host, options.port or 0) as listener:
-            logger.info("serving on {}:{}", *listener.getsockname()[:2])
-            yield listener
-        return
-    listener = listen(options.uds)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(options.uds)
-
-
 def listen_tcp(host: str, port: int) -> socket.socket:
     """A listening TCP socket, IPv4 or IPv6 as ``host`` says."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except BaseException:
-        listener.close()
-        raise
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address, family=family, dualstack_ipv6=dual)
+    logger.info("serving on {}:{}", *listener.getsockname()[:2])
     return listener
 
 
-def listen(path: str) -> socket.socket:
-    """A listening socket at ``path`` that only this user can reach.
+@contextlib.contextmanager
+def listen(path: str) -> Iterator[socket.socket]:
+    """A listening socket at ``path`` that only this user can reach, until the block ends.
 
     A socket that a dead server left there is replaced.
 
     Raises:
         OSError: a live server or another kind of file is there, or the path cannot be used.
     """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         # The file that bind makes inherits this mode, so it is never open to others.
         os.fchmod(listener.fileno(), 0o600)
         with _folder_locked(path):
             _remove_stale(path)
             listener.bind(path)
             listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+        try:
+            yield listener
+        finally:
+            # Before it is closed: another server may replace it then, and keep its own.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -224,18 +180,16 @@ def _folder_locked(path: str) -> Iterator[None]:
 
 def _remove_stale(path: str) -> None:
     try:
-        mode = os.lstat(path).st_mode
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError("a file that is not a socket is there")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_LOCK_SECONDS)
+            probe.connect(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError("a file that is not a socket is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_LOCK_SECONDS)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
+    except ConnectionRefusedError:
+        os.unlink(path)
+        return
     raise FileExistsError(
         "another server listens there; give each rank its own path, for example with {rank} in it"
     )

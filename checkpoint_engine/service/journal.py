@@ -5,17 +5,17 @@ Calls run in the caller's thread, or in one of their own that the caller does no
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from checkpoint_engine.problems import Problem, describe
 from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.service.problems import Described, Problem, describe
 
 _KEPT = 100
 """Calls that are remembered once they have ended."""
@@ -23,30 +23,30 @@ _KEPT = 100
 CALLS = ("register", "unregister", "gather", "load metas", "update")
 """What the service is asked to do."""
 
-State = Literal["running", "done", "failed"]
 
-
-class Job(BaseModel):
+class Job(Described):
     """One call of this rank's service."""
 
-    model_config = ConfigDict(frozen=True)
-
-    id: str = Field(description="For GET /v1/jobs/{id}.")
+    id: str
+    """For GET /v1/jobs/{id}."""
     call: str = Field(examples=["update"])
     checkpoint: str
-    state: State
-    began: float = Field(description="Unix time.")
-    seconds: float = Field(description="Until it ended, or until now.")
+    state: Literal["running", "done", "failed"]
+    began: float
+    """Unix time."""
+    seconds: float
+    """Until it ended, or until now."""
     error: Problem | None = None
-    report: UpdateReport | None = Field(default=None, description="Of an update that succeeded.")
+    report: UpdateReport | None = None
+    """Of an update that succeeded."""
 
 
 class Journal:
-    """The calls of one rank, the last ones first. Any thread may use it."""
+    """The calls of one rank. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
         self._listeners: list[Callable[[Job], None]] = []
 
     def listen(self, listener: Callable[[Job], None]) -> None:
@@ -62,18 +62,14 @@ class Journal:
         job = self._open(call, checkpoint)
 
         def perform() -> None:
-            try:
+            with contextlib.suppress(Exception):  # the job says so
                 self._perform(job, action)
-            except Exception:
-                return  # the job says so
 
         threading.Thread(target=perform, name=f"checkpoint-engine-{call}", daemon=True).start()
         return job
 
     def find(self, job_id: str) -> Job | None:
-        with self._lock:
-            job = self._jobs.get(job_id)
-        return None if job is None else _until_now(job)
+        return next((job for job in self.jobs() if job.id == job_id), None)
 
     def jobs(self) -> list[Job]:
         """The latest first."""
@@ -82,41 +78,34 @@ class Journal:
         return [_until_now(job) for job in reversed(jobs)]
 
     def _open(self, call: str, checkpoint: str) -> Job:
+        now, job_id = time.time(), uuid.uuid4().hex
         job = Job(
-            id=uuid.uuid4().hex,
-            call=call,
-            checkpoint=checkpoint,
-            state="running",
-            began=time.time(),
-            seconds=0.0,
+            id=job_id, call=call, checkpoint=checkpoint, state="running", began=now, seconds=0.0
         )
         with self._lock:
-            self._jobs[job.id] = job
-            self._forget()
+            self._jobs[job_id] = job
+            ended = [job.id for job in self._jobs.values() if job.state != "running"]
+            for forgotten in ended[: max(0, len(ended) - _KEPT)]:
+                del self._jobs[forgotten]
         return job
-
-    def _forget(self) -> None:
-        ended = [job.id for job in self._jobs.values() if job.state != "running"]
-        for job_id in ended[: max(0, len(ended) - _KEPT)]:
-            del self._jobs[job_id]
 
     def _perform(self, job: Job, action: Callable[[], Any]) -> Any:
         began = time.perf_counter()
+        outcome: dict[str, Any] = {"state": "done"}
         try:
             result = action()
+            outcome["report"] = result if isinstance(result, UpdateReport) else None
+            return result
         except BaseException as error:
-            self._close(job, began, state="failed", error=describe(error))
+            outcome = {"state": "failed", "error": describe(error)}
             raise
-        report = result if isinstance(result, UpdateReport) else None
-        self._close(job, began, state="done", report=report)
-        return result
-
-    def _close(self, job: Job, began: float, **outcome: Any) -> None:
-        ended = job.model_copy(update={"seconds": time.perf_counter() - began, **outcome})
-        with self._lock:
-            self._jobs[job.id] = ended
-        for listener in self._listeners:
-            listener(ended)
+        finally:
+            outcome["seconds"] = time.perf_counter() - began
+            ended = job.model_copy(update=outcome)
+            with self._lock:
+                self._jobs[job.id] = ended
+            for listener in self._listeners:
+                listener(ended)
 
 
 def _until_now(job: Job) -> Job:

@@ -1,0 +1,199 @@
+"""The routes of one rank's ``ParameterServer``.
+
+Every rank serves its own; a collective call (gather, update) is posted to all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from loguru import logger
+from pydantic import Field
+
+from checkpoint_engine import __version__
+from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.metas_file import Metas, encode_metas
+from checkpoint_engine.service.access import Access
+from checkpoint_engine.service.journal import Job, Journal
+from checkpoint_engine.service.looking import make_router
+from checkpoint_engine.service.problems import Described, describe
+from checkpoint_engine.service.status import status_of
+from checkpoint_engine.settings import LONGEST_UPDATE
+
+if TYPE_CHECKING:
+    from checkpoint_engine.ps import ParameterServer
+
+Ranks = Annotated[list[int], Field(max_length=65_536)]
+ShortText = Annotated[str, Field(max_length=4096)]
+Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+Wait = Annotated[
+    bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
+]
+GatherTimeout = Annotated[
+    float | None,
+    Query(gt=0, le=LONGEST_UPDATE, description="Seconds for all ranks to meet. Default: 600."),
+]
+WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
+
+_LONG_CALL: dict[int | str, dict[str, Any]] = {
+    200: {"description": "It is done. Empty, unless a report was asked for."},
+    202: {"model": Job, "description": "It has begun; only with wait=false."},
+    403: {"model": str, "description": "The service was told not to touch that file or engine."},
+    409: {"model": str, "description": "It conflicts with a call that is still running."},
+    500: {"model": str, "description": "It failed; the error's text."},
+}
+_DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
+update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
+are a JSON string, as the original's; those of the others an object with code, message and hint."""
+_REFUSED = {"busy": 409, "forbidden": 403}
+_SHOWN_ERRORS = 10
+
+
+class RegisterRequest(Described):
+    """The files whose tensors this rank shall own."""
+
+    files: list[ShortText] = Field(
+        max_length=65_536, examples=[["/models/step-1/model-00001-of-00008.safetensors"]]
+    )
+    """safetensors files, or .npy files with their .meta, on the server's host. A folder stands for
+    all files of its checkpoint; an index among the files selects tensors."""
+
+
+class UpdateRequest(Described):
+    """Which ranks take part, and which engine this rank asks to receive, if any."""
+
+    ranks: Ranks = Field([])
+    """Empty: broadcast to all. Otherwise P2P to these."""
+    update_url: ShortText | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
+    """The engine's /collective_rpc; null on ranks that are not the first of their engine."""
+    inference_group_ranks: Ranks = Field([])
+    """The global ranks of that engine's workers. Empty: all."""
+    timeout: float = Field(300.0, gt=0, le=LONGEST_UPDATE)
+    """Seconds that the whole update may take."""
+    uds: ShortText | None = None
+    """Path of the Unix socket that the engine listens on, where it is not TCP."""
+
+
+def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
+    """The HTTP service of one rank's server.
+
+    A call that fails answers 500, one that conflicts with a running call 409, one that names files
+    that ``access`` does not allow 403, each with the error's text as a JSON string. The handlers
+    run in threads, so that a long call does not hold up others.
+    """
+    rules = Access() if access is None else access
+    ps.allowed_folders = rules.folders
+    app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
+    app.add_exception_handler(RequestValidationError, _explain)
+    journal = Journal()
+    app.include_router(
+        make_router(lambda: status_of(ps.snapshot(), journal.jobs()), journal), tags=["observe"]
+    )
+
+    def do(call: str, name: str, action: Callable[[], object], wait: bool = True) -> Response:
+        if wait:
+            return _answer(lambda: journal.run(call, name, action))
+        job = journal.start(call, name, action)
+        return JSONResponse(job.model_dump(mode="json"), status_code=202)
+
+    @app.get("/v1/healthz", summary="Whether this rank answers, also during an update")
+    async def healthz() -> Response:
+        return Response()
+
+    @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
+    def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
+        return do("register", name, lambda: ps.register_checkpoint(name, files=request.files), wait)
+
+    @app.delete("/v1/checkpoints/{name}", summary="Free this rank's part of a checkpoint")
+    def unregister_checkpoint(name: Name) -> Response:
+        return do("unregister", name, lambda: ps.unregister_checkpoint(name))
+
+    @app.post(
+        "/v1/checkpoints/{name}/gather-metas",
+        summary="Learn who owns what; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = None) -> Response:
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        return do("gather", name, lambda: ps.gather_metas(name, **limit), wait)
+
+    @app.post(
+        "/v1/checkpoints/{name}/update",
+        summary="Send a checkpoint to the engines; post it to all ranks",
+        responses=_LONG_CALL,
+    )
+    def update(
+        name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
+    ) -> Response:
+        ask_engine = partial(_ask_engine, request, rules)
+        timeout = timedelta(seconds=request.timeout)
+        send = partial(ps.update, name, ask_engine, ranks=request.ranks, timeout=timeout)
+        if wait and report:
+            return _answer(lambda: journal.run("update", name, send).model_dump_json().encode())
+        return do("update", name, send, wait)
+
+    @app.get("/v1/metas", response_model=Metas, summary="Who owns what, as gathered last")
+    def get_metas() -> Response:
+        return _answer(lambda: encode_metas(ps.get_metas()))
+
+    @app.post("/v1/metas", summary="Take over another world's metas, to read its memory by P2P")
+    def load_metas(metas: Metas) -> Response:
+        return do("load metas", "", lambda: ps.load_metas(metas))
+
+    return app
+
+
+def _answer(call: Callable[[], object]) -> Response:
+    """200 with the JSON bytes that ``call`` returns, if any, or the error that it raises."""
+    try:
+        result = call()
+    except Exception as error:
+        problem = describe(error)
+        status = _REFUSED.get(problem.code, 500)
+        if status == 500:
+            logger.exception("a request failed")
+        elif status == 403:
+            logger.warning("refused: {}", error)
+        text = problem.message.encode(errors="replace").decode()
+        return JSONResponse(text, status_code=status)
+    if isinstance(result, bytes):
+        return Response(result, media_type="application/json")
+    return Response()
+
+
+def _explain(request: Request, error: Exception) -> Response:
+    """What is wrong with a body, without sending it back."""
+    assert isinstance(error, RequestValidationError)
+    shown = [
+        {key: problem[key] for key in ("loc", "msg", "type")}
+        for problem in error.errors()[:_SHOWN_ERRORS]
+    ]
+    text = json.dumps({"detail": shown}, default=repr)  # ASCII: nothing in it fails to encode
+    return Response(text, status_code=422, media_type="application/json")
+
+
+def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: list[tuple[str, str]]) -> None:
+    """Ask the engine that the request names, if it names one.
+
+    An engine that may not be asked fails the update, on all ranks, rather than this request alone:
+    the other ranks would wait for this one.
+    """
+    if request.update_url is None:
+        return
+    rules.check_engine(request.update_url, request.uds)
+    ranks = request.inference_group_ranks or range(len(socket_paths))
+    unknown = [rank for rank in ranks if not 0 <= rank < len(socket_paths)]
+    if unknown:
+        raise ValueError(
+            f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"
+        )
+    sockets = dict(socket_paths[rank] for rank in ranks)
+    request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)
