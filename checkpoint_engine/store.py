@@ -190,7 +190,8 @@ class _Connection:
                 time.sleep(random.uniform(0, _APART))
 
     def _connect(self, deadline: Deadline) -> Any:
-        timeout = timedelta(seconds=deadline.remaining() + 0.001)
+        # Shorter than ours: torch shall not connect again when ``_settle`` ends its waiting.
+        timeout = timedelta(seconds=max(0.9 * deadline.remaining(), 0.001))
         store = dist.TCPStore(*self.place, timeout=timeout, wait_for_workers=False)
         store.set_timeout(_CONNECT_TIMEOUT)  # from now on it is for waiting for keys
         return store
