@@ -67,7 +67,6 @@ class Host(Peers):
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._size = size
-        self._most_strangers = 2 * size + 64  # every rank may connect anew, and a scanner besides
         self._strangers: dict[socket.socket, tuple[float, _Lines]] = {}  # the oldest first
         self._ranks: dict[socket.socket, int] = {}
         self._seen: set[int] = set()
@@ -105,7 +104,8 @@ class Host(Peers):
         while self._strangers:
             oldest, (late, _) = next(iter(self._strangers.items()))
             seconds = late - time.monotonic()
-            if seconds > 0 and len(self._strangers) <= self._most_strangers:
+            # Every rank may be connecting anew, and a scanner of ports besides.
+            if seconds > 0 and len(self._strangers) <= 2 * self._size + 64:
                 return seconds
             self._drop(oldest)
         return None
@@ -146,11 +146,8 @@ class Host(Peers):
             with contextlib.suppress(OSError):
                 self._send(connection, gone)
 
-    def _send(
-        self, connection: socket.socket, gone: frozenset[int], replaces: bool = False
-    ) -> None:
-        words = [int(replaces), *sorted(gone)]
-        connection.send(" ".join(map(str, words)).encode() + b"\n")
+    def _send(self, to: socket.socket, gone: frozenset[int], replaces: bool = False) -> None:
+        to.send(" ".join(map(str, [int(replaces), *sorted(gone)])).encode() + b"\n")
 
     def _drop(self, connection: socket.socket) -> None:
         """Also of one that has been dropped in the same turn already."""

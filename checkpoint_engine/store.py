@@ -179,6 +179,7 @@ class _Connection:
         self.store: Any = None
         self._sockets: list[socket.socket] = []
         while not self._sockets:
+            self._has_ended = False
             with _lock:
                 self._others = {name for name, _ in _sockets_to(place)}
                 _connecting.append(self)
@@ -192,12 +193,15 @@ class _Connection:
     def _connect(self, deadline: Deadline) -> Any:
         # Shorter than ours: torch shall not connect again when ``_settle`` ends its waiting.
         timeout = timedelta(seconds=max(0.9 * deadline.remaining(), 0.001))
-        store = dist.TCPStore(*self.place, timeout=timeout, wait_for_workers=False)
-        store.set_timeout(_CONNECT_TIMEOUT)  # from now on it is for waiting for keys
-        return store
+        try:
+            store = dist.TCPStore(*self.place, timeout=timeout, wait_for_workers=False)
+            store.set_timeout(_CONNECT_TIMEOUT)  # from now on it is for waiting for keys
+            return store
+        finally:
+            self._has_ended = True
 
     def _settle(self) -> None:
-        """Take the socket. If that fails, end what torch may be waiting for."""
+        """Take the socket. If torch is still waiting, end that."""
         with _lock:
             _connecting.remove(self)
             new = {n: one.dup() for n, one in _sockets_to(self.place) if n not in self._others}
@@ -209,7 +213,8 @@ class _Connection:
             self.store = None
             for name, found in new.items():
                 with found, contextlib.suppress(OSError):
-                    if all(name in other._others for other in _connecting):
+                    is_mine = all(name in other._others for other in _connecting)
+                    if is_mine and not self._has_ended:
                         found.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:

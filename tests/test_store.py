@@ -219,6 +219,24 @@ def test_connections_of_others_stay_open(join: Callable[..., World], port: int) 
         assert theirs.add("count", 1) == 1
 
 
+def test_a_connect_that_fails_leaves_connections_of_others_open(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[socket.socket] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        opened.append(socket.create_connection((HERE, gate.port)))
+        raise RuntimeError("not a store")
+
+    monkeypatch.setattr(store.dist, "TCPStore", fail)
+    with pytest.raises(RuntimeError, match="not a store"):
+        store._Connection((HERE, gate.port), Deadline(SOON))
+    with opened[0] as theirs:
+        theirs.sendall(b"x")
+        soon(lambda: gate.silent, "the connection")
+        assert gate.silent[0].recv(1) == b"x"
+
+
 def test_a_descriptor_that_closes_meanwhile_is_no_error(
     join: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
