@@ -8,7 +8,6 @@ there the deadline of the operation ends the waiting.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import selectors
@@ -16,14 +15,13 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
-_HELLO_SECONDS = 10.0  # for a connection to say who it is
+_HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answer
 _LOOK = 0.15  # seconds between two looks at the clock
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
-_MAX_LINE = 1 << 20
+_LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -38,17 +36,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Peers:
-    """The ranks of a world, as one of them sees it."""
+    """The ranks of a world, as one of them sees it.
 
-    @property
-    def gone(self) -> frozenset[int]:
-        """The ranks whose process has ended, or whose host is cut off."""
-        return frozenset()
+    Attributes:
+        gone: the ranks whose process has ended, or whose host is cut off.
+        replaces: whether this process has taken the place of one that was in this world before.
+    """
 
-    @property
-    def replaces(self) -> bool:
-        """Whether this process has taken the place of one that was in this world before."""
-        return False
+    gone: frozenset[int] = frozenset()
+    replaces = False
 
     def expect_end(self, seconds: float | None) -> None:
         """If what goes on now is not over so long after, give up connections that block it."""
@@ -58,24 +54,27 @@ class Peers:
 
 
 class Host(Peers):
-    """Rank 0's view: it keeps everybody's connection."""
+    """Rank 0's view: it keeps everybody's connection.
 
-    def __init__(self) -> None:
+    Anybody may connect to its port. A connection is a stranger's until its first line, ``token
+    rank``, says that a rank of this world is at its other end. Every line of the answer is
+    ``replaces gone...``: 0 or 1, then the ranks that are gone.
+    """
+
+    def __init__(self, size: int) -> None:
+        """``size``: of the world."""
         self._listener = _listen()
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
+        self._size = size
+        self._strangers: dict[socket.socket, tuple[float, _Lines]] = {}  # the oldest first
         self._ranks: dict[socket.socket, int] = {}
         self._seen: set[int] = set()
-        self._gone: frozenset[int] = frozenset()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._wake, self._woken = _socket_pair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._thread = _start(self._run, "checkpoint-engine-liveness")
-
-    @property
-    def gone(self) -> frozenset[int]:
-        return self._gone
+        self._thread = start_thread(self._run, "checkpoint-engine-liveness")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -85,62 +84,80 @@ class Host(Peers):
     def _run(self) -> None:
         try:
             while True:
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(self._drop_strangers()):
                     if key.data is None:
                         return
-                    key.data(key.fileobj)
+                    try:
+                        key.data(key.fileobj)
+                    except BlockingIOError:
+                        pass  # the rest of the line is still to come
+                    except Exception:  # all ranks depend on this thread: only the sender goes
+                        self._drop(key.fileobj)  # type: ignore[arg-type]  # a socket
         finally:
             for key in list(self._selector.get_map().values()):
                 key.fileobj.close()  # type: ignore[union-attr]  # all are sockets
             self._selector.close()
             self._wake.close()
 
+    def _drop_strangers(self) -> float | None:
+        """Drop those that are late or too many; returns when the next one is late, in seconds."""
+        while self._strangers:
+            oldest, (late, _) = next(iter(self._strangers.items()))
+            seconds = late - time.monotonic()
+            # Every rank may be connecting anew, and a scanner of ports besides.
+            if seconds > 0 and len(self._strangers) <= 2 * self._size + 64:
+                return seconds
+            self._drop(oldest)
+        return None
+
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        """One connection a turn, so that no flood keeps a rank's hello from being read."""
+        try:
             connection, _ = listener.accept()
+            late = time.monotonic() + _HELLO_SECONDS
+            self._strangers[connection] = late, _Lines(connection, _LONGEST_HELLO)
+            connection.setblocking(False)
             _keep_alive(connection)
             self._selector.register(connection, selectors.EVENT_READ, self._greet)
+        except Exception:
+            time.sleep(_LOOK)  # no descriptor is left: the listener would be ready again at once
 
     def _greet(self, connection: socket.socket) -> None:
-        """The first line of a connection says which rank it is, and that it may be here."""
-        try:
-            hello = json.loads(connection.recv(1024))
-            if not secrets.compare_digest(str(hello["token"]), self.token):
-                raise ValueError("a stranger")
-            rank = int(hello["rank"])
-            replaces = rank in self._seen
-            self._send(connection, {"gone": sorted(self._gone - {rank}), "replaces": replaces})
-        except (OSError, ValueError, KeyError, TypeError):
-            self._drop(connection)
-            return
+        token, number = next(self._strangers[connection][1])
+        rank = int(number)
+        if not secrets.compare_digest(token, self.token.encode()) or not 0 <= rank < self._size:
+            raise ValueError("a stranger")
+        self._send(connection, self.gone - {rank}, replaces=rank in self._seen)
+        del self._strangers[connection]
         self._ranks[connection] = rank
         self._seen.add(rank)
         self._selector.modify(connection, selectors.EVENT_READ, self._listen_to)
-        if rank in self._gone:
-            self._tell(self._gone - {rank})
+        if rank in self.gone:
+            self._tell(self.gone - {rank})
 
     def _listen_to(self, connection: socket.socket) -> None:
         """Ranks say nothing more: what arrives here is the end."""
-        with contextlib.suppress(OSError):
-            if connection.recv(1024):
-                return
-        rank = self._ranks.pop(connection)
-        self._drop(connection)
-        if rank not in self._ranks.values():
-            self._tell(self._gone | {rank})
+        if not connection.recv(1024):
+            raise ConnectionError("the rank has ended")
 
     def _tell(self, gone: frozenset[int]) -> None:
-        self._gone = gone
+        self.gone = gone
         for connection in list(self._ranks):
             with contextlib.suppress(OSError):
-                self._send(connection, {"gone": sorted(gone)})
+                self._send(connection, gone)
 
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        connection.send(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT)
+    def _send(self, to: socket.socket, gone: frozenset[int], replaces: bool = False) -> None:
+        to.send(" ".join(map(str, [int(replaces), *sorted(gone)])).encode() + b"\n")
 
     def _drop(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
+        """Also of one that has been dropped in the same turn already."""
+        self._strangers.pop(connection, None)
+        rank = self._ranks.pop(connection, None)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(connection)
         connection.close()
+        if rank is not None and rank not in self._ranks.values():
+            self._tell(self.gone | {rank})
 
 
 class Guest(Peers):
@@ -157,32 +174,22 @@ class Guest(Peers):
 
         Raises:
             OSError: it does not answer.
+            ValueError: its answer is malformed.
         """
         self._on_silence = on_silence
-        self._gone: frozenset[int] = frozenset()
         self._end: float | None = None
         self._socket = socket.create_connection((addr, port), timeout=_HELLO_SECONDS)
         _sockets.add(self._socket)
         try:
             _keep_alive(self._socket)
-            self._socket.sendall(json.dumps({"token": token, "rank": rank}).encode() + b"\n")
-            self._lines = _Lines(self._socket)
-            answer = next(self._lines)
+            self._socket.sendall(f"{token} {rank}\n".encode())
+            self._lines = _Lines(self._socket, _LONGEST_ANSWER)
+            self.replaces = self._learn()
         except BaseException:
             self._socket.close()
             raise
-        self._replaces = bool(answer["replaces"])
-        self._gone = frozenset(answer["gone"])
         self._socket.settimeout(_LOOK)
-        self._thread = _start(self._run, "checkpoint-engine-liveness")
-
-    @property
-    def gone(self) -> frozenset[int]:
-        return self._gone
-
-    @property
-    def replaces(self) -> bool:
-        return self._replaces
+        self._thread = start_thread(self._run, "checkpoint-engine-liveness")
 
     def expect_end(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
@@ -193,41 +200,46 @@ class Guest(Peers):
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
+    def _learn(self) -> bool:
+        """Read who is gone; returns whether this rank replaces another process."""
+        replaces, *gone = map(int, next(self._lines))
+        self.gone = frozenset(gone)
+        return bool(replaces)
+
     def _run(self) -> None:
         past = 0
         try:
             while past < _LOOKS_PAST_THE_END:
                 try:
-                    self._gone = frozenset(next(self._lines)["gone"])
+                    self._learn()
                 except TimeoutError:
                     end = self._end
                     past = past + 1 if end is not None and time.monotonic() > end else 0
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
-            self._gone = frozenset({0})
+        except Exception:  # the connection has ended, or what arrives is not rank 0's
+            self.gone = frozenset({0})
         finally:
             self._socket.close()
             self._on_silence()
 
 
 class _Lines:
-    """JSON objects from a socket, one a line."""
+    """The lines that arrive at a socket, in words."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection = connection
+        self._longest = longest
         self._rest = b""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        """Raises ``TimeoutError`` if none comes in time, ``ConnectionError`` at the end."""
+    def __next__(self) -> list[bytes]:
+        """Raises ``TimeoutError`` if none comes in time, ``BlockingIOError`` if the socket does not
+        wait, ``ConnectionError`` at the end. What has come of a line is kept."""
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
-            if not received or len(self._rest) > _MAX_LINE:
-                raise ConnectionError("rank 0 closed the connection")
             self._rest += received
+            if not received or len(self._rest) > self._longest:
+                raise ConnectionError("the connection was closed, or a line is too long")
         line, _, self._rest = self._rest.partition(b"\n")
-        return dict(json.loads(line))
+        return line.split()
 
 
 def _listen() -> socket.socket:
@@ -236,6 +248,7 @@ def _listen() -> socket.socket:
         listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     else:
         listener = socket.create_server(("", 0))
+    listener.setblocking(False)
     _sockets.add(listener)
     return listener
 
@@ -256,7 +269,7 @@ def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _CUT_OFF_AFTER)
 
 
-def _start(run: Callable[[], None], name: str) -> threading.Thread:
+def start_thread(run: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread

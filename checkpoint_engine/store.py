@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import socket
+import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,41 +22,22 @@ import torch.distributed as dist
 from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.liveness import Guest, Host, Peers
+from checkpoint_engine.liveness import Guest, Host, Peers, start_thread
 
 T = TypeVar("T")
 
 NO_ANSWER = "rank 0, which hosts the store of this world, does not answer"
 _CONNECT_TIMEOUT = timedelta(minutes=5)
+_APART = 0.05  # seconds at most, by chance, so that threads do not connect at once again
+_hosted: dict[int, Any] = {}
 _stores: dict[tuple[str, int], _Connection] = {}
 _worlds: dict[tuple[str, int], int] = {}
-_stores_lock = threading.Lock()
+_connecting: list[_Connection] = []
+_lock = threading.Lock()  # of these; never held while something is awaited
 
 
-class Alone:
-    """The ties of a single rank: its own memory."""
-
-    peers = Peers()
-    id = ""
-    is_lost = False
-    why_lost = ""
-
-    def __init__(self) -> None:
-        self.store: Any = dist.HashStore()
-        self.watched = self.store
-
-    def store_to_block(self, deadline: Deadline) -> Any:
-        return self.store
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def free_blocked(self) -> None:
-        """Nobody can be blocked."""
-
-
-class World:
-    """One rank's ties to its world: connections to the store, and who is there.
+class Ties:
+    """What a rank is tied to its world by. Here: a single rank, whose store is its own memory.
 
     Attributes:
         store: for requests.
@@ -62,6 +45,38 @@ class World:
         peers: who is gone.
         id: another one where rank 0 was restarted.
     """
+
+    store: Any
+    watched: Any
+    peers = Peers()
+    id = ""
+
+    def __init__(self) -> None:
+        self.store = self.watched = dist.HashStore()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has been cut; another one may be made then."""
+        return False
+
+    @property
+    def why_lost(self) -> str:
+        """What cut it."""
+        return ""
+
+    def store_to_block(self, deadline: Deadline) -> Any:
+        """For calls in C++ that wait by themselves."""
+        return self.store
+
+    def free_blocked(self) -> None:
+        """End the calls that wait for ``store_to_block``."""
+
+    def close(self) -> None:
+        """Drop what is lost, at once."""
+
+
+class World(Ties):
+    """Connections to the store that rank 0 hosts, and one that tells who is there."""
 
     def __init__(
         self, rank: int, size: int, addr: str, port: int, number: int, deadline: Deadline
@@ -72,45 +87,42 @@ class World:
             RuntimeError: the port is taken, or rank 0 does not answer.
             TimeoutError: it did not do so before the deadline.
         """
-        self._place = size, addr, port
         self._prefix = f"checkpoint-engine/{number}"
-        self._connections = [
-            _connection(rank, size, addr, port, deadline),
-            self._another(deadline),
-        ]
+        self._connections = [_connection(rank, size, addr, port, deadline)]
+        self._connections.append(self._another(deadline))
         self._to_block: _Connection | None = None
         self.store, self.watched = map(self._part_of, self._connections)
-        self.peers, self.id = _within(
-            deadline, addr, port, lambda: self._meet(rank, addr, self.store)
-        )
+        try:  # by the connection that no other world of this process has
+            self.peers, self.id = _within(
+                deadline, addr, port, lambda: self._meet(rank, size, addr, self.watched)
+            )
+        except BaseException:
+            self._connections[1].close()
+            raise
 
     def store_to_block(self, deadline: Deadline) -> Any:
-        """By a connection of its own, for calls in C++ that wait by themselves."""
+        """By a connection of its own."""
         if self._to_block is None:
             self._to_block = self._another(deadline)
         return self._part_of(self._to_block)
 
     def free_blocked(self) -> None:
-        """End the calls that wait for ``store_to_block``."""
         if self._to_block is not None:
             self._to_block.cut()
             self._to_block = None
 
     def _another(self, deadline: Deadline) -> _Connection:
-        size, addr, port = self._place
-        return _within(deadline, addr, port, lambda: _Connection(addr, port, size, hosted=False))
+        return _Connection(self._connections[0].place, deadline)
 
     def _part_of(self, connection: _Connection) -> Any:
         return dist.PrefixStore(self._prefix, connection.store)
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has been cut; another one may be made then."""
         return not self._connections or any(one.is_cut for one in self._connections)
 
     @property
     def why_lost(self) -> str:
-        """What cut it."""
         if 0 in self.peers.gone:
             return "rank 0, which hosts the store of this world, is gone"
         return NO_ANSWER
@@ -122,23 +134,25 @@ class World:
             connection.cut()
 
     def close(self) -> None:
-        """Drop what is lost, at once: world and peers know each other."""
         self.cut()
         self.peers.close()
-        self.peers = Peers()
+        self.peers = Peers()  # world and peers know each other
         for connection in self._connections:
             connection.close()
         self._connections = []
         self.store = self.watched = None
 
-    def _meet(self, rank: int, addr: str, store: Any) -> tuple[Peers, str]:
+    def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Peers, str]:
         if rank == 0:
-            host, world_id = Host(), secrets.token_hex(8)
+            host, world_id = Host(size), secrets.token_hex(8)
             store.set("liveness", f"{host.port} {host.token} {world_id}")
             return host, world_id
         port, token, world_id = store.get("liveness").decode().split()
         try:
-            return Guest(rank, addr, int(port), token, self.cut), world_id
+            guest = Guest(rank, addr, int(port), token, self.cut)
+            if self.is_lost:  # ``__init__`` has given up meanwhile
+                guest.close()
+            return guest, world_id
         except (OSError, ValueError, KeyError) as error:
             logger.bind(rank=rank).warning(
                 "rank 0's port {} at {} cannot be reached ({}): the death of a rank will be "
@@ -151,25 +165,57 @@ class World:
 
 
 class _Connection:
-    """A store, and the sockets that lead to it."""
+    """A client of the store, and the socket that leads there, which torch does not show.
 
-    def __init__(self, addr: str, port: int, world_size: int, hosted: bool) -> None:
-        """``hosted``: this process shall host it."""
-        with _opening:
-            known = _sockets_to(port)
-            self.store: Any = dist.TCPStore(
-                addr,
-                port,
-                world_size,
-                is_master=hosted,
-                timeout=_CONNECT_TIMEOUT,
-                wait_for_workers=False,
-            )
-            opened = _sockets_to(port)
-            self._sockets = [opened.pop(name) for name in opened.keys() - known.keys()]
-            for found in (*known.values(), *opened.values()):
-                found.close()
+    The socket is the one that was not there before torch connected. If there are more, because
+    another thread connects to the store at the same time, nobody can tell whose is which: then
+    this connects again.
+    """
+
+    def __init__(self, place: tuple[str, int], deadline: Deadline) -> None:
+        """``place``: an address that ``_await_port`` returned."""
+        self.place = place
         self.is_cut = False
+        self.store: Any = None
+        self._sockets: list[socket.socket] = []
+        while not self._sockets:
+            self._has_ended = False
+            with _lock:
+                self._others = {name for name, _ in _sockets_to(place)}
+                _connecting.append(self)
+            try:
+                self.store = _within(deadline, *place, lambda: self._connect(deadline))
+            finally:
+                self._settle()
+            if not self._sockets:
+                time.sleep(random.uniform(0, _APART))
+
+    def _connect(self, deadline: Deadline) -> Any:
+        # Shorter than ours: torch shall not connect again when ``_settle`` ends its waiting.
+        timeout = timedelta(seconds=max(0.9 * deadline.remaining(), 0.001))
+        try:
+            store = dist.TCPStore(*self.place, timeout=timeout, wait_for_workers=False)
+            store.set_timeout(_CONNECT_TIMEOUT)  # from now on it is for waiting for keys
+            return store
+        finally:
+            self._has_ended = True
+
+    def _settle(self) -> None:
+        """Take the socket. If torch is still waiting, end that."""
+        with _lock:
+            _connecting.remove(self)
+            new = {n: one.dup() for n, one in _sockets_to(self.place) if n not in self._others}
+            if self.store is not None and len(new) == 1:
+                self._sockets = list(new.values())
+                for other in _connecting:
+                    other._others |= new.keys()
+                return
+            self.store = None
+            for name, found in new.items():
+                with found, contextlib.suppress(OSError):
+                    is_mine = all(name in other._others for other in _connecting)
+                    if is_mine and not self._has_ended:
+                        found.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
         """End every call on this connection, now and from now on."""
@@ -179,31 +225,27 @@ class _Connection:
                 found.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.cut()
         for found in self._sockets:
             found.close()
         self.store = None
 
 
-_opening = threading.Lock()
-
-
-def _sockets_to(port: int) -> dict[Any, socket.socket]:
-    """This process's connections to a port by their own address, each as one descriptor of ours:
-    torch does not show its."""
-    found: dict[Any, socket.socket] = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                candidate = socket.socket(fileno=os.dup(int(fd)))
-                wanted = candidate.family != socket.AF_UNIX and candidate.getpeername()[1] == port
-                if not wanted or found.setdefault(candidate.getsockname(), candidate) != candidate:
-                    candidate.close()
-    return found
+def _sockets_to(place: tuple[str, int]) -> Iterator[tuple[int, socket.socket]]:
+    """This process's connections to an address: the inode of each, and a descriptor of it that
+    is closed when the next one is taken."""
+    wanted = place, (f"::ffff:{place[0]}", place[1])  # torch reaches IPv4 by IPv6 sockets, too
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # not connected, or closed meanwhile
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.fromfd(fd, socket.AF_INET6, socket.SOCK_STREAM) as one:
+                    if one.getpeername()[:2] in wanted:
+                        yield os.fstat(one.fileno()).st_ino, one
 
 
 def world_number(addr: str, port: int) -> int:
     """How many worlds this process has been in at this meeting point, with a new one."""
-    with _stores_lock:
+    with _lock:
         number = _worlds[addr, port] = _worlds.get((addr, port), 0) + 1
     return number
 
@@ -226,45 +268,55 @@ def connect_store(
 def _connection(
     rank: int, world_size: int, addr: str, port: int, deadline: Deadline
 ) -> _Connection:
-    with _stores_lock:
-        known = _stores.get((addr, port))
-        if known is not None and not known.is_cut:
-            return known
-        if rank > 0:
-            _await_port(addr, port, deadline)
-        hosted = rank == 0
-        try:
-            connection = _within(
-                deadline, addr, port, lambda: _Connection(addr, port, world_size, hosted)
-            )
-        except (RuntimeError, ValueError) as error:
-            raise RuntimeError(
-                f"rank {rank} cannot {'host' if hosted else 'reach'} the store at {addr}:{port}: "
-                f"{error}; is the port free, and master_addr rank 0's host?"
-            ) from error
-        _stores[addr, port] = connection
-        return connection
+    known = _stores.get((addr, port))
+    if known is not None and not known.is_cut:
+        return known
+    try:
+        if rank == 0:
+            _host(port, world_size)
+        mine = _Connection(_await_port(addr, port, deadline), deadline)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {rank} cannot {'reach' if rank else 'host'} the store at {addr}:{port}: "
+            f"{error}; is the port free, and master_addr rank 0's host?"
+        ) from error
+    with _lock:
+        first = _stores.get((addr, port))
+        if first is None or first.is_cut:
+            first = _stores[addr, port] = mine
+    if first is not mine:  # another thread was faster
+        mine.close()
+    return first
 
 
-def _await_port(addr: str, port: int, deadline: Deadline) -> None:
-    """Until rank 0 listens. Torch's own waiting would not let go on Ctrl-C."""
-    longest = Deadline(_CONNECT_TIMEOUT)
+def _host(port: int, size: int) -> None:
+    """Host the store to the end of the process, by whichever thread calls this first."""
+    found = dist.TCPStore(
+        "127.0.0.1", port, size, is_master=True, wait_for_workers=False, multi_tenant=True
+    )
+    _hosted.setdefault(port, found)
+
+
+def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
+    """Wait until rank 0 listens; returns the address that leads there. Torch's own waiting would
+    not let go on Ctrl-C."""
     while True:
         try:
-            socket.create_connection((addr, port), timeout=5).close()
+            seconds = min(5.0, deadline.remaining() + 0.001)
+            with socket.create_connection((addr, port), seconds) as reached:
+                host, port, *_ = reached.getpeername()
+                return host, port
         except OSError as error:
-            if min(deadline.remaining(), longest.remaining()) == 0.0:
+            if deadline.remaining() == 0.0:
                 raise RuntimeError(
                     f"rank 0 does not listen at {addr}:{port}: {error}; is it running, and are "
                     "master_addr and master_port the same on all ranks?"
                 ) from error
             time.sleep(0.05)
-        else:
-            return
 
 
 def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -> T:
-    """What ``action`` returns; a thread that it blocks for ever is left to itself."""
+    """What ``action`` returns. Another thread does it, which may be blocked for longer."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -274,8 +326,7 @@ def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="checkpoint-engine-connect", daemon=True)
-    thread.start()
+    thread = start_thread(run, "checkpoint-engine-connect")
     poll(
         lambda: not thread.is_alive(),
         lambda: deadline.check(f"rank 0 at {addr}:{port}, which listens but does not answer"),

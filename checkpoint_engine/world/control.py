@@ -21,7 +21,7 @@ import torch.distributed as dist
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import get_ip
 from checkpoint_engine.errors import BusyError, UpdateError, kind_of
-from checkpoint_engine.store import NO_ANSWER, Alone, World, world_number
+from checkpoint_engine.store import NO_ANSWER, Ties, World, world_number
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import describe
@@ -71,7 +71,7 @@ class ControlPlane:
         self._addr = addr
         self._port = port
         self._number = 0
-        self._world: World | Alone | None = Alone() if world_size == 1 else None
+        self._world: Ties | None = Ties() if world_size == 1 else None
         self.running: Call | None = None
         self._busy = threading.Lock()
         self._memberships: dict[tuple[int, ...], Membership] = {}
@@ -174,7 +174,7 @@ class ControlPlane:
                 membership.join_late()
         return self._memberships[members]
 
-    def _meet(self, deadline: Deadline) -> World | Alone:
+    def _meet(self, deadline: Deadline) -> Ties:
         """This rank's world, met anew where the last one is lost."""
         if self._world is not None and not self._world.is_lost:
             return self._world

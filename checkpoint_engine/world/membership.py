@@ -14,7 +14,7 @@ import torch.distributed as dist
 from loguru import logger
 
 from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.store import Alone, World
+from checkpoint_engine.store import Ties
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -36,7 +36,7 @@ class Membership:
     """
 
     def __init__(
-        self, name: str, members: tuple[int, ...], rank: int, world_size: int, world: World | Alone
+        self, name: str, members: tuple[int, ...], rank: int, world_size: int, world: Ties
     ) -> None:
         self.members = members
         self.rank = rank

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import os
 import pickle
+import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +40,7 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.delivery import Delivery, digest
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import map_shared_memory, open_buffer
+from checkpoint_engine.liveness import Guest, Host
 from checkpoint_engine.parts import Parts
 from checkpoint_engine.service.guard import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
@@ -184,6 +188,56 @@ def _safetensors_bytes(header: Any, nbytes: int) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(nbytes)
 
 
+# ---------------------------------------------------------------------- who is there
+
+
+class _Ranks:
+    """A rank 0 that reads what others send, and what sends others what rank 0 might."""
+
+    def __init__(self) -> None:
+        self.host = Host(2)
+        self.host.token = "token"
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.answer = b""
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1024)
+                connection.sendall(self.answer)
+
+
+@functools.cache
+def _ranks() -> _Ranks:
+    return _Ranks()
+
+
+def hello_to_rank_0(data: bytes) -> None:
+    host = _ranks().host
+    with (
+        contextlib.suppress(ConnectionError),  # it is closed before all has been read
+        socket.create_connection(("127.0.0.1", host.port), timeout=5) as connection,
+    ):
+        reset = struct.pack("ii", 1, 0)  # and no port that waits for a minute
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1024):
+            pass
+    assert host._thread.is_alive()
+
+
+def answer_of_rank_0(data: bytes) -> None:
+    ended = threading.Event()
+    _ranks().answer = data
+    port = _ranks().listener.getsockname()[1]
+    guest = Guest(1, "127.0.0.1", port, "token", ended.set)
+    assert ended.wait(5)
+    assert guest.gone == {0}
+
+
 # ---------------------------------------------------------------------- ranks and HTTP
 
 
@@ -310,6 +364,13 @@ TARGETS = (
     Target("metas: pickle", metas_file.decode_metas, (ValueError,), _pickles({0: OWNED})[-1:]),
     Target("gather: layout", layout, (ValueError,), (gather.encode_layout([METAS]).blob,)),
     Target("gather: place", place, (ValueError,), (gather.encode_place(PLACE, "layout", "known"),)),
+    Target("liveness: hello", hello_to_rank_0, (), (b"token 1\n", b"token 0\n", b"other 1\n")),
+    Target(
+        "liveness: answers",
+        answer_of_rank_0,
+        (OSError, ValueError),
+        (b"0\n", b"1 0 2\n0\n", b"0 1\n0 1 2\n"),
+    ),
     Target(
         "HTTP bodies",
         http,
