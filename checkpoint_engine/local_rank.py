@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,11 @@ class LocalRank:
     @property
     def device(self) -> torch.device:
         return self.device_manager.device(self.local_rank)
+
+    @property
+    def draws_bars(self) -> bool:
+        """Whether this rank shows a bar where the caller watches nothing."""
+        return self.local_rank == 0 and sys.stderr.isatty()
 
     def make_device_current(self) -> None:
         """Each thread has a current device of its own."""

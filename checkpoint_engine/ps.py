@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -132,11 +131,10 @@ class ParameterServer(Contract):
         here.make_device_current()
         self._p2p = p2p = P2P(here)
         _start_p2p(p2p, here)
-        draws_bars = here.local_rank == 0 and sys.stderr.isatty()
-        self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, draws_bars, here.rank)
+        self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, here)
         self._gathered = Gathered()
         ways = (SharedMemory(here), Pull(here, p2p), Broadcast(here))
-        self._server = Server(here, p2p, ways, EngineProfile(), draws_bars)
+        self._server = Server(here, p2p, ways, EngineProfile())
 
     # ------------------------------------------------------------------ checkpoints on this rank
 

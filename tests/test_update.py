@@ -41,7 +41,6 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
         {"seed": 4, "env": TINY_BUCKETS},
         {"seed": 5, "env": LARGE_BUCKETS},
         {"seed": 6, "owners": [ranks - 1]},
-        {"seed": 7, "owners": []},
     ]
     results = torchrun(tmp_path, ranks, "updates", env=environment(device, ranks), steps=steps)
     for result in results:
@@ -51,7 +50,6 @@ def test_updates_are_bit_exact_again_and_again(tmp_path: Path, ranks: int, devic
         assert sizes[0] >= LARGEST > sizes[1] == sizes[2] == sizes[3] == MIB
         assert buckets[4] == ranks
         assert buckets[5] == 1
-        assert buckets[6] == 0
         assert_tells_whom_it_waited_for(result["reports"][1], ranks)
         assert result["hooks"] == len(steps)
         assert result["sockets"] == 0

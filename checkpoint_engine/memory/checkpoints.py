@@ -27,6 +27,7 @@ from checkpoint_engine.checksum import clear_gaps
 from checkpoint_engine.data_types import DataToGather, H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
 from checkpoint_engine.gather import EncodedLayout, encode_layout
+from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.content import hash_tensors
 from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.progress import Progress, drawn_bar
@@ -123,13 +124,12 @@ class Checkpoints:
     that readers never wait for a registration.
     """
 
-    def __init__(self, memory: HostMemory, readers: Readers, draws_bars: bool, rank: int) -> None:
-        """``draws_bars``: whether registering shows a bar where the caller watches nothing."""
+    def __init__(self, memory: HostMemory, readers: Readers, here: LocalRank) -> None:
         self.memory = memory
         self.filling: Progress | None = None
         self._readers = readers
-        self._draws_bars = draws_bars
-        self._log = logger.bind(rank=rank)
+        self._here = here
+        self._log = logger.bind(rank=here.rank)
         self._changing = threading.Lock()
         self._lock = threading.Lock()
         self._registered: Mapping[str, Checkpoint] = {}
@@ -302,7 +302,7 @@ class Checkpoints:
         """A phase of registering. Gives what to call with the share that is done."""
         with ExitStack() as stack:
             show = on_progress
-            if show is None and total and self._draws_bars:
+            if show is None and total and self._here.draws_bars:
                 show = stack.enter_context(drawn_bar(f"register: {phase}", total))
             about: dict[str, Any] = {"call": "register", "checkpoint": name, "phase": phase}
 

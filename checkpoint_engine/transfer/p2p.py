@@ -35,9 +35,7 @@ class P2P:
     def require(self, wanted_by: str) -> P2PStore:
         """The store. Raises ``RuntimeError`` if there is none."""
         if self.store is None:
-            raise RuntimeError(
-                f"{wanted_by} needs P2P, which this rank does not have: {self.missing}"
-            )
+            raise RuntimeError(f"{wanted_by} needs P2P, and this rank has no P2P: {self.missing}")
         return self.store
 
     def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:

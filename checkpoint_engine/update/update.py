@@ -39,14 +39,12 @@ class Server:
 
     Attributes:
         ways: in the order of preference; the first that serves all ranks is taken.
-        draws_bars: whether this rank shows a bar where the caller watches nothing.
     """
 
     here: LocalRank
     p2p: Readers
     ways: Sequence[Way]
     profile: EngineProfile
-    draws_bars: bool
 
 
 def run_update(
@@ -190,7 +188,7 @@ def _show_progress(
 ) -> None:
     call.clock.total_bytes = plan.total_bytes
     show = order.on_progress
-    if show is None and server.draws_bars:
+    if show is None and server.here.draws_bars:
         show = held.enter_context(drawn_bar("update", plan.total_bytes))
     if show is not None:
         shown = show
