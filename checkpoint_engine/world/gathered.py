@@ -11,7 +11,6 @@ from functools import cached_property
 
 from loguru import logger
 
-from checkpoint_engine.checksum import Checksums, check_sums
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList, ParameterMeta
 from checkpoint_engine.gather import (
     Layout,
@@ -22,6 +21,7 @@ from checkpoint_engine.gather import (
     missing_layouts,
 )
 from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.memory.checksum import Checksums, check_sums
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 
