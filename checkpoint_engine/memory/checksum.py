@@ -40,7 +40,7 @@ _WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
 _BLOCK = 32 * PERIOD
-"""Words that are multiplied at a time: their products stay in the cache."""
+"""Words of several tensors that are multiplied at a time: their products stay in the cache."""
 _MASK = (1 << 64) - 1
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
 """A formula's name, and base64."""
@@ -55,7 +55,7 @@ def _make_factors() -> np.ndarray:
 
 
 _FACTORS = _make_factors()
-_BLOCK_FACTORS = np.resize(_FACTORS, PERIOD + _BLOCK)
+_FACTORS_TWICE = np.tile(_FACTORS, 2)
 
 
 def is_wanted() -> bool:
@@ -161,27 +161,34 @@ class _TensorSums:
     def add(self, start: int, end: int) -> None:
         """Add the words from ``start`` to ``end``. Any thread.
 
-        A block of words at a time, with all its tensors: many threads that call Python for each
-        tensor wait for each other more than for memory.
+        As many words at a time as one tensor has, or a block of several tensors: many threads that
+        call Python for each tensor wait for each other more than for memory.
         """
-        for at in range(start, end, _BLOCK):
-            words = self._words(at, min(at + _BLOCK, end))
-            factors = _BLOCK_FACTORS[(self._first + at) % PERIOD :][: len(words)]
-            first, last = np.searchsorted(self._ends, [at, at + len(words) - 1], side="right")
-            if first == last:  # without a product of each word, which would take twice as long
-                sums = np.einsum("i,i->", words, factors)
+        at = start
+        while at < end:
+            first = np.searchsorted(self._ends, at, side="right")
+            whole_rows = (min(int(self._ends[first]), end) - at) // PERIOD * PERIOD
+            stop = min(at + max(whole_rows, _BLOCK), end)
+            last = np.searchsorted(self._ends, stop - 1, side="right")
+            rows = self._rows(at, stop)
+            shift = (self._first + at) % PERIOD
+            factors = _FACTORS_TWICE[shift : shift + PERIOD]
+            if first == last:  # without a product of each word, which would take longer
+                sums = np.einsum("rp,p->r", rows, factors).sum()
             else:
                 borders = np.concatenate([[0], self._ends[first:last] - at])
-                sums = np.add.reduceat(words * factors, borders)
+                sums = np.add.reduceat((rows * factors).reshape(-1), borders)
             with self._lock:
                 self._sums[self._with_bytes[first : last + 1]] += sums
+            at = stop
 
-    def _words(self, start: int, end: int) -> np.ndarray:
-        piece = self._memory[8 * start : 8 * end]
-        missing = 8 * (end - start) - len(piece)  # a file mapped in place may end within padding
+    def _rows(self, start: int, end: int) -> np.ndarray:
+        """The words from ``start`` to ``end``, ``PERIOD`` a row; behind them come zeros."""
+        piece = self._memory[8 * start : 8 * end]  # a file mapped in place may end within padding
+        missing = -len(piece) % (8 * PERIOD)
         if missing:
             piece = np.concatenate([piece, np.zeros(missing, np.uint8)])
-        return piece.view(np.int64)
+        return piece.view(np.int64).reshape(-1, PERIOD)
 
     def encode(self) -> str:
         return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
