@@ -89,7 +89,7 @@ def _cpus_of_pci_device(address: str, devices: str = "/sys/bus/pci/devices") -> 
 
 
 def _cpu_free_memory() -> int:
-    """What buffers may take: they are shared memory, which both figures limit."""
+    """What buffers may take: they are host memory, in files of the shared memory folder."""
     return min(available_host_memory()[0], shutil.disk_usage(SHARED_MEMORY_FOLDER).free)
 
 

@@ -39,7 +39,7 @@ in the nearest cache."""
 _WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
-_BLOCK = 32 * PERIOD
+_BLOCK = 8 * PERIOD
 """Words of several tensors that are multiplied at a time: their products stay in the cache."""
 _MASK = (1 << 64) - 1
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
@@ -92,19 +92,13 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
         words: int64; these and the others are arrays of numpy, or tensors of one device.
         columns: zeros, one for each of ``factors``.
     """
-    begun, whole, ended = _in_rows(words, first)
-    columns[first % PERIOD :][: len(begun)] += begun
-    columns += whole.sum(0)
-    columns[: len(ended)] += ended
+    begun = min(-first % PERIOD, len(words))  # words of a row that others began
+    rows = (len(words) - begun) // PERIOD
+    ended = begun + rows * PERIOD
+    columns[first % PERIOD :][:begun] += words[:begun]
+    columns += words[begun:ended].reshape(rows, PERIOD).sum(0)
+    columns[: len(words) - ended] += words[ended:]
     return (columns * factors).sum()
-
-
-def _in_rows(words: Any, first: int) -> tuple[Any, Any, Any]:
-    """What is left of the row that had begun before, the rows that are whole, and the rest."""
-    head = min(-first % PERIOD, len(words))
-    count = (len(words) - head) // PERIOD
-    body = head + count * PERIOD
-    return words[:head], words[head:body].reshape(count, PERIOD), words[body:]
 
 
 # ---------------------------------------------------------------------- of what a rank registers
