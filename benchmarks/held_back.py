@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_engine.checkpoint_files import natural_key
 from checkpoint_engine.data_types import align_up
+from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 

@@ -433,7 +433,7 @@ class TimedWorker(VllmColocateWorkerExtension):
 
 
 def _natural(item: tuple[str, Any]) -> Any:
-    from checkpoint_engine.checkpoint_files import natural_key
+    from checkpoint_engine.memory.sources import natural_key
 
     return natural_key(item[0])
 

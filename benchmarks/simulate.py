@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from original import predict_original
 
-from checkpoint_engine.checksum import checksum
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.memory.checksum import checksum
 from checkpoint_engine.settings import SHARED_MEMORY
 from checkpoint_engine.tools.simulate.checkpoint import make_plan, share_out
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs

@@ -197,7 +197,7 @@ class MemoryBufferMetas(_Stored):
     """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
     process.
 
-    ``checksums`` is this library's: of each tensor, see ``checksum.py``, base64.
+    ``checksums`` is this library's: of each tensor, see ``memory.checksum``, base64.
     """
 
     metas: list[ParameterMeta]

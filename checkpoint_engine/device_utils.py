@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.memory.limits import available_host_memory
 from checkpoint_engine.settings import integer
 
 _NO_TRAFFIC_TARGETS = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
@@ -88,10 +89,8 @@ def _cpus_of_pci_device(address: str, devices: str = "/sys/bus/pci/devices") -> 
 
 
 def _cpu_free_memory() -> int:
-    """What buffers may take: they are shared memory, which both figures limit."""
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    shared = shutil.disk_usage(SHARED_MEMORY_FOLDER).free
-    return min(int(available.group(1)) * 1024, shared) if available else shared
+    """What buffers may take: they are host memory, in files of the shared memory folder."""
+    return min(available_host_memory()[0], shutil.disk_usage(SHARED_MEMORY_FOLDER).free)
 
 
 def _accelerator_free_memory(module: Any) -> int:

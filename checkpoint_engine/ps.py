@@ -33,8 +33,8 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
+from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.p2p_store import P2PStore
-from checkpoint_engine.pin_memory import HostMemory
 from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import Served, UpdateReport
 from checkpoint_engine.settings import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from checkpoint_engine.data_types import MemoryBuffer
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint
-from checkpoint_engine.pin_memory import MemoryUsage
+from checkpoint_engine.memory.host_memory import MemoryUsage
 from checkpoint_engine.progress import Progress
 from checkpoint_engine.report import Served
 from checkpoint_engine.world.gathered import Gathered

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import zmq
 
-from checkpoint_engine.checksum import FORMULA, Expected
 from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
 from checkpoint_engine.delivery import Delivery
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
+from checkpoint_engine.memory.checksum import FORMULA, Expected
 from checkpoint_engine.parts import Parts
 from checkpoint_engine.recording import NamedTensors
 from checkpoint_engine.reload import EngineReload

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.checkpoint_files import open_files, view_tensors
+from checkpoint_engine.memory.files import open_files, view_tensors
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 from parallel_layers import TensorParallel
 from tiny_transformer import CausalLM, ModelConfig, new_model

@@ -20,17 +20,11 @@ from typing import cast
 
 import torch
 
-from checkpoint_engine.checkpoint_files import (
-    FileParts,
-    TensorSource,
-    file_of,
-    natural_key,
-    open_files,
-    view_tensors,
-)
-from checkpoint_engine.checkpoint_folder import INDEX, checkpoint_of, split_over_ranks
 from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
 from checkpoint_engine.distributed import use_backend
+from checkpoint_engine.memory.files import open_files, view_tensors
+from checkpoint_engine.memory.folder import INDEX, checkpoint_of, split_over_ranks
+from checkpoint_engine.memory.sources import FileParts, TensorSource, file_of, natural_key
 from checkpoint_engine.metas_file import Metas, decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
 

@@ -17,10 +17,10 @@ import torch
 import uvicorn
 from safetensors.torch import save_file
 
-from checkpoint_engine import checkpoint_files, pin_memory
-from checkpoint_engine.checkpoint_files import open_files
 from checkpoint_engine.errors import AccessError
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory import arena, folder
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.service import guard
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.guard import Guard
@@ -88,9 +88,9 @@ def test_unix_sockets_of_engines() -> None:
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     inside, outside = tmp_path / "in", tmp_path / "in-not"
-    for folder in (inside, outside):
-        folder.mkdir()
-        save_file({"w": torch.ones(4)}, folder / "m.safetensors")
+    for one in (inside, outside):
+        one.mkdir()
+        save_file({"w": torch.ones(4)}, one / "m.safetensors")
     return inside, outside
 
 
@@ -125,7 +125,7 @@ def test_a_link_that_changes_after_it_was_looked_at(
         link.symlink_to(outside / "m.safetensors")
         return seen
 
-    monkeypatch.setattr(checkpoint_files.os.path, "realpath", look_then_change)
+    monkeypatch.setattr(folder.os.path, "realpath", look_then_change)
     with pytest.raises(AccessError):
         open_files([link], (look(inside),))
 
@@ -147,17 +147,17 @@ def test_a_fifo_is_no_file(tmp_path: Path) -> None:
 def test_what_took_the_place_of_a_pinned_file_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(f"/dev/shm/pinned-{os.getpid()}.safetensors")
     save_file({"w": torch.ones(4)}, path)
-    pin = pin_memory._Arena.pin
+    pin = arena.Arena.pin
 
-    def pin_then_replace(arena: Any) -> None:
-        pin(arena)
+    def pin_then_replace(pinned: Any) -> None:
+        pin(pinned)
         path.unlink()
         path.write_text("precious")
 
-    monkeypatch.setattr(pin_memory._Arena, "pin", pin_then_replace)
+    monkeypatch.setattr(arena.Arena, "pin", pin_then_replace)
     memory = HostMemory("cpu")
     try:
-        buffers = memory.pin_in_place([path])
+        buffers = memory.pin_in_place(open_files([path]))
         assert path.read_text() == "precious"
         memory.release(buffers)
     finally:

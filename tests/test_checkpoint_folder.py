@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_engine.checkpoint_files import open_files, view_tensors
-from checkpoint_engine.checkpoint_folder import (
+from checkpoint_engine.errors import AccessError
+from checkpoint_engine.memory.files import open_files, view_tensors
+from checkpoint_engine.memory.folder import (
     MissingFileError,
     checkpoint_of,
     expand_folders,
     read_index,
     split_over_ranks,
 )
-from checkpoint_engine.errors import AccessError
 
 INDEX = "model.safetensors.index.json"
 FILES = {

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_engine import checksum as module
-from checkpoint_engine import pin_memory
-from checkpoint_engine.checkpoint_files import tensor_sources
-from checkpoint_engine.checksum import Checksums, add_sums, checksum
 from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory import checksum as module
+from checkpoint_engine.memory import layout
+from checkpoint_engine.memory.checksum import Checksums, add_sums, checksum
+from checkpoint_engine.memory.host_memory import HostMemory
+from checkpoint_engine.memory.sources import tensor_sources
 from checkpoint_engine.plan import gen_h2d_buckets
 
 
@@ -153,14 +153,14 @@ SIZES = [70_000, 5, 0, 300_000, 256, 16, 500_000, 3, 8192, 2047 * 256, 0]
 
 
 @pytest.mark.parametrize("piece", [32, 512, 2047, 1 << 14, 1 << 22])
-@pytest.mark.parametrize("at_once", [1, 3, 512])
+@pytest.mark.parametrize("block", [100, 2048, 8 * 2047])
 def test_tensors_of_any_size_in_pieces_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, piece: int, at_once: int
+    monkeypatch: pytest.MonkeyPatch, piece: int, block: int
 ) -> None:
-    monkeypatch.setattr(module, "_TENSORS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_BLOCK", block)
     monkeypatch.setattr(module, "_SMALLEST_PIECE", piece)
     monkeypatch.setattr(module, "_LARGEST_PIECE", piece)
-    monkeypatch.setattr(pin_memory, "MAX_BUFFER_BYTES", 600_000)
+    monkeypatch.setattr(layout, "MAX_BUFFER_BYTES", 600_000)
     tensors = {f"t{i:02}": random_bytes(size, i) for i, size in enumerate(SIZES)}
     buffers = HostMemory("cpu").fill(tensor_sources(tensors))
     assert len(buffers) > 1

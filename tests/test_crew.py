@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from checkpoint_engine import crew
+from checkpoint_engine.memory import crew
 
 
 def test_every_task_is_done_and_told_of_in_the_callers_thread() -> None:

@@ -90,6 +90,11 @@ def test_a_cpu_identity_differs_between_hosts_and_indices(monkeypatch: pytest.Mo
     assert device.identity(0) != here
 
 
+def test_free_memory_of_the_cpu_is_within_the_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_utils, "available_host_memory", lambda: (5000, "a cgroup"))
+    assert DeviceManager("cpu").free_memory() == 5000
+
+
 def test_free_memory_of_the_cpu_is_the_smaller_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     device = DeviceManager("cpu")
     assert 0 < device.free_memory() <= device_utils.shutil.disk_usage("/dev/shm").free + (64 << 20)

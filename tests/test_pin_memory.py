@@ -23,16 +23,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_engine import pin_memory
-from checkpoint_engine.checkpoint_files import (
+from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
+from checkpoint_engine.memory import arena as arena_module
+from checkpoint_engine.memory import filling, host_memory
+from checkpoint_engine.memory import layout as layout_module
+from checkpoint_engine.memory import limits as limits_module
+from checkpoint_engine.memory.arena import Arena, Arenas
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.sources import (
     FileParts,
     FileSlice,
     TensorSource,
     natural_key,
-    open_files,
     tensor_sources,
 )
-from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
 from checkpoint_engine.pin_memory import (
     HostMemory,
     MemoryUsage,
@@ -105,8 +109,8 @@ def open_fds() -> set[str]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pin_memory, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(pin_memory, "MAX_BUFFER_BYTES", 8192)
+    monkeypatch.setattr(filling, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(layout_module, "MAX_BUFFER_BYTES", 8192)
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +126,13 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 def arenas(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The addresses of all arenas mapped in the test."""
     addresses: list[int] = []
-    real = pin_memory._arena_at
+    real = Arenas._at
 
-    def record(address: int, *args: Any, **kwargs: Any) -> Any:
+    def record(self: Arenas, address: int, *args: Any, **kwargs: Any) -> Any:
         addresses.append(address)
-        return real(address, *args, **kwargs)
+        return real(self, address, *args, **kwargs)
 
-    monkeypatch.setattr(pin_memory, "_arena_at", record)
+    monkeypatch.setattr(Arenas, "_at", record)
     return addresses
 
 
@@ -156,7 +160,7 @@ class TestPack:
     def test_invariants(self, sizes: dict[str, int], limit: int) -> None:
         sources = {name: source(name, size) for name, size in sizes.items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pin_memory, "MAX_BUFFER_BYTES", limit)
+            patch.setattr(layout_module, "MAX_BUFFER_BYTES", limit)
             layout = pack(sources)
         names = [meta.name for metas in layout for meta in metas]
         assert names == sorted(sizes, key=natural_key)
@@ -305,7 +309,7 @@ class TestFillFromFiles:
     def test_tensor_parallel_npy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dim: int, chunk: int
     ) -> None:
-        monkeypatch.setattr(pin_memory, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(filling, "CHUNK_BYTES", chunk)
         whole = {
             "w": any_bits(torch.float32, (6, 9, 30)),
             "b": any_bits(torch.bfloat16, (30, 30, 3)).contiguous(),
@@ -380,15 +384,15 @@ INTERRUPT_PROGRAM = """
 import signal, time
 from pathlib import Path
 import torch
-from checkpoint_engine import checksum, pin_memory
-from checkpoint_engine.checkpoint_files import tensor_sources
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory import checksum, filling
+from checkpoint_engine.memory.host_memory import HostMemory
+from checkpoint_engine.memory.sources import tensor_sources
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-pin_memory.CHUNK_BYTES = 1 << 19
+filling.CHUNK_BYTES = 1 << 19
 checksum._SMALLEST_PIECE = checksum._LARGEST_PIECE = 1 << 16
 sources = tensor_sources({f"w{i}": torch.ones(1 << 17) for i in range(40)})
 
@@ -435,7 +439,7 @@ class TestFailuresLeaveNothing:
             memory.fill(sources)
 
     def test_interrupt(self, arenas: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pin_memory._Arena, "pin", interrupt)
+        monkeypatch.setattr(Arena, "pin", interrupt)
         sources = tensor_sources({f"w{i}": torch.ones(9000) for i in range(9)})
         with pytest.raises(KeyboardInterrupt), all_freed(arenas) as memory:
             memory.fill(sources)
@@ -452,7 +456,7 @@ class TestFailuresLeaveNothing:
         assert program.stdout == "done\n"
 
     def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pin_memory, "available_host_memory", lambda: (5000, "a limit"))
+        monkeypatch.setattr(limits_module, "available_host_memory", lambda: (5000, "a limit"))
         memory = HostMemory("cpu")
         match = r"needs 8192 more bytes of host memory, but only 5000 are available \(a limit\)"
         with pytest.raises(MemoryError, match=match):
@@ -461,16 +465,16 @@ class TestFailuresLeaveNothing:
 
     def test_mapping_refused(self) -> None:
         with pytest.raises(MemoryError, match=r"cannot map .* bytes .*available are .*MEMLOCK"):
-            pin_memory._new_arena(1 << 60, "cpu", pin_memory._Linger())
+            Arenas("cpu").new(1 << 60)
 
     def test_populating_refused(self) -> None:
         with pytest.raises(MemoryError, match="cannot populate 4096 bytes"):
-            pin_memory._populate(mmap_gap(), 4096)
+            arena_module.populate(mmap_gap(), 4096)
 
 
 def mmap_gap() -> int:
     """An address at which nothing is mapped."""
-    arena = pin_memory._new_arena(4096, "cpu", pin_memory._Linger())
+    arena = Arenas("cpu").new(4096)
     address = arena.memory.data_ptr()
     arena.free()
     return address
@@ -491,8 +495,8 @@ class TestLimits:
 
         write(tmp_path / "a", "1000")
         write(tmp_path / "a/b", "max")
-        monkeypatch.setattr(pin_memory, "CGROUP_ROOT", str(tmp_path))
-        limits = [*pin_memory._cgroup_limits(tmp_path / "a/b/no-controller")]
+        monkeypatch.setattr(limits_module, "CGROUP_ROOT", str(tmp_path))
+        limits = [*limits_module._cgroup_limits(tmp_path / "a/b/no-controller")]
         assert limits == [(250, f"{tmp_path}/a/memory.max")]
 
 
@@ -595,9 +599,9 @@ class TestRetaining:
     def test_threads_run_near_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = min(os.sched_getaffinity(0))
         where = []
-        write = pin_memory._write_batch
+        write = filling._write_batch
         monkeypatch.setattr(
-            pin_memory,
+            filling,
             "_write_batch",
             lambda *args: (where.append(os.sched_getaffinity(0)), write(*args)),
         )
@@ -626,7 +630,7 @@ class TestRetaining:
 
 @pytest.fixture
 def shm() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=pin_memory.SHM_DIR) as folder:
+    with tempfile.TemporaryDirectory(dir=host_memory.SHM_DIR) as folder:
         yield Path(folder)
 
 
@@ -660,7 +664,7 @@ class TestPinInPlace:
             part = {name: tensors[name] for name in names[i::2]}
             files.append(write_safetensors(shm / f"{i}.safetensors", part))
         memory = HostMemory("cpu")
-        buffers = memory.pin_in_place(files)
+        buffers = memory.pin_in_place(open_files(files))
         assert list(shm.iterdir()) == []
         assert contents(buffers) == {name: raw(tensor) for name, tensor in tensors.items()}
         for buffer in buffers:
@@ -680,10 +684,10 @@ class TestPinInPlace:
 
     def test_without_tensors(self, shm: Path, arenas: list[int]) -> None:
         memory = HostMemory("cpu")
-        assert memory.pin_in_place([]) == []
-        assert memory.pin_in_place([write_safetensors(shm / "a.safetensors", {})]) == []
+        assert memory.pin_in_place({}) == []
+        assert memory.pin_in_place(open_files([write_safetensors(shm / "a.safetensors", {})])) == []
         (buffer,) = memory.pin_in_place(
-            [write_safetensors(shm / "b.safetensors", {"w": torch.empty(0)})]
+            open_files([write_safetensors(shm / "b.safetensors", {"w": torch.empty(0)})])
         )
         assert (buffer.size, buffer.metas[0].name) == (0, "w")
         memory.release([buffer])
@@ -710,7 +714,7 @@ class TestPinInPlace:
         before = sorted(shm.iterdir())
         memory = HostMemory("cpu")
         with pytest.raises(ValueError, match=says):
-            memory.pin_in_place([good, other])
+            memory.pin_in_place(open_files([good, other]))
         assert sorted(shm.iterdir()) == before
         assert other.resolve().exists()
         assert not any(map(is_mapped, arenas))
@@ -719,10 +723,10 @@ class TestPinInPlace:
     def test_interrupt_deletes_nothing(
         self, shm: Path, arenas: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pin_memory._Arena, "pin", interrupt)
+        monkeypatch.setattr(Arena, "pin", interrupt)
         path = write_safetensors(shm / "a.safetensors", {"w": torch.ones(9)})
         with pytest.raises(KeyboardInterrupt):
-            HostMemory("cpu").pin_in_place([path])
+            HostMemory("cpu").pin_in_place(open_files([path]))
         assert path.exists()
         assert arenas
         assert not any(map(is_mapped, arenas))
@@ -774,7 +778,7 @@ class TestPinning:
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
         path = write_safetensors(shm / "a.safetensors", {"a": torch.ones(9), "b": torch.ones(9)})
         memory = HostMemory("cuda")
-        buffers = memory.pin_in_place([path])
+        buffers = memory.pin_in_place(open_files([path]))
         assert list(cudart.registered.values()) == [4096]
         memory.release(buffers)
         assert cudart.registered == {}
@@ -788,7 +792,7 @@ class TestPinning:
             cudart = FakeCudart(fails_at)
             monkeypatch.setattr(torch.cuda, "cudart", lambda cudart=cudart: cudart)
             with pytest.raises(RuntimeError, match=match):
-                attempt(sources if attempt == memory.fill else [path])
+                attempt(sources if attempt == memory.fill else open_files([path]))
             assert cudart.registered == {}
             assert not any(map(is_mapped, arenas))
         assert path.exists()
@@ -812,8 +816,8 @@ class TestPinning:
 
 PEAK_PROGRAM = """
 import sys
-from checkpoint_engine.checkpoint_files import open_files
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.host_memory import HostMemory
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -897,17 +901,17 @@ class TestOnGpu:
         tensor = any_bits(torch.float32, (1 << 20,))
         path = write_safetensors(shm / "a.safetensors", {"w": tensor})
         memory = HostMemory("cuda")
-        (buffer,) = memory.pin_in_place([path])
+        (buffer,) = memory.pin_in_place(open_files([path]))
         assert not path.exists()
         assert buffer.buffer.is_pinned()
         assert raw(buffer.buffer.cuda()[: tensor.nbytes]) == raw(tensor)
         memory.release([buffer])
 
     def test_a_refused_registration_leaves_cuda_usable(self) -> None:
-        arena = pin_memory._new_arena(1 << 20, "cuda", pin_memory._Linger())
+        arena = Arenas("cuda").new(1 << 20)
         arena.pin()
         with pytest.raises(RuntimeError, match="cudaHostRegister of 1048576 bytes failed with"):
-            pin_memory._cuda_register(arena.memory.data_ptr(), arena.nbytes)
+            arena_module._cuda_register(arena.memory.data_ptr(), arena.nbytes)
         assert (torch.ones(3, device="cuda") + 1).sum().item() == 6
         arena.free()
 
@@ -916,8 +920,8 @@ class TestOnGpu:
         says it."""
         program = """
 import os, resource, torch
-from checkpoint_engine.checkpoint_files import tensor_sources
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory.sources import tensor_sources
+from checkpoint_engine.memory.host_memory import HostMemory
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
 if os.getuid() == 0:
     os.setuid(65534)  # root may lock all memory

@@ -19,9 +19,10 @@ import zmq
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from checkpoint_engine import checksum, ps
+from checkpoint_engine import ps
 from checkpoint_engine.data_types import Lease, MemoryBufferMetaList
 from checkpoint_engine.errors import BusyError, UpdateError
+from checkpoint_engine.memory import checksum
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.worker import update_weights_from_ipc

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_engine.checkpoint_files import (
-    FileParts,
-    FileSlice,
-    TensorSource,
-    open_files,
-    view_tensors,
-)
+from checkpoint_engine.memory.files import open_files, view_tensors
+from checkpoint_engine.memory.sources import FileParts, FileSlice, TensorSource
 
 
 def load_example() -> ModuleType:

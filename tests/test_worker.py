@@ -20,11 +20,11 @@ import torch
 import zmq
 
 from checkpoint_engine import ps, worker
-from checkpoint_engine.checksum import FORMULA
 from checkpoint_engine.delivery import digest
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
+from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.wire import (
     DELIVERED,

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import click
 
-from checkpoint_engine.checkpoint_folder import expand_folders, split_over_ranks
 from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
 from checkpoint_engine.cli.servers import STATUS, Server, ServiceError, World, ask, find_servers
+from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
 _GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given up

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
@@ -15,21 +14,17 @@ from typing import Any, Protocol
 import torch
 from loguru import logger
 
-from checkpoint_engine import checksum
-from checkpoint_engine.checkpoint_files import merge_sources, open_files, tensor_sources
-from checkpoint_engine.checkpoint_folder import (
-    INDEX,
-    assigned_tensors,
-    expand_folders,
-    with_indexes,
-)
-from checkpoint_engine.checksum import clear_gaps
 from checkpoint_engine.data_types import DataToGather, H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
 from checkpoint_engine.gather import EncodedLayout, encode_layout
 from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.memory import checksum
+from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.memory.content import hash_tensors
-from checkpoint_engine.pin_memory import HostMemory
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.folder import expand_folders
+from checkpoint_engine.memory.host_memory import HostMemory, can_be_pinned
+from checkpoint_engine.memory.sources import file_of, tensor_sources
 from checkpoint_engine.progress import Progress, drawn_bar
 
 POOL = "__shared_memory_pool__"
@@ -180,12 +175,18 @@ class Checkpoints:
         """See ``ParameterServer.register_checkpoint``."""
         with self._changing, ExitStack() as undo:
             self._check_can_register(name, pooled)
-            pinned_files, copied = _split_in_place(files, in_place and not pooled, allowed_folders)
-            from_files = open_files(copied, allowed_folders)
-            in_shm = open_files(pinned_files, allowed_folders)
-            merge_sources([*from_files.values(), *in_shm.values()], allowed_folders)
-            from_files = {n: one for n, one in from_files.items() if n not in in_shm}
-            sources = {**from_files, **tensor_sources(named_tensors)}
+            in_place = in_place and not pooled
+            paths = expand_folders(files, allowed_folders)
+            if in_place:
+                paths.sort(key=can_be_pinned)  # of equal tensors, the one in such a file counts
+            from_files = open_files(paths, allowed_folders)
+            pinned = {
+                key: source
+                for key, source in from_files.items()
+                if in_place and can_be_pinned(file_of(source))
+            }
+            copied = {key: one for key, one in from_files.items() if key not in pinned}
+            sources = {**copied, **tensor_sources(named_tensors)}
             nbytes = sum(source.nbytes for source in sources.values())
             reused = self._pool if pooled and self._pool else None
             with self._observed("filling", name, nbytes, on_progress) as advance:
@@ -193,21 +194,14 @@ class Checkpoints:
             if reused is None:
                 undo.callback(self.memory.release, buffers)
 
-            def add_sums(buffers: list[MemoryBuffer]) -> None:
+            def add_sums(pinned: list[MemoryBuffer]) -> None:
                 if checksum.is_wanted():
-                    summed = sum(buffer.size for buffer in buffers)
+                    every = [*buffers, *pinned]
+                    summed = sum(buffer.size for buffer in every)
                     with self._observed("summing", name, summed, on_progress) as advance:
-                        checksum.add_sums(buffers, advance)
+                        checksum.add_sums(every, advance)
 
-            if pinned_files:
-                buffers += self._pin_in_place(
-                    pinned_files,
-                    allowed_folders,
-                    named_tensors.keys(),
-                    lambda pinned: add_sums([*buffers, *pinned]),
-                )
-            else:
-                add_sums(buffers)
+            buffers += self.memory.pin_in_place(pinned, named_tensors.keys(), add_sums)
             undo.pop_all()
             if pooled:
                 self._pool = self._pool or buffers
@@ -277,24 +271,6 @@ class Checkpoints:
         finally:
             self.memory.release(buffers)
 
-    def _pin_in_place(
-        self,
-        files: list[str],
-        allowed_folders: Sequence[str] | None,
-        overridden: Set[str],
-        before_deleting: Callable[[list[MemoryBuffer]], None],
-    ) -> list[MemoryBuffer]:
-        """Pin files where they are, but for the tensors that are ``overridden``."""
-
-        def wanted(buffers: list[MemoryBuffer]) -> list[MemoryBuffer]:
-            return [buffer for buffer in buffers if buffer.metas[0].name not in overridden]
-
-        pinned = self.memory.pin_in_place(
-            files, allowed_folders, lambda pinned: before_deleting(wanted(pinned))
-        )
-        self.memory.release([b for b in pinned if b.metas[0].name in overridden])
-        return wanted(pinned)
-
     @contextlib.contextmanager
     def _observed(
         self, phase: str, name: str, total: int, on_progress: OnProgress | None
@@ -316,21 +292,3 @@ class Checkpoints:
                 yield advance
             finally:
                 self.filling = None
-
-
-def _split_in_place(
-    files: Sequence[str], in_place: bool, allowed_folders: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """Files to pin where they are, and files to copy, each with the indexes about them."""
-    paths = expand_folders(files, allowed_folders)
-    assigned = assigned_tensors(paths, allowed_folders)
-    data = [path for path in paths if not path.endswith(INDEX)]
-    chosen = [
-        path
-        for path in data
-        if in_place
-        and path.endswith(".safetensors")
-        and os.path.realpath(path).startswith("/dev/shm/")
-    ]
-    rest = [path for path in data if path not in chosen]
-    return with_indexes(chosen, assigned), with_indexes(rest, assigned)

@@ -23,7 +23,7 @@ import torch
 
 from checkpoint_engine import rdma
 from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
-from checkpoint_engine.pin_memory import available_host_memory
+from checkpoint_engine.memory.limits import available_host_memory
 
 GB = 1e9
 _RATE_BYTES = 256 << 20

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
-from checkpoint_engine.checksum import FORMULA
 from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import WireError, WorkerError
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import WorkerLink
+from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.report import InstanceFailure
 from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request

@@ -107,6 +107,7 @@ def _agree(
     """What every member says; raises if they do not want the same."""
     call.begin("plan")
     mine = order.hello(server.here, link.url, gathered.digest)
+    mine = replace(mine, joins_parts=server.profile.joins_parts)
     call.claim(mine)
     for way in server.ways:
         mine = way.introduce(mine, held)

@@ -11,7 +11,6 @@ from functools import cached_property
 
 from loguru import logger
 
-from checkpoint_engine.checksum import Checksums, check_sums
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList, ParameterMeta
 from checkpoint_engine.gather import (
     Layout,
@@ -24,6 +23,7 @@ from checkpoint_engine.gather import (
 )
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
+from checkpoint_engine.memory.checksum import Checksums, check_sums
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 

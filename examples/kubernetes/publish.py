@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from checkpoint_engine.checkpoint_folder import checkpoint_of, split_over_ranks
+from checkpoint_engine.memory.folder import checkpoint_of, split_over_ranks
 
 TIMEOUT = 600.0
 """Seconds that one step may take."""

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from checkpoint_engine import pin_memory, worker
 from checkpoint_engine import ps as server
+from checkpoint_engine import worker
+from checkpoint_engine.memory import host_memory
 from checkpoint_engine.transfer import remote_loader
 from checkpoint_engine.update import session, update
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "register": (pin_memory, "_fill_arenas"),
+    "register": (host_memory, "fill_arenas"),
     "gather": (server, "gather"),
     "start": (update, "_agree"),
     "buffers": (update, "_share_buffer"),

@@ -28,7 +28,7 @@ import torch
 from loguru import logger
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from checkpoint_engine import checkpoint_files, checkpoint_folder, gather, metas_file, wire
+from checkpoint_engine import gather, metas_file, wire
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import (
     DataToGather,
@@ -41,6 +41,7 @@ from checkpoint_engine.delivery import Delivery, digest
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import map_shared_memory, open_buffer
 from checkpoint_engine.liveness import Guest, Host
+from checkpoint_engine.memory import files, folder
 from checkpoint_engine.parts import Parts
 from checkpoint_engine.service.guard import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
@@ -135,13 +136,13 @@ class _Files:
 
 
 _SAFETENSORS, _NPY = _Files(".safetensors"), _Files(".npy")
-_INDEX = _Files(checkpoint_folder.INDEX)
+_INDEX = _Files(folder.INDEX)
 ALL_FILES = (_SAFETENSORS.path, _INDEX.path, _NPY.path, f"{_NPY.path}.meta")
 
 
 def safetensors(data: bytes) -> None:
     _SAFETENSORS.write(data)
-    checkpoint_files.open_files([_SAFETENSORS.path])
+    files.open_files([_SAFETENSORS.path])
 
 
 _INDEX_JSON = b'{"weight_map": {"a": "x.safetensors", "b": "y/z.safetensors"}}'
@@ -149,7 +150,7 @@ _INDEX_JSON = b'{"weight_map": {"a": "x.safetensors", "b": "y/z.safetensors"}}'
 
 def index(data: bytes) -> None:
     _INDEX.write(data)
-    checkpoint_folder.read_index(_INDEX.path)
+    folder.read_index(_INDEX.path)
 
 
 NPY_META = pickle.dumps(
@@ -174,13 +175,13 @@ def _npy_bytes() -> bytes:
 def npy(data: bytes) -> None:
     _NPY.write(data)
     _NPY.write(NPY_META, ".meta")
-    checkpoint_files.open_files([_NPY.path])
+    files.open_files([_NPY.path])
 
 
 def npy_meta(data: bytes) -> None:
     _NPY.write(_npy_bytes())
     _NPY.write(data, ".meta")
-    checkpoint_files.open_files([_NPY.path])
+    files.open_files([_NPY.path])
 
 
 def _safetensors_bytes(header: Any, nbytes: int) -> bytes:

@@ -18,12 +18,12 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_engine.checkpoint_files import natural_key
 from checkpoint_engine.client import vllm_request
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ipc import SharedBuffer
 from checkpoint_engine.link import Address, WorkerLink, open_context
+from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer, UpdateError
 from checkpoint_engine.update.request import Request

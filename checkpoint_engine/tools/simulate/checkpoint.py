@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from checkpoint_engine.checkpoint_files import natural_key, open_files
 from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     MemoryBufferMetas,
     ParameterMeta,
 )
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.plan import (
     TransferPlan,
     bucket_size,

@@ -146,10 +146,7 @@ def read_index(index: str, allowed: Folders = None) -> dict[str, frozenset[str]]
         AccessError: the index lies outside ``allowed``.
         ValueError: it is malformed, assigns nothing, or names a file outside its folder.
     """
-    with open_file(index, allowed) as file:
-        data = file.read(_MAX_INDEX + 1)
-    if len(data) > _MAX_INDEX:
-        raise ValueError(f"{index}: has more than {_MAX_INDEX} bytes")
+    data = read_whole(index, allowed, _MAX_INDEX)
     try:
         weight_map = json.loads(data, object_pairs_hook=unique_keys)["weight_map"]
         entries = list(weight_map.items())
@@ -230,6 +227,15 @@ def open_file(path: str, allowed: Folders) -> IO[bytes]:
     except BaseException:
         os.close(fd)
         raise
+
+
+def read_whole(path: str, allowed: Folders, most: int) -> bytes:
+    """All bytes of a file. Raises ``ValueError`` if there are more than ``most``."""
+    with open_file(path, allowed) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path}: has more than {most} bytes")
+    return data
 
 
 def _open_below(path: str, flags: int, allowed: Folders) -> int:

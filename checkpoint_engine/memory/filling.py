@@ -1,0 +1,220 @@
+"""Fills arenas with the bytes of a checkpoint's tensors, by several threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.memory import crew
+from checkpoint_engine.memory.arena import Arena, populate
+from checkpoint_engine.memory.sources import FileParts, FileSlice, Reader, TensorSource
+
+CHUNK_BYTES = 16 << 20
+"""Bytes that one thread fills at a time, and about the most it reads at once."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By item size: a dtype that every dtype of this size can be copied as, bit for bit."""
+
+
+class _Piece(NamedTuple):
+    """``nbytes`` bytes at ``at`` of an arena that one thread sees to.
+
+    Attributes:
+        source: where they come from; ``None``: the thread only brings their memory into being.
+        name: the tensor's, for errors.
+        rows: of a shard, which holds the bytes from ``column`` on of each of these rows.
+    """
+
+    at: int
+    nbytes: int
+    source: FileSlice | torch.Tensor | None = None
+    name: str = ""
+    rows: int = 1
+    column: int = 0
+
+
+def fill_arenas(
+    arenas: list[Arena],
+    layout: list[list[ParameterMeta]],
+    sources: Mapping[str, TensorSource],
+    cpus: Set[int] | None,
+    on_progress: Callable[[float], None] | None,
+) -> None:
+    """Puts the tensors of each list into the arena of the same index, and pins the arenas.
+
+    An arena is pinned, and the copies from devices into it begin, while the next one is filled.
+    These copies have streams of their own, so that they do not delay other work of the device.
+    """
+    contents = dict(zip(arenas, layout, strict=True))
+    streams: dict[torch.device, Any] = {}
+
+    def finish(arena: Arena) -> None:
+        arena.pin()
+        for at, source in _places(contents[arena], sources):
+            if isinstance(source.data, torch.Tensor) and source.data.device.type != "cpu":
+                _begin_copy(source.data, arena.memory[at : at + source.nbytes], streams)
+
+    pieces = {arena: _pieces(_places(metas, sources)) for arena, metas in contents.items()}
+    try:
+        _work(pieces, finish, cpus, on_progress)
+    finally:
+        for stream in streams.values():
+            stream.synchronize()
+
+
+def pin_arenas(arenas: Iterable[Arena], cpus: Set[int] | None) -> None:
+    """Brings all their pages into being, and pins them."""
+    _work({arena: _chunks(0, arena.nbytes) for arena in arenas}, Arena.pin, cpus)
+
+
+def _begin_copy(
+    source: torch.Tensor, target: torch.Tensor, streams: dict[torch.device, Any]
+) -> None:
+    """Copies from a device, behind the work that its current stream already has."""
+    module = getattr(torch, source.device.type)
+    if source.device not in streams:
+        streams[source.device] = module.Stream(source.device)
+        streams[source.device].wait_stream(module.current_stream(source.device))
+    with module.stream(streams[source.device]):
+        source = source.resolve_conj().resolve_neg().contiguous()
+        target.copy_(source.view(-1).view(torch.uint8), non_blocking=True)
+
+
+def _work(
+    pieces: Mapping[Arena, Iterable[_Piece]],
+    finish: Callable[[Arena], None],
+    cpus: Set[int] | None,
+    on_progress: Callable[[float], None] | None = None,
+) -> None:
+    """Writes all pieces, by several threads, and in this one calls ``finish`` for each done arena.
+
+    However it ends, no thread touches the memory any more.
+    """
+    batches = [(arena, batch) for arena in pieces for batch in _batches(pieces[arena])]
+    left = Counter(arena for arena, _ in batches)
+
+    def wrote_batch(arena: Arena) -> None:
+        left[arena] -= 1
+        if left[arena] == 0:
+            arena.fresh = False
+            finish(arena)
+        if on_progress is not None:
+            on_progress(1 - left.total() / len(batches))
+
+    tasks = [(arena, partial(_write_batch, arena, batch)) for arena, batch in batches]
+    crew.work(tasks, wrote_batch, cpus)
+
+
+# What is to be written
+
+
+def _places(
+    metas: list[ParameterMeta], sources: Mapping[str, TensorSource]
+) -> Iterator[tuple[int, TensorSource]]:
+    """Offset in the buffer and source of every tensor that has bytes."""
+    at = 0
+    for meta in metas:
+        if meta.aligned_size > 0:
+            yield at, sources[meta.name]
+        at += meta.aligned_size
+
+
+def _pieces(places: Iterable[tuple[int, TensorSource]]) -> Iterator[_Piece]:
+    for at, source in places:
+        if isinstance(source.data, FileParts):
+            yield from _file_pieces(source.name, source.data, at)
+        elif source.data.device.type == "cpu":
+            for part in _split(source.data):
+                yield _Piece(at, part.nbytes, part)
+                at += part.nbytes
+        else:
+            yield from _chunks(at, source.nbytes)
+
+
+def _chunks(at: int, nbytes: int) -> Iterator[_Piece]:
+    for offset in range(0, nbytes, CHUNK_BYTES):
+        yield _Piece(at + offset, min(CHUNK_BYTES, nbytes - offset))
+
+
+def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
+    """In the order of the tensor's bytes: as many rows as a chunk has room for, or parts of one."""
+    stride = sum(part.nbytes for part in data.parts) // data.rows
+    block = max(1, CHUNK_BYTES // stride)
+    for first in range(0, data.rows, block):
+        rows, column = min(block, data.rows - first), 0
+        for part in data.rows_from(first, rows):
+            if rows == 1:
+                for run in part.chunks(CHUNK_BYTES):
+                    yield _Piece(at + column + run.offset - part.offset, run.nbytes, run, name)
+            elif part.nbytes > 0:
+                yield _Piece(at, rows * stride, part, name, rows, column)
+            column += part.nbytes // rows
+        at += rows * stride
+
+
+def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Parts of about ``CHUNK_BYTES``, but whole transposes: for those torch has a faster copy."""
+    if tensor.is_contiguous():
+        tensor = tensor.view(-1)
+    if tensor.nbytes <= CHUNK_BYTES or (tensor.dim() == 2 and tensor.stride(1) != 1):
+        yield tensor
+    elif tensor.dim() > 2:
+        for part in tensor:
+            yield from _split(part)
+    else:
+        yield from torch.split(tensor, max(1, CHUNK_BYTES * tensor.size(0) // tensor.nbytes))
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Neighbours together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.nbytes
+        if size >= CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+# Writing, in threads
+
+
+def _write_batch(arena: Arena, batch: list[_Piece]) -> None:
+    if arena.fresh and batch:
+        end = batch[-1].at + batch[-1].nbytes
+        populate(arena.memory.data_ptr() + batch[0].at, end - batch[0].at)
+    with closing(Reader()) as files:
+        for piece in batch:
+            target = arena.memory[piece.at : piece.at + piece.nbytes]
+            if isinstance(piece.source, FileSlice):
+                _read_rows(files, piece.source, piece, target)
+            elif piece.source is not None:
+                _copy(piece.source, target)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """The elements of a tensor, one behind the other, bit for bit."""
+    source = source.resolve_conj().resolve_neg()
+    if source.is_contiguous():
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), target.numel())
+    else:
+        bits = source.view(_BITS.get(source.dtype.itemsize, source.dtype))
+        target.view(bits.dtype).view(bits.shape).copy_(bits)
+
+
+def _read_rows(files: Reader, source: FileSlice, piece: _Piece, target: torch.Tensor) -> None:
+    if source.nbytes == piece.nbytes:
+        files.read(source, piece.name, target)
+        return
+    shard = torch.empty(source.nbytes, dtype=torch.uint8)
+    files.read(source, piece.name, shard)
+    columns = slice(piece.column, piece.column + source.nbytes // piece.rows)
+    target.view(piece.rows, -1)[:, columns] = shard.view(piece.rows, -1)
