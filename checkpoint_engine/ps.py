@@ -208,7 +208,7 @@ class ParameterServer(Contract):
             self._begin("gather_metas", checkpoint_name, timeout) as call,
             self._checkpoints.pin(checkpoint_name) as source,
         ):
-            gathered = gather(call, self._server.here, self._p2p, source, self._gathered)
+            gathered = gather(call, self._p2p, source, self._gathered)
             call.on_success = lambda: self._replace_gathered(gathered)
 
     def get_metas(self) -> Metas:

@@ -82,6 +82,7 @@ def test_memory_is_given_back_when_asked_for(
 def test_plans_are_kept_between_updates(server: ParameterServer) -> None:
     server.register_checkpoint("a", named_tensors={"w": torch.ones(5000)})
     received(server, "a")
+    assert received(server, "a").keys() == {"w"}  # the rank knows its worker by now
     broadcast = server._server.ways[-1]
     planned = broadcast._planned
     assert planned is not None

@@ -21,7 +21,6 @@ from checkpoint_engine.gather import (
     known_digest,
     missing_layouts,
 )
-from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
 from checkpoint_engine.memory.checksum import Checksums, check_sums
 from checkpoint_engine.world.call import Call
@@ -189,9 +188,7 @@ def load(metas: Metas) -> Gathered:
     )
 
 
-def gather(
-    call: Call, here: LocalRank, readers: Readers, source: Checkpoint, before: Gathered
-) -> Gathered:
+def gather(call: Call, readers: Readers, source: Checkpoint, before: Gathered) -> Gathered:
     """Learn what every rank owns. Called by all ranks.
 
     Args:
@@ -203,7 +200,7 @@ def gather(
             two ranks own different tensors of one name.
     """
     place = encode_place(readers.place(source), source.layout.digest, known_digest(before.layouts))
-    mine = Hello(call.rank, call.name, source.name, device=here.device_uuid, place=place.decode())
+    mine = Hello(call.rank, call.name, source.name, place=place.decode())
     hellos = call.exchange(mine)
     places = [decode_place(hello.place.encode()) for hello in hellos]
     missing = missing_layouts(places, before.layouts)
