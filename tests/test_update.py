@@ -26,8 +26,8 @@ ON_EVERY_DEVICE = [
 
 
 def environment(device: str, ranks: int) -> dict[str, str]:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices, one for each rank")
     return {"PS_DEVICE": device}
 
 

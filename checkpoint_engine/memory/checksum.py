@@ -39,8 +39,8 @@ in the nearest cache."""
 _WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
-_BLOCK = 8 * PERIOD
-"""Words of several tensors that are multiplied at a time: their products stay in the cache."""
+_TENSORS_AT_ONCE = 512
+"""Each may take a row of ``PERIOD`` words beside the checkpoint's memory."""
 _MASK = (1 << 64) - 1
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
 """A formula's name, and base64."""
@@ -55,7 +55,6 @@ def _make_factors() -> np.ndarray:
 
 
 _FACTORS = _make_factors()
-_FACTORS_TWICE = np.tile(_FACTORS, 2)
 
 
 def is_wanted() -> bool:
@@ -92,13 +91,19 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
         words: int64; these and the others are arrays of numpy, or tensors of one device.
         columns: zeros, one for each of ``factors``.
     """
-    begun = min(-first % PERIOD, len(words))  # words of a row that others began
-    rows = (len(words) - begun) // PERIOD
-    ended = begun + rows * PERIOD
-    columns[first % PERIOD :][:begun] += words[:begun]
-    columns += words[begun:ended].reshape(rows, PERIOD).sum(0)
-    columns[: len(words) - ended] += words[ended:]
+    begun, whole, ended = _in_rows(words, first)
+    columns[first % PERIOD :][: len(begun)] += begun
+    columns += whole.sum(0)
+    columns[: len(ended)] += ended
     return (columns * factors).sum()
+
+
+def _in_rows(words: Any, first: int) -> tuple[Any, Any, Any]:
+    """What is left of the row that had begun before, the rows that are whole, and the rest."""
+    head = min(-first % PERIOD, len(words))
+    count = (len(words) - head) // PERIOD
+    body = head + count * PERIOD
+    return words[:head], words[head:body].reshape(count, PERIOD), words[body:]
 
 
 # ---------------------------------------------------------------------- of what a rank registers
@@ -153,39 +158,53 @@ class _TensorSums:
         self._lock = threading.Lock()
 
     def add(self, start: int, end: int) -> None:
-        """Add the words from ``start`` to ``end``. Any thread.
-
-        As many words at a time as one tensor has, or a block of several tensors: many threads that
-        call Python for each tensor wait for each other more than for memory.
-        """
-        at = start
-        while at < end:
-            first = np.searchsorted(self._ends, at, side="right")
-            whole_rows = (min(int(self._ends[first]), end) - at) // PERIOD * PERIOD
-            stop = min(at + max(whole_rows, _BLOCK), end)
-            last = np.searchsorted(self._ends, stop - 1, side="right")
-            rows = self._rows(at, stop)
-            shift = (self._first + at) % PERIOD
-            factors = _FACTORS_TWICE[shift : shift + PERIOD]
-            if first == last:  # without a product of each word, which would take longer
-                sums = np.einsum("rp,p->r", rows, factors).sum()
-            else:
-                borders = np.concatenate([[0], self._ends[first:last] - at])
-                sums = np.add.reduceat((rows * factors).reshape(-1), borders)
+        """Add the words from ``start`` to ``end``. Any thread."""
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, end)) + 1
+        for some in range(first, last, _TENSORS_AT_ONCE):
+            tensors = slice(some, min(some + _TENSORS_AT_ONCE, last))
+            stop = min(int(self._ends[tensors.stop - 1]), end)
+            ends = np.minimum(self._ends[tensors], stop) - start
+            sums = _sums_of_tensors(self._words(start, stop), ends, self._first + start)
             with self._lock:
-                self._sums[self._with_bytes[first : last + 1]] += sums
-            at = stop
+                self._sums[self._with_bytes[tensors]] += sums
+            start = stop
 
-    def _rows(self, start: int, end: int) -> np.ndarray:
-        """The words from ``start`` to ``end``, ``PERIOD`` a row; behind them come zeros."""
-        piece = self._memory[8 * start : 8 * end]  # a file mapped in place may end within padding
-        missing = -len(piece) % (8 * PERIOD)
+    def _words(self, start: int, end: int) -> np.ndarray:
+        piece = self._memory[8 * start : 8 * end]
+        missing = 8 * (end - start) - len(piece)  # a file mapped in place may end within padding
         if missing:
             piece = np.concatenate([piece, np.zeros(missing, np.uint8)])
-        return piece.view(np.int64).reshape(-1, PERIOD)
+        return piece.view(np.int64)
 
     def encode(self) -> str:
         return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
+
+
+def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
+    """Of tensors that fill ``words`` one behind the other, up to ``ends``. For all of them at once:
+    many threads that call Python for each tensor wait for each other more than for memory."""
+    shift = first % PERIOD
+    begun, whole, ended = _in_rows(words, first)
+    skipped = 1 if shift else 0  # the row that had begun before these words
+    rows, columns = np.divmod(np.concatenate([[0], ends]) + shift, PERIOD)  # of all borders
+
+    used, lines = np.unique(rows, return_inverse=True)
+    with_borders = np.zeros((len(used), PERIOD), dtype=np.int64)
+    inside = (used >= skipped) & (used < skipped + len(whole))
+    with_borders[inside] = whole[used[inside] - skipped]
+    with_borders[0, shift : shift + len(begun)] += begun
+    with_borders[-1, : len(ended)] += ended
+    with_borders *= _FACTORS
+    places = lines * PERIOD + columns
+    sums = np.add.reduceat(with_borders.reshape(-1)[: places[-1]], places[:-1])
+
+    running = np.zeros(len(whole) + 1, dtype=np.int64)
+    np.cumsum(np.einsum("rp,p->r", whole, _FACTORS), out=running[1:])
+    large = np.diff(rows) > 1
+    between = running[rows[1:][large] - skipped] - running[rows[:-1][large] + 1 - skipped]
+    sums[large] += between
+    return sums
 
 
 # ---------------------------------------------------------------------- of a bucket on its way
