@@ -15,7 +15,7 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.link import Address
 from checkpoint_engine.memory.checkpoints import Checkpoints
 from checkpoint_engine.p2p_store import P2PStore
-from checkpoint_engine.settings import Settings
+from checkpoint_engine.settings import max_bucket_bytes
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.update.request import SocketPaths
@@ -122,7 +122,7 @@ class Contract:
             self._rank,
             "_detect_bucket_size",
             free_bytes=self._server.here.spare_memory(),
-            bucket_cap=Settings.from_env().max_bucket_bytes,
+            bucket_cap=max_bucket_bytes(),
         )
         with self._begin("_detect_bucket_size", "", _TEN_MINUTES) as call:
             size = bucket_size(call.exchange(mine), self._gathered, may_cut=False)

@@ -35,32 +35,6 @@ class LocalRank:
     host_ip: str = ""
     group_ip: str = ""
 
-    @staticmethod
-    def find(
-        rank: int | None, world_size: int | None, gpu_count: int | None, mem_fraction: float | None
-    ) -> LocalRank:
-        """From arguments, else from the launcher's environment; nothing is connected.
-
-        Raises:
-            ValueError: a value is missing or out of range.
-        """
-        rank, world_size = from_launcher(rank, "RANK"), from_launcher(world_size, "WORLD_SIZE")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
-        device_manager = DeviceManager()
-        gpu_count = device_manager.device_count() if gpu_count is None else gpu_count
-        if gpu_count < 1:
-            raise ValueError(f"gpu_count must be at least 1, got {gpu_count}")
-        return LocalRank(
-            rank,
-            world_size,
-            local_rank=rank % gpu_count,
-            gpu_count=gpu_count,
-            device_manager=device_manager,
-            device_uuid=device_manager.identity(rank % gpu_count),
-            mem_fraction=Settings.from_env(mem_fraction).mem_fraction,
-        )
-
     @property
     def device(self) -> torch.device:
         return self.device_manager.device(self.local_rank)
@@ -79,3 +53,29 @@ class LocalRank:
         """Bytes that buffers may take; the ranks of a host share the memory of the cpu device."""
         sharers = 1 if self.device_manager.is_accelerator else self.gpu_count
         return int(self.device_manager.free_memory() // sharers * self.mem_fraction)
+
+
+def find_local_rank(
+    rank: int | None, world_size: int | None, gpu_count: int | None, mem_fraction: float | None
+) -> LocalRank:
+    """From arguments, else from the launcher's environment; nothing is connected.
+
+    Raises:
+        ValueError: a value is missing or out of range.
+    """
+    rank, world_size = from_launcher(rank, "RANK"), from_launcher(world_size, "WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")
+    device_manager = DeviceManager()
+    gpu_count = device_manager.device_count() if gpu_count is None else gpu_count
+    if gpu_count < 1:
+        raise ValueError(f"gpu_count must be at least 1, got {gpu_count}")
+    return LocalRank(
+        rank,
+        world_size,
+        local_rank=rank % gpu_count,
+        gpu_count=gpu_count,
+        device_manager=device_manager,
+        device_uuid=device_manager.identity(rank % gpu_count),
+        mem_fraction=Settings.from_env(mem_fraction).mem_fraction,
+    )

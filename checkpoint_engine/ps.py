@@ -31,7 +31,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.local_rank import LocalRank, find_local_rank
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.p2p_store import P2PStore
@@ -114,7 +114,7 @@ class ParameterServer(Contract):
         Raises:
             ValueError: a value is missing or out of range.
         """
-        here = LocalRank.find(rank, world_size, gpu_count, mem_fraction)
+        here = find_local_rank(rank, world_size, gpu_count, mem_fraction)
         self._rank, self._world_size = here.rank, here.world_size
         self._local_rank, self._gpu_count = here.local_rank, here.gpu_count
         self._device_uuid, self._mem_fraction = here.device_uuid, here.mem_fraction

@@ -165,7 +165,97 @@ class _Seen:
     was_copied: bool = False
 
 
-class Recorder:
+class _KnownMemory:
+    """What the memory is that a loader works on: of the model, of the checkpoint, or of a copy that
+    the loader made."""
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[Slot, torch.Tensor]],
+        model: Iterable[tuple[Slot, torch.Tensor]],
+    ) -> None:
+        """As of ``Recorder``."""
+        self._slots: list[Slot] = []
+        self._targets: dict[int, list[_Target]] = defaultdict(list)
+        self._seen: list[_Seen] = []
+        self._by_storage: dict[int, _Seen] = {}
+        self._made: dict[int, Canvas] = {}
+        self._target_of: dict[int, _Target] = {}
+        self._weak: dict[int, StorageWeakRef] = {}
+        self._model: dict[int, list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
+        for slot, tensor in model:
+            if key_of(tensor) is not None:
+                self._model[self._remember(tensor)].append((slot, tensor))
+        everything = [(slot, t) for slot, t in tensors if key_of(t) is not None]
+        for slot, tensor in sorted(everything, key=lambda one: -_extent(one[1])):
+            self._add_slot(slot, tensor)
+
+    def _add_slot(self, slot: Slot, tensor: torch.Tensor) -> None:
+        number = len(self._slots)
+        self._slots.append(slot)
+        key = self._remember(tensor)
+        view = View.of(tensor)
+        try:
+            canvas = Canvas.like(view)
+        except InexpressibleError:
+            return  # writes into it are then writes into unknown memory
+        for target in self._targets[key]:
+            if overlap(target.tensor, tensor):
+                target.slots.append(number)
+                target.owners.add(slot.owner)
+                if not _contains(target.tensor, tensor):
+                    target.broken = f"its memory overlaps that of {slot.qualified}"
+                return
+        target = _Target(canvas, [number], {slot.owner}, tensor)
+        if self._is_held_elsewhere(key, tensor):
+            target.broken = "an array of NumPy's, or another process, has its memory"
+        self._targets[key].append(target)
+        self._target_of[id(canvas)] = target
+
+    def _is_held_elsewhere(self, key: int, tensor: torch.Tensor) -> bool:
+        """Whether memory that torch has shared, and so never resizes, has holders that are no
+        tensors of the model."""
+        if tensor.is_meta or tensor.untyped_storage().resizable():
+            return False
+        known = len({id(one) for _, one in self._model[key]})
+        return int(torch._C._storage_Use_Count(key)) > known + 1  # Python's object for it
+
+    def _canvas(self, tensor: torch.Tensor, view: View) -> Canvas | None:
+        """What keeps the origins of a view of ``tensor``'s memory; ``None`` for unknown memory."""
+        key = key_of(tensor)
+        if key in self._made:
+            return self._made[key]
+        begin = view.offset * view.dtype.itemsize
+        for target in self._targets.get(key, ()) if key is not None else ():
+            canvas = target.canvas
+            if canvas.holds(begin // canvas.dtype.itemsize):
+                return canvas
+        return None
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        key = key_of(tensor)
+        return any(key in one for one in (self._by_storage, self._made, self._targets, self._model))
+
+    def _called(self, tensor: torch.Tensor) -> str:
+        key = key_of(tensor)
+        if key in self._by_storage:
+            return self._by_storage[key].source.name
+        for source in _sources_of(self._made[key]) if key in self._made else ():
+            return f"a copy of {self._seen[source].source.name}"
+        for target in self._targets.get(key, ()) if key is not None else ():
+            return self._slots[target.slots[0]].qualified
+        return self._model[key][0][0].qualified if key in self._model else "a tensor"
+
+    def _remember(self, tensor: torch.Tensor) -> int:
+        """The key of a tensor's memory, which no other memory gets as long as it is remembered."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._weak or self._weak[key].expired():
+            self._weak[key] = StorageWeakRef(storage)
+        return key
+
+
+class Recorder(_KnownMemory):
     """Watches one update of one model.
 
     For each bucket ``offer`` its tensors, load them ``watching``, and ``settle``; then ``finish``.
@@ -184,14 +274,8 @@ class Recorder:
                 was before.
         """
         self.failure = ""
-        self._slots: list[Slot] = []
-        self._targets: dict[int, list[_Target]] = defaultdict(list)
-        self._seen: list[_Seen] = []
-        self._by_storage: dict[int, _Seen] = {}
-        self._made: dict[int, Canvas] = {}
+        super().__init__(tensors, model)
         self._fresh: set[int] = set()
-        self._target_of: dict[int, _Target] = {}
-        self._weak: dict[int, StorageWeakRef] = {}
         self._counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._written: set[tuple[int, str]] = set()
         self._constants: dict[Slot, torch.Tensor] = {}
@@ -199,13 +283,6 @@ class Recorder:
         self._last = -1
         self._together = False
         self._is_paused = False
-        self._model: dict[int, list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
-        for slot, tensor in model:
-            if key_of(tensor) is not None:
-                self._model[self._remember(tensor)].append((slot, tensor))
-        everything = [(slot, t) for slot, t in tensors if key_of(t) is not None]
-        for slot, tensor in sorted(everything, key=lambda one: -_extent(one[1])):
-            self._add_slot(slot, tensor)
 
     # ------------------------------------------------------------------ the update as it goes
 
@@ -454,70 +531,6 @@ class Recorder:
                 target.broken = target.broken or f"what {names[0]} wrote was written over"
 
     # ------------------------------------------------------------------ whose memory it is
-
-    def _add_slot(self, slot: Slot, tensor: torch.Tensor) -> None:
-        number = len(self._slots)
-        self._slots.append(slot)
-        key = self._remember(tensor)
-        view = View.of(tensor)
-        try:
-            canvas = Canvas.like(view)
-        except InexpressibleError:
-            return  # writes into it are then writes into unknown memory
-        for target in self._targets[key]:
-            if overlap(target.tensor, tensor):
-                target.slots.append(number)
-                target.owners.add(slot.owner)
-                if not _contains(target.tensor, tensor):
-                    target.broken = f"its memory overlaps that of {slot.qualified}"
-                return
-        target = _Target(canvas, [number], {slot.owner}, tensor)
-        if self._is_held_elsewhere(key, tensor):
-            target.broken = "an array of NumPy's, or another process, has its memory"
-        self._targets[key].append(target)
-        self._target_of[id(canvas)] = target
-
-    def _is_held_elsewhere(self, key: int, tensor: torch.Tensor) -> bool:
-        """Whether memory that torch has shared, and so never resizes, has holders that are no
-        tensors of the model."""
-        if tensor.is_meta or tensor.untyped_storage().resizable():
-            return False
-        known = len({id(one) for _, one in self._model[key]})
-        return int(torch._C._storage_Use_Count(key)) > known + 1  # Python's object for it
-
-    def _canvas(self, tensor: torch.Tensor, view: View) -> Canvas | None:
-        """What keeps the origins of a view of ``tensor``'s memory; ``None`` for unknown memory."""
-        key = key_of(tensor)
-        if key in self._made:
-            return self._made[key]
-        begin = view.offset * view.dtype.itemsize
-        for target in self._targets.get(key, ()) if key is not None else ():
-            canvas = target.canvas
-            if canvas.holds(begin // canvas.dtype.itemsize):
-                return canvas
-        return None
-
-    def _is_known(self, tensor: torch.Tensor) -> bool:
-        key = key_of(tensor)
-        return any(key in one for one in (self._by_storage, self._made, self._targets, self._model))
-
-    def _called(self, tensor: torch.Tensor) -> str:
-        key = key_of(tensor)
-        if key in self._by_storage:
-            return self._by_storage[key].source.name
-        for source in _sources_of(self._made[key]) if key in self._made else ():
-            return f"a copy of {self._seen[source].source.name}"
-        for target in self._targets.get(key, ()) if key is not None else ():
-            return self._slots[target.slots[0]].qualified
-        return self._model[key][0][0].qualified if key in self._model else "a tensor"
-
-    def _remember(self, tensor: torch.Tensor) -> int:
-        """The key of a tensor's memory, which no other memory gets as long as it is remembered."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._weak or self._weak[key].expired():
-            self._weak[key] = StorageWeakRef(storage)
-        return key
 
     def _judge(self, target: _Target, fed: set[str]) -> None:
         """Whether what was seen of a target can be done again. One without memory was made for this

@@ -38,16 +38,25 @@ class Settings:
         fraction = _number("PS_MEM_FRACTION", 0.9) if mem_fraction is None else mem_fraction
         if not 0 < fraction <= 1:
             raise ValueError(f"mem_fraction (PS_MEM_FRACTION) must be in (0, 1], got {fraction}")
-        cap = _number("PS_MAX_BUCKET_SIZE_GB", 8.0)
-        if not 0 < cap < math.inf:
-            raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
         retain = integer("PS_RETAIN_HOST_MEMORY", 1) != 0
         transport = os.environ.get("PS_CPU_TRANSPORT", SHARED_MEMORY)
         if transport not in (SHARED_MEMORY, GLOO):
             raise ValueError(
                 f"PS_CPU_TRANSPORT must be {SHARED_MEMORY} or {GLOO}, got {transport!r}"
             )
-        return Settings(int(cap * GIB), fraction, retain, transport)
+        return Settings(max_bucket_bytes(), fraction, retain, transport)
+
+
+def max_bucket_bytes() -> int:
+    """``PS_MAX_BUCKET_SIZE_GB``: cap of a bucket.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    cap = _number("PS_MAX_BUCKET_SIZE_GB", 8.0)
+    if not 0 < cap < math.inf:
+        raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
+    return int(cap * GIB)
 
 
 def _number(variable: str, default: float) -> float:

@@ -17,7 +17,7 @@ from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ipc import open_buffer
 from checkpoint_engine.link import ServerLink
-from checkpoint_engine.memory.checksum import FORMULA, Expected
+from checkpoint_engine.memory.checksum import FORMULA, check_bytes
 from checkpoint_engine.parts import Parts
 from checkpoint_engine.recording import NamedTensors
 from checkpoint_engine.reload import EngineReload
@@ -269,7 +269,7 @@ def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
             and start % ALIGNMENT == nbytes % ALIGNMENT == 0
         ):
             where = f"the bucket at {start}"
-            Expected(first_block, total).check(buffer[start : start + nbytes], where)
+            check_bytes(buffer[start : start + nbytes], first_block, total, where)
         case _:
             raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
 

@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,21 +210,18 @@ def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndar
 # ---------------------------------------------------------------------- of a bucket on its way
 
 
-class Expected(NamedTuple):
-    """What a bucket must add up to, and the place of its first block."""
+def check_bytes(memory: torch.Tensor, first_block: int, total: int, what: str) -> None:
+    """Raise ``ValueError`` unless ``memory`` adds up to ``total``, padding included.
 
-    first_block: int
-    sum: int
-
-    def check(self, memory: torch.Tensor, what: str) -> None:
-        """Raise ``ValueError`` unless ``memory`` holds these bytes, padding included."""
-        found = checksum(memory, self.first_block)
-        if found != self.sum:
-            raise ValueError(
-                f"the bytes of {what} are not those that were registered: their checksum is "
-                f"{found:016x}, not {self.sum:016x}; something wrote into host memory, or into a "
-                "buffer on their way"
-            )
+    ``first_block``: the place of its first block.
+    """
+    found = checksum(memory, first_block)
+    if found != total:
+        raise ValueError(
+            f"the bytes of {what} are not those that were registered: their checksum is "
+            f"{found:016x}, not {total:016x}; something wrote into host memory, or into a "
+            "buffer on their way"
+        )
 
 
 def check_sums(sums: str | None, whose: str) -> None:
@@ -256,14 +253,15 @@ class Checksums:
                     np.concatenate([np.zeros(1, np.uint64), np.cumsum(sums, dtype=np.uint64)]),
                 )
 
-    def of(self, owner: int, bucket: H2DBucket) -> Expected | None:
-        """Of one bucket; ``None`` if its owner gave no sums, or it has no bytes."""
+    def of(self, owner: int, bucket: H2DBucket) -> tuple[int, int] | None:
+        """Of one bucket: the place of its first block, and the sum. ``None`` if its owner gave no
+        sums, or it has no bytes."""
         if owner not in self._tables or not bucket.size:
             return None
         index_of, firsts, running = self._tables[owner]
         index = index_of[bucket.items[0].name]
         total = int(running[index + len(bucket.items)]) - int(running[index])
-        return Expected(int(firsts[index]), total & _MASK)
+        return int(firsts[index]), total & _MASK
 
 
 def clear_gaps(target: torch.Tensor, position: int, size: int) -> None:

@@ -21,23 +21,13 @@ from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request
 from checkpoint_engine.update.session import EngineState, WorkerSession
 from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.outcome import MemberError
 
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
 
 
 _ENGINE_ERRORS = (WireError, WorkerError, RequestError)
 """What ends the update of one engine, and not that of the others."""
-
-
-class NoInstanceLeftError(RuntimeError):
-    """Every instance failed."""
-
-    kind = "no_engine_left"
-
-    def __init__(self, failed: Sequence[InstanceFailure]) -> None:
-        first = failed[0]
-        super().__init__(f"no engine could be updated; the first: {first.error}")
-        self.rank_at_fault = first.rank
 
 
 class Instance:
@@ -115,7 +105,7 @@ class Instance:
         """Have the post hook run, unless another rank of this instance failed.
 
         Raises:
-            NoInstanceLeftError: none is updated.
+            MemberError: none is updated.
         """
         self._settle("loaded")
         self._attempt(lambda: self._session.finish(request))
@@ -131,7 +121,9 @@ class Instance:
             first.setdefault(failure.instance, failure)
         self.failed = list(first.values())
         if len(self.failed) == len(set(self._instances)):
-            raise NoInstanceLeftError(self.failed)
+            cause = self.failed[0]
+            text = f"no engine could be updated; the first: {cause.error}"
+            raise MemberError(text, "no_engine_left", rank_at_fault=cause.rank)
         self._attempt(self._check_instance, waits=False)
 
     def _check_instance(self) -> None:

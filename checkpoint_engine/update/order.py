@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from checkpoint_engine.local_rank import LocalRank
 from checkpoint_engine.progress import Progress
-from checkpoint_engine.settings import Settings, trace_folder
+from checkpoint_engine.settings import max_bucket_bytes, trace_folder
 from checkpoint_engine.update.request import RequestFunction
 from checkpoint_engine.world.hello import Hello
 
@@ -56,7 +56,7 @@ class Order:
             device=here.device_uuid,
             address=address,
             free_bytes=here.spare_memory(),
-            bucket_cap=Settings.from_env().max_bucket_bytes,
+            bucket_cap=max_bucket_bytes(),
             host=here.host_ip,
             instance=str(getattr(self.req_func, "instance", f"rank {here.rank}")),
             nonce=uuid.uuid4().hex,

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from checkpoint_engine.data_types import TensorPart
+from checkpoint_engine.memory.checksum import check_bytes
 from checkpoint_engine.plan import Step
 from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.messages import Messages
@@ -97,7 +98,7 @@ class Pipeline:
             extensions[CHECKSUM] = [lies_at, nbytes, *expected]
         elif expected is not None:
             where = f"a bucket from {self._mover.source_of(step)}"
-            expected.check(self._job.slot(step), where)
+            check_bytes(self._job.slot(step), *expected, where)
         return encode_extensions(extensions) if extensions else b""
 
     @contextlib.contextmanager

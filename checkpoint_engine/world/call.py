@@ -79,8 +79,7 @@ class Call:
         """Every member's hello, in rank order. The first exchange of a call, by all members.
 
         Raises:
-            MemberError: ranks make different calls; at once, on every rank that has come.
-            TimeoutError: naming the ranks that did not come.
+            MemberError: ranks make different calls (at once), or do not come; names them.
             ValueError: two ranks are on one device.
         """
         if self._hello is None:
@@ -114,11 +113,7 @@ class Call:
                 self._membership.check_apart(mine, others)
 
     def all_gather(self, what: str, value: bytes) -> list[bytes]:
-        """Every member's ``value``, in rank order. Called by all members.
-
-        Raises:
-            TimeoutError: naming the ranks that did not come.
-        """
+        """Every member's ``value``, in rank order. Called by all members."""
         values = self.gather_from(self.members, what, value)
         self._membership.forget()
         return values
@@ -216,7 +211,7 @@ class Call:
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
-        error = self._cause_of(error)
+        error = _cause_of(error, self._look_around)
         mine = Failure.of(
             error, self.rank, self.clock.phase, self._membership.world.why_lost
         ).encode()
@@ -263,6 +258,10 @@ class Call:
         if self.store.check(["outcome"]):
             self._outcome = self.store.get("outcome")
 
+    def _look_around(self) -> None:
+        self._look_for_outcome()
+        self.check()
+
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
             raise Failure.decode(self._outcome).error(self.name)
@@ -292,20 +291,6 @@ class Call:
                 return  # the last rank arrived while this one gave up
             self._fail(error)
             raise
-
-    def _cause_of(self, error: BaseException) -> BaseException:
-        """Where a broadcast fails, another rank knows why, or is gone itself."""
-        if not isinstance(error, GroupError):
-            return error
-        soon = Deadline(_FAREWELL / 2)
-        try:
-            while soon.remaining() > 0.0:
-                self._look_for_outcome()
-                self.check()
-                time.sleep(_LONGEST_PAUSE)
-        except (RuntimeError, TimeoutError) as cause:
-            return cause.with_traceback(None)  # which leads to the frame that will hold it
-        return error
 
     def _fail(self, error: BaseException) -> None:
         """End the call everywhere, and raise the one error that every rank raises."""
@@ -342,3 +327,15 @@ class Call:
             self._start()
             if self._membership.leave(outcome, deadline):
                 self._keys.append("outcome")  # otherwise it stays for those that come late
+
+
+def _cause_of(error: BaseException, look: Callable[[], None]) -> BaseException:
+    """Where a broadcast fails, another rank knows why, or is gone itself: ``look`` raises then."""
+    soon = Deadline(_FAREWELL / 2)
+    try:
+        while isinstance(error, GroupError) and soon.remaining() > 0.0:
+            look()
+            time.sleep(_LONGEST_PAUSE)
+    except (RuntimeError, TimeoutError) as cause:
+        return cause.with_traceback(None)  # which leads to the frame that will hold it
+    return error

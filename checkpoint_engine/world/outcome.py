@@ -14,7 +14,8 @@ SUCCESS = b"ok"
 
 
 class MemberError(RuntimeError):
-    """Members of a call did not come, are gone, or make another call; ``kind`` says which.
+    """Members of a call did not come, are gone, make another call, or have no engine left to
+    update; ``kind`` says which.
 
     Attributes:
         missing_ranks: the ranks that do not make the call which this error ends.
