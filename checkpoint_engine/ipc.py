@@ -152,11 +152,16 @@ def open_buffer(
 ) -> torch.Tensor:
     """Open the server's buffer in this worker, on its own device number ``device_id``.
 
-    The exporter counts devices as its own process sees them, so its index is replaced.
+    The exporter counts devices as its own process sees them, so its index is replaced; ``None``:
+    by the current device of this process.
     """
     arguments = list(args)
-    if rebuild is not map_shared_memory and device_id is not None:
-        arguments[_CUDA_DEVICE_ARGUMENT] = device_id
+    if rebuild is not map_shared_memory:
+        manager = DeviceManager()
+        if device_id is None and manager.is_accelerator:
+            device_id = manager.device_module.current_device()
+        if device_id is not None:
+            arguments[_CUDA_DEVICE_ARGUMENT] = device_id
     buffer = rebuild(*arguments)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1:
         raise ValueError(f"expected a flat uint8 buffer, got {buffer.dtype} {tuple(buffer.shape)}")

@@ -403,7 +403,7 @@ class VllmColocateWorkerExtension:
             update_weights_from_ipc(
                 context,
                 zmq_handles[identity],
-                device_id=self.device.index,
+                device_id=index,
                 run=reload,
                 version=self._weight_version(),
             )

@@ -11,13 +11,15 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import zmq
 
-from checkpoint_engine import link
+from checkpoint_engine import ipc, link
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
@@ -223,6 +225,12 @@ def test_the_worker_opens_on_its_own_device() -> None:
     open_buffer(rebuild, args, 4)
     open_buffer(rebuild, args, None)
     assert seen == [(*args[:6], 4, *args[7:]), args]
+    current = SimpleNamespace(
+        is_accelerator=True, device_module=SimpleNamespace(current_device=lambda: 3)
+    )
+    with mock.patch.object(ipc, "DeviceManager", lambda: current):
+        open_buffer(rebuild, args, None)
+    assert seen[-1] == (*args[:6], 3, *args[7:])
 
 
 @pytest.mark.parametrize(
