@@ -228,7 +228,7 @@ def test_the_worker_opens_on_its_own_device() -> None:
     current = SimpleNamespace(
         is_accelerator=True, device_module=SimpleNamespace(current_device=lambda: 3)
     )
-    with mock.patch.object(ipc, "DeviceManager", lambda: current):
+    with mock.patch.object(ipc, "DeviceManager", return_value=current):
         open_buffer(rebuild, args, None)
     assert seen[-1] == (*args[:6], 3, *args[7:])
 
