@@ -54,8 +54,8 @@ class UpdateError(RuntimeError):
     said, a worker's remote traceback included, and ``kind``, one of ``KINDS``, what that was.
     ``engines`` says of each rank of an update what its engine holds now: ``untouched``, ``partly
     written`` or ``holds VERSION``. A rank that is gone, or does not say so soon, is not in it.
-    ``seconds`` is what the rank that raises this had spent in each phase; ``trace``, on one rank,
-    the file with what all had done until then, if one was asked for.
+    ``seconds`` is what the rank that raises this had spent in each phase; ``trace`` the file with
+    what it had done until then, if traces were asked for.
     """
 
     def __init__(

@@ -301,8 +301,8 @@ class ParameterServer(Contract):
             compare_ranks: learn what every rank spent its time with, for the report's ``by_rank``
                 and ``slowest``; the same on all ranks. Takes one more exchange between them.
             trace: a folder, for a Chrome trace of all ranks. Default: ``PS_TRACE``. Enough on one
-                rank; the first that has it writes, and says the file in its report, or in its
-                error.
+                rank; the first that has it writes, and its report names the file. If the update
+                fails, each rank writes its own part, which its error names.
 
         Raises:
             UpdateError: on every rank, naming the rank that failed first, its phase and the cause.
