@@ -162,7 +162,8 @@ class WorkerLink:
     def check(self) -> None:
         """Raise ``WireError`` if the worker is gone and has left no reply, or replied out of turn.
         For waits for something else."""
-        if not self._wait(zmq.POLLIN, 0):
+        self._wait(zmq.POLLIN, 0)
+        if self._gone and not self._wait(zmq.POLLIN, 0):
             self._raise_if_gone()
         self._worker_kept_turn()
 

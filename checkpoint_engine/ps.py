@@ -319,7 +319,9 @@ class ParameterServer(Contract):
                 self._begin("update", checkpoint_name, timeout, members) as call,
                 self._checkpoints.pin(checkpoint_name) as source,
             ):
-                report = run_update(call, source, self._gathered, order, self._server)
+                report, gathered = run_update(call, source, self._gathered, order, self._server)
+                if members is None:
+                    call.on_success = lambda: self._replace_gathered(gathered)
         finally:
             if self._auto_pg:
                 self._default_group.leave()

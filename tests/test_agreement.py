@@ -101,7 +101,7 @@ def assert_match(pattern: str, text: str) -> None:
 
 def hold(me: Rank, words: dict[str, Any]) -> str:
     """A P2P update that goes on until another rank ends it."""
-    hello = Hello(me.rank, **{"call": "update", "device": "mine", **words})
+    hello = Hello(me.rank, **{"call": "update", "device": f"device {me.rank}", **words})
     try:
         with me.plane.call("update", LONG, list(hello.ranks or ()), hello.checkpoint) as call:
             call.exchange(hello)
@@ -176,6 +176,22 @@ def test_a_loop_that_catches_every_error_of_its_own_is_in_step_again() -> None:
     for results in run_world(2, program):
         assert results[0] == ("ok", "ok")
         assert results[-1] == ("ok", "ok")
+
+
+def test_a_p2p_update_beside_one_of_all_ends_both_and_the_ranks_are_in_step() -> None:
+    def program(me: Rank) -> list[str]:
+        if me.rank == 0:
+            while not me.plane.store().check(["doing/1"]):
+                time.sleep(0.01)
+            seen = say(me, checkpoint="a")
+        else:
+            seen = hold(me, {"checkpoint": "a", "ranks": (1, 2)})
+        return [seen, say(me, checkpoint="next")]
+
+    for seen, following in run_world(3, program):
+        assert_match(r"update\('a'\)", seen)
+        assert_match(r"update\('a', ranks=\[1, 2\]\)", seen)
+        assert following == "ok"
 
 
 def test_p2p_updates_of_ranks_apart_go_on_side_by_side() -> None:

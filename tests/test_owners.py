@@ -113,6 +113,28 @@ def test_equal_tensors_of_several_ranks_are_warned_about_and_sent_once() -> None
     assert [result[4] for result in results] == [1, 0, 0]
 
 
+def test_equal_tensors_are_compared_again_when_their_values_are_new() -> None:
+    """New values under the same name and layout need no new gather, but the comparison."""
+
+    def program(me: Rank) -> list[Any]:
+        server = Server(me)
+        seen = []
+        for step, values in enumerate([(1.0, 1.0), (2.0, 2.0), (2.0, 3.0), (4.0, 4.0)]):
+            tensors = {"norm": torch.full((9,), values[me.rank]), f"of.{me.rank}": torch.ones(3)}
+            server.ps.register_checkpoint("a", named_tensors=tensors)
+            if step == 0:
+                server.ps.gather_metas("a", timeout=SECONDS)
+            failed = error_of(lambda: server.ps.update("a", server.engine, timeout=SECONDS))
+            server.ps.unregister_checkpoint("a")
+            seen.append((failed, float(server.got["norm"][0])))
+        return seen
+
+    for seen in run_world(2, program):
+        assert [value for _, value in seen] == [1.0, 2.0, 2.0, 4.0]
+        assert [bool(failed) for failed, _ in seen] == [False, False, True, False]
+        assert "ranks 0 and 1 own tensor 'norm' with different content" in seen[2][0]
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_failed_register_never_mixes_two_steps(culprit: int) -> None:
     def program(me: Rank) -> list[tuple[str, list[float]]]:

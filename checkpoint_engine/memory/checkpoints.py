@@ -107,6 +107,10 @@ class Readers(Protocol):
         """What this rank owns of a checkpoint, and how others read it."""
         ...
 
+    def release_finished(self) -> None:
+        """Let go of memory that reads of earlier updates might have written into."""
+        ...
+
     def withdraw(self, place: str, count: int) -> None:
         """The ``count`` buffers of ``place`` are about to be freed."""
         ...

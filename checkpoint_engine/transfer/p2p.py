@@ -61,6 +61,11 @@ class P2P:
         if self.store is not None:
             self.store.revoke(lease)
 
+    def release_finished(self) -> None:
+        """Let go of the memory of reads that were given up and are over by now."""
+        if self.store is not None:
+            self.store.release_finished()
+
     def withdraw(self, place: str, count: int) -> None:
         """Take ``count`` buffers of ``place`` back from the transfer engine."""
         if self.store is not None:

@@ -138,6 +138,7 @@ class WorkerSession:
         if not self._told_to_release:
             self._link.send(NOTHING_MORE, self._check)
         self.await_reload("the release of the buffer")
+        self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
     def finish(self, request: Request) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.

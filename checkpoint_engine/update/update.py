@@ -49,15 +49,18 @@ class Server:
 
 def run_update(
     call: Call, source: Checkpoint, gathered: Gathered, order: Order, server: Server
-) -> UpdateReport:
-    """Send ``source``, and what other ranks own of that checkpoint, to the workers. All members."""
+) -> tuple[UpdateReport, Gathered]:
+    """Send ``source``, and what other ranks own of that checkpoint, to the workers. All members.
+
+    Returns the report, and what is known of the owners now.
+    """
     log, level = logger.bind(rank=call.rank), "INFO" if call.leads else "DEBUG"
     call.clock.on_phase = lambda phase: log.log(level, "updating {}: {}", order.checkpoint, phase)
     with ExitStack() as held:
         link = _listen(held)
         hellos = _agree(call, link, source, gathered, order, server, held)
         call.watch()
-        gathered = gathered.renewed(hellos, source)
+        gathered = gathered.renewed(call, hellos, source)
         usable = [way for way in server.ways if way.serves(hellos)]
         messages = usable[0].plan(gathered, hellos)
         plan = messages.plan
@@ -81,10 +84,11 @@ def run_update(
         call.begin("release")
         session.release()
         moving.close()  # NICs and neighbours let go of the memory before it is given back
+        del pipeline, mover  # and so does staging
         job.buffer.close()
         call.begin("post hook")
         session.finish(request)
-        return _report(call, job, session, hellos, order, server.here)
+        return _report(call, job, session, hellos, order, server.here), gathered
 
 
 # ---------------------------------------------------------------------- agreeing
@@ -106,6 +110,7 @@ def _agree(
 ) -> list[Hello]:
     """What every member says; raises if they do not want the same."""
     call.begin("plan")
+    server.p2p.release_finished()  # before it is counted what memory is free
     mine = order.hello(server.here, link.url, gathered.digest)
     mine = replace(mine, joins_parts=server.profile.joins_parts)
     call.claim(mine)

@@ -129,16 +129,25 @@ class Gathered:
                 f"checkpoint {source.name!r} changed on this rank since its metas were gathered: "
                 "call gather_metas() again on all ranks"
             )
+        if remote:
+            self._check_readable(source.name)
+
+    def _check_readable(self, name: str) -> None:
         unreadable = [rank for rank, owned in self.metas.items() if not owned.p2p_store_addr]
-        if remote and unreadable:
+        if unreadable:
             raise RuntimeError(
-                f"ranks {unreadable} own parts of {source.name!r} that cannot be read by P2P: "
-                "they run without it, or could not register the memory (see their logs)"
+                f"ranks {unreadable} own parts of {name!r} that cannot be read by P2P: they run "
+                "without it, or could not register the memory (see their logs)"
             )
 
-    def renewed(self, hellos: Sequence[Hello], source: Checkpoint) -> Gathered:
+    def renewed(self, call: Call, hellos: Sequence[Hello], source: Checkpoint) -> Gathered:
         """The same after ranks have registered new values under the same name and layout: those
-        say in their hellos where the values lie and what they add up to."""
+        say in their hellos where the values lie and what they add up to. Called by all members.
+
+        Raises:
+            ValueError: a tensor that several ranks own is not the same on them any more.
+            RuntimeError: it cannot be compared, or the new values cannot be read by P2P.
+        """
         news = {hello.rank: decode_place(hello.place.encode()) for hello in hellos if hello.place}
         if not news:
             return self
@@ -148,12 +157,23 @@ class Gathered:
             if rank in self.metas
         }
         said = json.dumps([self.digest, sorted(news.items())])
-        return replace(
+        changed = replace(
             self,
             metas=self.metas | renewed,
             digest=hashlib.sha256(said.encode()).hexdigest(),
             serial=source.serial,
         )
+        remote = hellos[0].ranks is not None
+        if remote:
+            changed._check_readable(source.name)
+        if self.duplicates and remote:
+            raise RuntimeError(
+                f"ranks {sorted(news)} have new values of {source.name!r}, of which several ranks "
+                "own the same tensors: call gather_metas() again on all ranks, which compares them"
+            )
+        if self.duplicates:
+            _agree_on_duplicates(call, source, changed.metas)
+        return changed
 
 
 def load(metas: Metas) -> Gathered:

@@ -44,6 +44,7 @@ class Membership:
         self.world = world
         self.old_keys: list[str] = []
         self._name = name
+        self._has_announced = False
         self._absent: list[int] = []
         self._awaits_return_until = 0.0
         self._count = 0
@@ -68,6 +69,8 @@ class Membership:
 
     def begin(self) -> None:
         """Go on to the next call that this rank has part in."""
+        if self._has_announced:  # the store did not answer when that call ended
+            self.withdraw()
         self._absent = self.gone()
         self._awaits_return_until = time.monotonic() + _RETURN_SECONDS
         self._count += 1
@@ -213,10 +216,13 @@ class Membership:
     def announce(self, mine: Hello) -> None:
         """Let ranks that wait for this one in another call see what it does."""
         said = {"hello": mine.encode().decode(), "part": f"{self._name}/{self.prefix}"}
+        self._has_announced = True
         self.world.store.set(f"doing/{self.rank}", json.dumps(said))
 
     def withdraw(self) -> None:
-        self.world.store.delete_key(f"doing/{self.rank}")
+        """The key stays: a rank that has just seen it would wait for it for minutes."""
+        self.world.store.set(f"doing/{self.rank}", "")
+        self._has_announced = False
 
     def check_apart(self, mine: Hello, others: list[int]) -> None:
         """Compare this rank's update with those that ``others`` have announced.
@@ -227,21 +233,29 @@ class Membership:
         """
         store = self.world.store
         for key in (f"doing/{rank}" for rank in others):
-            if not store.check([key]):
-                continue
-            said = json.loads(store.get(key))
-            theirs = Hello.decode(said["hello"])
-            part = dist.PrefixStore(said["part"], store)
-            is_over = theirs.rank in self.world.peers.gone or part.check(["outcome"])
-            if _overlap(mine, theirs) and not is_over:
-                # A rank of both has made one of the two calls only.
-                in_theirs = theirs.ranks is None or self.rank in theirs.ranks
-                error = disagreement(mine, theirs, [self.rank] if in_theirs else [])
-                failure = Failure.of(error, self.rank, "start", self.world.why_lost)
-                part.compare_set("outcome", "", failure.encode().decode())
-                raise disagreement(
-                    mine, theirs, [theirs.rank] if theirs.rank in self.members else []
+            announced = store.get(key) if store.check([key]) else b""
+            if announced:
+                said = json.loads(announced)
+                self._check_apart_from(
+                    mine, Hello.decode(said["hello"]), dist.PrefixStore(said["part"], store)
                 )
+
+    def _check_apart_from(self, mine: Hello, theirs: Hello, part: Any) -> None:
+        is_over = theirs.rank in self.world.peers.gone or part.check(["outcome"])
+        if is_over or not _overlap(mine, theirs):
+            return
+        # The ranks of a P2P update have not made the other call, which goes without them.
+        not_in_theirs = [
+            rank
+            for rank in mine.ranks or [mine.rank]
+            if theirs.ranks is None or rank in theirs.ranks
+        ]
+        error = disagreement(mine, theirs, not_in_theirs)
+        failure = Failure.of(error, self.rank, "start", self.world.why_lost)
+        if part.compare_set("outcome", "", failure.encode().decode()) == SUCCESS:
+            return  # it has just ended
+        not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
+        raise disagreement(mine, theirs, not_in_mine)
 
     # ------------------------------------------------------------------ ranks that only wait
 
