@@ -223,6 +223,7 @@ class ServerRank:
         corruption: str = "",
         continue_: bool = False,
         meanwhile: tuple[str, tuple[Any, ...]] | None = None,
+        name: str = NAME,
     ) -> dict[str, Any]:
         """An update. ``request``: how this rank's ``req_func`` behaves; ``meanwhile``: a call that
         another thread of this rank makes while the update runs."""
@@ -239,7 +240,7 @@ class ServerRank:
                 raise ConnectionError("the engine answered nonsense")
 
         report = self.ps.update(
-            NAME,
+            name,
             ask,
             ranks=ranks,
             timeout=timedelta(seconds=timeout),
@@ -287,6 +288,11 @@ class ServerRank:
         """Let this rank have little device memory to spare."""
         server = self.ps._server
         self.ps._server = replace(server, here=replace(server.here, mem_fraction=fraction))
+
+    def pretend_device(self, device: str) -> None:
+        """Let this rank say that it is on another device; empty: on its own."""
+        server, own = self.ps._server, self.ps._device_uuid
+        self.ps._server = replace(server, here=replace(server.here, device_uuid=device or own))
 
     def fill_shared_memory(self, leave: int) -> None:
         fill_shared_memory(leave)
@@ -363,6 +369,7 @@ def run_server(pipe: Connection, folder: str, rank: int, size: int, port: int) -
     prepare(here)
     gc.disable()  # what a call holds must not wait for the next collection
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)  # each rank has a device of its own
     server = ServerRank(here, rank, size, port)
     pipe.send(("ready", None, time.monotonic()))
     while True:

@@ -389,6 +389,42 @@ def at_once() -> list[Case]:
     ]
 
 
+# ---------------------------------------------------------------------- ranks that disagree
+
+
+def disagreements() -> list[Case]:
+    def on_device(device: str) -> Hook:
+        def pretend(fleet: Fleet) -> None:
+            for rank in (1, 2):
+                fleet.call(rank, "pretend_device", device=device)
+
+        return pretend
+
+    return [
+        Case(
+            f"rank {rank} updates from another checkpoint",
+            "start",
+            rf"rank {rank} .*'another'|'another'.* rank {rank} |in update\('another'",
+            of_rank={rank: {"name": "another"}},
+        )
+        for rank in (0, 1)
+    ] + [
+        Case(
+            "one rank goes on without failed engines",
+            "start",
+            "on_instance_failure='continue'",
+            of_rank={2: {"continue_": True}},
+        ),
+        Case(
+            "two ranks on one device",
+            "start",
+            "ranks 1 and 2 are both on device CPU-shared",
+            before=on_device("CPU-shared"),
+            after=on_device(""),
+        ),
+    ]
+
+
 # ---------------------------------------------------------------------- P2P
 
 
@@ -511,6 +547,7 @@ TABLE: list[Case] = [
     *files(),
     *memory(),
     *at_once(),
+    *disagreements(),
     *p2p(),
     *corruption(),
     *miscounted(),
