@@ -201,8 +201,7 @@ class ParameterServer(Contract):
 
         Raises:
             UpdateError: a rank did not come or is in another call, no rank has registered the
-                checkpoint, or two ranks own one tensor with different content. A world that can
-                join another by P2P learns from ``update`` that nobody has registered it.
+                checkpoint (unless P2P works, for a join), or two ranks own different tensors.
         """
         with (
             self._begin("gather_metas", checkpoint_name, timeout) as call,
@@ -257,8 +256,8 @@ class ParameterServer(Contract):
             call.exchange(Hello(self._rank, "store_based_barrier"))
 
     def release_groups(self) -> None:
-        """Give back the groups and mappings that are kept between updates. This rank alone; the
-        other ranks notice in the next update, which makes new ones.
+        """Give back the groups that are kept between updates. This rank alone; the next update
+        makes new ones on all ranks.
 
         Raises:
             BusyError: this server is in a collective call.
@@ -289,8 +288,8 @@ class ParameterServer(Contract):
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
             ranks: P2P: send to the workers of these ranks only.
             timeout: of the whole call.
-            version: an id for what the workers hold then; default: a random one. Those of this
-                library say it on ``weight_version()``.
+            version: an id for what the workers hold then, see ``worker.weight_version``; default:
+                a random one. The same on all ranks that give one.
             on_instance_failure: ``continue``: update the other engine instances, and name those
                 that failed in the report. The ranks whose ``req_func`` has an equal attribute
                 ``instance`` serve one instance (``client``'s functions have it); without, each
