@@ -95,9 +95,14 @@ class Door:
 def _peer_of(descriptor: int) -> int | None:
     """The process at the other end of a Unix connection; ``None`` if it is closed already."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            size = struct.calcsize("3i")
-            found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        connection = socket.socket(fileno=descriptor)  # no second descriptor: there may be none
     except OSError:
         return None
+    try:
+        size = struct.calcsize("3i")
+        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    except OSError:
+        return None
+    finally:
+        connection.detach()  # it is zmq's
     return int(struct.unpack("3i", found)[0])

@@ -169,6 +169,9 @@ def ask_worker(folder: Path, rank: int, method: str, *args: object) -> Any:
 # ---------------------------------------------------------------------- server rank
 
 
+_FREE_DESCRIPTORS = 1  # for a rank that is out of them
+
+
 class ServerRank:
     """A server rank, told what to do by the test."""
 
@@ -176,6 +179,7 @@ class ServerRank:
         self._folder = folder
         self._rank = rank
         self._size = size
+        self._taken: list[int] = []
         self.ps = ParameterServer(
             rank=rank, world_size=size, master_addr="127.0.0.1", master_port=port
         )
@@ -283,6 +287,18 @@ class ServerRank:
         hard = resource.getrlimit(kind)[1]
         used = used_of(what)
         resource.setrlimit(kind, (hard if value == 0 else used + value, hard))
+        if what == "RLIMIT_NOFILE":
+            self._take_descriptors(leave=_FREE_DESCRIPTORS if value else None)
+
+    def _take_descriptors(self, leave: int | None) -> None:
+        """All that are free, also between those in use, but ``leave``; ``None``: give all back."""
+        while self._taken:
+            os.close(self._taken.pop())
+        with contextlib.suppress(OSError):
+            while leave is not None:
+                self._taken.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(min(leave or 0, len(self._taken))):
+            os.close(self._taken.pop())
 
     def scarce(self, fraction: float) -> None:
         """Let this rank have little device memory to spare."""
