@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_engine.data_types import align_up
+from checkpoint_engine.loading.reload import EngineReload
 from checkpoint_engine.memory.sources import natural_key
-from checkpoint_engine.reload import EngineReload
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint_engine.plan import Step, TransferPlan, bucket_size, largest_tensor, plan_transfer
+from checkpoint_engine.planning.plan import (
+    Step,
+    TransferPlan,
+    bucket_size,
+    largest_tensor,
+    plan_transfer,
+)
 from checkpoint_engine.tools.simulate.checkpoint import Metas, on_nics
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 from checkpoint_engine.tools.simulate.update import Model, Prediction, predict

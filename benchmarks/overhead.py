@@ -26,8 +26,8 @@ import torch.distributed as dist
 from loguru import logger
 from worker_process import WorkerProcess
 
+from checkpoint_engine.ground.report import Stage
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.report import Stage
 from checkpoint_engine.service.journal import Journal
 from checkpoint_engine.service.metrics import Metrics
 from checkpoint_engine.service.status import status_of

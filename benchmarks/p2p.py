@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from worker_process import CopyingEngine, WorkerProcess
 
-from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
 NAME = "benchmark"
 SHAPE = (768, 2048)  # one expert's projection in Qwen3-30B-A3B

@@ -90,7 +90,7 @@ def measure_plan(repeats: int) -> list[float]:
 
 def measure_metas(tensors: int, owners: int, repeats: int) -> tuple[float, float, int]:
     """Seconds of all owners' encoding and of one rank's decoding, and the bytes between."""
-    from checkpoint_engine.gather import decode_layouts, encode_layout
+    from checkpoint_engine.planning.layouts import decode_layouts, encode_layout
 
     layouts = [
         [buffer.metas for buffer in owned.memory_buffer_metas_list]

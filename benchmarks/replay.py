@@ -396,7 +396,7 @@ class TimedWorker(VllmColocateWorkerExtension):
         """Seconds of the load phase, and the worker's report."""
         from safetensors.torch import load_file
 
-        from checkpoint_engine.reload import EngineReload
+        from checkpoint_engine.loading.reload import EngineReload
 
         os.environ["PS_REPLAY"] = mode
         tensors: dict[str, torch.Tensor] = {}

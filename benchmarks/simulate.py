@@ -32,7 +32,7 @@ from original import predict_original
 
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.ipc import SharedBuffer
+from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checksum import checksum
 from checkpoint_engine.settings import SHARED_MEMORY
 from checkpoint_engine.tools.simulate.checkpoint import make_plan, share_out
@@ -295,8 +295,8 @@ def measure_inputs(nbytes: int = 16 << 20) -> dict[str, float]:
 
 def measure_broadcast(buffers: list[torch.Tensor]) -> dict[str, float]:
     """By the group of an update, each rank looking meanwhile whether it is over."""
-    from checkpoint_engine.deadline import poll
     from checkpoint_engine.distributed.weights_group import create_weights_group
+    from checkpoint_engine.ground.deadline import poll
 
     ranks = list(range(dist.get_world_size()))
     store = dist.PrefixStore("measured", dist.distributed_c10d._get_default_store())

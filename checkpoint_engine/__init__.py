@@ -24,7 +24,7 @@ _EXPORTS = {
     "ParameterMeta": "data_types",
     "ParameterServer": "ps",
     "UpdateError": "errors",
-    "UpdateReport": "report",
+    "UpdateReport": "ground.report",
     "VllmColocateWorkerExtension": "worker",
     "get_ip": "device_utils",
     "npu_generate_uuid": "device_utils",
@@ -68,9 +68,9 @@ if TYPE_CHECKING:
     )
     from checkpoint_engine.device_utils import DeviceManager, get_ip, npu_generate_uuid
     from checkpoint_engine.errors import BusyError, UpdateError
+    from checkpoint_engine.ground.report import UpdateReport
     from checkpoint_engine.p2p_store import P2PStore
     from checkpoint_engine.ps import ParameterServer
-    from checkpoint_engine.report import UpdateReport
     from checkpoint_engine.worker import (
         FlattenedTensorMetadata,
         VllmColocateWorkerExtension,

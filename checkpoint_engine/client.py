@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
 
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.settings import from_launcher
 
 if TYPE_CHECKING:
     import httpx
 
-    from checkpoint_engine.metas_file import Metas
+    from checkpoint_engine.world.metas_file import Metas
 
 RequestFunction = Callable[[list[tuple[str, str]]], None]
 
@@ -229,7 +229,7 @@ def fetch_metas(
         httpx.HTTPError: no answer within ``timeout`` seconds, or a refusal.
         ValueError: the answer is something else.
     """
-    from checkpoint_engine.metas_file import decode_metas
+    from checkpoint_engine.world.metas_file import decode_metas
 
     content = _send("GET", url, timeout, uds, token=token).content
     try:

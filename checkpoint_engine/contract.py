@@ -12,7 +12,7 @@ import zmq
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBuffer
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.link import Address
+from checkpoint_engine.handover.link import Address
 from checkpoint_engine.memory.checkpoints import Checkpoints
 from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.settings import max_bucket_bytes

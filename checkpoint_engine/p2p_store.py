@@ -19,9 +19,9 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import Lease
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager, get_ip
-from checkpoint_engine.rdma import is_efa
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.rdma import is_efa
 
 _START_ATTEMPTS = 6
 _FIRST_PAUSE = 0.1  # seconds; doubles with every attempt

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from loguru import logger
 
-from checkpoint_engine import plan, rdma
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.contract import Contract
 from checkpoint_engine.data_types import (
@@ -31,18 +30,20 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
-from checkpoint_engine.local_rank import LocalRank, find_local_rank
+from checkpoint_engine.ground import rdma
+from checkpoint_engine.ground.local_rank import LocalRank, find_local_rank
+from checkpoint_engine.ground.progress import Progress
+from checkpoint_engine.ground.report import Served, UpdateReport
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.p2p_store import P2PStore
-from checkpoint_engine.progress import Progress
-from checkpoint_engine.report import Served, UpdateReport
+from checkpoint_engine.planning import plan
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.snapshot import Snapshot
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.update.order import Order, members_of
 from checkpoint_engine.update.profile import EngineProfile
 from checkpoint_engine.update.request import RequestFunction
+from checkpoint_engine.update.snapshot import Snapshot
 from checkpoint_engine.update.update import Server, run_update
 from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.update.ways.pull import Pull

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.learned_loader import (
+from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
     Delivery,
     InPlace,
@@ -31,8 +31,8 @@ from checkpoint_engine.learned_loader import (
     Plainly,
     Session,
 )
-from checkpoint_engine.recording import NamedTensors
-from checkpoint_engine.replay_plan import Plan
+from checkpoint_engine.loading.replay.program import Plan
+from checkpoint_engine.loading.replay.recorder import NamedTensors
 
 _SHOWN_NAMES = 20
 

@@ -12,17 +12,11 @@ import torch
 import zmq
 
 from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
-from checkpoint_engine.delivery import Delivery
 from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.ipc import open_buffer
-from checkpoint_engine.link import ServerLink
-from checkpoint_engine.memory.checksum import FORMULA, check_bytes
-from checkpoint_engine.parts import Parts
-from checkpoint_engine.recording import NamedTensors
-from checkpoint_engine.reload import EngineReload
-from checkpoint_engine.versions import WeightVersion
-from checkpoint_engine.wire import (
+from checkpoint_engine.handover.ipc import open_buffer
+from checkpoint_engine.handover.link import ServerLink
+from checkpoint_engine.handover.wire import (
     ACK,
     CHECKSUM,
     DELIVERED,
@@ -39,6 +33,12 @@ from checkpoint_engine.wire import (
     encode_failure,
     split_extensions,
 )
+from checkpoint_engine.loading.delivery import Delivery
+from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.reload import EngineReload
+from checkpoint_engine.loading.replay.recorder import NamedTensors
+from checkpoint_engine.loading.version import WeightVersion
+from checkpoint_engine.memory.checksum import FORMULA, check_bytes
 
 __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
 

@@ -25,8 +25,8 @@ from checkpoint_engine.distributed import use_backend
 from checkpoint_engine.memory.files import open_files, view_tensors
 from checkpoint_engine.memory.folder import INDEX, checkpoint_of, split_over_ranks
 from checkpoint_engine.memory.sources import FileParts, TensorSource, file_of, natural_key
-from checkpoint_engine.metas_file import Metas, decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.world.metas_file import Metas, decode_metas, encode_metas
 
 SocketPaths = list[tuple[str, str]]
 

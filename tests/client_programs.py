@@ -312,8 +312,8 @@ def xtuner() -> dict[str, Any]:
 
 def lmdeploy() -> dict[str, Any]:
     """A broadcast, then the chosen ranks from metas that travelled as JSON."""
-    from checkpoint_engine.metas_file import decode_metas, encode_metas
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
     def request(socket_paths: SocketPaths) -> None:
         if engine.leads:

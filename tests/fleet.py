@@ -18,7 +18,7 @@ import torch
 import zmq
 
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.versions import WeightVersion
+from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.worker import update_weights_from_ipc
 
 DTYPES = [

@@ -93,7 +93,9 @@ class Sender:
         if self._buffer.is_cuda:
             return self.ask(pickle.dumps(reduce_tensor(self._buffer)))
         arguments = (self._path + wrong, 2 * self.half)
-        return self.ask(call_by_name("checkpoint_engine.ipc", "map_shared_memory", arguments))
+        return self.ask(
+            call_by_name("checkpoint_engine.handover.ipc", "map_shared_memory", arguments)
+        )
 
     def write(self, weights: Weights, turn: int) -> list[dict[str, Any]]:
         """Fill a half of the buffer; each tensor starts at a multiple of 256 bytes."""
@@ -190,7 +192,7 @@ class _Reader(pickle.Unpickler):
     """Maps the buffer with code of its own."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("checkpoint_engine.ipc", "map_shared_memory"):
+        if (module, name) == ("checkpoint_engine.handover.ipc", "map_shared_memory"):
             return map_file
         return super().find_class(module, name)
 

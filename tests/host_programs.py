@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from checkpoint_engine.metas_file import decode_metas
+from checkpoint_engine.world.metas_file import decode_metas
 from fleet import request_of
 from programs import PROGRAMS, RANK, WORLD_SIZE, Rank, _await_file, _error_of
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 from fleet import Worker, digests, mixed_tensors, request_of
 
 RANK = int(os.environ.get("RANK", "0"))

@@ -16,7 +16,7 @@ from checkpoint_engine.memory import layout
 from checkpoint_engine.memory.checksum import Checksums, add_sums, check_bytes, checksum
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.memory.sources import tensor_sources
-from checkpoint_engine.plan import gen_h2d_buckets
+from checkpoint_engine.planning.plan import gen_h2d_buckets
 
 
 def random_bytes(count: int, seed: int = 0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from checkpoint_engine.client import (
     wait_until_ready,
 )
 from checkpoint_engine.data_types import MemoryBufferMetaList
-from checkpoint_engine.metas_file import encode_metas
+from checkpoint_engine.world.metas_file import encode_metas
 
 SOCKETS = {"GPU-1": "ipc:///tmp/one", "GPU-2": "ipc:///tmp/two"}
 

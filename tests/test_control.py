@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint_engine import store
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import call as call_module
-from checkpoint_engine.world import control
+from checkpoint_engine.world import control, store
 from checkpoint_engine.world.control import ControlPlane
 
 SOON = 4.0  # seconds; far below every timeout that is not meant to expire

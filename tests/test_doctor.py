@@ -12,8 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from checkpoint_engine import rdma
 from checkpoint_engine.cli import commands
+from checkpoint_engine.ground import rdma
 from checkpoint_engine.tools import doctor
 from checkpoint_engine.tools.doctor import Finding
 

@@ -20,13 +20,13 @@ import pytest
 import zmq
 from loguru import logger
 
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.door import Door
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.leftovers import abandoned
-from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover.door import Door
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover.leftovers import abandoned
+from checkpoint_engine.handover.link import Address, ServerLink, WorkerLink, open_context
 from checkpoint_engine.service.serve import listen
 
 SOON = 10.0
@@ -243,7 +243,7 @@ def test_processes_of_an_unseen_pid_namespace_one_after_the_other(
     """The kernel gives all of them the same number: 0."""
     let_in = Door._lets_in
     monkeypatch.setattr(Door, "_lets_in", lambda self, uid, _pid: let_in(self, uid, 0))
-    monkeypatch.setattr("checkpoint_engine.door._peer_of", lambda _descriptor: 0)
+    monkeypatch.setattr("checkpoint_engine.handover.door._peer_of", lambda _descriptor: 0)
     with zmq.Context() as context:
         with contextlib.closing(ServerLink(context, server.url, SOON)):
             look_until(server, lambda: server._socket.poll(0, zmq.POLLOUT))

@@ -67,7 +67,7 @@ def test_bombs(bomb: str) -> None:
 def test_a_layout_that_expands_is_refused() -> None:
     import zlib
 
-    from checkpoint_engine.gather import decode_layout
+    from checkpoint_engine.planning.layouts import decode_layout
 
     with pytest.raises(ValueError, match="hold too much"):
         decode_layout(zlib.compress(bytes(64 << 20)))

@@ -23,7 +23,7 @@ from checkpoint_engine.data_types import (
     align_up,
     tensor_nbytes,
 )
-from checkpoint_engine.gather import (
+from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layout,
     decode_layouts,

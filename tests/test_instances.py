@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint_engine.versions import WeightVersion
+from checkpoint_engine.loading.version import WeightVersion
 from test_update import ON_EVERY_DEVICE, SMALL_BUCKETS, environment
 from torchrun import torchrun
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 import zmq
 
-from checkpoint_engine import ipc, link
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.ipc import SharedBuffer, map_shared_memory, open_buffer
-from checkpoint_engine.link import Address, ServerLink, WorkerLink, open_context
-from checkpoint_engine.wire import ACK
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover import ipc, link
+from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory, open_buffer
+from checkpoint_engine.handover.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.handover.wire import ACK
 
 SHM = Path("/dev/shm")
 MINE = f"checkpoint-engine-{os.getuid()}-"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from checkpoint_engine import liveness
-from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.liveness import Guest, Host
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.world import liveness
+from checkpoint_engine.world.liveness import Guest, Host
 
 SOON = 5.0
 SIZE = 3

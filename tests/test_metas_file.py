@@ -17,7 +17,7 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
     make_metas,
 )
-from checkpoint_engine.metas_file import decode_metas, encode_metas
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
 # pickle.dump(ps.get_metas()) of METAS, as programs on the original's releases wrote it to a file.
 PICKLE_OF_0_2_0 = base64.b64decode(

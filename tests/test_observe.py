@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
-from checkpoint_engine.report import PHASES, UpdateReport
+from checkpoint_engine.ground.report import PHASES, UpdateReport
 from checkpoint_engine.service.journal import Journal
 from checkpoint_engine.service.looking import make_router
 from checkpoint_engine.service.problems import describe

@@ -12,11 +12,11 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine import plan
 from checkpoint_engine.data_types import TensorPart, align_up
 from checkpoint_engine.errors import UpdateError, WireError
-from checkpoint_engine.parts import Parts
-from checkpoint_engine.plan import BucketSize
+from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import BucketSize
 from checkpoint_engine.replay import replayed
 from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint_engine.data_types import Lease, MemoryBufferMetas, ParameterMeta
-from checkpoint_engine.plain_pickle import (
+from checkpoint_engine.handover.plain_pickle import (
     ModelWords,
     PlainPickleError,
     Vocabulary,
@@ -121,7 +121,7 @@ def _name_of_size() -> str:
 
 
 def test_every_opcode_of_the_scan_is_one_of_pickles() -> None:
-    from checkpoint_engine import plain_pickle
+    from checkpoint_engine.handover import plain_pickle
 
     known = {opcode.name for opcode in pickletools.opcodes}
     named = plain_pickle._VALUES | plain_pickle._CONTAINERS | set(plain_pickle._TUPLES)

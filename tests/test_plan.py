@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine import plan
 from checkpoint_engine.data_types import (
     ALIGNMENT,
     H2DBucket,
@@ -21,7 +20,8 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
     align_up,
 )
-from checkpoint_engine.plan import BucketSize
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import BucketSize
 
 A = ALIGNMENT
 quick = settings(deadline=None, max_examples=60)

@@ -16,8 +16,8 @@ import zmq
 from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory.filling import CHUNK_BYTES
-from checkpoint_engine.progress import Progress, drawn_bar
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine import rdma
-from checkpoint_engine.plan import assign_receiver_ranks
+from checkpoint_engine.ground import rdma
+from checkpoint_engine.planning.plan import assign_receiver_ranks
 
 CASES = json.loads((Path(__file__).parent / "contract" / "hca_cases.json").read_text())["cases"]
 NICS = ["mlx5_0", "mlx5_1", "mlx4_0", "mlx4_1"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_engine.reload import EngineReload, LoaderHabits, _unwrapped
+from checkpoint_engine.loading.reload import EngineReload, LoaderHabits, _unwrapped
 from checkpoint_engine.worker import _Failure
 
 Weights = list[tuple[str, torch.Tensor]]

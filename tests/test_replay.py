@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
-from checkpoint_engine.learned_loader import _digest
+from checkpoint_engine.loading.replay.learned_loader import _digest
 from checkpoint_engine.replay import Replayed, replayed
 from hostile_loaders import draw_case, run_case
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from checkpoint_engine.report import Stage, UpdateReport
+from checkpoint_engine.ground.report import Stage, UpdateReport
 
 
 def report(by_rank: dict[int, dict[str, float]]) -> UpdateReport:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoint_engine.data_types import ParameterMeta
-from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path

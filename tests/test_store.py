@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint_engine import store
-from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.store import World, connect_store
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.world import store
+from checkpoint_engine.world.store import World, connect_store
 
 SOON = 10.0
 HERE = "127.0.0.1"

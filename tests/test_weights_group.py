@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.data_types import H2DBucket
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import create_weights_group
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.transfer.shared_memory import Neighbours
 from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer

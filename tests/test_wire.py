@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from checkpoint_engine import wire
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.errors import WireError, WorkerError
-from checkpoint_engine.ipc import map_shared_memory
-from checkpoint_engine.plan import to_named_tensor
+from checkpoint_engine.handover import wire
+from checkpoint_engine.handover.ipc import map_shared_memory
+from checkpoint_engine.planning.plan import to_named_tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 from samples import CUDA_ARGS
@@ -266,7 +266,7 @@ def test_nothing_else_is_named_or_called(tmp_path: Path, name: str, protocol: in
     assert not marker.exists()
 
 
-GLOBAL = b"ccheckpoint_engine.ipc\nmap_shared_memory\n"
+GLOBAL = b"ccheckpoint_engine.handover.ipc\nmap_shared_memory\n"
 NAME_SYSTEM = b"(Vmodule\nVos\nVname\nVsystem\nd"
 
 
@@ -296,8 +296,8 @@ def test_a_name_cannot_be_rewritten_once_it_was_let_through(state: bytes) -> Non
         b"ctorch\nos\n.",
         b"ctorch\nimport\n.",
         b"c__main__\nmap_shared_memory\n.",
-        b"ccheckpoint_engine.ipc\nos.system\n.",
-        b"ccheckpoint_engine.ipc\nmap_shared_memory.__globals__\n.",
+        b"ccheckpoint_engine.handover.ipc\nos.system\n.",
+        b"ccheckpoint_engine.handover.ipc\nmap_shared_memory.__globals__\n.",
         b"(ios\nsystem\n.",
         b"\x80\x02\x82\x01.",
         b"P0\n.",

@@ -20,19 +20,19 @@ import torch
 import zmq
 
 from checkpoint_engine import ps, worker
-from checkpoint_engine.delivery import digest
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
-from checkpoint_engine.ipc import SharedBuffer, map_shared_memory
-from checkpoint_engine.memory.checksum import FORMULA
-from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.wire import (
+from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
+from checkpoint_engine.handover.wire import (
     DELIVERED,
     NOTHING_MORE,
     decode_acceptance,
     encode_extensions,
     encode_handle,
 )
+from checkpoint_engine.loading.delivery import digest
+from checkpoint_engine.memory.checksum import FORMULA
+from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, mixed_tensors
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpoint_engine.device_utils import get_ip
 from checkpoint_engine.distributed.base import Distributed, Group
 from checkpoint_engine.distributed.weights_group import CREATE
-from checkpoint_engine.plain_pickle import ModelWords, read_pickle
+from checkpoint_engine.handover.plain_pickle import ModelWords, read_pickle
 
 NOT_A_MEMBER = object()
 _DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import GroupError
+from checkpoint_engine.ground.deadline import Deadline, poll
 
 _MEETING_TIME = timedelta(seconds=30)
 """For what nothing ends: a peer that comes to the store, and then dies."""

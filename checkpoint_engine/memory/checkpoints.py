@@ -16,8 +16,8 @@ from loguru import logger
 
 from checkpoint_engine.data_types import DataToGather, H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
-from checkpoint_engine.gather import EncodedLayout, encode_layout
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory import checksum
 from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.memory.content import hash_tensors
@@ -25,7 +25,7 @@ from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import expand_folders
 from checkpoint_engine.memory.host_memory import HostMemory, can_be_pinned
 from checkpoint_engine.memory.sources import file_of, tensor_sources
-from checkpoint_engine.progress import Progress, drawn_bar
+from checkpoint_engine.planning.layouts import EncodedLayout, encode_layout
 
 POOL = "__shared_memory_pool__"
 """The memory that checkpoints with ``use_shared_memory_pool`` occupy one after the other."""

@@ -19,9 +19,9 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import is_shape, tensor_nbytes
+from checkpoint_engine.handover.plain_pickle import PlainPickleError, Vocabulary, read_pickle
 from checkpoint_engine.memory.folder import Folders, inode_of, open_file, read_whole, short
 from checkpoint_engine.memory.sources import FileParts, FileSlice, TensorSource
-from checkpoint_engine.plain_pickle import PlainPickleError, Vocabulary, read_pickle
 
 _MAX_HEADER = 10_000
 """Bytes; numpy's own limit."""

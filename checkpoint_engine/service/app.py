@@ -19,13 +19,13 @@ from pydantic import Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.metas_file import Metas, encode_metas
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.journal import Job, Journal
 from checkpoint_engine.service.looking import make_router
 from checkpoint_engine.service.problems import Described, describe
 from checkpoint_engine.service.status import status_of
 from checkpoint_engine.settings import LONGEST_UPDATE
+from checkpoint_engine.world.metas_file import Metas, encode_metas
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from checkpoint_engine.report import UpdateReport
+from checkpoint_engine.ground.report import UpdateReport
 from checkpoint_engine.service.problems import Described, Problem, describe
 
 _KEPT = 100

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from checkpoint_engine.errors import KINDS
-from checkpoint_engine.report import PHASES
+from checkpoint_engine.ground.report import PHASES
 from checkpoint_engine.service.journal import CALLS, Job, Journal
 from checkpoint_engine.service.status import Status
 from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD

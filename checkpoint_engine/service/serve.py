@@ -18,7 +18,7 @@ from typing import Any
 
 from loguru import logger
 
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.service.access import Access
 
 _SHUTDOWN_SECONDS = 5

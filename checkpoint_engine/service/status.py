@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from checkpoint_engine import __version__
-from checkpoint_engine.progress import Progress
-from checkpoint_engine.report import Served
+from checkpoint_engine.ground.progress import Progress
+from checkpoint_engine.ground.report import Served
 from checkpoint_engine.service.journal import Job
 from checkpoint_engine.service.problems import Described
 
 if TYPE_CHECKING:
-    from checkpoint_engine.snapshot import Snapshot
+    from checkpoint_engine.update.snapshot import Snapshot
     from checkpoint_engine.world.gathered import Gathered
 
 

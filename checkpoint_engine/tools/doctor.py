@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 
-from checkpoint_engine import rdma
 from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.ground import rdma
 from checkpoint_engine.memory.limits import available_host_memory
 
 GB = 1e9

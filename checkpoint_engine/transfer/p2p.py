@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from checkpoint_engine.data_types import DataToGather, Lease, MemoryBuffer, MemoryBufferMetas
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint
 
 if TYPE_CHECKING:

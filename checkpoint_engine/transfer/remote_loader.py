@@ -10,11 +10,11 @@ from contextlib import nullcontext
 import torch
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBufferMetaList, align_up
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.p2p_store import P2PError, P2PStore, StaleSourceError
-from checkpoint_engine.plan import Step
+from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer.streams import Event, InThread
 from checkpoint_engine.transfer.tracer import RankTracer
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from checkpoint_engine.errors import GroupError
-from checkpoint_engine.ipc import SharedBuffer, map_descriptor
+from checkpoint_engine.handover.ipc import SharedBuffer, map_descriptor
 
 _AT_ONCE = 1.0  # seconds for what the kernel does by itself
 _GRACE = 1.0  # seconds after the deadline, at which whoever runs the update gives up

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import Any
 
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.deadline import Deadline, poll
 
 Event = Any
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.plan import Step, TransferPlan
-from checkpoint_engine.report import Stage
+from checkpoint_engine.ground.report import Stage
+from checkpoint_engine.planning.plan import Step, TransferPlan
 
 PHASES = "phases"
 COPY = "host to device"

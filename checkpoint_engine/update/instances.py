@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import RequestError, WireError, WorkerError
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.link import WorkerLink
-from checkpoint_engine.report import InstanceFailure
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.report import InstanceFailure
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover.link import WorkerLink
 from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request
 from checkpoint_engine.update.session import EngineState, WorkerSession

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from checkpoint_engine.local_rank import LocalRank
-from checkpoint_engine.progress import Progress
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.settings import max_bucket_bytes, trace_folder
 from checkpoint_engine.update.request import RequestFunction
 from checkpoint_engine.world.hello import Hello

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from checkpoint_engine.report import Served
+from checkpoint_engine.ground.report import Served
 from checkpoint_engine.update.pipeline import Session
 from checkpoint_engine.update.session import EngineState
 

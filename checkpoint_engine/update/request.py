@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from checkpoint_engine.deadline import poll
 from checkpoint_engine.errors import RequestError
+from checkpoint_engine.ground.deadline import poll
 
 _FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 

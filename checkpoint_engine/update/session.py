@@ -6,15 +6,12 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import WireError, WorkerError
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.link import WorkerLink
-from checkpoint_engine.memory.checksum import FORMULA
-from checkpoint_engine.report import InstanceFailure
-from checkpoint_engine.update.messages import BucketEncoder
-from checkpoint_engine.update.request import Request
-from checkpoint_engine.wire import (
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.report import InstanceFailure
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover.link import WorkerLink
+from checkpoint_engine.handover.wire import (
     ACK,
     CHECKSUM,
     DELIVERED,
@@ -27,6 +24,9 @@ from checkpoint_engine.wire import (
     encode_extensions,
     encode_handle,
 )
+from checkpoint_engine.memory.checksum import FORMULA
+from checkpoint_engine.update.messages import BucketEncoder
+from checkpoint_engine.update.request import Request
 
 _FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
 

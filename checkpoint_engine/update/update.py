@@ -11,14 +11,14 @@ from pathlib import Path
 from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.gather import encode_place
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.link import Address, WorkerLink, open_context
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.progress import drawn_bar
+from checkpoint_engine.ground.report import Served, UpdateReport
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover.link import Address, WorkerLink, open_context
 from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
-from checkpoint_engine.plan import TransferPlan
-from checkpoint_engine.progress import drawn_bar
-from checkpoint_engine.report import Served, UpdateReport
+from checkpoint_engine.planning.layouts import encode_place
+from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.order import Order

@@ -10,8 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from checkpoint_engine.deadline import Deadline, poll
 from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from checkpoint_engine.progress import Progress
+from checkpoint_engine.ground.progress import Progress
 
 
 class Clock:

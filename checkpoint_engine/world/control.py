@@ -18,13 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import get_ip
 from checkpoint_engine.errors import BusyError, UpdateError, kind_of
-from checkpoint_engine.store import NO_ANSWER, Ties, World, world_number
+from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import describe
+from checkpoint_engine.world.store import NO_ANSWER, Ties, World, world_number
 
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from loguru import logger
 
 from checkpoint_engine import distributed
-from checkpoint_engine.store import connect_store
 from checkpoint_engine.world.control import ControlPlane, master_addr, master_port
+from checkpoint_engine.world.store import connect_store
 
 
 class DefaultGroup:

@@ -12,7 +12,9 @@ from functools import cached_property
 from loguru import logger
 
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList, ParameterMeta
-from checkpoint_engine.gather import (
+from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
+from checkpoint_engine.memory.checksum import Checksums, check_sums
+from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layouts,
     decode_place,
@@ -21,8 +23,6 @@ from checkpoint_engine.gather import (
     known_digest,
     missing_layouts,
 )
-from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
-from checkpoint_engine.memory.checksum import Checksums, check_sums
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch.distributed as dist
 from loguru import logger
 
-from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.store import Ties
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
     Failure,
     gone,
 )
+from checkpoint_engine.world.store import Ties
 
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 

@@ -26,8 +26,8 @@ from loguru import logger
 from steps import Fault, armed, fill_shared_memory
 
 from checkpoint_engine.client import vllm_request
+from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.versions import WeightVersion
 from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests
 

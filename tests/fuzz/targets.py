@@ -28,7 +28,6 @@ import torch
 from loguru import logger
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from checkpoint_engine import gather, metas_file, wire
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import (
     DataToGather,
@@ -37,14 +36,17 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
     ParameterMeta,
 )
-from checkpoint_engine.delivery import Delivery, digest
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.ipc import map_shared_memory, open_buffer
-from checkpoint_engine.liveness import Guest, Host
+from checkpoint_engine.handover import wire
+from checkpoint_engine.handover.ipc import map_shared_memory, open_buffer
+from checkpoint_engine.loading.delivery import Delivery, digest
+from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.memory import files, folder
-from checkpoint_engine.parts import Parts
+from checkpoint_engine.planning import layouts as gather
 from checkpoint_engine.service.guard import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
+from checkpoint_engine.world import metas_file
+from checkpoint_engine.world.liveness import Guest, Host
 from samples import CUDA_ARGS
 
 logger.remove()

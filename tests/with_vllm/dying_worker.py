@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoint_engine.reload import EngineReload, NamedTensors
+from checkpoint_engine.loading.reload import EngineReload, NamedTensors
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 LAST_BUCKET = 3

@@ -29,7 +29,7 @@ class Host:
         """``loads_early`` false: as with releases that cannot."""
         from vllm import LLM
 
-        from checkpoint_engine import reload
+        from checkpoint_engine.loading import reload
 
         reload._keeps_what_is_there = lambda _: loads_early
         self.stop()

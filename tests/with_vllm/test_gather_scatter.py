@@ -10,8 +10,8 @@ from conftest import ENGINE_ENV
 PROGRAM = """
 
 import torch
-from checkpoint_engine.gather_scatter import build_table, gather_scatter
-from checkpoint_engine.strided import Copy
+from checkpoint_engine.loading.replay.fused_copies import build_table, gather_scatter
+from checkpoint_engine.loading.replay.geometry import Copy
 
 COPIES = [
     Copy(5, 7, (3, 4, 5), (40, 1, 4), (20, 5, 1)),  # transposed

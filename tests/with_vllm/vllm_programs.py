@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from checkpoint_engine.client import vllm_request
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.link import Address, WorkerLink, open_context
+from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover.link import Address, WorkerLink, open_context
+from checkpoint_engine.handover.wire import encode_bucket
 from checkpoint_engine.memory.sources import natural_key
-from checkpoint_engine.metas_file import decode_metas, encode_metas
 from checkpoint_engine.ps import ParameterServer, UpdateError
 from checkpoint_engine.update.request import Request
 from checkpoint_engine.update.session import WorkerSession
-from checkpoint_engine.wire import encode_bucket
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 TIMEOUT = timedelta(seconds=60)

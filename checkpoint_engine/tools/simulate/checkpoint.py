@@ -13,7 +13,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.sources import natural_key
-from checkpoint_engine.plan import (
+from checkpoint_engine.planning.plan import (
     TransferPlan,
     bucket_size,
     choose_pace,

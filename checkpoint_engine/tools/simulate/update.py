@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from checkpoint_engine.data_types import H2DBucket, TensorPart
-from checkpoint_engine.plan import Step, TransferPlan
+from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint_engine import plan
-from checkpoint_engine.ipc import SharedBuffer
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checkpoints import Checkpoint
-from checkpoint_engine.plan import Pace, Step, TransferPlan
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.messages import Messages
 from checkpoint_engine.world.call import Call

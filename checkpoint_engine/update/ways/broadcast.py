@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine import plan
 from checkpoint_engine.distributed.weights_group import TorchGroup, create_weights_group
 from checkpoint_engine.errors import GroupError
-from checkpoint_engine.local_rank import LocalRank
-from checkpoint_engine.plan import Pace, Step
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import keeps_groups
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.update.ways.base import Job, Mover, Way

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint_engine import plan
 from checkpoint_engine.distributed.weights_group import TorchGroup
-from checkpoint_engine.local_rank import LocalRank
-from checkpoint_engine.plan import Pace, Step
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from checkpoint_engine import plan
 from checkpoint_engine.errors import GroupError
-from checkpoint_engine.local_rank import LocalRank
-from checkpoint_engine.plan import Pace, Step
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import SHARED_MEMORY, Settings
 from checkpoint_engine.transfer.shared_memory import Neighbours
 from checkpoint_engine.transfer.streams import Event, HostStreams

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint_engine.data_types import MemoryBuffer
-from checkpoint_engine.local_rank import LocalRank
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.progress import Progress
+from checkpoint_engine.ground.report import Served
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.memory.host_memory import MemoryUsage
-from checkpoint_engine.progress import Progress
-from checkpoint_engine.report import Served
 from checkpoint_engine.world.gathered import Gathered
 
 

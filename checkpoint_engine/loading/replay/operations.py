@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoint_engine.strided import View
+from checkpoint_engine.loading.replay.geometry import View
 
 
 class Origins(Protocol):

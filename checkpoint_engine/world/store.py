@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from loguru import logger
 
-from checkpoint_engine.deadline import Deadline, poll
-from checkpoint_engine.liveness import Guest, Host, Peers, start_thread
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.world.liveness import Guest, Host, Peers, start_thread
 
 T = TypeVar("T")
 

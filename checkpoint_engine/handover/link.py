@@ -17,12 +17,12 @@ from pathlib import Path
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.door import Door
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover.door import Door
+from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.handover.wire import ACK, encode_abort
 from checkpoint_engine.settings import admitted_users
-from checkpoint_engine.wire import ACK, encode_abort
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
 _CONNECT_SECONDS = 5.0  # servers listen before they ask anybody to connect

@@ -29,7 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.data_types import tensor_nbytes
-from checkpoint_engine.operations import (
+from checkpoint_engine.loading.replay.geometry import (
+    Canvas,
+    Constant,
+    Fragment,
+    InexpressibleError,
+    Origin,
+    View,
+)
+from checkpoint_engine.loading.replay.operations import (
     FUNCTIONS,
     LOOK_AT_NO_VALUES,
     LOOKS,
@@ -37,7 +45,6 @@ from checkpoint_engine.operations import (
     RULES,
     VIEWS,
 )
-from checkpoint_engine.strided import Canvas, Constant, Fragment, InexpressibleError, Origin, View
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 

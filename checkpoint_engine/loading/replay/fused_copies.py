@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from loguru import logger
 
-from checkpoint_engine.strided import Copy
+from checkpoint_engine.loading.replay.geometry import Copy
 
 FEWEST_COPIES = 32
 """Below, a launch for each costs less than building and reading a table."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoint_engine.learned_loader import (
+from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
     Delivery,
     Host,
@@ -27,9 +27,9 @@ from checkpoint_engine.learned_loader import (
     LearnedLoader,
     Session,
 )
-from checkpoint_engine.recording import NamedTensors, Recorder, Slot
+from checkpoint_engine.loading.replay.recorder import NamedTensors, Recorder, Slot
+from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 from checkpoint_engine.replay import summary, version_of
-from checkpoint_engine.vllm_on_cpu import CpuRepairs
 
 _SHOWN_NAMES = 20
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
-from checkpoint_engine.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
 
 _PREFIX = "checkpoint-engine-"
 _CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import TypeAdapter, ValidationError
 
 from checkpoint_engine.data_types import MemoryBufferMetaList
-from checkpoint_engine.plain_pickle import ModelWords, PlainPickleError, read_pickle
+from checkpoint_engine.handover.plain_pickle import ModelWords, PlainPickleError, read_pickle
 
 Metas = dict[int, MemoryBufferMetaList]
 """By owner rank: what it owns and how to read it."""

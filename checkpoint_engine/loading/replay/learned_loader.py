@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from checkpoint_engine import gather_scatter
-from checkpoint_engine.recording import (
+from checkpoint_engine.loading.replay import fused_copies as gather_scatter
+from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.program import Move, Placed, Plan, Program
+from checkpoint_engine.loading.replay.recorder import (
     NamedTensors,
     Recorder,
     Slot,
@@ -26,9 +28,7 @@ from checkpoint_engine.recording import (
     key_of,
     overlap,
 )
-from checkpoint_engine.replay_plan import Move, Placed, Plan, Program
 from checkpoint_engine.settings import replay_check, replay_mode
-from checkpoint_engine.strided import View
 
 _SHOWN_NAMES = 20
 _MOST_SURPRISES = 2

@@ -25,7 +25,7 @@ import torch
 
 from checkpoint_engine.data_types import is_shape, parse_dtype
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.plain_pickle import PlainPickleError, Vocabulary, read_pickle
+from checkpoint_engine.handover.plain_pickle import PlainPickleError, Vocabulary, read_pickle
 
 ACK = b""
 NOTHING_MORE = pickle.dumps(None)
@@ -262,7 +262,7 @@ def _shown(content: Any) -> str:
 
 
 _REBUILD_FUNCTIONS = {
-    ("checkpoint_engine.ipc", "map_shared_memory"),
+    ("checkpoint_engine.handover.ipc", "map_shared_memory"),
     ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch_npu.multiprocessing.reductions", "rebuild_npu_tensor"),
 }

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint_engine.data_types import tensor_nbytes
-from checkpoint_engine.gather_scatter import Table
-from checkpoint_engine.recording import Entry, Recording, Slot
-from checkpoint_engine.strided import Copy, View, coalesced
+from checkpoint_engine.loading.replay.fused_copies import Table
+from checkpoint_engine.loading.replay.geometry import Copy, View, coalesced
+from checkpoint_engine.loading.replay.recorder import Entry, Recording, Slot
 
 
 class Placed(NamedTuple):

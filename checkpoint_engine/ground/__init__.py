@@ -1,0 +1,1 @@
+"""What every room stands on: deadlines, devices, RDMA parsing, reports. Imports no other room."""

@@ -1,0 +1,1 @@
+"""Inside the inference engine: receive buckets and load them into the model."""
