@@ -363,11 +363,14 @@ def sockets_of_mooncake() -> set[str]:
 def resources_of_process() -> dict[str, Any]:
     """Descriptors by kind, threads, mappings and files that others could find."""
     kinds: Counter[str] = Counter()
-    mooncakes = sockets_of_mooncake()
+    targets: list[str] = []
+    mooncakes = sockets_of_mooncake()  # before and after: a connection may come or go meanwhile
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{fd}")
-            kinds["P2P" if target in mooncakes else target.split(":")[0]] += 1
+            targets.append(os.readlink(f"/proc/self/fd/{fd}"))
+    mooncakes |= sockets_of_mooncake()
+    for target in targets:
+        kinds["P2P" if target in mooncakes else target.split(":")[0]] += 1
     maps = Path("/proc/self/maps").read_text()
     return {
         "descriptors": dict(kinds),
