@@ -10,16 +10,13 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from checkpoint_engine.errors import RequestError, WireError, WorkerError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import InstanceFailure
-from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import WorkerLink
-from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request
-from checkpoint_engine.update.session import EngineState, WorkerSession
+from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.outcome import MemberError
 
@@ -30,8 +27,9 @@ _ENGINE_ERRORS = (WireError, WorkerError, RequestError)
 """What ends the update of one engine, and not that of the others."""
 
 
-class Instance:
-    """This rank's engine; takes the place of a ``WorkerSession``. Its failure is noted, not raised.
+class Instance(WorkerSession):
+    """This rank's engine where updates go on without those that fail: its failure is noted, not
+    raised.
 
     What this rank itself or another one fails in is raised.
     """
@@ -45,61 +43,33 @@ class Instance:
         version: str,
     ) -> None:
         """``instances``: the name of each member's instance."""
-        place = call.members.index(call.rank)
-        self._link = link
         self._call = call
-        self._instances = instances
-        self._name = instances[place]
+        self._instances = dict(zip(call.members, instances, strict=True))
+        self._name = self._instances[call.rank]
         self._key = f"engine/{self._name}"
         shared = instances.count(self._name) > 1
         self._wait = _EngineWait(call, request, self._key if shared else None)
-        self._session = WorkerSession(link, self._wait.check, version)
         self._failure: InstanceFailure | None = None
+        super().__init__(link, self._wait.check, version)
         self.failed: list[InstanceFailure] = []
 
     @property
-    def state(self) -> EngineState:
-        return self._session.state
-
-    def describe_state(self) -> str:
-        return self._session.describe_state()
-
-    @property
-    def encode_bucket(self) -> BucketEncoder:
-        return self._session.encode_bucket
-
-    @property
     def worker_checks_sums(self) -> bool:
-        return self._failure is not None or self._session.worker_checks_sums
-
-    @property
-    def worker_joins_parts(self) -> bool | None:
-        return self._session.worker_joins_parts
-
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
-        self._attempt(lambda: self._session.hand_over(buffer, seconds_left, in_parts))
+        """A failed engine loads nothing that would have to be checked."""
+        return self._failure is not None or super().worker_checks_sums
 
     def check(self) -> None:
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:
             try:
                 self._wait.check_engine()
-                self._session.check()
+                super().check()
             except _ENGINE_ERRORS as error:
                 self._fail(error)
 
-    def begin_reload(self, message: bytes) -> None:
-        self._attempt(lambda: self._session.begin_reload(message))
-
-    def await_reload(self, what: str) -> None:
-        self._attempt(lambda: self._session.await_reload(what))
-
-    def announce_end(self, planned: Sequence[str | None]) -> None:
+    def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
         """The post hook has to wait for the other ranks of this instance."""
-        self._attempt(lambda: self._session.announce_end(planned, go_on=False))
-
-    def release(self) -> None:
-        self._attempt(self._session.release)
+        super().announce_end(planned, go_on=False)
 
     def finish(self, request: Request) -> None:
         """Have the post hook run, unless another rank of this instance failed.
@@ -108,36 +78,30 @@ class Instance:
             MemberError: none is updated.
         """
         self._settle("loaded")
-        self._attempt(lambda: self._session.finish(request))
+        super().finish(request)
         self._settle("finished")
 
     def _settle(self, what: str) -> None:
         """The ranks agree which instances have failed."""
         mine = b"" if self._failure is None else self._failure.model_dump_json().encode()
         told = self._call.all_gather(what, mine)
-        failures = [InstanceFailure.model_validate_json(blob) for blob in told if blob]
         first = {failure.instance: failure for failure in self.failed}
-        for failure in failures:
+        for failure in (InstanceFailure.model_validate_json(blob) for blob in told if blob):
             first.setdefault(failure.instance, failure)
         self.failed = list(first.values())
-        if len(self.failed) == len(set(self._instances)):
+        if first.keys() == set(self._instances.values()):
             cause = self.failed[0]
             text = f"no engine could be updated; the first: {cause.error}"
             raise MemberError(text, "no_engine_left", rank_at_fault=cause.rank)
-        self._attempt(self._check_instance, waits=False)
+        if self._name in first and self._failure is None:
+            self._fail(WorkerError(f"rank {first[self._name].rank} of this instance failed"))
 
-    def _check_instance(self) -> None:
-        for failure in self.failed:
-            if failure.instance == self._name:
-                raise WorkerError(f"rank {failure.rank} of this instance failed")
-
-    def _attempt(self, action: Callable[[], Any], waits: bool = True) -> None:
-        """``waits``: for the engine."""
+    def attempt(self, action: Callable[[], None]) -> None:
         if self._failure is not None:
             self._call.check()
             return
         try:
-            with self._wait.limited() if waits else contextlib.nullcontext():
+            with self._wait.limited():
                 action()
         except _ENGINE_ERRORS as error:
             self._fail(error)
@@ -147,11 +111,7 @@ class Instance:
             return
         self._failure = InstanceFailure(
             instance=self._name,
-            ranks=[
-                rank
-                for rank, name in zip(self._call.members, self._instances, strict=True)
-                if name == self._name
-            ],
+            ranks=[rank for rank, name in self._instances.items() if name == self._name],
             rank=self._call.rank,
             phase=self._call.clock.phase,
             error=str(error),

@@ -16,19 +16,17 @@ from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
 from checkpoint_engine.memory.checksum import check_bytes
 from checkpoint_engine.planning.plan import Step
-from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.messages import Messages
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.update.ways.base import Job, Mover
 
-Session = WorkerSession | Instance
 _HALVES = 2  # of the double buffer
 
 
 class Pipeline:
     """One rank's execution of a plan. Made for one update."""
 
-    def __init__(self, job: Job, messages: Messages, mover: Mover, session: Session) -> None:
+    def __init__(self, job: Job, messages: Messages, mover: Mover, session: WorkerSession) -> None:
         self._job = job
         self._messages = messages
         self._mover = mover

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 from checkpoint_engine.ground.report import Served
-from checkpoint_engine.update.pipeline import Session
-from checkpoint_engine.update.session import EngineState
+from checkpoint_engine.update.session import EngineState, WorkerSession
 
 
 class EngineProfile:
@@ -23,7 +22,7 @@ class EngineProfile:
         self.joins_parts = False
         self.served: Served | None = None
 
-    def learn(self, session: Session, rank: int, served: Served) -> None:
+    def learn(self, session: WorkerSession, rank: int, served: Served) -> None:
         """However the update ended. ``served``: what the engine holds if it succeeded."""
         if session.worker_joins_parts is not None:
             self.joins_parts = session.worker_joins_parts

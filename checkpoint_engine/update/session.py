@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 from checkpoint_engine.errors import WireError, WorkerError
 from checkpoint_engine.ground.deadline import Deadline, poll
@@ -31,12 +32,27 @@ from checkpoint_engine.update.request import Request
 _FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
 
 
+P = ParamSpec("P")
+
+
 class EngineState(Enum):
     """What an update has done to the weights of an engine."""
 
     UNTOUCHED = "untouched"
     PARTLY_WRITTEN = "partly written"
     HOLDS = "holds"
+
+
+def _step(
+    method: Callable[Concatenate[WorkerSession, P], None],
+) -> Callable[Concatenate[WorkerSession, P], None]:
+    """Something that the engine may fail in: ``WorkerSession.attempt`` decides what follows."""
+
+    @wraps(method)
+    def attempt(self: WorkerSession, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        self.attempt(lambda: method(self, *args, **kwargs))
+
+    return attempt
 
 
 class WorkerSession:
@@ -58,12 +74,17 @@ class WorkerSession:
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
 
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Run a step; what it raises fails the update."""
+        action()
+
     def describe_state(self) -> str:
         """For ``UpdateError.engines``: ``untouched``, ``partly written`` or ``holds VERSION``."""
         if self.state is EngineState.HOLDS:
             return f"{self.state.value} {self._version}"
         return self.state.value
 
+    @_step
     def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
         """Share the double buffer; returns when the worker has mapped it.
 
@@ -105,16 +126,22 @@ class WorkerSession:
         if not self._may_leave:
             self._link.check()
 
+    @_step
     def begin_reload(self, message: bytes) -> None:
         self.state = EngineState.PARTLY_WRITTEN
         self._link.send(message, self._check)
 
+    @_step
     def await_reload(self, what: str) -> None:
         """Raises ``WorkerError`` with the worker's traceback if it could not load the bucket."""
+        self._await_ack(what)
+
+    def _await_ack(self, what: str) -> None:
         reply = self._link.receive(self._check)
         if reply != ACK:
             raise _failed(what, reply)
 
+    @_step
     def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
         """Tell a worker of ours which buckets it was to load, and let it go on by itself after the
         last one; it does not go on after a failure. Workers of other releases wait to be told.
@@ -133,13 +160,15 @@ class WorkerSession:
                 self._link.send(NOTHING_MORE, self._check)
                 self._told_to_finish = True
 
+    @_step
     def release(self) -> None:
         """Have the worker drop the double buffer."""
         if not self._told_to_release:
             self._link.send(NOTHING_MORE, self._check)
-        self.await_reload("the release of the buffer")
+        self._await_ack("the release of the buffer")
         self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
+    @_step
     def finish(self, request: Request) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.
 
@@ -151,7 +180,7 @@ class WorkerSession:
         try:
             if not self._told_to_finish:
                 self._link.send(NOTHING_MORE, self._check)
-            self.await_reload("its post hook")
+            self._await_ack("its post hook")
         except WireError:
             if self._extensions:
                 raise

@@ -22,7 +22,7 @@ from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.order import Order
-from checkpoint_engine.update.pipeline import Pipeline, Session
+from checkpoint_engine.update.pipeline import Pipeline
 from checkpoint_engine.update.profile import EngineProfile
 from checkpoint_engine.update.request import Request, SocketPaths
 from checkpoint_engine.update.session import WorkerSession
@@ -161,7 +161,7 @@ def _open_session(
     hellos: Sequence[Hello],
     server: Server,
     held: ExitStack,
-) -> Session:
+) -> WorkerSession:
     """From now on every wait of the call looks at the engine, too."""
 
     def give_up(exc_type: object, exc: BaseException | None, traceback: object) -> None:
@@ -172,7 +172,7 @@ def _open_session(
 
     held.push(give_up)
     version = agreed_version(hellos)
-    session: Session
+    session: WorkerSession
     if order.on_instance_failure == "continue":
         session = Instance(link, request, call, [one.instance for one in hellos], version)
     else:
@@ -269,7 +269,12 @@ def _compare_ranks(
 
 
 def _report(
-    call: Call, job: Job, session: Session, hellos: Sequence[Hello], order: Order, here: LocalRank
+    call: Call,
+    job: Job,
+    session: WorkerSession,
+    hellos: Sequence[Hello],
+    order: Order,
+    here: LocalRank,
 ) -> UpdateReport:
     by_rank, waited_for_by_rank = _compare_ranks(call) if order.compare_ranks else ({}, {})
     return UpdateReport(
