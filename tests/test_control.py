@@ -528,7 +528,7 @@ def test_a_killed_rank_is_noticed_at_once_and_may_be_started_again(culprit: int)
         assert again[1] < SOON
         if me.rank == 0:
             me.signals[0].set()
-        while culprit in me.plane._world.peers.gone:
+        while culprit in me.plane._world.liveness.gone:
             time.sleep(0.01)
         assert me.exchange() == me.everyone()
         return seen

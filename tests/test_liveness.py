@@ -15,7 +15,7 @@ import pytest
 
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import liveness
-from checkpoint_engine.world.liveness import Guest, Host
+from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 
 SOON = 5.0
 SIZE = 3
@@ -27,18 +27,18 @@ def soon(done: Callable[[], Any], what: str) -> None:
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host(SIZE)
+def host() -> Iterator[LivenessServer]:
+    host = LivenessServer(SIZE)
     yield host
     host.close()
 
 
 @pytest.fixture
-def join(host: Host) -> Iterator[Callable[[int], Guest]]:
+def join(host: LivenessServer) -> Iterator[Callable[[int], LivenessClient]]:
     with contextlib.ExitStack() as stack:
 
-        def enter(rank: int) -> Guest:
-            guest = Guest(rank, "127.0.0.1", host.port, host.token, lambda: None)
+        def enter(rank: int) -> LivenessClient:
+            guest = LivenessClient(rank, "127.0.0.1", host.port, host.token, lambda: None)
             stack.callback(guest.close)
             return guest
 
@@ -46,7 +46,7 @@ def join(host: Host) -> Iterator[Callable[[int], Guest]]:
 
 
 @pytest.fixture
-def connect(host: Host) -> Iterator[Callable[[], socket.socket]]:
+def connect(host: LivenessServer) -> Iterator[Callable[[], socket.socket]]:
     """A stranger's connection."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(
@@ -60,7 +60,9 @@ def is_closed(connection: socket.socket) -> bool:
     return True
 
 
-def test_ranks_learn_who_is_gone_and_who_is_back(host: Host, join: Callable[[int], Guest]) -> None:
+def test_ranks_learn_who_is_gone_and_who_is_back(
+    host: LivenessServer, join: Callable[[int], LivenessClient]
+) -> None:
     first, second = join(1), join(2)
     assert (first.replaces, second.replaces) == (False, False)
     second.close()
@@ -90,8 +92,8 @@ STRANGE = {
 
 @pytest.mark.parametrize("sent", STRANGE.values(), ids=STRANGE.keys())
 def test_what_is_no_hello_ends_its_own_connection_only(
-    host: Host,
-    join: Callable[[int], Guest],
+    host: LivenessServer,
+    join: Callable[[int], LivenessClient],
     connect: Callable[[], socket.socket],
     sent: bytes,
 ) -> None:
@@ -106,7 +108,9 @@ def test_what_is_no_hello_ends_its_own_connection_only(
 
 
 def test_a_hello_may_come_in_pieces(
-    host: Host, join: Callable[[int], Guest], connect: Callable[[], socket.socket]
+    host: LivenessServer,
+    join: Callable[[int], LivenessClient],
+    connect: Callable[[], socket.socket],
 ) -> None:
     connection = connect()
     connection.sendall(host.token.encode())
@@ -117,8 +121,8 @@ def test_a_hello_may_come_in_pieces(
 
 @pytest.mark.parametrize("sent", [b"", b"half a hel"])
 def test_silent_strangers_are_dropped(
-    host: Host,
-    join: Callable[[int], Guest],
+    host: LivenessServer,
+    join: Callable[[int], LivenessClient],
     connect: Callable[[], socket.socket],
     monkeypatch: pytest.MonkeyPatch,
     sent: bytes,
@@ -132,7 +136,9 @@ def test_silent_strangers_are_dropped(
 
 
 def test_of_too_many_strangers_the_oldest_is_dropped(
-    host: Host, join: Callable[[int], Guest], connect: Callable[[], socket.socket]
+    host: LivenessServer,
+    join: Callable[[int], LivenessClient],
+    connect: Callable[[], socket.socket],
 ) -> None:
     guest = join(1)
     most = 2 * SIZE + 64
@@ -156,7 +162,7 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 def test_without_descriptors_the_thread_lives_and_does_not_spin(
-    host: Host, join: Callable[[int], Guest]
+    host: LivenessServer, join: Callable[[int], LivenessClient]
 ) -> None:
     guest = join(1)
     assert host._thread.ident is not None
@@ -185,7 +191,7 @@ class Rank0:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.was_silent = threading.Event()
 
-    def guest(self, answer: bytes) -> tuple[Guest, socket.socket]:
+    def guest(self, answer: bytes) -> tuple[LivenessClient, socket.socket]:
         """A rank that was answered, and the connection to it."""
         accepted: list[socket.socket] = []
 
@@ -200,7 +206,7 @@ class Rank0:
         thread.start()
         try:
             port = self.listener.getsockname()[1]
-            return Guest(1, "127.0.0.1", port, "token", self.was_silent.set), accepted[0]
+            return LivenessClient(1, "127.0.0.1", port, "token", self.was_silent.set), accepted[0]
         finally:
             thread.join(SOON)
 

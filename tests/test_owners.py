@@ -171,7 +171,8 @@ def test_the_first_update_after_a_restart_works(restarted: int, transport: str) 
             server = live()
             me.signals[1].set()
             while (
-                not server.ps._control._world.peers.gone and not server.ps._control._world.is_lost
+                not server.ps._control._world.liveness.gone
+                and not server.ps._control._world.is_lost
             ):
                 threading.Event().wait(0.01)
         server.publish("b", {f"of.{me.rank}": torch.ones(9)})

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import store
-from checkpoint_engine.world.store import World, connect_store
+from checkpoint_engine.world.store import ConnectedWorld, connect_store
 
 SOON = 10.0
 HERE = "127.0.0.1"
@@ -36,12 +36,12 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def join(port: int) -> Iterator[Callable[..., World]]:
+def join(port: int) -> Iterator[Callable[..., ConnectedWorld]]:
     """Become a rank of the world; the first one is rank 0."""
     with contextlib.ExitStack() as stack:
 
-        def enter(rank: int, port: int = port, seconds: float = SOON) -> World:
-            world = World(rank, 3, HERE, port, 1, Deadline(seconds))
+        def enter(rank: int, port: int = port, seconds: float = SOON) -> ConnectedWorld:
+            world = ConnectedWorld(rank, 3, HERE, port, 1, Deadline(seconds))
             stack.callback(world.close)
             return world
 
@@ -129,12 +129,12 @@ def connections_to(port: int) -> set[int]:
 
 
 def test_a_connect_that_nobody_answers_holds_up_nobody_else(
-    join: Callable[..., World], gate: Gate
+    join: Callable[..., ConnectedWorld], gate: Gate
 ) -> None:
     """It ends at its own deadline, and its connection with it."""
     rank_0 = join(0)
     with ThreadPoolExecutor(1) as pool:
-        held_up: Future[World] = pool.submit(join, 1, gate.port, 3.0)
+        held_up: Future[ConnectedWorld] = pool.submit(join, 1, gate.port, 3.0)
         soon(lambda: len(gate.silent) >= 2, "the probe, and torch's connection")
         gate.is_shut = False
         others = at_once([lambda: join(1, gate.port), lambda: join(2, gate.port), lambda: join(2)])
@@ -151,7 +151,9 @@ def connecting() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name == "checkpoint-engine-connect"]
 
 
-def test_the_next_call_works_once_rank_0_answers(join: Callable[..., World], gate: Gate) -> None:
+def test_the_next_call_works_once_rank_0_answers(
+    join: Callable[..., ConnectedWorld], gate: Gate
+) -> None:
     join(0)
     for _ in range(2):
         with pytest.raises(TimeoutError, match="which listens but does not answer"):
@@ -166,7 +168,7 @@ def test_rank_0_that_stops_before_it_tells_its_port_is_given_up(port: int) -> No
     connect_store(0, 3, HERE, port)
     before = connections_to(port)
     with pytest.raises(TimeoutError):
-        World(1, 3, HERE, port, 1, Deadline(0.5))
+        ConnectedWorld(1, 3, HERE, port, 1, Deadline(0.5))
     soon(lambda: not connecting(), "the thread to end")
     assert connections_to(port) == before
     assert not connect_store(0, 3, HERE, port).check(["liveness"])
@@ -199,7 +201,7 @@ def test_each_connection_knows_its_own_socket(port: int) -> None:
         cut.close()
 
 
-def test_connections_of_others_stay_open(join: Callable[..., World], port: int) -> None:
+def test_connections_of_others_stay_open(join: Callable[..., ConnectedWorld], port: int) -> None:
     """To the store, and to its port at another address."""
     with contextlib.ExitStack() as stack:
         join(0)
@@ -238,7 +240,7 @@ def test_a_connect_that_fails_leaves_connections_of_others_open(
 
 
 def test_a_descriptor_that_closes_meanwhile_is_no_error(
-    join: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+    join: Callable[..., ConnectedWorld], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = os.dup(0)
     os.close(closed)
@@ -247,7 +249,7 @@ def test_a_descriptor_that_closes_meanwhile_is_no_error(
     assert join(0).store.add("count", 1) == 1
 
 
-def test_cut_ends_what_another_thread_waits_for(join: Callable[..., World]) -> None:
+def test_cut_ends_what_another_thread_waits_for(join: Callable[..., ConnectedWorld]) -> None:
     world = join(0)
     blocked = world.store_to_block(Deadline(SOON))
     with ThreadPoolExecutor(1) as pool:

@@ -24,7 +24,7 @@ from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import describe
-from checkpoint_engine.world.store import NO_ANSWER, Ties, World, world_number
+from checkpoint_engine.world.store import NO_ANSWER, ConnectedWorld, World, world_number
 
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
@@ -71,7 +71,7 @@ class ControlPlane:
         self._addr = addr
         self._port = port
         self._number = 0
-        self._world: Ties | None = Ties() if world_size == 1 else None
+        self._world: World | None = World() if world_size == 1 else None
         self.running: Call | None = None
         self._busy = threading.Lock()
         self._memberships: dict[tuple[int, ...], Membership] = {}
@@ -154,7 +154,7 @@ class ControlPlane:
             yield
         except BaseException as error:
             if self._world is not None:
-                self._world.peers.expect_end(None)
+                self._world.liveness.expect_end(None)
             if not isinstance(error, dist.DistError):
                 raise
             lost = NO_ANSWER if self._world is None else self._world.why_lost
@@ -164,17 +164,17 @@ class ControlPlane:
     def _membership(self, ranks: Sequence[int] | None, deadline: Deadline) -> Membership:
         """From now on the store's answers are awaited until the deadline."""
         world = self._meet(deadline)
-        world.peers.expect_end(deadline.remaining() + _CLEANING_UP)
+        world.liveness.expect_end(deadline.remaining() + _CLEANING_UP)
         members = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         if members not in self._memberships:
             name = "all" if ranks is None else "ranks-" + "-".join(map(str, members))
             membership = Membership(name, members, self.rank, self.world_size, world)
             self._memberships[members] = membership
-            if world.peers.replaces:
+            if world.liveness.replaces:
                 membership.join_late()
         return self._memberships[members]
 
-    def _meet(self, deadline: Deadline) -> Ties:
+    def _meet(self, deadline: Deadline) -> World:
         """This rank's world, met anew where the last one is lost."""
         if self._world is not None and not self._world.is_lost:
             return self._world
@@ -184,7 +184,7 @@ class ControlPlane:
         if lost is not None:  # whoever calls may try again; nobody shall wait for one that is dead
             deadline = Deadline(max(min(deadline.remaining(), _RETURN_SECONDS), 0.001))
         try:
-            world = World(self.rank, self.world_size, addr, port, self._number, deadline)
+            world = ConnectedWorld(self.rank, self.world_size, addr, port, self._number, deadline)
         except (RuntimeError, TimeoutError) as error:
             if lost is None:
                 raise

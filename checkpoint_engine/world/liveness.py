@@ -35,8 +35,8 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class Peers:
-    """The ranks of a world, as one of them sees it.
+class Liveness:
+    """Which ranks of a world are there, as one of them sees it. Here: nobody can be gone.
 
     Attributes:
         gone: the ranks whose process has ended, or whose host is cut off.
@@ -47,14 +47,14 @@ class Peers:
     replaces = False
 
     def expect_end(self, seconds: float | None) -> None:
-        """If what goes on now is not over so long after, give up connections that block it."""
+        """Close connections that still block ``seconds`` from now; ``None``: never."""
 
     def close(self) -> None:
         """Leave: for the others this rank is gone."""
 
 
-class Host(Peers):
-    """Rank 0's view: it keeps everybody's connection.
+class LivenessServer(Liveness):
+    """Rank 0 keeps a connection of every other rank, and tells all of them who is gone.
 
     Anybody may connect to its port. A connection is a stranger's until its first line, ``token
     rank``, says that a rank of this world is at its other end. Every line of the answer is
@@ -160,8 +160,8 @@ class Host(Peers):
             self._tell(self.gone | {rank})
 
 
-class Guest(Peers):
-    """Any other rank's view: what rank 0 tells it, and whether rank 0 itself is there."""
+class LivenessClient(Liveness):
+    """Any other rank learns from rank 0 who is gone, and notices when rank 0 itself is."""
 
     def __init__(
         self, rank: int, addr: str, port: int, token: str, on_silence: Callable[[], None]

@@ -20,7 +20,7 @@ from checkpoint_engine.world.outcome import (
     Failure,
     gone,
 )
-from checkpoint_engine.world.store import Ties
+from checkpoint_engine.world.store import World
 
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 
@@ -36,7 +36,7 @@ class Membership:
     """
 
     def __init__(
-        self, name: str, members: tuple[int, ...], rank: int, world_size: int, world: Ties
+        self, name: str, members: tuple[int, ...], rank: int, world_size: int, world: World
     ) -> None:
         self.members = members
         self.rank = rank
@@ -130,11 +130,11 @@ class Membership:
 
     def expect_end(self, seconds: float | None) -> None:
         """Cut the store's connections if the running call has not ended after ``seconds``."""
-        self.world.peers.expect_end(seconds)
+        self.world.liveness.expect_end(seconds)
 
     def gone(self) -> list[int]:
         """The members that are not there any more."""
-        return sorted(self.world.peers.gone.intersection(self.members))
+        return sorted(self.world.liveness.gone.intersection(self.members))
 
     def lost(self) -> list[int]:
         """Those whose call has ended by that. One that was gone when the call began may return."""
@@ -241,7 +241,7 @@ class Membership:
                 )
 
     def _check_apart_from(self, mine: Hello, theirs: Hello, part: Any) -> None:
-        is_over = theirs.rank in self.world.peers.gone or part.check(["outcome"])
+        is_over = theirs.rank in self.world.liveness.gone or part.check(["outcome"])
         if is_over or not _overlap(mine, theirs):
             return
         # The ranks of a P2P update have not made the other call, which goes without them.

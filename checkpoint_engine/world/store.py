@@ -1,4 +1,4 @@
-"""The key-value store that rank 0 hosts, and what ties a rank to its world.
+"""The key-value store that rank 0 hosts, and a rank's connections to it.
 
 torch's client of a store waits for an answer without end. So a rank's connections can be cut from
 another thread: whoever waits on one gets an error at once.
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.world.liveness import Guest, Host, Peers, start_thread
+from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer, start_thread
 
 T = TypeVar("T")
 
@@ -36,19 +36,19 @@ _connecting: list[_Connection] = []
 _lock = threading.Lock()  # of these; never held while something is awaited
 
 
-class Ties:
-    """What a rank is tied to its world by. Here: a single rank, whose store is its own memory.
+class World:
+    """A rank's access to its world. Here: a world of one rank, whose store is its own memory.
 
     Attributes:
         store: for requests.
         watched: to wait for outcomes.
-        peers: who is gone.
+        liveness: who is gone.
         id: another one where rank 0 was restarted.
     """
 
     store: Any
     watched: Any
-    peers = Peers()
+    liveness = Liveness()
     id = ""
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class Ties:
         """Drop what is lost, at once."""
 
 
-class World(Ties):
-    """Connections to the store that rank 0 hosts, and one that tells who is there."""
+class ConnectedWorld(World):
+    """Several ranks: connections to the store that rank 0 hosts, and one for liveness."""
 
     def __init__(
         self, rank: int, size: int, addr: str, port: int, number: int, deadline: Deadline
@@ -93,7 +93,7 @@ class World(Ties):
         self._to_block: _Connection | None = None
         self.store, self.watched = map(self._part_of, self._connections)
         try:  # by the connection that no other world of this process has
-            self.peers, self.id = _within(
+            self.liveness, self.id = _within(
                 deadline, addr, port, lambda: self._meet(rank, size, addr, self.watched)
             )
         except BaseException:
@@ -123,7 +123,7 @@ class World(Ties):
 
     @property
     def why_lost(self) -> str:
-        if 0 in self.peers.gone:
+        if 0 in self.liveness.gone:
             return "rank 0, which hosts the store of this world, is gone"
         return NO_ANSWER
 
@@ -135,21 +135,21 @@ class World(Ties):
 
     def close(self) -> None:
         self.cut()
-        self.peers.close()
-        self.peers = Peers()  # world and peers know each other
+        self.liveness.close()
+        self.liveness = Liveness()  # world and liveness know each other
         for connection in self._connections:
             connection.close()
         self._connections = []
         self.store = self.watched = None
 
-    def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Peers, str]:
+    def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Liveness, str]:
         if rank == 0:
-            host, world_id = Host(size), secrets.token_hex(8)
+            host, world_id = LivenessServer(size), secrets.token_hex(8)
             store.set("liveness", f"{host.port} {host.token} {world_id}")
             return host, world_id
         port, token, world_id = store.get("liveness").decode().split()
         try:
-            guest = Guest(rank, addr, int(port), token, self.cut)
+            guest = LivenessClient(rank, addr, int(port), token, self.cut)
             if self.is_lost:  # ``__init__`` has given up meanwhile
                 guest.close()
             return guest, world_id
@@ -161,7 +161,7 @@ class World(Ties):
                 addr,
                 error,
             )
-            return Peers(), world_id
+            return Liveness(), world_id
 
 
 class _Connection:

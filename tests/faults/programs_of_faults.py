@@ -279,7 +279,7 @@ class ServerRank:
 
     def gone(self) -> list[int]:
         world = self.ps._control._world
-        return [] if world is None else sorted(world.peers.gone)
+        return [] if world is None else sorted(world.liveness.gone)
 
     def limit(self, what: str, value: int) -> None:
         """Lower a resource limit of this process; 0: what it was."""

@@ -46,7 +46,7 @@ from checkpoint_engine.planning import layouts as gather
 from checkpoint_engine.service.guard import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
 from checkpoint_engine.world import metas_file
-from checkpoint_engine.world.liveness import Guest, Host
+from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 from samples import CUDA_ARGS
 
 logger.remove()
@@ -198,7 +198,7 @@ class _Ranks:
     """A rank 0 that reads what others send, and what sends others what rank 0 might."""
 
     def __init__(self) -> None:
-        self.host = Host(2)
+        self.host = LivenessServer(2)
         self.host.token = "token"
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.answer = b""
@@ -236,7 +236,7 @@ def answer_of_rank_0(data: bytes) -> None:
     ended = threading.Event()
     _ranks().answer = data
     port = _ranks().listener.getsockname()[1]
-    guest = Guest(1, "127.0.0.1", port, "token", ended.set)
+    guest = LivenessClient(1, "127.0.0.1", port, "token", ended.set)
     assert ended.wait(5)
     assert guest.gone == {0}
 
