@@ -14,7 +14,6 @@ KINDS = (
     "broadcast_failed",
     "busy",
     "disagreement",
-    "disagreement",
     "failed",
     "forbidden",
     "interrupted",
@@ -83,20 +82,9 @@ class GroupError(RuntimeError):
     kind = "broadcast_failed"
 
 
-class RequestError(RuntimeError):
-    """``req_func`` raised; the text says what."""
-
-    kind = "request_failed"
-
-
-class WireError(RuntimeError):
-    """A message broke the protocol of ``wire.py``, or its sender is gone."""
-
-    kind = "worker_lost"
-
-
-class WorkerError(RuntimeError):
-    """The inference worker reported a failure; the text holds its traceback.
+class EngineError(RuntimeError):
+    """An inference engine cannot be updated: its worker reported a failure, whose traceback is in
+    the text, or a class below says why.
 
     Control characters in it are escaped, and its middle is left out where it is very long: it goes
     into logs, terminals and HTTP answers.
@@ -108,6 +96,18 @@ class WorkerError(RuntimeError):
         if len(text) > _LONGEST_TEXT:
             text = f"{text[:_HEAD]}\n[...]\n{text[_HEAD + 7 - _LONGEST_TEXT :]}"
         super().__init__(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+
+
+class RequestError(EngineError):
+    """``req_func`` raised; the text says what."""
+
+    kind = "request_failed"
+
+
+class WireError(EngineError):
+    """A message broke the protocol of ``wire.py``, or its sender is gone."""
+
+    kind = "worker_lost"
 
 
 def kind_of(error: BaseException) -> str:

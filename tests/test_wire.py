@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from checkpoint_engine.data_types import ParameterMeta
-from checkpoint_engine.errors import WireError, WorkerError
+from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import map_shared_memory
 from checkpoint_engine.planning.plan import to_named_tensor
@@ -80,13 +80,13 @@ def test_a_failure_is_never_taken_for_success(traceback: str) -> None:
 
 
 def test_a_workers_text_is_safe_to_print() -> None:
-    error = WorkerError("first line\n" + "\ta \x1b[2J\x00\r\x9b\x7f ü\n" * 100_000 + "last line")
+    error = EngineError("first line\n" + "\ta \x1b[2J\x00\r\x9b\x7f ü\n" * 100_000 + "last line")
     text = str(error)
     assert text.startswith("first line\n\ta \\x1b[2J\\x00\\x0d\\x9b\\x7f ü\n")
     assert text.endswith("\nlast line")
     assert "\n[...]\n" in text
     assert len(text) < 200_000
-    assert str(WorkerError("x" * 70_000)).count("x") == (64 << 10) - 7
+    assert str(EngineError("x" * 70_000)).count("x") == (64 << 10) - 7
 
 
 # ---------------------------------------------------------------------- what the original sends

@@ -6,12 +6,11 @@ updated on all of its ranks, or failed on all of them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from checkpoint_engine.errors import RequestError, WireError, WorkerError
+from checkpoint_engine.errors import EngineError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.link import WorkerLink
@@ -21,10 +20,6 @@ from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.outcome import MemberError
 
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
-
-
-_ENGINE_ERRORS = (WireError, WorkerError, RequestError)
-"""What ends the update of one engine, and not that of the others."""
 
 
 class Instance(WorkerSession):
@@ -43,14 +38,15 @@ class Instance(WorkerSession):
         version: str,
     ) -> None:
         """``instances``: the name of each member's instance."""
-        self._call = call
         self._instances = dict(zip(call.members, instances, strict=True))
         self._name = self._instances[call.rank]
         self._key = f"engine/{self._name}"
-        shared = instances.count(self._name) > 1
-        self._wait = _EngineWait(call, request, self._key if shared else None)
+        self._is_shared = instances.count(self._name) > 1
+        self._request = request
         self._failure: InstanceFailure | None = None
-        super().__init__(link, self._wait.check, version)
+        self._patience: Deadline | None = None
+        self._looked = 0.0
+        super().__init__(link, call, version)
         self.failed: list[InstanceFailure] = []
 
     @property
@@ -62,9 +58,9 @@ class Instance(WorkerSession):
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:
             try:
-                self._wait.check_engine()
+                self._check_engine()
                 super().check()
-            except _ENGINE_ERRORS as error:
+            except EngineError as error:
                 self._fail(error)
 
     def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
@@ -94,17 +90,38 @@ class Instance(WorkerSession):
             text = f"no engine could be updated; the first: {cause.error}"
             raise MemberError(text, "no_engine_left", rank_at_fault=cause.rank)
         if self._name in first and self._failure is None:
-            self._fail(WorkerError(f"rank {first[self._name].rank} of this instance failed"))
+            self._fail(EngineError(f"rank {first[self._name].rank} of this instance failed"))
 
     def attempt(self, action: Callable[[], None]) -> None:
         if self._failure is not None:
             self._call.check()
             return
+        # Half of the time that is left: other instances need some, too.
+        self._patience = Deadline(max(self._call.deadline.remaining() / 2, 1e-3))
         try:
-            with self._wait.limited():
-                action()
-        except _ENGINE_ERRORS as error:
+            action()
+        except EngineError as error:
             self._fail(error)
+        finally:
+            self._patience = None
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Raise if this rank's engine cannot be updated any more."""
+        self._request.check()
+        if self._patience is not None and self._patience.remaining() == 0.0:
+            raise EngineError(
+                f"the engine took more than {self._patience.seconds:.3g} s, half of the time that "
+                "was left"
+            )
+        now = time.monotonic()
+        if self._is_shared and now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if self._call.is_told(self._key):
+                raise EngineError("another rank of this instance failed")
 
     def _fail(self, error: Exception) -> None:
         if self._failure is not None:  # the guard has noted it
@@ -118,44 +135,3 @@ class Instance(WorkerSession):
         )
         self._call.tell(self._key, json.dumps(str(error)).encode())
         self._link.abort(str(error) or type(error).__name__)
-
-
-class _EngineWait:
-    """What ends a wait for this rank's engine. Apart from ``Instance``, whose session refers to
-    it: what refers to itself would keep the store's connections until the next collection."""
-
-    def __init__(self, call: Call, request: Request, failed_key: str | None) -> None:
-        """``failed_key``: what another rank of the instance tells where it fails."""
-        self._call = call
-        self._request = request
-        self._failed_key = failed_key
-        self._patience: Deadline | None = None
-        self._looked = 0.0
-
-    @contextlib.contextmanager
-    def limited(self) -> Iterator[None]:
-        """The engine may take half of the time that is left: other instances need some, too."""
-        self._patience = Deadline(max(self._call.deadline.remaining() / 2, 1e-3))
-        try:
-            yield
-        finally:
-            self._patience = None
-
-    def check(self) -> None:
-        """Ends a wait for the engine by raising."""
-        self._call.check()
-        self.check_engine()
-
-    def check_engine(self) -> None:
-        """Raise if this rank's engine cannot be updated any more."""
-        self._request.check()
-        if self._patience is not None and self._patience.remaining() == 0.0:
-            raise WorkerError(
-                f"the engine took more than {self._patience.seconds:.3g} s, half of the time that "
-                "was left"
-            )
-        now = time.monotonic()
-        if self._failed_key is not None and now - self._looked > _LOOK_SECONDS:
-            self._looked = now
-            if self._call.is_told(self._failed_key):
-                raise WorkerError("another rank of this instance failed")

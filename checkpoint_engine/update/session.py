@@ -7,7 +7,7 @@ from enum import Enum
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
-from checkpoint_engine.errors import WireError, WorkerError
+from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -28,6 +28,7 @@ from checkpoint_engine.handover.wire import (
 from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request
+from checkpoint_engine.world.call import Call
 
 _FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
 
@@ -65,9 +66,9 @@ class WorkerSession:
 
     failed: Sequence[InstanceFailure] = ()
 
-    def __init__(self, link: WorkerLink, check: Callable[[], None], version: str) -> None:
+    def __init__(self, link: WorkerLink, call: Call, version: str) -> None:
         self._link = link
-        self._check = check
+        self._call = call
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
@@ -77,6 +78,10 @@ class WorkerSession:
     def attempt(self, action: Callable[[], None]) -> None:
         """Run a step; what it raises fails the update."""
         action()
+
+    def _check(self) -> None:
+        """Ends a wait for the engine by raising."""
+        self._call.check()
 
     def describe_state(self) -> str:
         """For ``UpdateError.engines``: ``untouched``, ``partly written`` or ``holds VERSION``."""
@@ -101,7 +106,7 @@ class WorkerSession:
         self._extensions = extensions
         self._accepted = True
         if in_parts and not self.worker_joins_parts:
-            raise WorkerError(
+            raise EngineError(
                 "this worker cannot put tensors together that travel in parts, which the one "
                 "before it could: update again, and they will travel whole"
             )
@@ -133,7 +138,7 @@ class WorkerSession:
 
     @_step
     def await_reload(self, what: str) -> None:
-        """Raises ``WorkerError`` with the worker's traceback if it could not load the bucket."""
+        """Raises ``EngineError`` with the worker's traceback if it could not load the bucket."""
         self._await_ack(what)
 
     def _await_ack(self, what: str) -> None:
@@ -192,6 +197,6 @@ class WorkerSession:
         self.state = EngineState.HOLDS
 
 
-def _failed(what: str, reply: bytes) -> WorkerError:
+def _failed(what: str, reply: bytes) -> EngineError:
     traceback = reply.decode(errors="replace")
-    return WorkerError(f"the inference worker failed in {what}:\n{traceback}")
+    return EngineError(f"the inference worker failed in {what}:\n{traceback}")

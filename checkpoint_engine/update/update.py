@@ -176,7 +176,7 @@ def _open_session(
     if order.on_instance_failure == "continue":
         session = Instance(link, request, call, [one.instance for one in hellos], version)
     else:
-        session = WorkerSession(link, call.check, version)
+        session = WorkerSession(link, call, version)
         held.enter_context(call.guarded(request.check))
     held.enter_context(call.guarded(session.check))
     call.state = session.describe_state
