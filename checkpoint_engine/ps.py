@@ -103,8 +103,9 @@ class ParameterServer(Contract):
 
         Args:
             rank, world_size: default: ``RANK``, ``WORLD_SIZE``.
-            auto_pg: who owns torch's default process group. True: this server, which closes the
-                one that it made after every update. False: the caller. None: whoever made it.
+            auto_pg: who owns torch's default process group. True: this server, whose
+                ``gather_metas`` makes it; it is gone after every update. False: the caller. None:
+                whoever made it, by ``init_process_group`` or without this server.
             gpu_count: ranks per node. Default: the visible devices; on the cpu device
                 ``LOCAL_WORLD_SIZE``, else 1.
             mem_fraction: share of free device memory that an update's buffers may take.
@@ -209,6 +210,8 @@ class ParameterServer(Contract):
             self._checkpoints.pin(checkpoint_name) as source,
         ):
             gathered = gather(call, self._p2p, source, self._gathered)
+            if self._auto_pg:
+                self._default_group.create_within(call)
             call.on_success = lambda: self._replace_gathered(gathered)
 
     def get_metas(self) -> Metas:

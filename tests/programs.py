@@ -262,9 +262,11 @@ def process_groups() -> dict[str, Any]:
         ps = ParameterServer(auto_pg=auto_pg)
         ps.register_checkpoint("c", named_tensors=mixed_tensors(5, RANK))
         ps.gather_metas("c")
+        seen[f"{auto_pg} gathered"] = dist.is_initialized()
         for explicit in (False, True):
             if explicit:
                 ps.init_process_group()
+            if dist.is_initialized():
                 dist.barrier()
             ps.update("c", request_of(worker, RANK), timeout=SHORT)
             seen[f"{auto_pg} {explicit}"] = dist.is_initialized()

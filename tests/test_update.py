@@ -128,6 +128,9 @@ def test_mistakes_of_the_caller_are_explained_on_every_rank(tmp_path: Path, devi
 def test_process_groups_belong_to_who_made_them(tmp_path: Path, ranks: int, device: str) -> None:
     for seen in torchrun(tmp_path, ranks, "process_groups", env=environment(device, ranks)):
         assert seen == {
+            "True gathered": True,
+            "None gathered": False,
+            "False gathered": False,
             "True False": False,
             "True True": False,
             "None False": False,

@@ -100,7 +100,7 @@ def serve(options: ServeOptions, rank: int, world_size: int) -> None:
         from checkpoint_engine.ps import ParameterServer
         from checkpoint_engine.service.app import make_app
 
-        server = ParameterServer(rank=rank, world_size=world_size, auto_pg=True)
+        server = ParameterServer(rank=rank, world_size=world_size)
         app = make_app(server, options.access)
         uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
 

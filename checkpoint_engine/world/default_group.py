@@ -10,6 +10,7 @@ import torch.distributed as dist
 from loguru import logger
 
 from checkpoint_engine import distributed
+from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane, master_addr, master_port
 from checkpoint_engine.world.store import connect_store
 
@@ -27,25 +28,37 @@ class DefaultGroup:
         self, ranks: Sequence[int], addr: str | None, port: int | None, timeout: timedelta
     ) -> None:
         """Called by each of ``ranks``. Does nothing if there is a default group."""
-        rank = self._control.rank
         if distributed.is_initialized():
-            logger.bind(rank=rank).debug("the default process group exists already")
+            logger.bind(rank=self._control.rank).debug("the default process group exists already")
             return
         self._groups_made += 1
+        store = dist.PrefixStore(f"default-group/{self._groups_made}", self._store(addr, port))
+        self._create(ranks, store, timeout)
+
+    def create_within(self, call: Call) -> None:
+        """As ``create``, of the members of a call: programs of the original use the group that
+        ``gather_metas`` leaves. Called by all of them."""
+        there = b"1" if distributed.is_initialized() else b""
+        if not any(call.all_gather("default group", there)):
+            with call.store_to_block() as store:
+                timeout = timedelta(seconds=call.deadline.remaining())
+                self._create(call.members, dist.PrefixStore("default-group", store), timeout)
+
+    def _create(self, ranks: Sequence[int], store: Any, timeout: timedelta) -> None:
         distributed.init_process_group(
-            rank=list(ranks).index(rank),
+            rank=list(ranks).index(self._control.rank),
             world_size=len(ranks),
-            store=dist.PrefixStore(f"default-group/{self._groups_made}", self._store(addr, port)),
+            store=store,
             backend=self._backend,
             timeout=timeout,
         )
         self._is_ours = True
 
     def leave(self) -> None:
-        """Destroy it if this server made it."""
-        if self._is_ours:
+        """Destroy it if this server made it, and the caller has not destroyed it yet."""
+        if self._is_ours and distributed.is_initialized():
             distributed.destroy_process_group()
-            self._is_ours = False
+        self._is_ours = False
 
     def _store(self, addr: str | None, port: int | None) -> Any:
         size = self._control.world_size
