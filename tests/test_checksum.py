@@ -177,13 +177,3 @@ def test_tensors_of_any_size_in_pieces_of_any_size(
             assert found == by_definition(memory, place), meta.name
             at += meta.aligned_size
             place += meta.aligned_size // 256
-
-
-def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PS_CHECKSUM", raising=False)
-    assert module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "off")
-    assert not module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "maybe")
-    with pytest.raises(ValueError, match="PS_CHECKSUM"):
-        module.is_wanted()

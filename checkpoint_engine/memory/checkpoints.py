@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from loguru import logger
 
+from checkpoint_engine import settings
 from checkpoint_engine.data_types import DataToGather, H2DBucket, Lease, MemoryBuffer, align_up
 from checkpoint_engine.errors import BusyError
 from checkpoint_engine.ground.local_rank import LocalRank
@@ -199,7 +200,7 @@ class Checkpoints:
                 undo.callback(self.memory.release, buffers)
 
             def add_sums(pinned: list[MemoryBuffer]) -> None:
-                if checksum.is_wanted():
+                if settings.checksum() == "on":
                     every = [*buffers, *pinned]
                     summed = sum(buffer.size for buffer in every)
                     with self._observed("summing", name, summed, on_progress) as advance:

@@ -57,18 +57,6 @@ def _make_factors() -> np.ndarray:
 _FACTORS = _make_factors()
 
 
-def is_wanted() -> bool:
-    """Whether checkpoints are registered with sums: unless ``PS_CHECKSUM=off``.
-
-    Raises:
-        ValueError: the variable is neither ``on`` nor ``off``.
-    """
-    value = os.environ.get("PS_CHECKSUM", "on")
-    if value not in ("on", "off"):
-        raise ValueError(f"PS_CHECKSUM must be on or off, got {value!r}")
-    return value == "on"
-
-
 def checksum(memory: torch.Tensor, first_block: int) -> int:
     """The sum of bytes whose first block of ``ALIGNMENT`` has this place. On the device that they
     are on, for which it waits.
