@@ -29,7 +29,7 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
-from checkpoint_engine.memory import crew
+from checkpoint_engine.memory import threads
 
 FORMULA = "odd factors, 2047"
 """Names what is below, between two ends that may be of different releases."""
@@ -101,8 +101,8 @@ def add_sums(
         on_progress: called in this thread with the share that is done; what it raises ends it.
     """
     total = sum(buffer.size for buffer in buffers) // 8
-    threads = min(crew.MAX_THREADS, len(os.sched_getaffinity(0)))
-    step = min(max(total // (4 * threads), _SMALLEST_PIECE), _LARGEST_PIECE)
+    count = min(threads.MAX_THREADS, len(os.sched_getaffinity(0)))
+    step = min(max(total // (4 * count), _SMALLEST_PIECE), _LARGEST_PIECE)
     tables: list[_TensorSums] = []
     tasks = []
     count = done = 0
@@ -120,7 +120,7 @@ def add_sums(
         if on_progress is not None:
             on_progress(done / count)
 
-    crew.work(tasks, summed)
+    threads.run_tasks(tasks, summed)
     for buffer, table in zip(buffers, tables, strict=True):
         buffer.checksums = table.encode()
 
