@@ -11,12 +11,12 @@ import torch
 import zmq
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBuffer
-from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.handover.link import Address
 from checkpoint_engine.memory.checkpoints import Checkpoints
-from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.settings import max_bucket_bytes
 from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.p2p_store import P2PStore
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.update.request import SocketPaths
 from checkpoint_engine.update.update import Server

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    NonNegativeInt,
     PlainSerializer,
     PlainValidator,
     WithJsonSchema,
@@ -201,8 +202,8 @@ class MemoryBufferMetas(_Stored):
     """
 
     metas: list[ParameterMeta]
-    ptr: int
-    size: int
+    ptr: NonNegativeInt
+    size: NonNegativeInt
     checksums: str | None = None
 
 

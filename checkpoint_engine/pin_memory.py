@@ -3,9 +3,9 @@
 The code is in ``memory``.
 """
 
+from checkpoint_engine.ground.limits import available_host_memory
 from checkpoint_engine.memory.host_memory import HostMemory, MemoryUsage
 from checkpoint_engine.memory.layout import pack, pack_into, packed_size
-from checkpoint_engine.memory.limits import available_host_memory
 
 __all__ = [
     "HostMemory",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from loguru import logger
 
+from checkpoint_engine import settings
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.contract import Contract
 from checkpoint_engine.data_types import (
@@ -28,18 +29,17 @@ from checkpoint_engine.data_types import (
     align_up,
     tensor_nbytes,
 )
-from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.ground import rdma
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.local_rank import LocalRank, find_local_rank
 from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.ground.report import Served, UpdateReport
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.memory.host_memory import HostMemory
-from checkpoint_engine.p2p_store import P2PStore
 from checkpoint_engine.planning import plan
-from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.p2p_store import P2PStore
 from checkpoint_engine.update.order import Order, members_of
 from checkpoint_engine.update.profile import EngineProfile
 from checkpoint_engine.update.request import RequestFunction
@@ -399,7 +399,7 @@ def _start_p2p(p2p: P2P, here: LocalRank) -> None:
 def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:
     memory = HostMemory(
         here.device_manager.device_type,
-        retain_bytes=None if Settings.from_env().retain_host_memory else 0,
+        retain_bytes=None if settings.retain_host_memory() else 0,
         cpus=here.device_manager.nearby_cpus(here.local_rank),
     )
     if p2p.store is not None:
@@ -443,7 +443,7 @@ def _ibv_get_device_list() -> list[str]:
 
 def _get_rdma_devices() -> list[str]:
     """The RDMA devices that P2P may use."""
-    devices, findings = rdma.select_devices(os.environ, _ibv_get_device_list())
+    devices, findings = rdma.select_devices(_ibv_get_device_list())
     for finding in findings:
         logger.warning(finding)
     return devices

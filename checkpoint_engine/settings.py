@@ -1,103 +1,161 @@
-"""The environment variables of an update, read once per use into a frozen object."""
+"""Every environment variable that this package reads: its default, and what it may be."""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
 import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 GIB = 1 << 30
 LONGEST_UPDATE = 30 * 86_400.0
 """Seconds; more than anybody waits for one."""
 SHARED_MEMORY, GLOO = "shared-memory", "gloo"
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Settings:
-    """
+class Variable(Generic[T]):
+    """One environment variable. Call it to read it.
+
     Attributes:
-        max_bucket_bytes: cap of a bucket.
-        mem_fraction: share of free device memory.
-        retain_host_memory: whether memory of unregistered checkpoints is kept for the next.
-        cpu_transport: of weights between ranks of one host on the cpu device: ``SHARED_MEMORY`` or
-            ``GLOO``.
+        parse: makes a value of the text; ``ValueError`` or ``KeyError``: the text is not allowed.
+        allowed: what the text may be, for the error.
     """
 
-    max_bucket_bytes: int
-    mem_fraction: float
-    retain_host_memory: bool
-    cpu_transport: str
+    name: str
+    default: T
+    parse: Callable[[str], T]
+    allowed: str
 
-    @staticmethod
-    def from_env(mem_fraction: float | None = None) -> Settings:
-        """``mem_fraction``: what the caller gave instead of ``PS_MEM_FRACTION``.
+    def __call__(self) -> T:
+        """The value, or the default if the variable is not set.
 
         Raises:
-            ValueError: a value is no number or out of range; names the variable.
+            ValueError: its text is not allowed; names the variable, the text and what is allowed.
         """
-        fraction = _number("PS_MEM_FRACTION", 0.9) if mem_fraction is None else mem_fraction
-        if not 0 < fraction <= 1:
-            raise ValueError(f"mem_fraction (PS_MEM_FRACTION) must be in (0, 1], got {fraction}")
-        retain = integer("PS_RETAIN_HOST_MEMORY", 1) != 0
-        transport = os.environ.get("PS_CPU_TRANSPORT", SHARED_MEMORY)
-        if transport not in (SHARED_MEMORY, GLOO):
-            raise ValueError(
-                f"PS_CPU_TRANSPORT must be {SHARED_MEMORY} or {GLOO}, got {transport!r}"
-            )
-        return Settings(max_bucket_bytes(), fraction, retain, transport)
+        text = os.environ.get(self.name)
+        if text is None:
+            return self.default
+        try:
+            return self.parse(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"{self.name} must be {self.allowed}, got {text!r}") from None
 
 
-def max_bucket_bytes() -> int:
-    """``PS_MAX_BUCKET_SIZE_GB``: cap of a bucket.
+def _checked(parse: Callable[[str], T], is_allowed: Callable[[T], bool]) -> Callable[[str], T]:
+    def checked(text: str) -> T:
+        value = parse(text)
+        if not is_allowed(value):
+            raise ValueError
+        return value
+
+    return checked
+
+
+def _one_of(name: str, default: T, *choices: str) -> Variable[T | str]:
+    texts = {choice: choice for choice in choices}
+    return Variable(name, default, texts.__getitem__, f"one of {', '.join(choices)}")
+
+
+def _switch(name: str, default: bool) -> Variable[bool]:
+    return Variable(name, default, {"": False, "0": False, "1": True}.__getitem__, "0 or 1")
+
+
+def _count(name: str, default: int, least: int) -> Variable[int]:
+    parse = _checked(int, lambda number: number >= least)
+    return Variable(name, default, parse, f"an integer of at least {least}")
+
+
+def _text(name: str) -> Variable[str]:
+    return Variable(name, "", str, "text")
+
+
+def _host(text: str) -> str:
+    """A host's name or address; IPv6 addresses also in brackets, as in URLs."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if host != text or ":" in host:
+        ipaddress.IPv6Address(host)
+    elif not re.fullmatch(r"[\w.-]+", host):
+        raise ValueError
+    return host
+
+
+def _users(text: str) -> frozenset[int]:
+    return frozenset(_user(uid) for uid in text.split(",") if uid.strip())
+
+
+_positive = _checked(float, lambda number: 0 < number < math.inf)
+_user = _checked(int, lambda uid: uid >= 0)
+_port = _checked(int, lambda port: 0 < port < 65_535)
+
+device = _one_of("PS_DEVICE", None, "cpu", "cuda", "npu")
+cpu_device_base = _count("PS_CPU_DEVICE_BASE", 0, least=0)
+local_world_size = _count("LOCAL_WORLD_SIZE", 1, least=1)
+max_bucket_bytes = Variable(
+    "PS_MAX_BUCKET_SIZE_GB", 8 * GIB, lambda text: int(_positive(text) * GIB), "a positive number"
+)
+mem_fraction = Variable("PS_MEM_FRACTION", 0.9, float, "a number in (0, 1]")
+retain_host_memory = _switch("PS_RETAIN_HOST_MEMORY", True)
+keeps_groups = _switch("PS_KEEP_GROUPS", True)  # making and destroying one takes 0.5 s on GPUs
+cpu_transport = _one_of("PS_CPU_TRANSPORT", SHARED_MEMORY, SHARED_MEMORY, GLOO)
+checksum = _one_of("PS_CHECKSUM", "on", "on", "off")
+trace_folder = _text("PS_TRACE")
+replay_mode = _one_of("PS_REPLAY", "on", "on", "off", "verify")
+replay_check = _count("PS_REPLAY_CHECK", 50, least=1)
+ipc_abstract = _switch("PS_IPC_ABSTRACT", False)
+ipc_folder, runtime_folder = _text("PS_IPC_DIR"), _text("XDG_RUNTIME_DIR")
+admitted_users: Variable[frozenset[int]] = Variable(
+    "PS_IPC_UIDS", frozenset(), _users, "user ids, as numbers with commas"
+)
+http_token = _text("PS_HTTP_TOKEN")
+p2p_protocol = _one_of("PS_P2P_PROTOCOL", None, "rdma", "efa", "ascend_direct", "tcp")
+rdma_devices, nccl_ib_hca = _text("PS_P2P_STORE_RDMA_DEVICES"), _text("NCCL_IB_HCA")
+gloo_interface = _text("GLOO_SOCKET_IFNAME")
+master_addr = Variable("MASTER_ADDR", None, _host, "a host name or an IP address, without a port")
+master_port = Variable(
+    "MASTER_PORT", None, _port, "a port from 1 to 65534: the ranks meet at the next one"
+)
+
+_OF_A_SERVER = (
+    *(max_bucket_bytes, retain_host_memory, keeps_groups, cpu_transport, checksum),
+    *(ipc_abstract, admitted_users, p2p_protocol),
+)
+
+
+def check_server() -> None:
+    """Read all variables of a server once, so that a mistake shows before the first update.
 
     Raises:
-        ValueError: it is no positive number.
+        ValueError: one is not allowed.
     """
-    cap = _number("PS_MAX_BUCKET_SIZE_GB", 8.0)
-    if not 0 < cap < math.inf:
-        raise ValueError(f"PS_MAX_BUCKET_SIZE_GB must be positive, got {cap}")
-    return int(cap * GIB)
+    for variable in _OF_A_SERVER:
+        variable()
 
 
-def _number(variable: str, default: float) -> float:
-    text = os.environ.get(variable)
-    if text is None:
-        return default
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{variable} must be a number, got {text!r}") from None
-
-
-def admitted_users() -> set[int]:
-    """``PS_IPC_UIDS``: users besides this one, as numbers, whose workers may connect.
+def memory_share(given: float | None) -> float:
+    """``given`` by the caller, or else ``PS_MEM_FRACTION``.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it is not in (0, 1].
     """
-    text = os.environ.get("PS_IPC_UIDS", "")
-    try:
-        return {int(uid) for uid in text.split(",") if uid.strip()}
-    except ValueError:
-        raise ValueError(f"PS_IPC_UIDS must be user ids with commas, got {text!r}") from None
+    share = mem_fraction() if given is None else given
+    if not 0 < share <= 1:
+        raise ValueError(f"mem_fraction ({mem_fraction.name}) must be in (0, 1], got {share}")
+    return share
 
 
-def integer(variable: str, default: int) -> int:
-    """An integer from the environment.
-
-    Raises:
-        ValueError: it is none; names the variable.
-    """
-    text = os.environ.get(variable)
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{variable} must be an integer, got {text!r}") from None
+def integer(name: str, default: int) -> int:
+    """One of the launcher's variables."""
+    return Variable(name, default, int, "an integer")()
 
 
-def from_launcher(value: int | None, variable: str) -> int:
+def from_launcher(value: int | None, name: str) -> int:
     """``value``, or else the launcher's environment variable.
 
     Raises:
@@ -105,48 +163,28 @@ def from_launcher(value: int | None, variable: str) -> int:
     """
     if value is not None:
         return value
-    if variable not in os.environ:
-        raise ValueError(f"give {variable.lower()}=, or set {variable} as torchrun does")
-    return integer(variable, 0)
+    if name not in os.environ:
+        raise ValueError(f"give {name.lower()}=, or set {name} as torchrun does")
+    return integer(name, 0)
 
 
-def keeps_groups() -> bool:
-    """``PS_KEEP_GROUPS``: whether the group that weights are broadcast in is kept between updates;
-    making and destroying one takes half a second on GPUs.
-
-    Raises:
-        ValueError: it is no integer.
-    """
-    return integer("PS_KEEP_GROUPS", 1) != 0
+def set_unless_set(name: str, value: str) -> None:
+    """For libraries that are loaded afterwards."""
+    os.environ.setdefault(name, value)
 
 
-def trace_folder() -> str:
-    """``PS_TRACE``: the folder for the traces of updates; empty: none are written."""
-    return os.environ.get("PS_TRACE", "")
-
-
-REPLAY_MODES = ("on", "off", "verify")
-
-
-def replay_mode() -> str:
-    """``PS_REPLAY``: whether workers replay what they learned of a loader; see ``replay.py``.
-
-    Raises:
-        ValueError: it is none of ``on``, ``off``, ``verify``.
-    """
-    mode = os.environ.get("PS_REPLAY", "on")
-    if mode not in REPLAY_MODES:
-        raise ValueError(f"PS_REPLAY must be one of {', '.join(REPLAY_MODES)}, got {mode!r}")
-    return mode
-
-
-def replay_check() -> int:
-    """``PS_REPLAY_CHECK``: of so many replayed updates, one bucket also goes through the loader.
-
-    Raises:
-        ValueError: it is no positive integer.
-    """
-    every = integer("PS_REPLAY_CHECK", 50)
-    if every < 1:
-        raise ValueError(f"PS_REPLAY_CHECK must be positive, got {every}")
-    return every
+@contextlib.contextmanager
+def set_meanwhile(values: Mapping[str, str]) -> Iterator[None]:
+    """For libraries that have no other options. Variables that the launcher has set to these values
+    are left alone, so that nothing changes while other threads run."""
+    before = {name: os.environ.get(name) for name in values}
+    changed = [name for name, value in before.items() if value != values[name]]
+    os.environ.update({name: values[name] for name in changed})
+    try:
+        yield
+    finally:
+        for name in changed:
+            if (value := before[name]) is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

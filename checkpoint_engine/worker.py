@@ -12,8 +12,8 @@ import torch
 import zmq
 
 from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
-from checkpoint_engine.device_utils import DeviceManager, worker_index
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.ground.devices import DeviceManager, worker_index
 from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.handover.link import ServerLink
 from checkpoint_engine.handover.wire import (

@@ -153,11 +153,11 @@ SIZES = [70_000, 5, 0, 300_000, 256, 16, 500_000, 3, 8192, 2047 * 256, 0]
 
 
 @pytest.mark.parametrize("piece", [32, 512, 2047, 1 << 14, 1 << 22])
-@pytest.mark.parametrize("at_once", [1, 3, 512])
+@pytest.mark.parametrize("block", [32, 4000, 1 << 19])
 def test_tensors_of_any_size_in_pieces_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, piece: int, at_once: int
+    monkeypatch: pytest.MonkeyPatch, piece: int, block: int
 ) -> None:
-    monkeypatch.setattr(module, "_TENSORS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_BLOCK", block)
     monkeypatch.setattr(module, "_SMALLEST_PIECE", piece)
     monkeypatch.setattr(module, "_LARGEST_PIECE", piece)
     monkeypatch.setattr(layout, "MAX_BUFFER_BYTES", 600_000)
@@ -177,13 +177,3 @@ def test_tensors_of_any_size_in_pieces_of_any_size(
             assert found == by_definition(memory, place), meta.name
             at += meta.aligned_size
             place += meta.aligned_size // 256
-
-
-def test_the_option_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PS_CHECKSUM", raising=False)
-    assert module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "off")
-    assert not module.is_wanted()
-    monkeypatch.setenv("PS_CHECKSUM", "maybe")
-    with pytest.raises(ValueError, match="PS_CHECKSUM"):
-        module.is_wanted()

@@ -69,8 +69,10 @@ NAMES = {
     "FlattenedTensorMetadata",
     "checkpoint_engine.data_types": "ParameterMeta BucketRange H2DBucket MemoryBufferMetas "
     "MemoryBuffer MemoryBufferMetaList DataToGather",
-    "checkpoint_engine.device_utils": "DeviceManager get_ip npu_generate_uuid",
-    "checkpoint_engine.p2p_store": "P2PStore",
+    "checkpoint_engine.device_utils": "DeviceManager get_ip npu_generate_uuid _get_rdma_devices "
+    "_get_my_rdma_device _ibv_get_device_list _parse_NCCL_IB_HCA logger",
+    "checkpoint_engine.p2p_store": "P2PStore _get_rdma_devices _get_my_rdma_device "
+    "_ibv_get_device_list _parse_NCCL_IB_HCA logger",
     "checkpoint_engine.api": "request_inference_to_update _init_api",
     "checkpoint_engine.distributed": "init_process_group destroy_process_group is_initialized "
     "all_gather_object all_reduce broadcast barrier new_group use_backend",
@@ -250,17 +252,26 @@ def test_detecting_the_bucket_size(
 # ---------------------------------------------------------------------- helpers
 
 
-def test_patching_the_device_list_changes_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["ps", "device_utils", "p2p_store"])  # of 0.2, 0.4, 0.3
+def test_patching_the_device_list_changes_what_is_found(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    door = importlib.import_module(f"checkpoint_engine.{name}")
     monkeypatch.delenv("NCCL_IB_HCA", raising=False)
     monkeypatch.delenv("PS_P2P_STORE_RDMA_DEVICES", raising=False)
-    with patch("checkpoint_engine.ps._ibv_get_device_list", return_value=["mlx5_7", "mlx5_3"]):
-        assert ps._get_rdma_devices() == ["mlx5_7", "mlx5_3"]
+    with patch.object(door, "_ibv_get_device_list", return_value=["mlx5_7", "mlx5_3"]):
+        assert door._get_rdma_devices() == ["mlx5_7", "mlx5_3"]
         monkeypatch.setenv("NCCL_IB_HCA", "mlx5_3")
-        assert ps._get_rdma_devices() == ["mlx5_3"]
+        assert door._get_rdma_devices() == ["mlx5_3"]
         monkeypatch.setenv("NCCL_IB_HCA", "mlx4")
-        assert ps._get_rdma_devices() == ["mlx5_7", "mlx5_3"]
+        assert door._get_rdma_devices() == ["mlx5_7", "mlx5_3"]
         monkeypatch.setenv("PS_P2P_STORE_RDMA_DEVICES", " b0 , a0 ")
-        assert ps._get_rdma_devices() == ["b0", "a0"]
+        assert door._get_rdma_devices() == ["b0", "a0"]
+    with patch.object(door, "logger") as logger:
+        assert door._parse_NCCL_IB_HCA("mlx4", ["mlx5_0"]) == []
+    text = "No RDMA device match device_name='mlx4' where is_exact_match=False."
+    logger.warning.assert_called_once_with(text)
+    assert door._get_my_rdma_device(1, 2, ["mlx5_0", "mlx5_1"]) == "mlx5_1"
 
 
 def test_devices_without_libibverbs() -> None:

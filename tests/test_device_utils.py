@@ -10,8 +10,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from checkpoint_engine import device_utils
-from checkpoint_engine.device_utils import (
+from checkpoint_engine.ground import devices
+from checkpoint_engine.ground.devices import (
     DeviceManager,
     detect_device_type,
     get_ip,
@@ -35,7 +35,9 @@ def test_ps_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wanted", ["tpu", "", "CPU", "cuda:0"])
 def test_a_device_that_is_none(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     monkeypatch.setenv("PS_DEVICE", wanted)
-    with pytest.raises(ValueError, match=rf"PS_DEVICE='{wanted}' is none of .*'cpu', 'cuda'"):
+    with pytest.raises(
+        ValueError, match=rf"PS_DEVICE must be one of cpu, cuda, npu, got '{wanted}'"
+    ):
         DeviceManager()
     with pytest.raises(ValueError, match=f"'{wanted}' is none of"):
         DeviceManager(wanted)
@@ -91,23 +93,21 @@ def test_a_cpu_identity_differs_between_hosts_and_indices(monkeypatch: pytest.Mo
 
 
 def test_free_memory_of_the_cpu_is_within_the_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_utils, "available_host_memory", lambda: (5000, "a cgroup"))
+    monkeypatch.setattr(devices, "available_host_memory", lambda: (5000, "a cgroup"))
     assert DeviceManager("cpu").free_memory() == 5000
 
 
 def test_free_memory_of_the_cpu_is_the_smaller_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     device = DeviceManager("cpu")
-    assert 0 < device.free_memory() <= device_utils.shutil.disk_usage("/dev/shm").free + (64 << 20)
+    assert 0 < device.free_memory() <= devices.shutil.disk_usage("/dev/shm").free + (64 << 20)
 
     def has_left(folder: str) -> SimpleNamespace:
         assert folder == "/dev/shm"
         return SimpleNamespace(free=4097)
 
-    monkeypatch.setattr(device_utils.shutil, "disk_usage", has_left)
+    monkeypatch.setattr(devices.shutil, "disk_usage", has_left)
     assert device.free_memory() == 4097
-    monkeypatch.setattr(
-        device_utils.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 60)
-    )
+    monkeypatch.setattr(devices.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 60))
     assert 0 < device.free_memory() < 1 << 60
 
 
@@ -248,7 +248,7 @@ def test_processors_near_a_device(tmp_path: Path) -> None:
     (tmp_path / "0000:18:00.0" / "local_cpulist").write_text("0-2,8,10-11\n")
     (tmp_path / "0000:19:00.0").mkdir()
     (tmp_path / "0000:19:00.0" / "local_cpulist").write_text("\n")
-    near = device_utils._cpus_of_pci_device
+    near = devices._cpus_of_pci_device
     assert near("0000:18:00.0", str(tmp_path)) == {0, 1, 2, 8, 10, 11}
     assert near("0000:19:00.0", str(tmp_path)) is None
     assert near("0000:1a:00.0", str(tmp_path)) is None

@@ -27,6 +27,7 @@ from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layout,
     decode_layouts,
+    decode_place,
     encode_layout,
     encode_place,
     join_place,
@@ -60,7 +61,7 @@ def buffer_of(*metas: ParameterMeta, ptr: int = 0) -> MemoryBufferMetas:
 
 def sent_and_received(data: DataToGather) -> DataToGather:
     layout = encode_layout([buffer.metas for buffer in data.memory_buffer_metas_list])
-    place = json.loads(encode_place(data, layout.digest, "nothing"))
+    place = decode_place(encode_place(data, layout.digest, "nothing"))
     return join_place(place, decode_layout(layout.blob))
 
 
@@ -176,7 +177,7 @@ class World:
         """The ranks whose layouts were sent; every rank's tensor has one of ``names``."""
         layouts = [encode_layout([[meta(name)]]) for name in names]
         places = [
-            json.loads(
+            decode_place(
                 encode_place(gathered(buffer_of(meta(name))), layout.digest, known_digest(known))
             )
             for name, layout, known in zip(names, layouts, self.known, strict=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_engine.p2p_store import P2PError
 from checkpoint_engine.ps import ParameterServer, UpdateError
+from checkpoint_engine.transfer.p2p_store import P2PError
 from test_update import SMALL_BUCKETS
 from torchrun import HERE, MOONCAKE_ADVICE, Run, free_port_pair, mooncake_works, torchrun
 

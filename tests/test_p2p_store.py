@@ -19,10 +19,10 @@ import pytest
 import torch
 from loguru import logger
 
-from checkpoint_engine import p2p_store
 from checkpoint_engine.data_types import Lease
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.p2p_store import P2PError, P2PStore
+from checkpoint_engine.transfer import p2p_store
+from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore
 from torchrun import HERE, MOONCAKE_ADVICE, mooncake_works
 
 pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)

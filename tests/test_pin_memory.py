@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta, align_up
+from checkpoint_engine.ground import limits as limits_module
 from checkpoint_engine.memory import arena as arena_module
 from checkpoint_engine.memory import filling, host_memory
 from checkpoint_engine.memory import layout as layout_module
-from checkpoint_engine.memory import limits as limits_module
 from checkpoint_engine.memory.arena import Arena, Arenas
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.sources import (

@@ -75,12 +75,25 @@ def test_parsing_never_fails_and_selects_only_what_is_there(
         ({"PS_P2P_STORE_RDMA_DEVICES": " ", "NCCL_IB_HCA": "mlx4_1"}, ["mlx4_1"]),
     ],
 )
-def test_select_devices(environ: dict[str, str], expected: list[str]) -> None:
-    assert rdma.select_devices(environ, NICS) == (expected, [])
+def test_select_devices(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: list[str]
+) -> None:
+    set_alone(monkeypatch, environ)
+    assert rdma.select_devices(NICS) == (expected, [])
 
 
-def test_selection_without_a_match_falls_back_to_all_and_says_so() -> None:
-    devices, findings = rdma.select_devices({"NCCL_IB_HCA": "mlx6"}, NICS)
+def set_alone(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+    for name in ("PS_P2P_STORE_RDMA_DEVICES", "NCCL_IB_HCA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_selection_without_a_match_falls_back_to_all_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_alone(monkeypatch, {"NCCL_IB_HCA": "mlx6"})
+    devices, findings = rdma.select_devices(NICS)
     assert devices == NICS
     assert findings == ["No RDMA device match device_name='mlx6' where is_exact_match=False."]
 

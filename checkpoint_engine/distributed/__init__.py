@@ -10,24 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.distributed.base import Distributed, Group, load_backend, register_backend
-from checkpoint_engine.distributed.torch_backend import TorchBackend
-
-__all__ = [
-    "Distributed",
-    "all_gather_object",
-    "all_reduce",
-    "barrier",
-    "broadcast",
-    "destroy_process_group",
-    "init_process_group",
-    "is_initialized",
-    "new_group",
-    "register_backend",
-    "use_backend",
-]
-
-_backend: Distributed = load_backend("torch")
+Group = Any
+"""Some of the ranks; ``None`` means all of them."""
+_SEPARATE = ("vllm_nccl", "vllm_hccl")
+_backend: Any = dist
+"""``torch.distributed``, or an object with the same functions."""
 
 
 def use_backend(backend: str | None) -> None:
@@ -35,19 +22,28 @@ def use_backend(backend: str | None) -> None:
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: its package is missing, or the current backend still has a group.
+        RuntimeError: the current backend still has a group.
     """
     global _backend
     if backend is None:
         return
-    if not isinstance(_backend, TorchBackend) and _backend.is_initialized():
+    if backend not in ("torch", *_SEPARATE):
+        raise ValueError(
+            f"no distributed backend {backend!r}: known are torch, vllm_nccl, vllm_hccl"
+        )
+    if _backend is not dist and _backend.is_initialized():
         raise RuntimeError("destroy the current process group before choosing another backend")
-    _backend = load_backend(backend)
+    if backend in _SEPARATE:
+        from checkpoint_engine.distributed.separate_backend import SeparateBackend
+
+        _backend = SeparateBackend()
+    else:
+        _backend = dist
 
 
 def init_process_group(rank: int, world_size: int, store: dist.Store, **kwargs: Any) -> None:
-    """Create the group of all ranks. Called by every rank; see ``Distributed``."""
-    _backend.init_process_group(rank, world_size, store, **kwargs)
+    """Create the group of all ranks, which meet in ``store``. Called by every rank."""
+    _backend.init_process_group(rank=rank, world_size=world_size, store=store, **kwargs)
 
 
 def destroy_process_group(group: Group = None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.device_utils import get_ip
-from checkpoint_engine.distributed.base import Distributed, Group
-from checkpoint_engine.distributed.weights_group import CREATE
+from checkpoint_engine.distributed import Group
+from checkpoint_engine.distributed.weights_group import CREATE, broadcast
+from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.handover.plain_pickle import ModelWords, read_pickle
 
 NOT_A_MEMBER = object()
@@ -65,8 +65,9 @@ class _Members:
         token.item()  # on an accelerator, ``wait`` only orders the stream
 
 
-class SeparateBackend(Distributed):
-    """Groups that torch's default group knows nothing of."""
+class SeparateBackend:
+    """Groups that torch's default group knows nothing of, by the functions of
+    ``torch.distributed``."""
 
     def __init__(self) -> None:
         self._world: _Members | None = None
@@ -103,10 +104,8 @@ class SeparateBackend(Distributed):
         self, tensor: torch.Tensor, src: int = 0, group: Group = None, **kwargs: Any
     ) -> Any:
         members = self._members(group)
-        options = dist.BroadcastOptions()
-        options.rootRank = members.ranks.index(src)
-        options.rootTensor = 0
-        return _finish(members.communicator.broadcast([tensor], options), **kwargs)
+        work = broadcast(members.communicator, tensor, members.ranks.index(src))
+        return _finish(work, **kwargs)
 
     def barrier(self, group: Group = None, **kwargs: Any) -> Any:
         self._members(group).barrier()

@@ -13,13 +13,14 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine import settings
 from checkpoint_engine.errors import GroupError
 from checkpoint_engine.ground.deadline import Deadline, poll
 
@@ -48,10 +49,7 @@ class TorchGroup:
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
         """On an accelerator it is ordered after what the current stream holds."""
-        options = dist.BroadcastOptions()
-        options.rootRank = self._ranks.index(src)
-        options.rootTensor = 0
-        work = self._group.broadcast([tensor], options)
+        work = broadcast(self._group, tensor, self._ranks.index(src))
         self._in_flight = [*(old for old in self._in_flight if not old.is_completed()), work]
         return work
 
@@ -131,73 +129,51 @@ def create_weights_group(
 ) -> TorchGroup:
     """The group of exactly ``ranks``. Called by each of them, with a store of its own.
 
-    Its members meet in a thread, because nothing else ends that where one of them does not come.
-
     Args:
         backend: ``nccl``, ``gloo`` or ``hccl``.
         store: on a connection of its own, for the thread may block it.
         local_ip: where gloo listens, unless GLOO_SOCKET_IFNAME says otherwise.
         check: called while waiting; ends that by raising.
     """
-    meeting = _Meeting(backend, store, (ranks.index(rank), len(ranks)), local_ip, device)
-    poll(lambda: meeting.is_over, check)
-    return TorchGroup(ranks, meeting.group(), meeting.sockets)
+    made: list[TorchGroup | BaseException] = []
 
-
-class _Meeting:
-    """The members of a new group find each other, in a thread of each."""
-
-    def __init__(
-        self,
-        backend: str,
-        store: dist.Store,
-        place: tuple[int, int],
-        local_ip: str,
-        device: torch.device,
-    ) -> None:
-        self._error: BaseException | None = None
-        self._group: Any = None
-        self.sockets: list[socket.socket] = []
-        # Not a daemon: Python kills those inside C++.
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(backend, store, place, local_ip, device),
-            name="checkpoint-engine-meet",
-        )
-        self._thread.start()
-
-    def _run(
-        self,
-        backend: str,
-        store: dist.Store,
-        place: tuple[int, int],
-        local_ip: str,
-        device: torch.device,
-    ) -> None:
+    def meet() -> None:
         try:
-            if backend == "gloo":
-                addresses = _Addresses(store)
-                group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
-                self.sockets = _connections_among(addresses.told)
-            else:
-                group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
-            if device.type != "cpu":
-                _connect_now(group, device)
-            if hasattr(group, "set_timeout"):
-                group.set_timeout(_NO_TIMEOUT)
-            self._group = group
+            made.append(_meet(backend, store, ranks, rank, local_ip, device))
         except BaseException as error:
             # Its traceback leads back here, and to what a group holds.
-            self._error = error.with_traceback(None)
+            made.append(error.with_traceback(None))
 
-    @property
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
+    # A thread, because nothing ends a meeting to which a member does not come. Not a daemon: Python
+    # kills those inside C++.
+    meeting = threading.Thread(target=meet, name="checkpoint-engine-meet")
+    meeting.start()
+    poll(lambda: not meeting.is_alive(), check)
+    group = made.pop()
+    if isinstance(group, BaseException):
+        raise GroupError(f"the ranks cannot form a group: {group}") from group
+    return group
 
-    def group(self) -> Any:
-        if self._error is not None:
-            raise GroupError(f"the ranks cannot form a group: {self._error}") from self._error
-        return self._group
+
+def _meet(
+    backend: str,
+    store: dist.Store,
+    ranks: list[int],
+    rank: int,
+    local_ip: str,
+    device: torch.device,
+) -> TorchGroup:
+    addresses = _Addresses(store)
+    place = ranks.index(rank), len(ranks)
+    if backend == "gloo":
+        group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
+    else:
+        group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
+    if device.type != "cpu":
+        _connect_now(group, device)
+    if hasattr(group, "set_timeout"):
+        group.set_timeout(_NO_TIMEOUT)
+    return TorchGroup(ranks, group, _connections_among(addresses.told))
 
 
 class _Addresses(dist.Store):
@@ -228,7 +204,7 @@ def _connections_among(told: bytes) -> list[socket.socket]:
     members told each other. So no connection of another part of the program is among them.
     """
     found = []
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in os.listdir("/proc/self/fd") if told else ():
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
                 candidate = socket.socket(fileno=os.dup(int(fd)))
@@ -257,20 +233,25 @@ def _in_memory(family: int, address: str, port: int) -> bytes:
 
 def _connect_now(group: Any, device: torch.device) -> None:
     """Have the communicator made here, and not in the first broadcast, which nothing could end."""
-    module = getattr(torch, device.type)
-    module.set_device(device)
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
-    work = group.broadcast([torch.zeros(1, device=device)], options)
+    getattr(torch, device.type).set_device(device)
+    work = broadcast(group, torch.zeros(1, device=device), 0)
     while not work.is_completed():
         time.sleep(0.001)
+
+
+def broadcast(group: Any, tensor: torch.Tensor, root: int) -> Any:
+    """Begin to broadcast from the member number ``root``, by a communicator of ``CREATE``."""
+    options = dist.BroadcastOptions()
+    options.rootRank = root
+    options.rootTensor = 0
+    return group.broadcast([tensor], options)
 
 
 def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
     gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's stubs
     options = gloo._Options()
     options._timeout = timeout
-    if "GLOO_SOCKET_IFNAME" in os.environ:
+    if settings.gloo_interface():  # gloo's default device reads it, too
         options._devices = [gloo.create_default_device()]
     else:
         options._devices = [gloo.create_device(hostname=local_ip)]
@@ -281,7 +262,7 @@ def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta, local_ip:
 def _create_nccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    with _environment(_OURS_TO_END):
+    with settings.set_meanwhile(_OURS_TO_END):  # torch reads them now
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
@@ -292,23 +273,6 @@ _OURS_TO_END = {
 }
 """Where a peer died, we end the group ourselves: torch's watchdog shall neither end the process nor
 hold the group for a minute, as it does to write a report. There are no options for that."""
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set while a group is made, which is when torch reads them. Where the launcher has set them
-    so, nothing is changed while other threads run."""
-    before = {name: os.environ.get(name) for name in variables}
-    before = {name: value for name, value in before.items() if value != variables[name]}
-    os.environ.update({name: variables[name] for name in before})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _create_hccl(store: Any, rank: int, size: int, timeout: timedelta, local_ip: str) -> Any:

@@ -1,1 +1,1 @@
-"""What every room stands on: deadlines, devices, RDMA parsing, reports. Imports no other room."""
+"""What every room stands on: deadlines, devices, limits, RDMA, reports. Imports no other room."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.settings import Settings, from_launcher
+from checkpoint_engine import settings
+from checkpoint_engine.ground.devices import DeviceManager
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def find_local_rank(
     Raises:
         ValueError: a value is missing or out of range.
     """
-    rank, world_size = from_launcher(rank, "RANK"), from_launcher(world_size, "WORLD_SIZE")
+    settings.check_server()
+    rank = settings.from_launcher(rank, "RANK")
+    world_size = settings.from_launcher(world_size, "WORLD_SIZE")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in a world of {world_size}")
     device_manager = DeviceManager()
@@ -77,5 +79,5 @@ def find_local_rank(
         gpu_count=gpu_count,
         device_manager=device_manager,
         device_uuid=device_manager.identity(rank % gpu_count),
-        mem_fraction=Settings.from_env(mem_fraction).mem_fraction,
+        mem_fraction=settings.memory_share(mem_fraction),
     )

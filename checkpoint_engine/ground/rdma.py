@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from checkpoint_engine import settings
 
 MAX_DEVICES = 32
 """NCCL looks at no more than this many devices, and neither do we."""
@@ -17,8 +20,8 @@ SYSFS = "/sys/class/infiniband"
 EFA_VENDOR = "0x1d0f"
 """Amazon's PCI vendor id."""
 
-DEVICES_VARIABLE = "PS_P2P_STORE_RDMA_DEVICES"
-HCA_VARIABLE = "NCCL_IB_HCA"
+DEVICES_VARIABLE = settings.rdma_devices.name
+HCA_VARIABLE = settings.nccl_ib_hca.name
 
 _ADVICE = (
     f"set {DEVICES_VARIABLE} (a comma-separated list) or {HCA_VARIABLE} so that the number of RDMA "
@@ -57,19 +60,16 @@ def _load_verbs() -> ctypes.CDLL:
     return verbs
 
 
-def select_devices(
-    environ: Mapping[str, str], available: Sequence[str]
-) -> tuple[list[str], list[str]]:
+def select_devices(available: Sequence[str]) -> tuple[list[str], list[str]]:
     """The devices that the environment asks for, and findings.
 
     ``PS_P2P_STORE_RDMA_DEVICES`` is taken literally, in its order. Else ``NCCL_IB_HCA`` filters
     ``available``; where it matches nothing, or nothing is asked for, all of them are used.
     """
-    named = _split(environ.get(DEVICES_VARIABLE, ""))
-    if named:
+    if named := _split(settings.rdma_devices()):
         return named, []
-    devices, findings = parse_hca(environ.get(HCA_VARIABLE, ""), available)
-    return devices if devices else list(available), findings
+    devices, findings = parse_hca(settings.nccl_ib_hca(), available)
+    return devices or list(available), findings
 
 
 def usable_devices(devices: Sequence[str], sysfs: str = SYSFS) -> tuple[list[str], list[str]]:
@@ -203,3 +203,25 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
+
+
+def names_for(door: Mapping[str, Any]) -> tuple[Callable, Callable, Callable, Callable]:
+    """``_ibv_get_device_list``, ``_get_rdma_devices``, ``_parse_NCCL_IB_HCA`` and
+    ``_get_my_rdma_device`` for one of the original's modules.
+
+    Args:
+        door: the module's ``globals()``. Its callers patch ``logger`` and ``_ibv_get_device_list``
+            there, so both are looked up in it at every call.
+    """
+
+    def report(devices: list[str], findings: list[str], level: str = "warning") -> list[str]:
+        for finding in findings:
+            getattr(door["logger"], level)(finding)
+        return devices
+
+    return (
+        lambda: report(*list_devices(), level="debug"),
+        lambda: report(*select_devices(door["_ibv_get_device_list"]())),
+        lambda value, available_devices: report(*parse_hca(value, available_devices)),
+        device_for_rank,
+    )

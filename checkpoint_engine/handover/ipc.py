@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
 from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
 
 _PREFIX = "checkpoint-engine-"

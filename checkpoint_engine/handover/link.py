@@ -17,12 +17,12 @@ from pathlib import Path
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from checkpoint_engine import settings
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.handover.door import Door
 from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
 from checkpoint_engine.handover.wire import ACK, encode_abort
-from checkpoint_engine.settings import admitted_users
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
 _CONNECT_SECONDS = 5.0  # servers listen before they ask anybody to connect
@@ -47,7 +47,7 @@ class Address:
         """Raises ``RuntimeError`` if the folder is somebody else's, or its path is too long."""
         self.path: Path | None = None
         self._lock: tuple[str, int] | None = None
-        if os.environ.get("PS_IPC_ABSTRACT") == "1":
+        if settings.ipc_abstract():
             self.url = f"ipc://@checkpoint-engine-{_new_name()}.sock"
             return
         folder = _socket_folder()
@@ -82,13 +82,12 @@ def _new_name() -> str:
 
 
 def _socket_folder() -> Path:
-    chosen = os.environ.get("PS_IPC_DIR")
-    if chosen:
+    if chosen := settings.ipc_folder():
         folder = Path(chosen).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = runtime if runtime and os.path.isdir(runtime) else tempfile.gettempdir()
+    runtime = settings.runtime_folder()
+    base = runtime if os.path.isdir(runtime) else tempfile.gettempdir()
     folder = Path(base) / f"checkpoint-engine-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -128,7 +127,7 @@ class WorkerLink:
         try:
             self._socket.bind(self.url)
             if self._address.path is not None:
-                os.chmod(self._address.path, 0o666 if admitted_users() else 0o600)
+                os.chmod(self._address.path, 0o666 if settings.admitted_users() else 0o600)
         except (zmq.ZMQError, OSError) as error:
             self.close()
             raise RuntimeError(f"cannot listen at {address.url}: {error}") from error

@@ -22,8 +22,8 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import align_up
+from checkpoint_engine.ground.limits import describe_limits
 from checkpoint_engine.memory.folder import Inode, check_same_file
-from checkpoint_engine.memory.limits import describe_limits
 
 _HUGE_PAGE = 2 << 20
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000

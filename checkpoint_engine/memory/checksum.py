@@ -29,7 +29,7 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
-from checkpoint_engine.memory import crew
+from checkpoint_engine.memory import threads
 
 FORMULA = "odd factors, 2047"
 """Names what is below, between two ends that may be of different releases."""
@@ -39,8 +39,8 @@ in the nearest cache."""
 _WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
-_TENSORS_AT_ONCE = 512
-"""Each may take a row of ``PERIOD`` words beside the checkpoint's memory."""
+_BLOCK = 1 << 19
+"""Words that are multiplied at a time; their products take as much memory beside the checkpoint."""
 _MASK = (1 << 64) - 1
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
 """A formula's name, and base64."""
@@ -55,18 +55,7 @@ def _make_factors() -> np.ndarray:
 
 
 _FACTORS = _make_factors()
-
-
-def is_wanted() -> bool:
-    """Whether checkpoints are registered with sums: unless ``PS_CHECKSUM=off``.
-
-    Raises:
-        ValueError: the variable is neither ``on`` nor ``off``.
-    """
-    value = os.environ.get("PS_CHECKSUM", "on")
-    if value not in ("on", "off"):
-        raise ValueError(f"PS_CHECKSUM must be on or off, got {value!r}")
-    return value == "on"
+_REPEATED = np.resize(_FACTORS, _BLOCK + PERIOD)
 
 
 def checksum(memory: torch.Tensor, first_block: int) -> int:
@@ -91,19 +80,13 @@ def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
         words: int64; these and the others are arrays of numpy, or tensors of one device.
         columns: zeros, one for each of ``factors``.
     """
-    begun, whole, ended = _in_rows(words, first)
-    columns[first % PERIOD :][: len(begun)] += begun
-    columns += whole.sum(0)
-    columns[: len(ended)] += ended
-    return (columns * factors).sum()
-
-
-def _in_rows(words: Any, first: int) -> tuple[Any, Any, Any]:
-    """What is left of the row that had begun before, the rows that are whole, and the rest."""
-    head = min(-first % PERIOD, len(words))
+    head = min(-first % PERIOD, len(words))  # the rest of a row that began before
     count = (len(words) - head) // PERIOD
     body = head + count * PERIOD
-    return words[:head], words[head:body].reshape(count, PERIOD), words[body:]
+    columns[first % PERIOD :][:head] += words[:head]
+    columns += words[head:body].reshape(count, PERIOD).sum(0)
+    columns[: len(words) - body] += words[body:]
+    return (columns * factors).sum()
 
 
 # ---------------------------------------------------------------------- of what a rank registers
@@ -118,27 +101,26 @@ def add_sums(
         on_progress: called in this thread with the share that is done; what it raises ends it.
     """
     total = sum(buffer.size for buffer in buffers) // 8
-    threads = min(crew.MAX_THREADS, len(os.sched_getaffinity(0)))
-    step = min(max(total // (4 * threads), _SMALLEST_PIECE), _LARGEST_PIECE)
-    tables = []
+    count = min(threads.MAX_THREADS, len(os.sched_getaffinity(0)))
+    step = min(max(total // (4 * count), _SMALLEST_PIECE), _LARGEST_PIECE)
+    tables: list[_TensorSums] = []
     tasks = []
-    first = 0
+    count = done = 0
     for buffer in buffers:
-        tables.append(_TensorSums(buffer, first))
-        count = tables[-1].word_count
-        first += count
-        for start in range(0, count, step):
-            end = min(start + step, count)
-            tasks.append((end - start, partial(tables[-1].add, start, end)))
-    left = first
+        table = _TensorSums(buffer, first=count)
+        tables.append(table)
+        count += table.word_count
+        for start in range(0, table.word_count, step):
+            end = min(start + step, table.word_count)
+            tasks.append((end - start, partial(table.add, start, end)))
 
     def summed(words: int) -> None:
-        nonlocal left
-        left -= words
+        nonlocal done
+        done += words
         if on_progress is not None:
-            on_progress(1 - left / first)
+            on_progress(done / count)
 
-    crew.work(tasks, summed)
+    threads.run_tasks(tasks, summed)
     for buffer, table in zip(buffers, tables, strict=True):
         buffer.checksums = table.encode()
 
@@ -154,21 +136,25 @@ class _TensorSums:
         self._first = first
         self._with_bytes = np.flatnonzero(counts)
         self._ends = np.cumsum(counts)[self._with_bytes]
+        self._starts = self._ends - counts[self._with_bytes]
         self._sums = np.zeros(len(counts), dtype=np.int64)
         self._lock = threading.Lock()
 
     def add(self, start: int, end: int) -> None:
         """Add the words from ``start`` to ``end``. Any thread."""
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, end)) + 1
-        for some in range(first, last, _TENSORS_AT_ONCE):
-            tensors = slice(some, min(some + _TENSORS_AT_ONCE, last))
-            stop = min(int(self._ends[tensors.stop - 1]), end)
-            ends = np.minimum(self._ends[tensors], stop) - start
-            sums = _sums_of_tensors(self._words(start, stop), ends, self._first + start)
+        for begin in range(start, end, _BLOCK):
+            stop = min(begin + _BLOCK, end)
+            words, place = self._words(begin, stop), self._first + begin
+            first = np.searchsorted(self._ends, begin, side="right")
+            tensors = slice(first, np.searchsorted(self._ends, stop) + 1)
+            borders = np.maximum(self._starts[tensors] - begin, 0)
+            if len(borders) == 1:  # without the products, at the speed of memory
+                sums = _sum(words, place, np.zeros(PERIOD, np.int64), _FACTORS)
+            else:  # of all tensors at once: threads that call Python for each wait for each other
+                factors = _REPEATED[place % PERIOD :][: len(words)]
+                sums = np.add.reduceat(words * factors, borders)
             with self._lock:
                 self._sums[self._with_bytes[tensors]] += sums
-            start = stop
 
     def _words(self, start: int, end: int) -> np.ndarray:
         piece = self._memory[8 * start : 8 * end]
@@ -179,32 +165,6 @@ class _TensorSums:
 
     def encode(self) -> str:
         return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
-
-
-def _sums_of_tensors(words: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
-    """Of tensors that fill ``words`` one behind the other, up to ``ends``. For all of them at once:
-    many threads that call Python for each tensor wait for each other more than for memory."""
-    shift = first % PERIOD
-    begun, whole, ended = _in_rows(words, first)
-    skipped = 1 if shift else 0  # the row that had begun before these words
-    rows, columns = np.divmod(np.concatenate([[0], ends]) + shift, PERIOD)  # of all borders
-
-    used, lines = np.unique(rows, return_inverse=True)
-    with_borders = np.zeros((len(used), PERIOD), dtype=np.int64)
-    inside = (used >= skipped) & (used < skipped + len(whole))
-    with_borders[inside] = whole[used[inside] - skipped]
-    with_borders[0, shift : shift + len(begun)] += begun
-    with_borders[-1, : len(ended)] += ended
-    with_borders *= _FACTORS
-    places = lines * PERIOD + columns
-    sums = np.add.reduceat(with_borders.reshape(-1)[: places[-1]], places[:-1])
-
-    running = np.zeros(len(whole) + 1, dtype=np.int64)
-    np.cumsum(np.einsum("rp,p->r", whole, _FACTORS), out=running[1:])
-    large = np.diff(rows) > 1
-    between = running[rows[1:][large] - skipped] - running[rows[:-1][large] + 1 - skipped]
-    sums[large] += between
-    return sums
 
 
 # ---------------------------------------------------------------------- of a bucket on its way
@@ -240,18 +200,17 @@ class Checksums:
         for owner, owned in owners.items():
             buffers = owned.memory_buffer_metas_list
             parts = [(buffer.checksums or "").rpartition(":") for buffer in buffers]
-            if all(formula == FORMULA for formula, _, _ in parts):
-                metas = [meta for buffer in buffers for meta in buffer.metas]
-                raw = b"".join(base64.b64decode(text, validate=True) for _, _, text in parts)
-                sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
-                sums = np.frombuffer(raw, dtype="<u8")
-                if len(sums) != len(metas):
-                    raise ValueError(f"owner {owner} has {len(sums)} sums of {len(metas)} tensors")
-                self._tables[owner] = (
-                    {meta.name: index for index, meta in enumerate(metas)},
-                    np.cumsum(sizes) - sizes,
-                    np.concatenate([np.zeros(1, np.uint64), np.cumsum(sums, dtype=np.uint64)]),
-                )
+            if any(formula != FORMULA for formula, _, _ in parts):
+                continue
+            metas = [meta for buffer in buffers for meta in buffer.metas]
+            raw = b"".join(base64.b64decode(text, validate=True) for _, _, text in parts)
+            sums = np.frombuffer(raw, dtype="<u8")
+            if len(sums) != len(metas):
+                raise ValueError(f"owner {owner} has {len(sums)} sums of {len(metas)} tensors")
+            sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
+            index_of = {meta.name: index for index, meta in enumerate(metas)}
+            running = np.cumsum(np.concatenate([np.zeros(1, np.uint64), sums]), dtype=np.uint64)
+            self._tables[owner] = index_of, np.cumsum(sizes) - sizes, running
 
     def of(self, owner: int, bucket: H2DBucket) -> tuple[int, int] | None:
         """Of one bucket: the place of its first block, and the sum. ``None`` if its owner gave no

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint_engine.data_types import ParameterMeta
-from checkpoint_engine.memory import crew
+from checkpoint_engine.memory import threads
 from checkpoint_engine.memory.arena import Arena, populate
 from checkpoint_engine.memory.sources import FileParts, FileSlice, Reader, TensorSource
 
@@ -108,7 +108,7 @@ def _work(
             on_progress(1 - left.total() / len(batches))
 
     tasks = [(arena, partial(_write_batch, arena, batch)) for arena, batch in batches]
-    crew.work(tasks, wrote_batch, cpus)
+    threads.run_tasks(tasks, wrote_batch, cpus)
 
 
 # What is to be written

@@ -11,11 +11,11 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import ALIGNMENT, MemoryBuffer, ParameterMeta
+from checkpoint_engine.ground.limits import check_available
 from checkpoint_engine.memory.arena import Arena, Arenas
 from checkpoint_engine.memory.filling import fill_arenas, pin_arenas
 from checkpoint_engine.memory.folder import Inode
 from checkpoint_engine.memory.layout import pack, pack_into, packed_size
-from checkpoint_engine.memory.limits import check_available
 from checkpoint_engine.memory.sources import FileSlice, TensorSource, file_of
 
 SHM_DIR = "/dev/shm"

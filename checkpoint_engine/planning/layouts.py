@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import reprlib
 import zlib
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # typing's own: from Python 3.12 on
 
 from checkpoint_engine.data_types import (
     DataToGather,
-    Lease,
-    MemoryBufferMetas,
     ParameterMeta,
     is_shape,
     make_metas,
@@ -72,19 +73,15 @@ def decode_layout(blob: bytes) -> Layout:
     Raises:
         ValueError: it is something else, or far larger than its compressed form can be.
     """
-    content = _parse(_decompress(blob))
     try:
+        content = json.loads(_decompress(blob))
         kinds = [_kind(*kind) for kind in content["kinds"]]
         names, kind_of, counts = content["names"], content["kind_of"], content["counts"]
         _check_layout(names, kind_of, counts, len(kinds))
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a layout: {error!r:.100}") from error
-    metas = make_metas(names, kinds, kind_of)
-    layout, start = [], 0
-    for count in counts:
-        layout.append(metas[start : start + count])
-        start += count
-    return layout
+    metas = iter(make_metas(names, kinds, kind_of))
+    return [list(itertools.islice(metas, count)) for count in counts]
 
 
 def _decompress(blob: bytes) -> bytes:
@@ -99,24 +96,11 @@ def _decompress(blob: bytes) -> bytes:
     return content
 
 
-def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error!r:.100}") from error
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content
-
-
 def _kind(dtype: Any, shape: Any, size: Any) -> tuple[torch.dtype, torch.Size, int]:
-    if not is_shape(shape) or not _is_size(size):
+    # The size may be that of a tensor that no memory can hold, as tests have them.
+    if not is_shape(shape) or type(size) is not int or not 0 <= size < 1 << 96:
         raise ValueError(f"not a kind of tensor: {reprlib.repr((dtype, shape, size))}")
     return parse_dtype(dtype), torch.Size(shape), size
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 96  # also of tensors that nobody could have
 
 
 def _check_layout(names: Any, kind_of: Any, counts: Any, kinds: int) -> None:
@@ -141,71 +125,55 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+class Place(TypedDict):
+    """A rank's part of a checkpoint without its layout.
+
+    Attributes:
+        owned: its buffers list no tensors.
+        layout: digest of the layout.
+        known: digest of the layouts that the rank has from its last gather.
+    """
+
+    owned: DataToGather
+    layout: str
+    known: str
+
+
+_PLACE = TypeAdapter(Place)
+
+
 def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
-    """Everything of a rank's part but the layout; ``known``: digest of the layouts it has."""
-    return json.dumps(
-        {
-            "store": data.p2p_store_addr,
-            "device": data.rdma_device,
-            "host": data.host_ip,
-            "uuid": data.device_uuid,
-            "lease": data.lease and (data.lease.ptr, data.lease.id),
-            "buffers": [
-                (buffer.ptr, buffer.size, buffer.checksums)
-                for buffer in data.memory_buffer_metas_list
-            ],
-            "layout": layout_digest,
-            "known": known,
-        }
-    ).encode()
+    """A rank's ``Place``, for ``decode_place``."""
+    empty: Layout = [[] for _ in data.memory_buffer_metas_list]
+    place = Place(owned=_with_layout(data, empty), layout=layout_digest, known=known)
+    return _PLACE.dump_json(place)
 
 
-def decode_place(data: bytes) -> dict[str, Any]:
-    """What ``encode_place`` sent, for ``join_place``.
+def decode_place(data: bytes) -> Place:
+    """What ``encode_place`` sent.
 
     Raises:
         ValueError: it is something else.
     """
-    place = _parse(data)
-    match place:
-        case {
-            "store": str() | None,
-            "device": str(),
-            "host": str(),
-            "uuid": str(),
-            "lease": None | [int(), str()],
-            "buffers": [*buffers],
-            "layout": str(),
-            "known": str(),
-        } if all(_is_buffer(buffer) for buffer in buffers):
-            return place
-    raise ValueError(f"not a rank's part of a checkpoint: {reprlib.repr(place)}")
+    try:
+        return _PLACE.validate_json(data, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"not a rank's part of a checkpoint: {error}") from error
 
 
-def _is_buffer(buffer: Any) -> bool:
-    match buffer:
-        case [ptr, size, str() | None]:
-            return _is_size(ptr) and _is_size(size)
-    return False
-
-
-def join_place(place: dict[str, Any], layout: Layout) -> DataToGather:
-    """A rank's whole part, from what ``encode_place`` sent and its layout.
+def join_place(place: Place, layout: Layout) -> DataToGather:
+    """A rank's whole part.
 
     Raises:
-        ValueError: they do not belong together.
+        ValueError: place and layout do not belong together.
     """
-    return DataToGather.model_construct(
-        p2p_store_addr=place["store"],
-        memory_buffer_metas_list=[
-            MemoryBufferMetas.model_construct(metas=metas, ptr=ptr, size=size, checksums=sums)
-            for (ptr, size, sums), metas in zip(place["buffers"], layout, strict=True)
-        ],
-        rdma_device=place["device"],
-        host_ip=place["host"],
-        device_uuid=place["uuid"],
-        lease=place["lease"] and Lease(ptr=place["lease"][0], id=place["lease"][1]),
-    )
+    return _with_layout(place["owned"], layout)
+
+
+def _with_layout(data: DataToGather, layout: Layout) -> DataToGather:
+    buffers = zip(data.memory_buffer_metas_list, layout, strict=True)
+    listed = [buffer.model_copy(update={"metas": metas}) for buffer, metas in buffers]
+    return data.model_copy(update={"memory_buffer_metas_list": listed})
 
 
 def known_digest(layouts: Mapping[str, Layout]) -> str:
@@ -213,7 +181,7 @@ def known_digest(layouts: Mapping[str, Layout]) -> str:
     return hashlib.sha256("".join(sorted(layouts)).encode()).hexdigest()
 
 
-def missing_layouts(places: Sequence[dict[str, Any]], known: Mapping[str, Layout]) -> list[int]:
+def missing_layouts(places: Sequence[Place], known: Mapping[str, Layout]) -> list[int]:
     """The places in the list whose layout has to be sent; the same on every rank.
 
     Args:
@@ -226,7 +194,7 @@ def missing_layouts(places: Sequence[dict[str, Any]], known: Mapping[str, Layout
 
 
 def decode_layouts(
-    places: Sequence[dict[str, Any]], known: Mapping[str, Layout], received: Mapping[int, bytes]
+    places: Sequence[Place], known: Mapping[str, Layout], received: Mapping[int, bytes]
 ) -> dict[str, Layout]:
     """The layouts of all places by digest: ``known`` ones, and those that were ``received``."""
     with _without_garbage_collection():

@@ -18,6 +18,7 @@ from typing import Any
 
 from loguru import logger
 
+from checkpoint_engine import settings
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.service.access import Access
 
@@ -71,7 +72,7 @@ def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
         ValueError: the file cannot be read.
     """
     if token_file is None:
-        return os.environ.get("PS_HTTP_TOKEN") or None
+        return settings.http_token() or None
     path = Path(token_file)
     try:
         if path.stat().st_mode & stat.S_IROTH:

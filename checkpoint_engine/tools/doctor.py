@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from checkpoint_engine.device_utils import SHARED_MEMORY_FOLDER, DeviceManager
 from checkpoint_engine.ground import rdma
-from checkpoint_engine.memory.limits import available_host_memory
+from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
+from checkpoint_engine.ground.limits import available_host_memory
 
 GB = 1e9
 _RATE_BYTES = 256 << 20
@@ -151,7 +151,7 @@ def _rdma_devices(devices: list[str]) -> Iterator[Finding]:
         cost = "P2P goes over TCP or another NIC"
         mend = "install ibverbs-providers; in a container, pass /dev/infiniband"
         yield Finding("warning", f"NIC {name}", seen, cost, mend)
-    chosen, remarks = rdma.select_devices(os.environ, devices)
+    chosen, remarks = rdma.select_devices(devices)
     usable, problems = rdma.usable_devices(chosen)
     for text in remarks + problems:
         cost = "its ranks read through other NICs, more slowly"

@@ -12,7 +12,7 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from checkpoint_engine.p2p_store import P2PStore
+    from checkpoint_engine.transfer.p2p_store import P2PStore
 
 
 class P2P:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBufferMetaList, align_up
-from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.memory.checksum import clear_gaps
-from checkpoint_engine.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.planning.plan import Step
+from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.streams import Event, InThread
 from checkpoint_engine.transfer.tracer import RankTracer
 
@@ -23,6 +24,8 @@ _BOUNCE_BYTES = 64 << 20
 """Each half of the host memory that bytes pass through on their way to a device."""
 
 Check = Callable[[], None]
+Region = tuple[int, int, int]
+"""A range of a bucket: its offset in the bucket, its address at the owner, its bytes."""
 
 
 class RemoteLoader:
@@ -94,57 +97,55 @@ class RemoteLoader:
             P2PError: the source is gone, or holds another checkpoint now.
         """
         owned = self._owners[owner]
-        address = str(owned.p2p_store_addr)
+        regions = _regions(owned, bucket)
         try:
-            self._read_checked(owner, address, owned, bucket, target, check)
+            if owner not in self._checked:  # for a better error: its memory may not be readable
+                self._check_lease(owned, check)
+                self._checked.add(owner)
+            if self._bounce is None:
+                here = [(target.data_ptr() + at, ptr, nbytes) for at, ptr, nbytes in regions]
+                self._read(here, owned, target, check)
+            else:
+                self._read_through_host(regions, owned, target, self._bounce, check)
+            self._check_lease(owned, check)  # a lease that holds now has held all along
         except P2PError:
-            self._say_if_stale(address, owned)
+            self._raise_if_stale(owned)
             raise
-        for size, offset in zip(*_regions(owned, bucket)[::2], strict=True):
-            clear_gaps(target, offset, size)
+        for at, _, nbytes in regions:
+            clear_gaps(target, at, nbytes)
 
-    def _say_if_stale(self, address: str, owned: MemoryBufferMetaList) -> None:
+    def _check_lease(self, owned: MemoryBufferMetaList, check: Check | None) -> None:
+        """Raise unless the owner still holds the checkpoint. The original's owners give no lease,
+        and are trusted."""
+        if owned.lease is not None:
+            self._store.check_lease(str(owned.p2p_store_addr), owned.lease, check)
+
+    def _raise_if_stale(self, owned: MemoryBufferMetaList) -> None:
         """Memory that its owner has unregistered cannot be read; that is why, if it lives."""
-        if owned.lease is None:
-            return
         soon = Deadline(_FAREWELL)
         try:
-            self._store.check_lease(address, owned.lease, lambda: soon.check("a sign of life"))
+            self._check_lease(owned, lambda: soon.check("a sign of life"))
         except StaleSourceError:
             raise
         except (P2PError, TimeoutError):
             pass  # it is gone
 
-    def _read_checked(
+    def _read(
         self,
-        owner: int,
-        address: str,
+        regions: Sequence[Region],
         owned: MemoryBufferMetaList,
-        bucket: H2DBucket,
-        target: torch.Tensor,
+        memory: torch.Tensor,
         check: Check | None,
     ) -> None:
-        # A lease that holds after a read held all along. The look before the first one is for the
-        # sake of the error: the memory may not be readable any more.
-        if owned.lease is not None and owner not in self._checked:
-            self._store.check_lease(address, owned.lease, check)
-            self._checked.add(owner)
-        if self._bounce is None:
-            lengths, remote, offsets = _regions(owned, bucket)
-            local = [target.data_ptr() + offset for offset in offsets]
-            self._store.batch_transfer_sync_read(
-                address, local, remote, lengths, memory=target, check=check
-            )
-        else:
-            self._read_through_host(address, owned, bucket, target, self._bounce, check)
-        if owned.lease is not None:
-            self._store.check_lease(address, owned.lease, check)
+        """``regions``: here with addresses in ``memory``."""
+        columns = zip(*regions, strict=True) if regions else ((), (), ())
+        address = str(owned.p2p_store_addr)
+        self._store.batch_transfer_sync_read(address, *columns, memory=memory, check=check)
 
     def _read_through_host(
         self,
-        address: str,
+        regions: Sequence[Region],
         owned: MemoryBufferMetaList,
-        bucket: H2DBucket,
         target: torch.Tensor,
         bounce: torch.Tensor,
         check: Check | None,
@@ -155,40 +156,27 @@ class RemoteLoader:
         stream = module.Stream()
         copied = [module.Event(), module.Event()]
         try:
-            for turn, (remote, offset, size) in enumerate(_pieces(owned, bucket)):
+            for turn, (at, remote, nbytes) in enumerate(_pieces(regions)):
                 half = turn % 2
                 copied[half].synchronize()
-                self._store.batch_transfer_sync_read(
-                    address,
-                    [bounce[half].data_ptr()],
-                    [remote],
-                    [size],
-                    memory=bounce,
-                    check=check,
-                )
+                self._read([(bounce[half].data_ptr(), remote, nbytes)], owned, bounce, check)
                 with module.stream(stream):
-                    target[offset : offset + size].copy_(bounce[half][:size], non_blocking=True)
+                    target[at : at + nbytes].copy_(bounce[half][:nbytes], non_blocking=True)
                     copied[half].record()
         finally:
             stream.synchronize()  # also after a failure: ``target`` is given up then
 
 
-def _regions(
-    owned: MemoryBufferMetaList, bucket: H2DBucket
-) -> tuple[list[int], list[int], list[int]]:
-    """Of each range of a bucket: its bytes, its address at the owner, its offset in the bucket."""
-    lengths, remote, offsets = [], [], []
-    position = 0
-    for index, offset, size in bucket.ranges:
-        lengths.append(size)
-        remote.append(owned.memory_buffer_metas_list[index].ptr + offset)
-        offsets.append(position)
-        position += align_up(size)
-    return lengths, remote, offsets
+def _regions(owned: MemoryBufferMetaList, bucket: H2DBucket) -> list[Region]:
+    starts = itertools.accumulate((align_up(part.size) for part in bucket.ranges), initial=0)
+    return [
+        (start, owned.memory_buffer_metas_list[part.idx].ptr + part.offset, part.size)
+        for start, part in zip(starts, bucket.ranges, strict=False)
+    ]
 
 
-def _pieces(owned: MemoryBufferMetaList, bucket: H2DBucket) -> Iterator[tuple[int, int, int]]:
-    """The same as (address, offset, bytes), in pieces that fit one half of the bounce memory."""
-    for size, remote, offset in zip(*_regions(owned, bucket), strict=True):
-        for start in range(0, size, _BOUNCE_BYTES):
-            yield remote + start, offset + start, min(_BOUNCE_BYTES, size - start)
+def _pieces(regions: Sequence[Region]) -> Iterator[Region]:
+    """The same in pieces that fit one half of the bounce memory."""
+    for at, remote, nbytes in regions:
+        for start in range(0, nbytes, _BOUNCE_BYTES):
+            yield at + start, remote + start, min(_BOUNCE_BYTES, nbytes - start)

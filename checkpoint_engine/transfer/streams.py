@@ -8,50 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 from typing import Any
 
-from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.devices import DeviceManager
 
 Event = Any
 
 
-class Streams(ABC):
-    """Two orders of work: host-to-device copies, and what enters the double buffer."""
+class DeviceStreams:
+    """Two streams of an accelerator: host-to-device copies, and what enters the double buffer. The
+    host never waits for them.
 
-    are_queues: bool
-    """Whether copies and broadcasts that are begun later wait by themselves."""
-
-    @abstractmethod
-    def copying(self) -> contextlib.AbstractContextManager[Any]:
-        """While this is entered, work goes to the order of copies."""
-
-    @abstractmethod
-    def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
-        """While this is entered, work goes to the order of the double buffer."""
-
-    @abstractmethod
-    def event(self) -> Event:
-        """Marks the point that the current order has reached."""
-
-    @abstractmethod
-    def wait(self, event: Event) -> None:
-        """What is begun later in the current order waits for ``event``."""
-
-    @abstractmethod
-    def copy(self, action: Callable[[], None], after: Event) -> Event:
-        """Have ``action`` copy in the current order, once ``after`` has happened."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Return when no copy is under way on the host any more."""
-
-
-class DeviceStreams(Streams):
-    """Streams of an accelerator. The host never waits for them."""
+    Attributes:
+        are_queues: whether copies and broadcasts that are begun later wait by themselves.
+    """
 
     are_queues = True
 
@@ -61,30 +35,35 @@ class DeviceStreams(Streams):
         self._broadcast = device_module.Stream()
 
     def copying(self) -> contextlib.AbstractContextManager[Any]:
+        """While this is entered, work goes to the stream of copies."""
         return self._module.stream(self._copy)
 
     def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
+        """While this is entered, work goes to the stream of the double buffer."""
         return self._module.stream(self._broadcast)
 
     def event(self) -> Event:
+        """Marks the point that the current stream has reached."""
         event = self._module.Event()
         event.record()
         return event
 
     def wait(self, event: Event) -> None:
+        """Work that is begun later in the current stream waits for ``event``."""
         self._module.current_stream().wait_event(event)
 
     def copy(self, action: Callable[[], None], after: Event) -> Event:
+        """Have ``action`` copy in the current stream, once ``after`` has happened."""
         self.wait(after)
         action()
         return self.event()
 
     def close(self) -> None:
-        """The device's own order protects memory that is freed."""
+        """Nothing waits here: the device's own order protects memory that is freed."""
 
 
-class HostStreams(Streams):
-    """One thread that copies, beside the one that runs the update."""
+class HostStreams:
+    """The same on the cpu device: one thread copies, beside the one that runs the update."""
 
     def __init__(self, are_queues: bool) -> None:
         """``are_queues``: whether what enters the double buffer is done by that thread, too."""
@@ -97,8 +76,7 @@ class HostStreams(Streams):
     def copying(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def broadcasting(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
+    broadcasting = copying
 
     def event(self) -> Event:
         return HAPPENED
@@ -121,6 +99,7 @@ class HostStreams(Streams):
         return self._begun[-1]
 
     def close(self) -> None:
+        """Return when no copy is under way any more."""
         self._ended.set()
         self._thread.shutdown(cancel_futures=True)
         for copy in self._begun:
@@ -175,14 +154,9 @@ class InThread:
                 self._error = error
 
 
-class _Happened:
-    """The event of a device where every call has finished when it returns."""
-
-    def query(self) -> bool:
-        return True
-
-
-HAPPENED: Event = _Happened()
+HAPPENED: Event = SimpleNamespace(query=lambda: True)
+"""The event of a device where every call has finished when it returns."""
+Streams = DeviceStreams | HostStreams
 
 
 def make_streams(device_manager: DeviceManager, orders_double_buffer: bool = False) -> Streams:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.report import Stage
 from checkpoint_engine.planning.plan import Step, TransferPlan
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,9 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpoint_engine.device_utils import get_ip
+from checkpoint_engine import settings
 from checkpoint_engine.errors import BusyError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import describe
@@ -36,23 +36,24 @@ def master_port(port: int | None = None) -> int:
 
     Raises:
         RuntimeError: neither is given.
+        ValueError: ``MASTER_PORT`` is no port with one behind it.
     """
     if port is not None:
         return port
-    if "MASTER_PORT" not in os.environ:
+    launcher = settings.master_port()
+    if launcher is None:
         raise RuntimeError(
             "give master_port=, or set MASTER_PORT: the ranks meet at MASTER_PORT + 1"
         )
-    return int(os.environ["MASTER_PORT"]) + 1
+    return launcher + 1
 
 
 def master_addr(addr: str | None = None) -> str:
     """``addr``, or else ``MASTER_ADDR``: the host of rank 0."""
-    if addr is not None:
-        return addr
-    if "MASTER_ADDR" not in os.environ:
+    found = settings.master_addr() if addr is None else addr
+    if found is None:
         raise RuntimeError("give master_addr=, or set MASTER_ADDR: the host of rank 0")
-    return os.environ["MASTER_ADDR"]
+    return found
 
 
 class ControlPlane:
@@ -82,7 +83,7 @@ class ControlPlane:
 
     def local_ip(self) -> str:
         """This host's address on the interface that leads to rank 0."""
-        known = self.world_size > 1 and (self._addr or os.environ.get("MASTER_ADDR"))
+        known = self.world_size > 1 and (self._addr or settings.master_addr())
         return get_ip(known or None)
 
     def reachable_ip(self) -> str:

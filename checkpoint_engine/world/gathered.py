@@ -156,7 +156,7 @@ class Gathered:
             for rank, place in news.items()
             if rank in self.metas
         }
-        said = json.dumps([self.digest, sorted(news.items())])
+        said = json.dumps([self.digest, *(hello.place for hello in hellos)])
         changed = replace(
             self,
             metas=self.metas | renewed,

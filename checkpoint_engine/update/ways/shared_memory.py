@@ -11,7 +11,7 @@ from checkpoint_engine.errors import GroupError
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
-from checkpoint_engine.settings import SHARED_MEMORY, Settings
+from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport
 from checkpoint_engine.transfer.shared_memory import Neighbours
 from checkpoint_engine.transfer.streams import Event, HostStreams
 from checkpoint_engine.transfer.tracer import BROADCAST
@@ -31,7 +31,7 @@ class SharedMemory(Way):
         self._neighbours: Neighbours | None = None
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
-        wanted = Settings.from_env().cpu_transport == SHARED_MEMORY
+        wanted = cpu_transport() == SHARED_MEMORY
         if self.here.device_manager.is_accelerator or self.here.world_size == 1 or not wanted:
             return mine
         self._neighbours = Neighbours(self.here.rank, range(self.here.world_size))

@@ -9,20 +9,20 @@ from functools import partial
 
 import pytest
 
-from checkpoint_engine.memory import crew
+from checkpoint_engine.memory import threads
 
 
 def test_every_task_is_done_and_told_of_in_the_callers_thread() -> None:
     begun: list[int] = []
     told: list[tuple[int, int]] = []
     tasks = [(number, partial(begun.append, number)) for number in range(100)]
-    crew.work(tasks, lambda number: told.append((number, threading.get_ident())))
+    threads.run_tasks(tasks, lambda number: told.append((number, threading.get_ident())))
     assert sorted(begun) == list(range(100))
     assert sorted(told) == [(number, threading.get_ident()) for number in range(100)]
 
 
 def test_no_task_is_no_work() -> None:
-    crew.work([], pytest.fail)
+    threads.run_tasks([], pytest.fail)
 
 
 def test_threads_run_where_they_are_told_to_if_they_may() -> None:
@@ -30,8 +30,8 @@ def test_threads_run_where_they_are_told_to_if_they_may() -> None:
     before = os.sched_getaffinity(0)
     where = []
     tasks = [("", lambda: where.append(os.sched_getaffinity(0)))]
-    crew.work(tasks, lambda _: None, {cpu, 1 << 20})
-    crew.work(tasks, lambda _: None, {1 << 20})
+    threads.run_tasks(tasks, lambda _: None, {cpu, 1 << 20})
+    threads.run_tasks(tasks, lambda _: None, {1 << 20})
     assert where == [{cpu}, before]
     assert os.sched_getaffinity(0) == before
 
@@ -40,9 +40,9 @@ def test_a_sandbox_may_forbid_to_choose_cpus(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(crew.os, "sched_setaffinity", refuse)
+    monkeypatch.setattr(threads.os, "sched_setaffinity", refuse)
     done: list[int] = []
-    crew.work([(1, lambda: None)], done.append)
+    threads.run_tasks([(1, lambda: None)], done.append)
     assert done == [1]
 
 
@@ -61,12 +61,12 @@ def test_after_a_failure_nothing_runs_and_nothing_begins(caller_fails: bool) -> 
     first = (lambda: None) if caller_fails else fail
     on_done = fail if caller_fails else (lambda _: None)
     with pytest.raises(OSError, match="the disk is full"):
-        crew.work([(0, first)] + [(number, slow) for number in range(1, 100)], on_done)
+        threads.run_tasks([(0, first)] + [(number, slow) for number in range(1, 100)], on_done)
     assert len(running) == len(ended) < 99
 
 
 def test_stopping_goes_on_through_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy: crew._Crew[None] = crew._Crew([], os.sched_getaffinity(0))
+    busy: threads._TaskThreads[None] = threads._TaskThreads([], os.sched_getaffinity(0))
     busy._busy = 1  # a thread that ends after the third look
     looks = []
 
@@ -76,7 +76,7 @@ def test_stopping_goes_on_through_interrupts(monkeypatch: pytest.MonkeyPatch) ->
             busy._busy = 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(crew.time, "sleep", sleep)
+    monkeypatch.setattr(threads.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         busy.stop()
     assert looks == [1, 1, 1]

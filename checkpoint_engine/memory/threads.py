@@ -22,7 +22,7 @@ _Key = TypeVar("_Key")
 Task = tuple[_Key, Callable[[], None]]
 
 
-def work(
+def run_tasks(
     tasks: Sequence[Task[_Key]],
     on_done: Callable[[_Key], None],
     cpus: Set[int] | None = None,
@@ -38,16 +38,17 @@ def work(
     """
     allowed = os.sched_getaffinity(0)
     usable = (allowed & cpus if cpus else allowed) or allowed
-    crew = _Crew(tasks, usable)
+    threads = _TaskThreads(tasks, usable)
     try:
-        crew.start(min(MAX_THREADS, len(usable), len(tasks)))
+        for _ in range(min(MAX_THREADS, len(usable), len(tasks))):
+            _thread.start_new_thread(threads.work, ())
         for _ in tasks:
-            on_done(crew.wait_for_one())
+            on_done(threads.wait_for_one())
     finally:
-        crew.stop()
+        threads.stop()
 
 
-class _Crew(Generic[_Key]):
+class _TaskThreads(Generic[_Key]):
     """``threading.Thread`` and executors wait in Python code, where an interrupt can lose a running
     thread or corrupt a lock. Here the caller waits in C only, so that ``stop`` always returns after
     the last thread.
@@ -63,19 +64,15 @@ class _Crew(Generic[_Key]):
         for task in tasks:
             self._tasks.put(task)
 
-    def start(self, count: int) -> None:
-        for _ in range(count):
-            _thread.start_new_thread(self._work, ())
-
     def wait_for_one(self) -> _Key:
         """The key of the next task that is done. Raises the error of one that failed."""
         key, error = self._results.get()
-        if error is None:
-            return key
         try:
-            raise error
+            if error is not None:
+                raise error
         finally:
             del error  # this frame lives on in its traceback
+        return key
 
     def stop(self) -> None:
         """Returns once no thread is at work any more. An interrupt is raised after that."""
@@ -88,9 +85,10 @@ class _Crew(Generic[_Key]):
             except KeyboardInterrupt as interrupt:
                 interrupts = [interrupt]
         if interrupts:
-            raise interrupts.pop()
+            raise interrupts.pop()  # no local name: this frame lives on in its traceback
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """What each thread does."""
         with self._lock:
             if self._stopped:
                 return
@@ -100,19 +98,15 @@ class _Crew(Generic[_Key]):
                 os.sched_setaffinity(0, self._cpus)  # of this thread alone
             while not self._stopped:
                 key, action = self._tasks.get_nowait()
-                self._results.put((key, _failure(action)))
-                del action
+                error = None
+                try:
+                    action()
+                except BaseException as raised:
+                    error = raised
+                self._results.put((key, error))
+                del key, action, error
         except Empty:
             pass
         finally:
             with self._lock:
                 self._busy -= 1
-
-
-def _failure(action: Callable[[], None]) -> BaseException | None:
-    """Does it; what it raised, if anything."""
-    try:
-        action()
-    except BaseException as error:
-        return error
-    return None
