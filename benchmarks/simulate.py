@@ -35,9 +35,8 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checksum import checksum
 from checkpoint_engine.settings import SHARED_MEMORY
-from checkpoint_engine.tools.simulate.checkpoint import make_plan, share_out
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
-from checkpoint_engine.tools.simulate.update import Prediction, predict
+from checkpoint_engine.tools.simulate.update import Prediction, make_plan, predict, share_out
 
 GIB = 1 << 30
 SPARE = 40 * GIB

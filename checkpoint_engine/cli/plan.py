@@ -71,8 +71,7 @@ def plan(
     are this library's and not new: tensors larger than a bucket are broadcast in parts.
     """
     # These import torch, which takes longer than completion may.
-    from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
-    from checkpoint_engine.tools.simulate.update import predict
+    from checkpoint_engine.tools.simulate.update import make_plan, predict, read_headers, share_out
 
     per_node = min(gpus_per_node, world_size)
     cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **_of(Cluster, rates))

@@ -10,8 +10,7 @@ from pydantic import Field
 from checkpoint_engine import __version__
 from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.ground.report import Served
-from checkpoint_engine.service.journal import Job
-from checkpoint_engine.service.problems import Described
+from checkpoint_engine.service.jobs import Described, Job
 
 if TYPE_CHECKING:
     from checkpoint_engine.update.snapshot import Snapshot
@@ -69,7 +68,8 @@ class Status(Described):
 
 
 def status_of(now: Snapshot, jobs: list[Job]) -> Status:
-    """What a server's snapshot and its service's journal say."""
+    """What a server's snapshot says, and the calls of its service."""
+    # Several checkpoints in turn fill the buffers of the shared memory pool: these count once.
     memory = {b.buffer.data_ptr(): b.size for buffers in now.buffers.values() for b in buffers}
     return Status(
         version=__version__,
@@ -99,10 +99,13 @@ def _ranks(gathered: Gathered) -> list[Rank]:
     for rank in sorted(nics.keys() | gathered.metas.keys()):
         owned = gathered.metas.get(rank)
         buffers = [] if owned is None else owned.memory_buffer_metas_list
-        tensors = sum(len(buffer.metas) for buffer in buffers)
-        nbytes = sum(buffer.size for buffer in buffers)
-        p2p = None if owned is None else owned.p2p_store_addr
         found.append(
-            Rank(rank=rank, nic=nics.get(rank, ""), tensors=tensors, bytes=nbytes, p2p=p2p)
+            Rank(
+                rank=rank,
+                nic=nics.get(rank, ""),
+                tensors=sum(len(buffer.metas) for buffer in buffers),
+                bytes=sum(buffer.size for buffer in buffers),
+                p2p=None if owned is None else owned.p2p_store_addr,
+            )
         )
     return found

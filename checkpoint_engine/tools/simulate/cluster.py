@@ -45,25 +45,15 @@ class Cluster:
     shared_memory: bool = False
 
     def __post_init__(self) -> None:
-        rates = [field.name for field in fields(self) if field.name not in _MAY_BE_NOTHING]
-        wrong = [name for name in rates if not 0 < getattr(self, name) < math.inf]
-        if wrong:
-            raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive and finite")
-        if not 0 <= self.hop < math.inf:
-            raise ValueError(f"hop, seconds, cannot be {self.hop}")
+        _check_numbers(self, may_be_zero={"hop", "broadcast_cores", "shared_memory"})
 
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
 
     @property
-    def across_nodes(self) -> float:
-        """What all NICs of a node carry together."""
-        return self.nic * self.nics_per_node
-
-    @property
     def copy_rate(self) -> float:
-        """Of a worker's copy within its memory."""
+        """Of a copy within a worker's memory."""
         return self.device_memory if self.cores is None else self.host_to_device
 
     def node_of(self, rank: int) -> int:
@@ -76,12 +66,9 @@ class Cluster:
 
     def broadcast(self, nodes: int) -> float:
         """The rate of a broadcast over ranks on so many nodes."""
-        if self.shared_memory and nodes <= 1:
-            return self.host_to_device
-        return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
-
-
-_MAY_BE_NOTHING = ("hop", "cores", "broadcast_cores", "shared_memory")
+        if nodes > 1:
+            return min(self.nvlink, self.nic * self.nics_per_node)
+        return self.host_to_device if self.shared_memory else self.nvlink
 
 
 @dataclass(frozen=True)
@@ -110,8 +97,15 @@ class Costs:
     per_buffer_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            may_be_zero = field.name not in ("load", "check")  # these are rates
-            if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
-                raise ValueError(f"{field.name} cannot be {value}")
+        _check_numbers(self, may_be_zero={field.name for field in fields(self)} - {"load", "check"})
+
+
+def _check_numbers(described: Cluster | Costs, may_be_zero: set[str]) -> None:
+    """Raises ``ValueError`` naming the rates and costs that no machine has. ``None`` is none."""
+    wrong = {
+        name: value
+        for name, value in vars(described).items()
+        if value is not None and not (0 < value < math.inf or (value == 0 and name in may_be_zero))
+    }
+    if wrong:
+        raise ValueError(f"a rate must be positive, a cost not negative, both finite: {wrong}")
