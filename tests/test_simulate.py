@@ -203,42 +203,12 @@ def test_the_originals_rounds_take_longer_than_the_pipeline(
     assert theirs.seconds > 1.5 * update(cluster, count=256).seconds
 
 
-def test_on_cores_everything_shares_them() -> None:
-    """One copies while the other loads; with one core they take turns."""
-    costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0, check=None)
-    two = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=2)
-    one = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=1)
-    ratio = update(one, costs).seconds / update(two, costs).seconds
-    assert ratio == pytest.approx(2.0, rel=0.1)
-
-
-@pytest.mark.parametrize(("cores", "expected"), [(8, 2.0), (1, 4.0)])
-def test_ranks_of_one_host_copy_out_of_each_others_memory(cores: int, expected: float) -> None:
-    """One copies a bucket in, then three take it at once, if there are cores for them."""
-    cluster = Cluster(
-        gpus_per_node=4, nics_per_node=1, host_to_device=10.0, cores=cores, shared_memory=True
-    )
-    found = update(cluster, FREE)
-    one_copy = found.total_bytes / 1e9 / 10.0
-    assert found.seconds == pytest.approx(expected * one_copy, rel=0.1)
-
-
 def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
     cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=1e9)
     costs = Costs(per_tensor=0.0, per_bucket=0.0, per_update=0.0, load=10.0, check=None)
     summed = dataclasses.replace(costs, check=5.0)
     ratio = update(cluster, summed).seconds / update(cluster, costs).seconds
     assert ratio == pytest.approx(3.0, rel=0.01)
-
-
-@pytest.mark.parametrize(("cores", "expected"), [(1, 2.0), (2, 1.0)])
-def test_messages_take_cores_too(cores: int, expected: float) -> None:
-    """A bucket's copy and the messages of the one before take as long; one core does both."""
-    one_copy = 16 * MB / 1e9 / 10.0
-    costs = dataclasses.replace(FREE, per_bucket=one_copy, bucket_cores=1.0)
-    cluster = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0, cores=cores)
-    found = update(cluster, costs)
-    assert found.seconds == pytest.approx(expected * found.buckets * one_copy, rel=0.1)
 
 
 def test_buckets_arrive_once_each_and_in_order() -> None:

@@ -7,7 +7,6 @@ alike and are simulated as one: a bucket is loaded by all workers in the same ti
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from checkpoint_engine.planning.plan import (
 )
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.world.gathered import topology
 
 Metas = dict[int, MemoryBufferMetaList]
 _STAGES = ("fetch", "deliver", "broadcast", "reload")
@@ -46,10 +46,7 @@ def read_headers(checkpoint: Path) -> list[ParameterMeta]:
     Raises:
         ValueError: as ``open_files``.
     """
-    return [
-        ParameterMeta(name=source.name, dtype=source.dtype, shape=source.shape)
-        for source in open_files([checkpoint]).values()
-    ]
+    return [source.meta for source in open_files([checkpoint]).values()]
 
 
 def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
@@ -99,16 +96,13 @@ def make_plan(
     may_cut = joins_parts and not p2p
     size = bucket_size(free_device_bytes, largest_tensor(metas), cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
-    pace = choose_pace(is_accelerator=cluster.cores is None, p2p=p2p)
+    pace = choose_pace(is_accelerator=True, p2p=p2p)
     return plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
 
 
 def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
     """Which of ``ranks`` share each NIC, by its name."""
-    topology: defaultdict[str, set[int]] = defaultdict(set)
-    for rank in ranks:
-        topology[cluster.nic_of(rank)].add(rank)
-    return dict(topology)
+    return topology((rank, cluster.nic_of(rank), f"node{cluster.node_of(rank)}") for rank in ranks)
 
 
 # ---------------------------------------------------------------------- the prediction
@@ -170,8 +164,7 @@ def predict(
     (order or Model.add_steps)(model)
     spans = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
-    once = costs.per_update + costs.per_buffer_gb * double_buffer / GB
-    critical = dict.fromkeys(_STAGES, 0.0) | {"once": once}
+    critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
     for span in critical_path(spans):
         critical[span.kind] += span.end - span.begin
     parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
@@ -196,102 +189,67 @@ class Model:
         self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: Sequence[int], remote: bool
     ) -> None:
         self.plan = plan
-        self._cluster = cluster
         self._costs = costs
         self._ranks = ranks
         self._remote = remote
-        self._on_cores = cluster.cores is not None
         self._nodes = len({cluster.node_of(rank) for rank in ranks})
         reads = remote and any(step.owner != step.receiver for step in plan.steps)
         # A receiver's NIC that reads by P2P broadcasts meanwhile, where there are several nodes.
-        self._nic = cluster.nic / 2 if reads and self._nodes > 1 else cluster.nic
-        self._on_one_node = -(-len(ranks) // self._nodes)
-        self.is_staged = plan.staging and len(ranks) > 1 and (remote or not self._on_cores)
-        self.simulation = Simulation(self._links())
-
-    # ------------------------------------------------------------------ the orders of work
+        share = 0.5 if reads and self._nodes > 1 else 1.0
+        self._cluster = replace(cluster, nic=cluster.nic * share)
+        self.is_staged = plan.staging and len(ranks) > 1
+        self.simulation = Simulation(self._links(owners_nic=cluster.nic))
 
     def add_steps(self) -> None:
         """All steps, each stage after those that it waits for in this library."""
-        # Gloo broadcasts host memory from where it lies, beside the copy into the double buffer.
-        in_place = self._on_cores and not self._remote and not self._cluster.shared_memory
         arrived: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
-        last: int | None = None
         for step in self.plan.steps:
-            receiver, slot_free = step.receiver, reloads[-2]  # two buckets are in the double buffer
+            slot_free = reloads[-2]  # two buckets are in the double buffer
             if self.is_staged:
-                fetched = self.fetch(step, [arrived[receiver]])
-                arrived[receiver] = self._deliver(step, [fetched, slot_free, broadcast])
-                broadcast = self.broadcast(step, [arrived[receiver]])
+                fetched = self.fetch(step, [arrived[step.receiver]])
+                ready = self._deliver(step, [fetched, slot_free, broadcast])
             else:
-                # Each rank's one thread fetches its own buckets and takes those of others in turn.
-                apart = in_place or (self._on_cores and receiver == last)
-                before = arrived[receiver] if apart else broadcast
-                arrived[receiver] = self.fetch(step, [slot_free, before])
-                source = None if in_place else arrived[receiver]
-                broadcast = self.broadcast(step, [slot_free, broadcast, source])
-            last = receiver
-            reloads = [
-                reloads[-1],
-                self.reload(step, [arrived[receiver], broadcast, reloads[-1]]),
-            ]
-
-    # ------------------------------------------------------------------ the stages
+                ready = self.fetch(step, [slot_free, broadcast])
+            arrived[step.receiver] = ready
+            broadcast = self.broadcast(step, [ready])
+            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1]])]
 
     def fetch(self, step: Step, after: list[int | None]) -> int:
-        """Into staging or the double buffer."""
-        cluster, nbytes = self._cluster, step.bucket.size / GB
+        """Into staging, or into the double buffer where there is none."""
+        cluster = self._cluster
         if self._remote and step.owner != step.receiver:
-            source, target = (
-                f"out {cluster.nic_of(step.owner)}",
-                f"in {cluster.nic_of(step.receiver)}",
-            )
+            links = [f"out {cluster.nic_of(step.owner)}", f"in {cluster.nic_of(step.receiver)}"]
         else:
-            source, target = f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"
-        amounts = {source: nbytes, target: nbytes, "cores": nbytes / cluster.host_to_device}
+            links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
+        amounts = dict.fromkeys(links, step.bucket.size / GB)
         return self.simulation.task("fetch", amounts=amounts, after=after)
 
     def _deliver(self, step: Step, after: list[int | None]) -> int:
         """From staging into the double buffer."""
-        nbytes = step.bucket.size / GB
-        cores = nbytes / self._cluster.host_to_device
-        amounts = {f"device {step.receiver}": nbytes, "cores": cores}
+        amounts = {f"device {step.receiver}": step.bucket.size / GB}
         return self.simulation.task("deliver", amounts=amounts, after=after)
 
     def broadcast(self, step: Step, after: list[int | None]) -> int:
-        cluster, nbytes = self._cluster, step.bucket.size / GB
-        if len(self._ranks) == 1 or not nbytes:
+        if len(self._ranks) == 1 or not step.bucket.size:
             return self.simulation.task("broadcast", after=after)
-        seconds = nbytes / self._broadcast_rate()
-        amounts = {"fabric": nbytes}
-        if cluster.shared_memory and self._nodes == 1:
-            copies = len(self._ranks) - 1
-            amounts[f"memory {cluster.node_of(step.receiver)}"] = copies * nbytes
-            amounts["cores"] = copies * seconds
-        else:
-            amounts["cores"] = cluster.broadcast_cores * self._on_one_node * seconds
-        fixed = cluster.hop * (self._nodes - 1)
+        amounts = {"fabric": step.bucket.size / GB}
+        fixed = self._cluster.hop * (self._nodes - 1)
         return self.simulation.task("broadcast", fixed=fixed, amounts=amounts, after=after)
 
     def reload(self, step: Step, after: list[int | None]) -> int:
         """All workers load a bucket: messages, its checksum, Python for each tensor, then the
         bytes that they need."""
-        messages, loading = self._costs.per_bucket, self._loading(step.bucket)
-        busy = messages * self._costs.bucket_cores + loading
-        amounts = {"workers": messages + loading, "cores": busy * self._on_one_node}
-        if self._on_cores:
-            copied = self._on_one_node * step.bucket.size / GB
-            amounts[f"memory {self._cluster.node_of(step.receiver)}"] = copied
-        return self.simulation.task("reload", amounts=amounts, after=after)
+        seconds = self._costs.per_bucket + self._loading(step.bucket)
+        return self.simulation.task("reload", fixed=seconds, after=after)
 
     def _loading(self, bucket: H2DBucket) -> float:
         """A worker's seconds with a bucket. A part is copied to where its tensor is put together,
         which is loaded with the last one."""
         joining, nbytes = 0.0, bucket.size
         if isinstance(bucket, TensorPart):
-            joining = bucket.size / GB / self._cluster.copy_rate
+            joining = bucket.size / GB / self._cluster.device_memory
             if not bucket.is_last:
                 return joining
             nbytes = bucket.total
@@ -300,18 +258,14 @@ class Model:
         copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
         return joining + checking + python + copying
 
-    def _broadcast_rate(self) -> float:
-        return replace(self._cluster, nic=self._nic).broadcast(self._nodes)
-
-    def _links(self) -> dict[str, float]:
-        """GB/s of every link that a step may use; seconds per second of workers and cores."""
+    def _links(self, owners_nic: float) -> dict[str, float]:
+        """GB/s of every link that a step may use."""
         cluster = self._cluster
-        cores = math.inf if cluster.cores is None else cluster.cores
-        links = {"fabric": self._broadcast_rate(), "workers": 1.0, "cores": cores}
+        links = {"fabric": cluster.broadcast(self._nodes)}
         for step in self.plan.steps:
             links[f"pcie {step.receiver}"] = cluster.host_to_device
-            links[f"device {step.receiver}"] = cluster.copy_rate
+            links[f"device {step.receiver}"] = cluster.device_memory
             links[f"memory {cluster.node_of(step.receiver)}"] = cluster.host_memory
-            links[f"out {cluster.nic_of(step.owner)}"] = cluster.nic
-            links[f"in {cluster.nic_of(step.receiver)}"] = self._nic
+            links[f"out {cluster.nic_of(step.owner)}"] = owners_nic
+            links[f"in {cluster.nic_of(step.receiver)}"] = cluster.nic
         return links
