@@ -1,5 +1,5 @@
 """One rank's ``ParameterServer`` over HTTP.
 
-``serve`` listens, ``access`` says who may ask for what, ``app`` has the routes, ``jobs`` the calls,
-``status`` and ``metrics`` what the others show.
+``serve`` listens, ``access`` says who may ask for what, ``app`` has the routes, ``jobs`` the calls
+and ``metrics`` what Prometheus reads.
 """

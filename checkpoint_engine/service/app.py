@@ -22,10 +22,10 @@ from pydantic import Field
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.service.access import Access
-from checkpoint_engine.service.jobs import CallError, Described, Job, Jobs
+from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status, status_of
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
-from checkpoint_engine.service.status import Status, status_of
 from checkpoint_engine.settings import LONGEST_UPDATE
+from checkpoint_engine.update.snapshot import Described
 from checkpoint_engine.world.metas_file import Metas, encode_metas
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)
-    _add_views(app, lambda: status_of(ps.snapshot(), jobs.all()), jobs)
+    _add_views(app, lambda: status_of(ps.snapshot(), jobs), jobs)
     return app
 
 

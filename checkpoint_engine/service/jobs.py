@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from checkpoint_engine import __version__
 from checkpoint_engine.errors import UpdateError, kind_of
 from checkpoint_engine.ground.report import UpdateReport
+from checkpoint_engine.update.snapshot import Described, Snapshot
 
 _KEPT = 100
 """Calls that are remembered once they have ended."""
@@ -37,12 +39,6 @@ _HINTS = {
 _OF_UPDATES = ("rank", "phase", "engines", "seconds", "trace")
 
 
-class Described(BaseModel):
-    """What the service gets or tells: openapi.json has the text that stands below a field."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
 class CallError(Described):
     """Why a call failed, for programs."""
 
@@ -58,9 +54,9 @@ class CallError(Described):
     """That failed first, of several."""
     phase: str = Field(default="", examples=["reload"])
     """In which it failed."""
-    engines: dict[int, str] = {}
+    engines: dict[int, str] = Field(default_factory=dict)
     """What the engine of each rank held then, of an update."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)
     """That this rank had spent in each phase until then."""
     trace: str | None = None
     """A file with what the ranks did until then."""
@@ -155,6 +151,19 @@ class Jobs:
                 self._jobs[job.id] = ended
             for listener in self._listeners:
                 listener(ended)
+
+
+class Status(Snapshot):
+    """One rank's service."""
+
+    version: str = __version__
+    """Of the library."""
+    jobs: list[Job]
+    """Calls of this rank, the latest first."""
+
+
+def status_of(now: Snapshot, jobs: Jobs) -> Status:
+    return Status(**dict(now), jobs=jobs.all())
 
 
 def _until_now(job: Job) -> Job:

@@ -8,8 +8,7 @@ from typing import Any
 
 from checkpoint_engine.errors import KINDS
 from checkpoint_engine.ground.report import PHASES
-from checkpoint_engine.service.jobs import CALLS, Job, Jobs
-from checkpoint_engine.service.status import Status
+from checkpoint_engine.service.jobs import CALLS, Job, Jobs, Status
 from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
