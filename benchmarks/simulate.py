@@ -93,7 +93,7 @@ def published() -> None:
         joined = simulate(tensors, row.cluster, REPLAYED, members=row.members)
         rows.append(
             [
-                f"{row.model.name}, {theirs.total_bytes / 1e9:.0f} GB in {len(tensors):,}",
+                f"{row.model.name}, {theirs.plan.total_bytes / 1e9:.0f} GB in {len(tensors):,}",
                 row.machines,
                 f"{row.broadcast:.2f}",
                 f"{theirs.seconds:.2f} ({theirs.seconds / row.broadcast - 1:+.0%})",
@@ -122,7 +122,7 @@ def scaled() -> None:
         cells = [f"{cluster.gpus:,}"]
         for owners in (cluster.gpus, min(cluster.gpus, 64)):
             found = simulate(tensors, cluster, REPLAYED, owners=owners)
-            cells.append(f"{found.seconds:.2f} ({found.buckets} buckets, {found.bound_by})")
+            cells.append(f"{found.seconds:.2f} ({len(found.plan.steps)} buckets, {found.bound_by})")
         theirs = simulate(tensors, cluster, ORIGINAL_020, original=True)
         rows.append([*cells, f"{theirs.seconds:.1f}"])
     show(["GPUs", "ours, every rank owns", "ours, 64 ranks own", "the original's"], rows)
@@ -155,7 +155,9 @@ def layers_of(count: int, shapes: str = "moe") -> list[ParameterMeta]:
 
 
 def work_of(found: Prediction) -> str:
-    return f"{found.total_bytes / 1e9:.2f} GB in {found.tensors:,} tensors, {found.buckets} buckets"
+    plan = found.plan
+    content = f"{plan.total_bytes / 1e9:.2f} GB in {plan.tensor_count:,} tensors"
+    return f"{content}, {len(plan.steps)} buckets"
 
 
 def main() -> None:

@@ -252,11 +252,8 @@ def _send(
         raise type(error)(text, request=error.request) from error
     if response.is_success:
         return response
-    raise httpx.HTTPStatusError(
-        f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}",
-        request=response.request,
-        response=response,
-    )
+    text = f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}"
+    raise httpx.HTTPStatusError(text, request=response.request, response=response)
 
 
 def parse_url(text: str) -> httpx.URL:

@@ -214,7 +214,7 @@ def test_checksums_take_a_worker_as_long_as_reading_the_bytes() -> None:
 def test_buckets_arrive_once_each_and_in_order() -> None:
     found = update(EIGHT)
     broadcasts = [span for span in found.spans if span.kind == "broadcast"]
-    assert len(broadcasts) == found.buckets
+    assert len(broadcasts) == len(found.plan.steps)
     ends = [span.end for span in broadcasts]
     assert ends == sorted(ends)
 
@@ -228,7 +228,7 @@ def test_a_faster_wire_is_never_slower(nodes: int, count: int, cap: int, p2p: bo
         for nic in (10.0, 20.0)
     )
     assert fast.seconds <= slow.seconds * (1 + 1e-6)
-    assert slow.total_bytes == count * 16 * MB
+    assert slow.plan.total_bytes == count * 16 * MB
     assert sum(slow.critical.values()) == slow.seconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _COSTS = {
     "check": "GB/s at which workers check the sums of a bucket",
     "per_update": "seconds of what happens once",
 }
-_GIGABYTES = Positive(1 << 30)
+_gib = partial(click.option, type=Positive(1 << 30), show_default=True)
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,11 +49,8 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
-@click.option("--free-gb", type=_GIGABYTES, default=40.0, show_default=True,
-              help="GiB that buffers may take on the fullest device.")  # fmt: skip
-@click.option(
-    "--bucket-gb", type=_GIGABYTES, default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
-)
+@_gib("--free-gb", default=40.0, help="GiB that buffers may take on the fullest device.")
+@_gib("--bucket-gb", default=8.0, help="PS_MAX_BUCKET_SIZE_GB.")
 @_describing_options
 @shown
 def plan(
@@ -80,22 +78,23 @@ def plan(
     metas = share_out(read_headers(checkpoint), range(world_size))
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "world_size": world_size}
-    for method, members in {
-        "broadcast": None,
-        "p2p": range(min(receivers or world_size, world_size)),
-    }.items():
-        room = {"free_device_bytes": int(free_gb * GIB), "cap": int(bucket_gb * GIB)}
-        cut = make_plan(metas, cluster, **room, receivers=members)
+    free, cap = int(free_gb * GIB), int(bucket_gb * GIB)
+    p2p = range(min(receivers or world_size, world_size))
+    for method, members in (("broadcast", None), ("p2p", p2p)):
+        cut = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
         found = predict(cut, cluster, costs, members, remote=members is not None)
-        result |= {"tensors": found.tensors, "bytes": found.total_bytes, method: _as_dict(found)}
+        result |= {"tensors": cut.tensor_count, "bytes": cut.total_bytes, method: _as_dict(found)}
     result |= {"host_bytes_of_a_rank": max(owned, default=0), "cluster": asdict(cluster)}
     return Shown(result, _as_text(result))
 
 
 def _as_dict(found: Prediction) -> dict[str, Any]:
-    shown = ("seconds", "gigabytes_per_second", "buckets", "bucket_bytes", "device_bytes")
     return {
-        **{name: getattr(found, name) for name in shown},
+        "seconds": found.seconds,
+        "gigabytes_per_second": found.gigabytes_per_second,
+        "buckets": len(found.plan.steps),
+        "bucket_bytes": found.plan.bucket_bytes,
+        "device_bytes": found.device_bytes,
         "bound_by": found.bound_by,
         "waiting_for": found.critical,
     }

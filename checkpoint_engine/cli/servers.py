@@ -27,9 +27,7 @@ _HINTS = {
     404: "is this a rank's server, as `checkpoint-engine serve` starts it?",
     409: "wait for the call that is running: `checkpoint-engine status` shows it",
 }
-_START = (
-    "`checkpoint-engine status` says which servers are up, `checkpoint-engine serve` starts one"
-)
+_START = "`checkpoint-engine status` tells if it is up, `checkpoint-engine serve` starts one"
 STATUS = "/v1/status"
 _NEEDED = {"rank": int, "world_size": int, "checkpoints": list, "jobs": list, "pinned_bytes": int}
 """What a status has at least."""
@@ -68,12 +66,9 @@ class Server:
             response = exchange(method, url, timeout, uds, body, token=self.token)
         except ValueError as error:
             raise ServiceError(self.place, 400, str(error)) from None
-        except httpx.TimeoutException as error:
-            raise ServiceError(
-                self.place, None, f"no answer within {timeout:g} s", _START
-            ) from error
         except httpx.RequestError as error:
-            text = f"no answer: {str(error) or type(error).__name__}"
+            why = str(error) or type(error).__name__
+            text = f"no answer within {timeout:g} s: {why}"
             raise ServiceError(self.place, None, text, _START) from error
         if not response.is_success:
             raise refusal(self.place, response.status_code, response.text)

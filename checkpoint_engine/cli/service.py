@@ -14,15 +14,7 @@ from urllib.parse import quote
 import click
 
 from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
-from checkpoint_engine.cli.servers import (
-    STATUS,
-    Server,
-    ServiceError,
-    World,
-    ask,
-    find_servers,
-    plain_url,
-)
+from checkpoint_engine.cli.servers import Server, ServiceError, World, ask, find_servers, plain_url
 from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
@@ -60,9 +52,7 @@ _timeout = functools.partial(click.option, "--timeout", type=SECONDS, show_defau
 def _name(value: str) -> str:
     """A checkpoint's name, as it can stand in a route."""
     if not value or "/" in value or not value.isprintable():
-        raise click.BadParameter(
-            f"{value!r}: a checkpoint's name has no slash and no control character"
-        )
+        raise click.BadParameter(f"{value!r}: a name has no slash and no control character")
     return value
 
 
@@ -98,10 +88,8 @@ def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: f
     _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began
     shared = {server.place: share for server, share in zip(world.servers, shares, strict=True)}
-    return Shown(
-        {"checkpoint": name, "seconds": seconds, "files": shared},
-        f"registered {name}: {len(files)} files on {len(shares)} ranks, {seconds:.2f} s",
-    )
+    text = f"registered {name}: {len(files)} files on {len(shares)} ranks, {seconds:.2f} s"
+    return Shown({"checkpoint": name, "seconds": seconds, "files": shared}, text)
 
 
 def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> None:
@@ -116,10 +104,8 @@ def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> Non
     kept += [rank for rank, failure in failures.items() if failure.status in (None, 200)]
     first = next(iter(failures.values()))
     if kept:
-        first.hint = (
-            f"ranks {sorted(kept)} may hold their part, or still register it: see "
-            f"`checkpoint-engine status`, then `checkpoint-engine unregister {name}`"
-        )
+        first.hint = f"ranks {sorted(kept)} may hold their part, or still register it: see "
+        first.hint += f"`checkpoint-engine status`, then `checkpoint-engine unregister {name}`"
     raise first
 
 
@@ -143,8 +129,7 @@ def _raise_first(answers: Sequence[Any]) -> None:
     """The first failure, if any, and which ranks it is of."""
     for first in (failed := _failures(answers)).values():
         if len(failed) < len(answers):
-            others = f"ranks {list(failed)} failed, the others have done it"
-            first.hint = f"{first.hint}; {others}".removeprefix("; ")
+            first.hint += f"; ranks {list(failed)} failed, the others have done it"
         raise first
 
 
@@ -195,9 +180,7 @@ def update(
     asked = [{"update_url": f"{url}/collective_rpc"} for url in engines]
     asked += [{"update_url": "http://engine/collective_rpc", "uds": path} for path in sockets]
     requests = _requests(asked, workers, taking_part, size)
-    bodies = [
-        {"ranks": members, "timeout": timeout, **requests.get(rank, {})} for rank in range(size)
-    ]
+    bodies = [{"ranks": members, "timeout": timeout, **requests.get(r, {})} for r in range(size)]
     if gather_first is None:
         gather_first = not (members and world.has_loaded_metas and not world.registered)
     began = time.perf_counter()
@@ -207,10 +190,8 @@ def update(
     route = f"{_route_of(name)}/update"
     ask(world.servers, "POST", route, timeout + _GRACE, bodies, collective=True)
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
-    return Shown(
-        {"checkpoint": name, "ranks": taking_part, "seconds": seconds},
-        f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s",
-    )
+    text = f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s"
+    return Shown({"checkpoint": name, "ranks": taking_part, "seconds": seconds}, text)
 
 
 def _requests(
@@ -223,26 +204,20 @@ def _requests(
     """
     workers = workers or max(1, size // max(1, len(engines)))
     served = len(engines) * workers
+    text = f"{len(engines)} engines of {workers} workers"
     if served > size:
-        raise click.UsageError(
-            f"{len(engines)} engines of {workers} workers need more ranks than {size}"
-        )
+        raise click.UsageError(f"{text} need more ranks than {size}")
     requests = {}
     for first, engine in zip(range(0, served, workers), engines, strict=True):
         group = list(range(first, first + workers))
         taking_part = set(group) & set(members)
         if taking_part and len(taking_part) < workers:
-            raise click.UsageError(
-                f"ranks {group} serve one engine: --ranks has to name all of them or none"
-            )
+            raise click.UsageError(f"ranks {group} serve one engine: name all of them or none")
         if taking_part:
             requests[first] = {**engine, "inference_group_ranks": group}
     if engines and (alone := [rank for rank in members if rank >= served]):
-        raise click.UsageError(
-            f"{len(engines)} engines of {workers} workers are those of the first {served} ranks, "
-            f"so ranks {alone} have none: give one --engine for each group of ranks, in their "
-            "order, or none at all"
-        )
+        text += f" serve the first {served} ranks, so ranks {alone} have none: give one --engine "
+        raise click.UsageError(text + "for each group of ranks, in their order, or none at all")
     return requests
 
 
@@ -317,7 +292,7 @@ def _describe(rank: str, owned: dict[str, Any]) -> str:
 @service_command
 def status(servers: list[Server]) -> Shown:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    answers = ask(servers, "GET", STATUS)
+    answers = ask(servers, "GET", "/v1/status")
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
     known = [state for state in states if "rank" in state]
     size = max((state["world_size"] for state in known), default=0)

@@ -65,9 +65,7 @@ _OWN_HOST_ONLY = (
 class RegisterRequest(Described):
     """The files whose tensors this rank shall own."""
 
-    files: list[ShortText] = Field(
-        max_length=65_536, examples=[["/models/step-1/model-00001-of-00008.safetensors"]]
-    )
+    files: list[ShortText] = Field(max_length=65_536, examples=[["/models/step-1/m.safetensors"]])
     """safetensors files, or .npy files with their .meta, on the server's host. A folder stands for
     all files of its checkpoint; an index among the files selects tensors."""
 

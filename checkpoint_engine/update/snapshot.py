@@ -73,7 +73,8 @@ class Snapshot(Described):
         served: Served | None,
         progress: Progress | None,
     ) -> Snapshot:
-        pinned, retained = checkpoints.memory.usage
+        # By address: checkpoints in the shared memory pool have the pool's buffers.
+        buffers = {b.buffer.data_ptr(): b for held in checkpoints.by_name().values() for b in held}
         return Snapshot(
             rank=here.rank,
             world_size=here.world_size,
@@ -81,8 +82,8 @@ class Snapshot(Described):
             device_uuid=here.device_uuid,
             nic=p2p.device or None,
             p2p=p2p.store is not None,
-            pinned_bytes=pinned,
-            retained_bytes=retained,
+            pinned_bytes=sum(buffer.size for buffer in buffers.values()),
+            retained_bytes=checkpoints.memory.usage.retained,
             served=served,
             checkpoints=[
                 HeldCheckpoint(name=one.name, tensors=one.tensor_count, bytes=one.nbytes)

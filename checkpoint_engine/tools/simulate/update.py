@@ -21,14 +21,8 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.sources import natural_key
-from checkpoint_engine.planning.plan import (
-    Step,
-    TransferPlan,
-    bucket_size,
-    choose_pace,
-    largest_tensor,
-    plan_transfer,
-)
+from checkpoint_engine.planning import plan as planning
+from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
 from checkpoint_engine.world.gathered import topology
@@ -94,10 +88,11 @@ def make_plan(
     """
     p2p = receivers is not None
     may_cut = joins_parts and not p2p
-    size = bucket_size(free_device_bytes, largest_tensor(metas), cap, may_cut)
+    largest = planning.largest_tensor(metas)
+    size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
-    pace = choose_pace(is_accelerator=True, p2p=p2p)
-    return plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
+    pace = planning.choose_pace(is_accelerator=True, p2p=p2p)
+    return planning.plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
 
 
 def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
@@ -114,6 +109,7 @@ class Prediction:
 
     Attributes:
         seconds: of the whole call.
+        plan: what it moves.
         critical: the seconds, by what the update waited for: a bucket's ``fetch`` into a device,
             its way from staging (``deliver``), its ``broadcast``, its ``reload``, and what happens
             ``once``.
@@ -122,18 +118,15 @@ class Prediction:
         spans: when each stage of each bucket ran.
     """
 
+    plan: TransferPlan = field(repr=False)
     seconds: float
-    total_bytes: int
-    tensors: int
-    buckets: int
-    bucket_bytes: int
     device_bytes: int
     critical: dict[str, float]
     spans: tuple[Span, ...] = field(repr=False)
 
     @property
     def gigabytes_per_second(self) -> float:
-        return self.total_bytes / GB / self.seconds
+        return self.plan.total_bytes / GB / self.seconds
 
     @property
     def bound_by(self) -> str:
@@ -169,16 +162,8 @@ def predict(
         critical[span.kind] += span.end - span.begin
     parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
     put_together = max((part.total for part in parts), default=0)
-    return Prediction(
-        seconds=sum(critical.values()),
-        total_bytes=plan.total_bytes,
-        tensors=plan.tensor_count,
-        buckets=len(plan.steps),
-        bucket_bytes=plan.bucket_bytes,
-        device_bytes=double_buffer + plan.bucket_bytes * model.is_staged + put_together,
-        critical=critical,
-        spans=tuple(spans),
-    )
+    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + put_together
+    return Prediction(plan, sum(critical.values()), device_bytes, critical, tuple(spans))
 
 
 class Model:
@@ -209,7 +194,9 @@ class Model:
             slot_free = reloads[-2]  # two buckets are in the double buffer
             if self.is_staged:
                 fetched = self.fetch(step, [arrived[step.receiver]])
-                ready = self._deliver(step, [fetched, slot_free, broadcast])
+                staged = {f"device {step.receiver}": step.bucket.size / GB}
+                before = [fetched, slot_free, broadcast]
+                ready = self.simulation.task("deliver", amounts=staged, after=before)
             else:
                 ready = self.fetch(step, [slot_free, broadcast])
             arrived[step.receiver] = ready
@@ -225,11 +212,6 @@ class Model:
             links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
         amounts = dict.fromkeys(links, step.bucket.size / GB)
         return self.simulation.task("fetch", amounts=amounts, after=after)
-
-    def _deliver(self, step: Step, after: list[int | None]) -> int:
-        """From staging into the double buffer."""
-        amounts = {f"device {step.receiver}": step.bucket.size / GB}
-        return self.simulation.task("deliver", amounts=amounts, after=after)
 
     def broadcast(self, step: Step, after: list[int | None]) -> int:
         if len(self._ranks) == 1 or not step.bucket.size:
