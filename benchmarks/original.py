@@ -16,9 +16,8 @@ from checkpoint_engine.planning.plan import (
     largest_tensor,
     plan_transfer,
 )
-from checkpoint_engine.tools.simulate.checkpoint import Metas, on_nics
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
-from checkpoint_engine.tools.simulate.update import Model, Prediction, predict
+from checkpoint_engine.tools.simulate.update import Metas, Model, Prediction, on_nics, predict
 
 
 def predict_original(

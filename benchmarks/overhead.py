@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 benchmarks/overhead.py
 
 Without: nothing is noted of stages, of what was waited for and of phases that begin, nothing is
-logged, and there is neither report nor journal nor metrics. With: all of them; the log goes to a
+logged, and there is neither report nor jobs nor metrics. With: all of them; the log goes to a
 file. The order within a pair alternates. The figure is the median over all pairs of how much longer
 the one with them took, beside the error of that median.
 """
@@ -28,9 +28,8 @@ from worker_process import WorkerProcess
 
 from checkpoint_engine.ground.report import Stage
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.service.journal import Journal
+from checkpoint_engine.service.jobs import Jobs, status_of
 from checkpoint_engine.service.metrics import Metrics
-from checkpoint_engine.service.status import status_of
 from checkpoint_engine.update import update as update_module
 from checkpoint_engine.update.profile import EngineProfile
 from checkpoint_engine.world.clock import Clock
@@ -89,10 +88,8 @@ class Overhead:
         self._worker = WorkerProcess(Engine, layers)
         options = {"auto_pg": True} if WORLD_SIZE > 1 else {}
         self._ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **options)
-        self._journal = Journal()
-        self._metrics = Metrics(
-            lambda: status_of(self._ps.snapshot(), self._journal.jobs()), self._journal
-        )
+        self._jobs = Jobs()
+        self._metrics = Metrics(lambda: status_of(self._ps.snapshot(), self._jobs), self._jobs)
         mine = range(layers * RANK // WORLD_SIZE, layers * (RANK + 1) // WORLD_SIZE)
         self._ps.register_checkpoint(NAME, named_tensors=make_tensors(mine, seed=1))
         self._ps.gather_metas(NAME)
@@ -102,7 +99,7 @@ class Overhead:
 
     def observed(self) -> float:
         began = time.perf_counter()
-        self._journal.run("update", NAME, self.update)
+        self._jobs.run("update", NAME, self.update)
         return time.perf_counter() - began
 
     def plain(self) -> float:

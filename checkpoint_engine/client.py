@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -93,8 +92,7 @@ def sglang_request(
     """
 
     options = {"flush_cache": flush_cache, "weight_version": weight_version}
-    ask = partial(_ask_by_ipc_route, url, timeout, uds, options)
-    return _for_engine(ask, rank, inference_parallel_size)
+    return _by_ipc_route(url, options, rank, inference_parallel_size, timeout, uds)
 
 
 def lmdeploy_request(
@@ -106,15 +104,17 @@ def lmdeploy_request(
     uds: str | None = None,
 ) -> RequestFunction:
     """A ``req_func`` for lmdeploy; arguments and errors as of ``sglang_request``."""
-    ask = partial(_ask_by_ipc_route, url, timeout, uds, {})
-    return _for_engine(ask, rank, inference_parallel_size)
+    return _by_ipc_route(url, {}, rank, inference_parallel_size, timeout, uds)
 
 
-def _ask_by_ipc_route(
-    url: str, timeout: float, uds: str | None, options: dict[str, Any], handles: dict[str, str]
-) -> None:
-    body = {"zmq_handles": handles, **options}
-    _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, body))
+def _by_ipc_route(
+    url: str, body: dict[str, Any], rank: int | None, workers: int, timeout: float, uds: str | None
+) -> RequestFunction:
+    def ask(handles: dict[str, str]) -> None:
+        content = {"zmq_handles": handles, **body}
+        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, content))
+
+    return _for_engine(ask, rank, workers)
 
 
 def _for_engine(
@@ -252,11 +252,28 @@ def _send(
         raise type(error)(text, request=error.request) from error
     if response.is_success:
         return response
-    raise httpx.HTTPStatusError(
-        f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}",
-        request=response.request,
-        response=response,
-    )
+    text = f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}"
+    raise httpx.HTTPStatusError(text, request=response.request, response=response)
+
+
+def parse_url(text: str) -> httpx.URL:
+    """The URL of one server, parsed by the client that will ask it.
+
+    Raises:
+        ValueError: it is no plain http URL. The text shows no password.
+    """
+    import httpx
+
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, TypeError, ValueError) as error:
+        raise ValueError(f"{text!r:.200} is not a URL: {error}") from error
+    if url.userinfo:
+        raise ValueError("user names and passwords do not belong into URLs; a token goes apart")
+    one_host = url.host and not set(url.host) & set(",{}") and (url.port or 0) < 1 << 16
+    if url.scheme not in ("http", "https") or not one_host:
+        raise ValueError(f"{text!r:.200} is not a URL of one server, as http://host:8000")
+    return url
 
 
 def exchange(

@@ -347,17 +347,8 @@ class ParameterServer(Contract):
 
     def snapshot(self) -> Snapshot:
         """What this rank holds and does now; never waits for a call that is running. Any thread."""
-        return Snapshot(
-            self._server.here,
-            self._p2p.store is not None,
-            self._rdma_device,
-            self._checkpoints.memory.usage,
-            self._checkpoints.all(),
-            self._memory_pool,
-            self._gathered,
-            self.served,
-            self.progress,
-        )
+        holds = self._server.here, self._p2p, self._checkpoints, self._gathered
+        return Snapshot.of(*holds, self.served, self.progress)
 
     # ------------------------------------------------------------------ parts of the above
 

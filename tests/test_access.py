@@ -21,9 +21,8 @@ from checkpoint_engine.errors import AccessError
 from checkpoint_engine.memory import arena, folder
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.host_memory import HostMemory
-from checkpoint_engine.service import guard
-from checkpoint_engine.service.access import Access
-from checkpoint_engine.service.guard import Guard
+from checkpoint_engine.service import access
+from checkpoint_engine.service.access import Access, Guard
 from checkpoint_engine.service.serve import ServeOptions, listen_tcp, read_token, uvicorn_config
 
 TOKEN = "0123456789abcdef"
@@ -246,7 +245,7 @@ def test_bodies_that_are_too_large(url: str) -> None:
 
 
 def test_a_head_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(access, "HEAD_SECONDS", 0.3)
     port = httpx.URL(url).port
     assert port is not None
     with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
@@ -271,7 +270,7 @@ def test_a_connection_is_for_one_request(url: str) -> None:
 
 
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(access, "MAX_CONNECTIONS", 2)
     with serving() as url:
         port = httpx.URL(url).port
         assert port is not None
@@ -282,7 +281,7 @@ def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.3)
     port = httpx.URL(url).port
     assert port is not None
     head = f"POST / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: 9\r\n"

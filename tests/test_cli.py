@@ -264,7 +264,7 @@ def test_a_name_that_no_rank_knows(server: list[str], registered: str, command: 
         (["--timeout", "-1"], "-1.0 is not in the range"),
         (["--timeout", "inf"], "inf is not in the range"),
         (["--timeout", "nan"], "no number"),
-        (["--engine", "localhost:9"], "no URL as http"),
+        (["--engine", "localhost:9"], "not a URL of one server, as http"),
     ],
 )
 def test_an_update_that_would_wait_for_an_engine_is_refused_at_once(

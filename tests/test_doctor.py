@@ -127,7 +127,7 @@ def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version_of", lambda name: None)
+    monkeypatch.setattr(doctor, "_version_of", lambda *names: None)
     (finding,) = findings_of(doctor._mooncake)
     assert finding.level == "warning"
     wheel = "mooncake-transfer-engine" + ("" if torch.cuda.is_available() else "-non-cuda")

@@ -19,9 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
 from checkpoint_engine.ground.report import PHASES, UpdateReport
-from checkpoint_engine.service.journal import Journal
-from checkpoint_engine.service.looking import make_router
-from checkpoint_engine.service.problems import describe
+from checkpoint_engine.service.app import make_app
+from checkpoint_engine.service.jobs import CallError, Jobs
 from test_service import (  # noqa: F401
     RANKS,
     ROOT,
@@ -48,44 +47,44 @@ REPORT = UpdateReport(
 )
 
 
-# ---------------------------------------------------------------------- journal
+# ---------------------------------------------------------------------- jobs
 
 
 def test_a_job_that_is_waited_for() -> None:
-    journal = Journal()
-    assert journal.run("update", "c", lambda: REPORT) is REPORT
-    (job,) = journal.jobs()
+    jobs = Jobs()
+    assert jobs.run("update", "c", lambda: REPORT) is REPORT
+    (job,) = jobs.all()
     assert (job.call, job.checkpoint, job.state, job.report) == ("update", "c", "done", REPORT)
 
 
 def test_a_job_that_fails_raises_and_is_remembered() -> None:
-    journal = Journal()
+    jobs = Jobs()
     with pytest.raises(BusyError):
-        journal.run("update", "c", lambda: raising(BusyError("another one runs")))
-    (job,) = journal.jobs()
+        jobs.run("update", "c", lambda: raising(BusyError("another one runs")))
+    (job,) = jobs.all()
     assert job.state == "failed"
     assert job.error is not None
     assert (job.error.code, job.error.message) == ("busy", "another one runs")
 
 
 def test_a_job_that_is_not_waited_for() -> None:
-    journal, go_on = Journal(), threading.Event()
-    job = journal.start("gather", "c", lambda: go_on.wait(20))
+    jobs, go_on = Jobs(), threading.Event()
+    job = jobs.start("gather", "c", lambda: go_on.wait(20))
     assert job.state == "running"
-    assert until(lambda: journal.find(job.id), lambda found: found.seconds > 0).state == "running"
+    assert until(lambda: jobs.find(job.id), lambda found: found.seconds > 0).state == "running"
     go_on.set()
-    assert until(lambda: journal.find(job.id), lambda found: found.state == "done")
+    assert until(lambda: jobs.find(job.id), lambda found: found.state == "done")
 
 
 def test_only_the_last_jobs_are_remembered_and_none_that_runs_is_forgotten() -> None:
-    journal, go_on = Journal(), threading.Event()
-    running = journal.start("update", "slow", lambda: go_on.wait(20))
+    jobs, go_on = Jobs(), threading.Event()
+    running = jobs.start("update", "slow", lambda: go_on.wait(20))
     for number in range(150):
-        journal.run("gather", str(number), lambda: None)
-    jobs = journal.jobs()
-    assert jobs[0].checkpoint == "149"
-    assert len(jobs) <= 102
-    assert journal.find(running.id) is not None
+        jobs.run("gather", str(number), lambda: None)
+    listed = jobs.all()
+    assert listed[0].checkpoint == "149"
+    assert len(listed) <= 102
+    assert jobs.find(running.id) is not None
     go_on.set()
 
 
@@ -115,16 +114,16 @@ def until(look: Callable[[], Any], condition: Callable[[Any], bool], seconds: fl
     ],
 )
 def test_codes_of_errors(error: Exception, code: str) -> None:
-    problem = describe(error)
-    assert problem.code == code
-    assert problem.hint or code == "failed"
-    assert problem.cause in KINDS
+    failure = CallError.of(error)
+    assert failure.code == code
+    assert failure.hint or code == "failed"
+    assert failure.cause in KINDS
 
 
 def test_an_exception_of_others_with_a_kind_of_its_own_is_no_new_kind() -> None:
     error = RuntimeError("x")
     error.kind = ["of theirs"]  # type: ignore[attr-defined]
-    assert describe(error).cause == "failed"
+    assert CallError.of(error).cause == "failed"
 
 
 def test_an_update_error_reaches_another_process_whole() -> None:
@@ -324,10 +323,10 @@ def test_what_is_known_of_a_failure_is_told() -> None:
     error.engines = {0: "untouched", 1: "partly written"}
     error.seconds = {"plan": 0.25, "reload": 0.125}
     error.trace = "/traces/c-1-failed.json"
-    journal = Journal()
+    jobs = Jobs()
     with pytest.raises(UpdateError):
-        journal.run("update", "c", lambda: raising(error))
-    told = json.loads(journal.jobs()[0].model_dump_json())["error"]
+        jobs.run("update", "c", lambda: raising(error))
+    told = json.loads(jobs.all()[0].model_dump_json())["error"]
     assert (told["rank"], told["phase"]) == (1, "reload")
     assert told["engines"] == {"0": "untouched", "1": "partly written"}
     assert told["seconds"] == error.seconds
@@ -364,8 +363,8 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    router = make_router(SimpleNamespace, Journal())  # type: ignore[arg-type]
-    (endpoint,) = [one.endpoint for one in router.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
+    app = make_app(SimpleNamespace())  # type: ignore[arg-type]
+    (endpoint,) = [one.endpoint for one in app.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
     answer = endpoint()
     assert answer.status_code == 501
     assert "checkpoint-engine[metrics]" in json.loads(answer.body)["error"]["hint"]

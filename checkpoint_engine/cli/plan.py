@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,29 +17,29 @@ from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 if TYPE_CHECKING:
     from checkpoint_engine.tools.simulate.update import Prediction
 
-_UNITS = {
+_CLUSTER = {
     "host_to_device": "GB/s of pinned memory to one device (PCIe)",
     "host_memory": "GB/s that a node's devices together can read of host memory",
     "nvlink": "GB/s of a broadcast within a node",
     "nic": "GB/s of one NIC",
     "device_memory": "GB/s of a copy within a device",
     "hop": "seconds that each further node adds to a broadcast",
+}
+_COSTS = {
     "per_tensor": "seconds of the engine's loader for a tensor: 60e-6 for vLLM's, 5e-6 replayed",
     "per_bucket": "seconds between two buckets",
     "check": "GB/s at which workers check the sums of a bucket",
     "per_update": "seconds of what happens once",
 }
-_GIGABYTES = Positive(1 << 30)
-_FOUND = ("seconds", "gigabytes_per_second", "buckets", "bucket_bytes", "device_bytes", "bound_by")
+_gib = partial(click.option, type=Positive(1 << 30), show_default=True)
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """An option for each rate and cost, with the default of ``Cluster`` or ``Costs``."""
-    for field in (*fields(Costs), *fields(Cluster)):
-        if field.name in _UNITS:
-            name = f"--{field.name.replace('_', '-')}"
-            kind: dict[str, Any] = {"type": float, "default": field.default, "show_default": True}
-            function = click.option(name, **kind, help=_UNITS[field.name])(function)
+    defaults = vars(Cluster()) | vars(Costs())
+    for name, text in reversed([*_CLUSTER.items(), *_COSTS.items()]):
+        option = {"type": float, "default": defaults[name], "show_default": True, "help": text}
+        function = click.option(f"--{name.replace('_', '-')}", **option)(function)
     return function
 
 
@@ -48,11 +49,8 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
-@click.option("--free-gb", type=_GIGABYTES, default=40.0, show_default=True,
-              help="GiB that buffers may take on the fullest device.")  # fmt: skip
-@click.option(
-    "--bucket-gb", type=_GIGABYTES, default=8.0, show_default=True, help="PS_MAX_BUCKET_SIZE_GB."
-)
+@_gib("--free-gb", default=40.0, help="GiB that buffers may take on the fullest device.")
+@_gib("--bucket-gb", default=8.0, help="PS_MAX_BUCKET_SIZE_GB.")
 @_describing_options
 @shown
 def plan(
@@ -71,56 +69,50 @@ def plan(
     are this library's and not new: tensors larger than a bucket are broadcast in parts.
     """
     # These import torch, which takes longer than completion may.
-    from checkpoint_engine.tools.simulate.checkpoint import make_plan, read_headers, share_out
-    from checkpoint_engine.tools.simulate.update import predict
+    from checkpoint_engine.tools.simulate.update import make_plan, predict, read_headers, share_out
 
     per_node = min(gpus_per_node, world_size)
-    cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **_of(Cluster, rates))
-    costs = Costs(**_of(Costs, rates))
-    room: dict[str, Any] = {"free_device_bytes": int(free_gb * GIB), "cap": int(bucket_gb * GIB)}
-    members = range(min(receivers or world_size, world_size))
+    described: dict[str, Any] = {name: rates[name] for name in _CLUSTER}
+    cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **described)
+    costs = Costs(**{name: rates[name] for name in _COSTS})
     metas = share_out(read_headers(checkpoint), range(world_size))
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
-    broadcast = make_plan(metas, cluster, **room)
-    p2p = make_plan(metas, cluster, **room, receivers=members)
-    result = {
-        "checkpoint": str(checkpoint),
-        "tensors": broadcast.tensor_count,
-        "bytes": broadcast.total_bytes,
-        "world_size": world_size,
-        "host_bytes_of_a_rank": max(owned, default=0),
-        "cluster": asdict(cluster),
-        "broadcast": _as_dict(predict(broadcast, cluster, costs)),
-        "p2p": _as_dict(predict(p2p, cluster, costs, members, remote=True)),
-    }
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "world_size": world_size}
+    free, cap = int(free_gb * GIB), int(bucket_gb * GIB)
+    p2p = range(min(receivers or world_size, world_size))
+    for method, members in (("broadcast", None), ("p2p", p2p)):
+        cut = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
+        found = predict(cut, cluster, costs, members, remote=members is not None)
+        result |= {"tensors": cut.tensor_count, "bytes": cut.total_bytes, method: _as_dict(found)}
+    result |= {"host_bytes_of_a_rank": max(owned, default=0), "cluster": asdict(cluster)}
     return Shown(result, _as_text(result))
 
 
-def _of(kind: type, rates: dict[str, float]) -> dict[str, Any]:
-    return {field.name: rates[field.name] for field in fields(kind) if field.name in rates}
-
-
 def _as_dict(found: Prediction) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in _FOUND} | {"waiting_for": found.critical}
-
-
-def _gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+    return {
+        "seconds": found.seconds,
+        "gigabytes_per_second": found.gigabytes_per_second,
+        "buckets": len(found.plan.steps),
+        "bucket_bytes": found.plan.bucket_bytes,
+        "device_bytes": found.device_bytes,
+        "bound_by": found.bound_by,
+        "waiting_for": found.critical,
+    }
 
 
 def _as_text(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['checkpoint']}: {_gigabytes(result['bytes'])} in {result['tensors']:,} tensors, "
+        f"{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB in {result['tensors']:,} tensors, "
         f"{result['world_size']} ranks with up to "
-        f"{_gigabytes(result['host_bytes_of_a_rank'])} of host memory each"
+        f"{result['host_bytes_of_a_rank'] / 1e9:.2f} GB of host memory each"
     ]
     for method in ("broadcast", "p2p"):
         found = result[method]
         waits = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found["waiting_for"].items())
         lines += [
             f"{method:9} {found['seconds']:8.3f} s {found['gigabytes_per_second']:7.1f} GB/s, "
-            f"{found['buckets']} buckets of up to {_gigabytes(found['bucket_bytes'])}, "
-            f"{_gigabytes(found['device_bytes'])} of each receiver's device",
+            f"{found['buckets']} buckets of up to {found['bucket_bytes'] / 1e9:.2f} GB, "
+            f"{found['device_bytes'] / 1e9:.2f} GB of each receiver's device",
             f"          waits, s: {waits}",
         ]
     return "\n".join(lines)

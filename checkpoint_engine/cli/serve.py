@@ -46,9 +46,7 @@ def serve(
     try:
         rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
         if not 0 <= rank < world_size:
-            raise ValueError(
-                f"RANK {rank} of WORLD_SIZE {world_size}: a launcher such as torchrun sets both"
-            )
+            raise ValueError(f"RANK {rank} of WORLD_SIZE {world_size}: torchrun sets both")
         options = ServeOptions(
             uds=None if uds is None else uds.replace("{rank}", str(rank)),
             port=port + integer("LOCAL_RANK", 0) if port else port,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from glob import escape, glob
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import click
@@ -29,7 +27,7 @@ _HINTS = {
     404: "is this a rank's server, as `checkpoint-engine serve` starts it?",
     409: "wait for the call that is running: `checkpoint-engine status` shows it",
 }
-_START = "is the server up? see `checkpoint-engine serve`"
+_START = "`checkpoint-engine status` tells if it is up, `checkpoint-engine serve` starts one"
 STATUS = "/v1/status"
 _NEEDED = {"rank": int, "world_size": int, "checkpoints": list, "jobs": list, "pinned_bytes": int}
 """What a status has at least."""
@@ -62,17 +60,15 @@ class Server:
         from checkpoint_engine.client import exchange
 
         is_url = "://" in self.place
-        url = f"{self.place.rstrip('/') if is_url else 'http://server'}{route}"
+        url = f"{self.place if is_url else 'http://server'}{route}"
         uds = None if is_url else self.place
         try:
             response = exchange(method, url, timeout, uds, body, token=self.token)
         except ValueError as error:
             raise ServiceError(self.place, 400, str(error)) from None
-        except httpx.TimeoutException as error:
-            text, hint = f"no answer within {timeout:g} s", "`checkpoint-engine status`"
-            raise ServiceError(self.place, None, text, hint) from error
         except httpx.RequestError as error:
-            text = f"no answer: {str(error) or type(error).__name__}"
+            why = str(error) or type(error).__name__
+            text = f"no answer within {timeout:g} s: {why}"
             raise ServiceError(self.place, None, text, _START) from error
         if not response.is_success:
             raise refusal(self.place, response.status_code, response.text)
@@ -124,8 +120,7 @@ def find_servers(places: Sequence[str], token: str | None) -> list[Server]:
 
 def _expand(pattern: str) -> list[str]:
     if "://" in pattern:
-        _check_url(pattern)
-        return [pattern]
+        return [plain_url(pattern)]
     if "/" not in pattern and ":" in pattern:
         raise click.UsageError(f"{pattern!r} is neither a path nor a URL as http://{pattern}")
     if RANK not in pattern:
@@ -136,18 +131,19 @@ def _expand(pattern: str) -> list[str]:
     return [match[0] for match in sorted(filter(None, matches), key=lambda found: int(found[1]))]
 
 
-def _check_url(text: str) -> None:
-    import httpx
+def plain_url(text: str) -> str:
+    """A URL from the command line, without the slash at its end.
+
+    Raises:
+        click.UsageError: ``client.parse_url`` refuses it.
+    """
+    from checkpoint_engine.client import parse_url
 
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise click.UsageError(f"{text!r} is no URL: {error}") from error
-    if url.userinfo:
-        raise click.UsageError("give no user or password in a URL: a token is its own option")
-    host = url.host if url.scheme in ("http", "https") and (url.port or 0) < 1 << 16 else ""
-    if not host or set(host) & set(",{}"):
-        raise click.UsageError(f"{text!r} is no URL of one server, as http://host:8000")
+        parse_url(text)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return text.rstrip("/")
 
 
 class World:
@@ -166,17 +162,17 @@ class World:
             ServiceError: one does not answer, or a rank of theirs is not among them.
         """
         states = ask(servers, "GET", STATUS, collective=True)
-        ranks = [state["rank"] for state in states]
+        in_order = sorted(zip(states, servers, strict=True), key=lambda one: one[0]["rank"])
+        ranks = [state["rank"] for state, _ in in_order]
         size = max(state["world_size"] for state in states)
-        if sorted(ranks) != list(range(size)):
+        if ranks != list(range(size)):
             places = ", ".join(server.place for server in servers)
             missing = sorted(set(range(size)) - set(ranks))
             absent = f"ranks {missing} are missing: name them, and start those that are not up"
             hint = absent if missing else "name every rank once"
-            raise ServiceError(places, None, f"these are ranks {sorted(ranks)} of {size}", hint)
-        self.servers = [servers[ranks.index(rank)] for rank in range(size)]
-        ordered = [states[ranks.index(rank)] for rank in range(size)]
-        self.held = [{one["name"] for one in state["checkpoints"]} for state in ordered]
+            raise ServiceError(places, None, f"these are ranks {ranks} of {size}", hint)
+        self.servers = [server for _, server in in_order]
+        self.held = [{one["name"] for one in state["checkpoints"]} for state, _ in in_order]
         self.registered = sorted(set().union(*self.held))
         self.has_loaded_metas = all(state.get("metas_loaded", False) for state in states)
 
@@ -201,30 +197,23 @@ def ask(
         ServiceError: of the first that fails in a collective call. The others may be waiting for
             that one, and are not waited for long.
     """
-    queue: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-
-    def ask_one(place: int) -> None:
-        server = servers[place]
-        try:
-            answer = server.ask(method, route, timeout, None if bodies is None else bodies[place])
-        except Exception as error:
-            known = isinstance(error, ServiceError)
-            answer = error if known else ServiceError(server.place, None, repr(error))
-        queue.put((place, answer))
-
-    for place in range(len(servers)):
+    futures: list[Future[Any]] = []
+    for server, body in zip(servers, bodies or [None] * len(servers), strict=True):
+        futures.append(Future())
+        call = (futures[-1], server, method, route, timeout, body)
         # Daemons, because the command may end before all have answered.
-        threading.Thread(target=ask_one, args=(place,), daemon=True).start()
-    found: dict[int, Any] = {}
-    failure: ServiceError | None = None
-    ends = math.inf
-    with contextlib.suppress(Empty):
-        while len(found) < len(servers):
-            left = None if failure is None else max(0.0, ends - time.monotonic())
-            place, answer = queue.get(timeout=left)
-            found[place] = answer
-            if collective and failure is None and isinstance(answer, ServiceError):
-                failure, ends = answer, time.monotonic() + _FAREWELL
-    if failure is not None:
+        threading.Thread(target=_ask_one, args=call, daemon=True).start()
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION if collective else ALL_COMPLETED)
+    failure = next(filter(None, (one.exception() for one in done)), None)
+    if collective and failure is not None:
+        wait(futures, _FAREWELL)
         raise failure
-    return [found[place] for place in range(len(servers))]
+    return [one.exception() or one.result() for one in futures]
+
+
+def _ask_one(answer: Future[Any], server: Server, *call: Any) -> None:
+    try:
+        answer.set_result(server.ask(*call))
+    except Exception as error:
+        known = isinstance(error, ServiceError)
+        answer.set_exception(error if known else ServiceError(server.place, None, repr(error)))

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import click
 
 from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
-from checkpoint_engine.cli.servers import STATUS, Server, ServiceError, World, ask, find_servers
+from checkpoint_engine.cli.servers import Server, ServiceError, World, ask, find_servers, plain_url
 from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
@@ -46,12 +46,13 @@ def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
     return command
 
 
+_timeout = functools.partial(click.option, "--timeout", type=SECONDS, show_default=True)
+
+
 def _name(value: str) -> str:
     """A checkpoint's name, as it can stand in a route."""
     if not value or "/" in value or not value.isprintable():
-        raise click.BadParameter(
-            f"{value!r}: a checkpoint's name has no slash and no control character"
-        )
+        raise click.BadParameter(f"{value!r}: a name has no slash and no control character")
     return value
 
 
@@ -65,8 +66,7 @@ def _route_of(name: str) -> str:
 @click.command()
 @click.argument("name", type=_name)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--timeout", type=SECONDS, default=3600.0,
-              show_default=True, help="Seconds.")  # fmt: skip
+@_timeout(default=3600.0, help="Seconds.")
 @service_command
 def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: float) -> Shown:
     """Register checkpoint NAME: the ranks share the files, or those in a folder, among them.
@@ -88,29 +88,30 @@ def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: f
     _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began
     shared = {server.place: share for server, share in zip(world.servers, shares, strict=True)}
-    return Shown(
-        {"checkpoint": name, "seconds": seconds, "files": shared},
-        f"registered {name}: {len(files)} files on {len(shares)} ranks, {seconds:.2f} s",
-    )
+    text = f"registered {name}: {len(files)} files on {len(shares)} ranks, {seconds:.2f} s"
+    return Shown({"checkpoint": name, "seconds": seconds, "files": shared}, text)
 
 
 def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> None:
     """Raise the first failure, once the ranks that succeeded have freed the checkpoint."""
-    failures = {rank: one for rank, one in enumerate(answers) if isinstance(one, ServiceError)}
+    failures = _failures(answers)
     if not failures:
         return
     done = [rank for rank in range(len(answers)) if rank not in failures]
     undone = ask([world.servers[rank] for rank in done], "DELETE", _route_of(name), _UNDOING)
-    kept = [r for r, one in zip(done, undone, strict=True) if isinstance(one, ServiceError)]
+    kept = [done[place] for place in _failures(undone)]
     # These did not say that they failed.
     kept += [rank for rank, failure in failures.items() if failure.status in (None, 200)]
     first = next(iter(failures.values()))
     if kept:
-        first.hint = (
-            f"ranks {sorted(kept)} may hold their part, or still register it: see "
-            f"`checkpoint-engine status`, then `checkpoint-engine unregister {name}`"
-        )
+        first.hint = f"ranks {sorted(kept)} may hold their part, or still register it: see "
+        first.hint += f"`checkpoint-engine status`, then `checkpoint-engine unregister {name}`"
     raise first
+
+
+def _failures(answers: Sequence[Any]) -> dict[int, ServiceError]:
+    """By the place of the server."""
+    return {place: one for place, one in enumerate(answers) if isinstance(one, ServiceError)}
 
 
 @click.command()
@@ -126,23 +127,19 @@ def unregister(servers: list[Server], name: str) -> Shown:
 
 def _raise_first(answers: Sequence[Any]) -> None:
     """The first failure, if any, and which ranks it is of."""
-    failed = [place for place, answer in enumerate(answers) if isinstance(answer, ServiceError)]
-    if failed:
-        first = answers[failed[0]]
+    for first in (failed := _failures(answers)).values():
         if len(failed) < len(answers):
-            others = f"ranks {failed} failed, the others have done it"
-            first.hint = f"{first.hint}; {others}".removeprefix("; ")
+            first.hint += f"; ranks {list(failed)} failed, the others have done it"
         raise first
 
 
 def _check_registered(world: World, name: str) -> None:
     if name not in world.registered:
-        registered = ", ".join(world.registered) or "nothing"
-        loaded = "; to read the metas that were loaded: --ranks and --no-gather"
-        raise Failure(
-            f"no rank has registered {name!r}; registered: {registered}"
-            + (loaded if world.has_loaded_metas else "")
-        )
+        text = f"no rank has registered {name!r}; registered: "
+        text += ", ".join(world.registered) or "nothing"
+        if world.has_loaded_metas:
+            text += "; to read the metas that were loaded: --ranks and --no-gather"
+        raise Failure(text)
 
 
 # ---------------------------------------------------------------------- update
@@ -150,7 +147,7 @@ def _check_registered(world: World, name: str) -> None:
 
 @click.command()
 @click.argument("name", type=_name)
-@click.option("--engine", "engines", multiple=True, metavar="URL",
+@click.option("--engine", "engines", multiple=True, metavar="URL", type=plain_url,
               help="An engine, as http://localhost:19730; repeat it in the order of the ranks "
               "that serve it. None: no engine is asked.")  # fmt: skip
 @click.option("--engine-uds", "sockets", multiple=True, metavar="PATH",
@@ -161,8 +158,7 @@ def _check_registered(world: World, name: str) -> None:
 @click.option("--gather/--no-gather", "gather_first", default=None,
               help="Learn first who owns what. Default: but where nothing is registered, metas "
               "were loaded, and --ranks read what they tell of.")  # fmt: skip
-@click.option("--timeout", type=SECONDS, default=300.0,
-              show_default=True, help="Seconds for the update.")  # fmt: skip
+@_timeout(default=300.0, help="Seconds for the update.")
 @service_command
 def update(
     servers: list[Server],
@@ -181,12 +177,10 @@ def update(
     if members and max(members) >= size:
         raise click.UsageError(f"--ranks names rank {max(members)}; the last one is {size - 1}")
     taking_part = members or list(range(size))
-    asked = [{"update_url": f"{_engine(url)}/collective_rpc"} for url in engines]
+    asked = [{"update_url": f"{url}/collective_rpc"} for url in engines]
     asked += [{"update_url": "http://engine/collective_rpc", "uds": path} for path in sockets]
     requests = _requests(asked, workers, taking_part, size)
-    bodies = [
-        {"ranks": members, "timeout": timeout, **requests.get(rank, {})} for rank in range(size)
-    ]
+    bodies = [{"ranks": members, "timeout": timeout, **requests.get(r, {})} for r in range(size)]
     if gather_first is None:
         gather_first = not (members and world.has_loaded_metas and not world.registered)
     began = time.perf_counter()
@@ -196,16 +190,8 @@ def update(
     route = f"{_route_of(name)}/update"
     ask(world.servers, "POST", route, timeout + _GRACE, bodies, collective=True)
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
-    return Shown(
-        {"checkpoint": name, "ranks": taking_part, "seconds": seconds},
-        f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s",
-    )
-
-
-def _engine(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise click.UsageError(f"--engine {url!r} is no URL as http://localhost:19730")
-    return url.rstrip("/")
+    text = f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s"
+    return Shown({"checkpoint": name, "ranks": taking_part, "seconds": seconds}, text)
 
 
 def _requests(
@@ -218,27 +204,20 @@ def _requests(
     """
     workers = workers or max(1, size // max(1, len(engines)))
     served = len(engines) * workers
+    text = f"{len(engines)} engines of {workers} workers"
     if served > size:
-        raise click.UsageError(
-            f"{len(engines)} engines of {workers} workers need more ranks than {size}"
-        )
+        raise click.UsageError(f"{text} need more ranks than {size}")
     requests = {}
     for first, engine in zip(range(0, served, workers), engines, strict=True):
         group = list(range(first, first + workers))
         taking_part = set(group) & set(members)
         if taking_part and len(taking_part) < workers:
-            raise click.UsageError(
-                f"ranks {group} serve one engine: --ranks has to name all of them or none"
-            )
+            raise click.UsageError(f"ranks {group} serve one engine: name all of them or none")
         if taking_part:
             requests[first] = {**engine, "inference_group_ranks": group}
-    alone = [rank for rank in members if rank >= served]
-    if engines and alone:
-        raise click.UsageError(
-            f"{len(engines)} engines of {workers} workers are those of the first {served} ranks, "
-            f"so ranks {alone} have none: give one --engine for each group of ranks, in their "
-            "order, or none at all"
-        )
+    if engines and (alone := [rank for rank in members if rank >= served]):
+        text += f" serve the first {served} ranks, so ranks {alone} have none: give one --engine "
+        raise click.UsageError(text + "for each group of ranks, in their order, or none at all")
     return requests
 
 
@@ -274,8 +253,7 @@ def parse_ranks(text: str) -> list[int]:
               help="Take over another world's metas from this file, on every rank.")  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write them there, for --load or for examples/update.py.")  # fmt: skip
-@click.option("--timeout", type=SECONDS, default=60.0,
-              show_default=True, help="Seconds for all ranks to meet.")  # fmt: skip
+@_timeout(default=60.0, help="Seconds for all ranks to meet.")
 @service_command
 def metas(
     servers: list[Server], name: str | None, load: Path | None, output: Path | None, timeout: float
@@ -287,8 +265,12 @@ def metas(
     if name is not None:
         _gather(World(servers), name, timeout)
     if load is not None:
-        contents = [_read_json(load)] * len(servers)
-        _raise_first(ask(World(servers).servers, "POST", "/v1/metas", bodies=contents))
+        try:
+            content = json.loads(load.read_bytes())
+        except ValueError as error:
+            raise Failure(f"{load} holds no metas as --output writes them: {error}") from error
+        bodies = [content] * len(servers)
+        _raise_first(ask(World(servers).servers, "POST", "/v1/metas", bodies=bodies))
     found: dict[str, Any] = servers[0].ask("GET", "/v1/metas") or {}
     if output is not None:
         if not found:
@@ -296,13 +278,6 @@ def metas(
         output.write_text(json.dumps(found))
     lines = [_describe(rank, owned) for rank, owned in found.items()]
     return Shown(found, "\n".join(lines) or "nothing was gathered")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Failure(f"{path} holds no metas as --output writes them: {error}") from error
 
 
 def _describe(rank: str, owned: dict[str, Any]) -> str:
@@ -317,7 +292,7 @@ def _describe(rank: str, owned: dict[str, Any]) -> str:
 @service_command
 def status(servers: list[Server]) -> Shown:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
-    answers = ask(servers, "GET", STATUS)
+    answers = ask(servers, "GET", "/v1/status")
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
     known = [state for state in states if "rank" in state]
     size = max((state["world_size"] for state in known), default=0)
@@ -325,27 +300,24 @@ def status(servers: list[Server]) -> Shown:
     lines = list(map(_one_line, states))
     if missing and len(known) == len(states):
         lines.append(f"ranks {missing} of {size} are missing: name them, or start them")
-    code = FAILED if len(known) < len(states) else 0
-    if missing or not all(state["up"] for state in states):
-        code = UNREACHABLE
+    is_down = missing or not all(state["up"] for state in states)
+    code = UNREACHABLE if is_down else FAILED if len(known) < len(states) else 0
     return Shown({"servers": states, "missing_ranks": missing}, "\n".join(lines), code)
 
 
 def _state(server: Server, answer: Any) -> dict[str, Any]:
-    if isinstance(answer, ServiceError):
-        up = answer.status is not None
-        return {"server": server.place, "up": up, "error": answer.message, "hint": answer.hint}
-    return {"server": server.place, "up": True, **answer}
+    if not isinstance(answer, ServiceError):
+        return {"server": server.place, "up": True, **answer}
+    up = answer.status is not None
+    return {"server": server.place, "up": up, "error": answer.message, "hint": answer.hint}
 
 
 def _one_line(state: dict[str, Any]) -> str:
     if "error" in state:
         return f"{state['error']}\n{state['hint']}".strip()
-    running = [job for job in state["jobs"] if job["state"] == "running"]
-    jobs = running or state["jobs"][:1]
+    jobs = [job for job in state["jobs"] if job["state"] == "running"] or state["jobs"][:1]
     doing = ", ".join(f"{job['call']} {job['checkpoint']} {job['state']}" for job in jobs) or "idle"
-    gigabytes = f"{state['pinned_bytes'] / 1e9:.2f} GB"
     return (
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
-        f"{len(state['checkpoints'])} checkpoints, {gigabytes}, {doing}"
+        f"{len(state['checkpoints'])} checkpoints, {state['pinned_bytes'] / 1e9:.2f} GB, {doing}"
     )

@@ -1,5 +1,5 @@
 """One rank's ``ParameterServer`` over HTTP.
 
-``serve`` listens, ``guard`` and ``access`` say who may ask for what, ``app`` has the routes that do
-something and ``looking`` those that only look.
+``serve`` listens, ``access`` says who may ask for what, ``app`` has the routes, ``jobs`` the calls
+and ``metrics`` what Prometheus reads.
 """

@@ -5,26 +5,27 @@ Every rank serves its own; a collective call (gather, update) is posted to all o
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from loguru import logger
 from pydantic import Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.service.access import Access
-from checkpoint_engine.service.journal import Job, Journal
-from checkpoint_engine.service.looking import make_router
-from checkpoint_engine.service.problems import Described, describe
-from checkpoint_engine.service.status import status_of
+from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status, status_of
+from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.settings import LONGEST_UPDATE
+from checkpoint_engine.update.snapshot import Described
 from checkpoint_engine.world.metas_file import Metas, encode_metas
 
 if TYPE_CHECKING:
@@ -55,14 +56,16 @@ update) are posted to all of them at once. Errors of the routes below /v1/checkp
 are a JSON string, as the original's; those of the others an object with code, message and hint."""
 _REFUSED = {"busy": 409, "forbidden": 403}
 _SHOWN_ERRORS = 10
+_OWN_HOST_ONLY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 
 class RegisterRequest(Described):
     """The files whose tensors this rank shall own."""
 
-    files: list[ShortText] = Field(
-        max_length=65_536, examples=[["/models/step-1/model-00001-of-00008.safetensors"]]
-    )
+    files: list[ShortText] = Field(max_length=65_536, examples=[["/models/step-1/m.safetensors"]])
     """safetensors files, or .npy files with their .meta, on the server's host. A folder stands for
     all files of its checkpoint; an index among the files selects tensors."""
 
@@ -82,6 +85,12 @@ class UpdateRequest(Described):
     """Path of the Unix socket that the engine listens on, where it is not TCP."""
 
 
+class ErrorAnswer(Described):
+    """What the routes of this library answer when they fail; the original's answer a string."""
+
+    error: CallError
+
+
 def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """The HTTP service of one rank's server.
 
@@ -93,16 +102,19 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     ps.allowed_folders = rules.folders
     app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
     app.add_exception_handler(RequestValidationError, _explain)
-    journal = Journal()
-    app.include_router(
-        make_router(lambda: status_of(ps.snapshot(), journal.jobs()), journal), tags=["observe"]
-    )
+    jobs = Jobs()
+    _add_calls(app, ps, rules, jobs)
+    _add_views(app, lambda: status_of(ps.snapshot(), jobs), jobs)
+    return app
+
+
+def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> None:
+    """The routes that do something."""
 
     def do(call: str, name: str, action: Callable[[], object], wait: bool = True) -> Response:
         if wait:
-            return _answer(lambda: journal.run(call, name, action))
-        job = journal.start(call, name, action)
-        return JSONResponse(job.model_dump(mode="json"), status_code=202)
+            return _answer(lambda: jobs.run(call, name, action))
+        return _json(jobs.start(call, name, action), 202)
 
     @app.get("/v1/healthz", summary="Whether this rank answers, also during an update")
     async def healthz() -> Response:
@@ -137,7 +149,7 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
         timeout = timedelta(seconds=request.timeout)
         send = partial(ps.update, name, ask_engine, ranks=request.ranks, timeout=timeout)
         if wait and report:
-            return _answer(lambda: journal.run("update", name, send).model_dump_json().encode())
+            return _answer(lambda: jobs.run("update", name, send).model_dump_json().encode())
         return do("update", name, send, wait)
 
     @app.get("/v1/metas", response_model=Metas, summary="Who owns what, as gathered last")
@@ -148,7 +160,52 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     def load_metas(metas: Metas) -> Response:
         return do("load metas", "", lambda: ps.load_metas(metas))
 
-    return app
+
+def _add_views(app: FastAPI, read: Callable[[], Status], jobs: Jobs) -> None:
+    """The routes that only read: status, jobs, metrics, and the page at ``/``."""
+    metrics: Metrics | None = None
+    with contextlib.suppress(ImportError):
+        metrics = Metrics(read, jobs)
+
+    @app.get("/v1/status", tags=["status"], summary="What this rank holds, does and did")
+    def status() -> Status:
+        return read()
+
+    @app.get("/v1/jobs", tags=["status"], summary="The calls of this rank, the latest first")
+    def list_jobs() -> list[Job]:
+        return jobs.all()
+
+    @app.get(
+        "/v1/jobs/{id}",
+        tags=["status"],
+        summary="One call",
+        response_model=Job,
+        responses={404: {"model": ErrorAnswer, "description": "There is no such job."}},
+    )
+    def job(id: Annotated[str, Path(description="As the call was answered.")]) -> object:
+        hint = "only the last 100 that have ended are remembered, and none of before a restart"
+        return jobs.find(id) or _failed(404, "not_found", f"there is no job {id!r:.100}", hint)
+
+    @app.get("/metrics", tags=["status"], summary="Figures for Prometheus", response_class=Response)
+    def prometheus() -> Response:
+        if metrics is None:
+            hint = "pip install 'checkpoint-engine[metrics]'"
+            return _failed(501, "not_installed", "prometheus-client is not installed", hint)
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        content = resources.files(__package__).joinpath("page.html").read_bytes()
+        headers = {"Content-Security-Policy": _OWN_HOST_ONLY, "Cache-Control": "no-store"}
+        return HTMLResponse(content, headers=headers)
+
+
+def _failed(status: int, code: str, message: str, hint: str) -> Response:
+    return _json(ErrorAnswer(error=CallError(code=code, message=message, hint=hint)), status)
+
+
+def _json(content: Described, status: int) -> Response:
+    return Response(content.model_dump_json(), status, media_type="application/json")
 
 
 def _answer(call: Callable[[], object]) -> Response:
@@ -156,13 +213,13 @@ def _answer(call: Callable[[], object]) -> Response:
     try:
         result = call()
     except Exception as error:
-        problem = describe(error)
-        status = _REFUSED.get(problem.code, 500)
+        failure = CallError.of(error)
+        status = _REFUSED.get(failure.code, 500)
         if status == 500:
             logger.exception("a request failed")
         elif status == 403:
             logger.warning("refused: {}", error)
-        text = problem.message.encode(errors="replace").decode()
+        text = failure.message.encode(errors="replace").decode()
         return JSONResponse(text, status_code=status)
     if isinstance(result, bytes):
         return Response(result, media_type="application/json")

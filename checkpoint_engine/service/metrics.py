@@ -8,8 +8,7 @@ from typing import Any
 
 from checkpoint_engine.errors import KINDS
 from checkpoint_engine.ground.report import PHASES
-from checkpoint_engine.service.journal import CALLS, Job, Journal
-from checkpoint_engine.service.status import Status
+from checkpoint_engine.service.jobs import CALLS, Job, Jobs, Status
 from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -30,13 +29,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counts the jobs of a journal, and looks at the rest at the moment of a scrape."""
+    """Counts the jobs that end, and reads the rest at the moment of a scrape."""
 
-    def __init__(self, look: Callable[[], Status], journal: Journal) -> None:
+    def __init__(self, read: Callable[[], Status], jobs: Jobs) -> None:
         """Raises ``ImportError`` without prometheus-client."""
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
-        self._look = look
+        self._read = read
         # One of its own: several servers in a process do not mix.
         self._registry = CollectorRegistry()
         common: dict[str, Any] = {"namespace": "checkpoint_engine", "registry": self._registry}
@@ -54,7 +53,7 @@ class Metrics:
         for call in CALLS:
             self._seconds.labels(call)
         self._registry.register(self)
-        journal.listen(self._count)
+        jobs.on_end = self._count
 
     def _rise(self, name: str, amount: float, *labels: str) -> None:
         counter = self._counters[name]
@@ -83,7 +82,7 @@ class Metrics:
         """What the server holds, for the registry."""
         from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
-        now = self._look()
+        now = self._read()
         place = {"rank": str(now.rank), "device": now.device, "version": now.version}
         yield InfoMetricFamily("checkpoint_engine", "This rank's server.", value=place)
         running = sum(job.state == "running" for job in now.jobs)

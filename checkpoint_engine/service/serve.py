@@ -110,7 +110,7 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     """uvicorn's configuration for ``app`` behind the limits of ``options``."""
     import uvicorn
 
-    from checkpoint_engine.service.guard import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
+    from checkpoint_engine.service.access import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
 
     return uvicorn.Config(
         Guard(app, options.token, options.max_body_bytes),

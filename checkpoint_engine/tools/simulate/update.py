@@ -1,20 +1,106 @@
 """Predicts an update: the plan that the ranks would execute, turned into tasks on a cluster's
 links.
 
-The plan is the real one. Ranks that only receive behave alike and are simulated as one: a bucket is
-loaded by all workers in the same time.
+The plan is the real one, of the headers of a checkpoint's files. Ranks that only receive behave
+alike and are simulated as one: a bucket is loaded by all workers in the same time.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from checkpoint_engine.data_types import H2DBucket, TensorPart
+from checkpoint_engine.data_types import (
+    H2DBucket,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+    TensorPart,
+)
+from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.sources import natural_key
+from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.world.gathered import topology
+
+Metas = dict[int, MemoryBufferMetaList]
+_STAGES = ("fetch", "deliver", "broadcast", "reload")
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def read_headers(checkpoint: Path) -> list[ParameterMeta]:
+    """The tensors of a safetensors file, or of the checkpoint in a folder; only headers are read.
+
+    Raises:
+        ValueError: as ``open_files``.
+    """
+    return [source.meta for source in open_files([checkpoint]).values()]
+
+
+def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
+    """Deal the tensors to the owners, in natural order and by bytes, as ``examples/update.py``
+    does. Each owner has one buffer."""
+    in_order = sorted(tensors, key=lambda meta: natural_key(meta.name))
+    total = max(sum(meta.aligned_size for meta in in_order), 1)
+    shares: defaultdict[int, MemoryBufferMetas] = defaultdict(
+        lambda: MemoryBufferMetas.model_construct(metas=[], ptr=0, size=0)
+    )
+    begin = 0
+    for meta in in_order:
+        share = shares[owners[min(begin * len(owners) // total, len(owners) - 1)]]
+        share.metas.append(meta)
+        share.size += meta.aligned_size
+        begin += meta.aligned_size
+    return {
+        owner: MemoryBufferMetaList.model_construct(
+            p2p_store_addr=None, memory_buffer_metas_list=[share], rdma_device="", lease=None
+        )
+        for owner, share in shares.items()
+    }
+
+
+def make_plan(
+    metas: Metas,
+    cluster: Cluster,
+    *,
+    free_device_bytes: int,
+    cap: int,
+    receivers: Sequence[int] | None = None,
+    joins_parts: bool = True,
+) -> TransferPlan:
+    """The plan that the ranks would cut.
+
+    Args:
+        free_device_bytes: that the buffers may take on the fullest device.
+        cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
+        receivers: P2P to these ranks. ``None``: broadcast to all.
+        joins_parts: the workers are this library's and have been updated before: then a broadcast
+            may cut tensors, as ``Way.plan`` decides it.
+
+    Raises:
+        ValueError: the largest tensor does not fit.
+    """
+    p2p = receivers is not None
+    may_cut = joins_parts and not p2p
+    largest = planning.largest_tensor(metas)
+    size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
+    local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
+    pace = planning.choose_pace(is_accelerator=True, p2p=p2p)
+    return planning.plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
+
+
+def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:
+    """Which of ``ranks`` share each NIC, by its name."""
+    return topology((rank, cluster.nic_of(rank), f"node{cluster.node_of(rank)}") for rank in ranks)
+
+
+# ---------------------------------------------------------------------- the prediction
 
 
 @dataclass(frozen=True)
@@ -23,6 +109,7 @@ class Prediction:
 
     Attributes:
         seconds: of the whole call.
+        plan: what it moves.
         critical: the seconds, by what the update waited for: a bucket's ``fetch`` into a device,
             its way from staging (``deliver``), its ``broadcast``, its ``reload``, and what happens
             ``once``.
@@ -31,18 +118,15 @@ class Prediction:
         spans: when each stage of each bucket ran.
     """
 
+    plan: TransferPlan = field(repr=False)
     seconds: float
-    total_bytes: int
-    tensors: int
-    buckets: int
-    bucket_bytes: int
     device_bytes: int
     critical: dict[str, float]
     spans: tuple[Span, ...] = field(repr=False)
 
     @property
     def gigabytes_per_second(self) -> float:
-        return self.total_bytes / GB / self.seconds
+        return self.plan.total_bytes / GB / self.seconds
 
     @property
     def bound_by(self) -> str:
@@ -68,26 +152,18 @@ def predict(
         order: adds the tasks of all steps, each after those that it waits for. ``None``: as this
             library orders them.
     """
-    ranks = list(range(cluster.gpus)) if members is None else sorted(members)
+    ranks = range(cluster.gpus) if members is None else members
     model = Model(plan, cluster, costs, ranks, remote)
-    staged = plan.staging and len(ranks) > 1 and (remote or cluster.cores is None)
-    (order or (Model.add_staged if staged else Model.add_direct))(model)
+    (order or Model.add_steps)(model)
     spans = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
-    once = costs.per_update + costs.per_buffer_gb * double_buffer / GB
-    critical = {"fetch": 0.0, "deliver": 0.0, "broadcast": 0.0, "reload": 0.0, "once": once}
+    critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
     for span in critical_path(spans):
         critical[span.kind] += span.end - span.begin
-    return Prediction(
-        seconds=sum(critical.values()),
-        total_bytes=plan.total_bytes,
-        tensors=plan.tensor_count,
-        buckets=len(plan.steps),
-        bucket_bytes=plan.bucket_bytes,
-        device_bytes=double_buffer + plan.bucket_bytes * staged + _put_together(plan),
-        critical=critical,
-        spans=tuple(spans),
-    )
+    parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
+    put_together = max((part.total for part in parts), default=0)
+    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + put_together
+    return Prediction(plan, sum(critical.values()), device_bytes, critical, tuple(spans))
 
 
 class Model:
@@ -95,120 +171,67 @@ class Model:
     stage of one step, after the tasks that are named, and return it."""
 
     def __init__(
-        self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: list[int], remote: bool
+        self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: Sequence[int], remote: bool
     ) -> None:
         self.plan = plan
-        self._cluster = cluster
         self._costs = costs
         self._ranks = ranks
         self._remote = remote
         self._nodes = len({cluster.node_of(rank) for rank in ranks})
-        self._on_one_node = -(-len(ranks) // self._nodes)
-        self.simulation = Simulation(self._links())
+        reads = remote and any(step.owner != step.receiver for step in plan.steps)
+        # A receiver's NIC that reads by P2P broadcasts meanwhile, where there are several nodes.
+        share = 0.5 if reads and self._nodes > 1 else 1.0
+        self._cluster = replace(cluster, nic=cluster.nic * share)
+        self.is_staged = plan.staging and len(ranks) > 1
+        self.simulation = Simulation(self._links(owners_nic=cluster.nic))
 
-    # ------------------------------------------------------------------ the orders of work
-
-    def add_staged(self) -> None:
-        """Several ranks: the next bucket of each receiver is fetched into staging, while those of
-        others are broadcast. Two buckets are in the double buffer."""
-        delivered: defaultdict[int, int | None] = defaultdict(lambda: None)
+    def add_steps(self) -> None:
+        """All steps, each stage after those that it waits for in this library."""
+        arrived: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
         for step in self.plan.steps:
-            slot_free = reloads[-2]
-            fetched = self.fetch(step, [delivered[step.receiver]])
-            arrived = delivered[step.receiver] = self._deliver(
-                step, [fetched, slot_free, broadcast]
-            )
-            broadcast = self.broadcast(step, [arrived])
+            slot_free = reloads[-2]  # two buckets are in the double buffer
+            if self.is_staged:
+                fetched = self.fetch(step, [arrived[step.receiver]])
+                staged = {f"device {step.receiver}": step.bucket.size / GB}
+                before = [fetched, slot_free, broadcast]
+                ready = self.simulation.task("deliver", amounts=staged, after=before)
+            else:
+                ready = self.fetch(step, [slot_free, broadcast])
+            arrived[step.receiver] = ready
+            broadcast = self.broadcast(step, [ready])
             reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1]])]
 
-    def add_direct(self) -> None:
-        """Without staging a bucket is fetched into the double buffer. Host memory is broadcast from
-        where it lies, beside the copy, but shared memory from there."""
-        on_cores = self._cluster.cores is not None and not self._remote
-        in_place = on_cores and not self._cluster.shared_memory
-        last: int | None = None
-        fetches: defaultdict[int, int | None] = defaultdict(lambda: None)
-        broadcast: int | None = None
-        reloads: list[int | None] = [None, None]
-        for step in self.plan.steps:
-            slot_free = reloads[-2]
-            # Each rank's one thread fetches its own buckets and takes those of others in turn.
-            apart = in_place or (on_cores and step.receiver == last)
-            before = fetches[step.receiver] if apart else broadcast
-            last = step.receiver
-            fetched = fetches[step.receiver] = self.fetch(step, [slot_free, before])
-            broadcast = self.broadcast(step, [slot_free, broadcast, None if in_place else fetched])
-            reloads = [reloads[-1], self.reload(step, [fetched, broadcast, reloads[-1]])]
-
-    # ------------------------------------------------------------------ the stages
-
     def fetch(self, step: Step, after: list[int | None]) -> int:
-        nbytes = step.bucket.size / GB
+        """Into staging, or into the double buffer where there is none."""
+        cluster = self._cluster
         if self._remote and step.owner != step.receiver:
-            amounts = {
-                f"out {self._cluster.nic_of(step.owner)}": nbytes,
-                f"in {self._cluster.nic_of(step.receiver)}": nbytes,
-            }
+            links = [f"out {cluster.nic_of(step.owner)}", f"in {cluster.nic_of(step.receiver)}"]
         else:
-            node = self._cluster.node_of(step.receiver)
-            amounts = {f"pcie {step.receiver}": nbytes, f"memory {node}": nbytes}
-        if self._cluster.cores is not None:
-            amounts["cores"] = nbytes / self._cluster.host_to_device
+            links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
+        amounts = dict.fromkeys(links, step.bucket.size / GB)
         return self.simulation.task("fetch", amounts=amounts, after=after)
 
-    def _deliver(self, step: Step, after: list[int | None]) -> int:
-        """From staging into the double buffer."""
-        nbytes = step.bucket.size / GB
-        if self._cluster.cores is None:
-            amounts = {f"device {step.receiver}": nbytes}
-        else:
-            amounts = {
-                f"pcie {step.receiver}": nbytes,
-                "cores": nbytes / self._cluster.host_to_device,
-            }
-        return self.simulation.task("deliver", amounts=amounts, after=after)
-
     def broadcast(self, step: Step, after: list[int | None]) -> int:
-        nbytes = step.bucket.size / GB
         if len(self._ranks) == 1 or not step.bucket.size:
             return self.simulation.task("broadcast", after=after)
-        rate = self._cluster.broadcast(self._nodes)
-        amounts = {"fabric": nbytes}
-        if self._nodes > 1 and self._remote:
-            receivers = {each.receiver for each in self.plan.steps}
-            share = nbytes / self._cluster.nics_per_node
-            amounts |= {f"in {self._cluster.nic_of(rank)}": share for rank in receivers}
-        if self._cluster.shared_memory and self._nodes == 1:
-            copied = (len(self._ranks) - 1) * nbytes
-            amounts[f"memory {self._cluster.node_of(step.receiver)}"] = copied
-            amounts["cores"] = copied / rate
-        elif self._cluster.cores is not None:
-            busy = self._cluster.broadcast_cores * self._on_one_node
-            amounts["cores"] = busy * nbytes / rate
+        amounts = {"fabric": step.bucket.size / GB}
         fixed = self._cluster.hop * (self._nodes - 1)
         return self.simulation.task("broadcast", fixed=fixed, amounts=amounts, after=after)
 
     def reload(self, step: Step, after: list[int | None]) -> int:
         """All workers load a bucket: messages, its checksum, Python for each tensor, then the
         bytes that they need."""
-        messages, loading = self._costs.per_bucket, self._loading(step.bucket)
-        amounts = {"workers": messages + loading}
-        if self._cluster.cores is not None:
-            busy = messages * self._costs.bucket_cores + loading
-            amounts["cores"] = busy * self._on_one_node
-            amounts[f"memory {self._cluster.node_of(step.receiver)}"] = (
-                self._on_one_node * step.bucket.size / GB
-            )
-        return self.simulation.task("reload", amounts=amounts, after=after)
+        seconds = self._costs.per_bucket + self._loading(step.bucket)
+        return self.simulation.task("reload", fixed=seconds, after=after)
 
     def _loading(self, bucket: H2DBucket) -> float:
         """A worker's seconds with a bucket. A part is copied to where its tensor is put together,
         which is loaded with the last one."""
         joining, nbytes = 0.0, bucket.size
         if isinstance(bucket, TensorPart):
-            joining = bucket.size / GB / self._cluster.copy_rate
+            joining = bucket.size / GB / self._cluster.device_memory
             if not bucket.is_last:
                 return joining
             nbytes = bucket.total
@@ -217,22 +240,14 @@ class Model:
         copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
         return joining + checking + python + copying
 
-    def _links(self) -> dict[str, float]:
-        """GB/s of every link that a step may use; seconds per second of workers and cores."""
+    def _links(self, owners_nic: float) -> dict[str, float]:
+        """GB/s of every link that a step may use."""
         cluster = self._cluster
-        links = {"fabric": cluster.broadcast(self._nodes), "workers": 1.0}
-        if cluster.cores is not None:
-            links["cores"] = float(cluster.cores)
+        links = {"fabric": cluster.broadcast(self._nodes)}
         for step in self.plan.steps:
             links[f"pcie {step.receiver}"] = cluster.host_to_device
             links[f"device {step.receiver}"] = cluster.device_memory
             links[f"memory {cluster.node_of(step.receiver)}"] = cluster.host_memory
-            links[f"out {cluster.nic_of(step.owner)}"] = cluster.nic
+            links[f"out {cluster.nic_of(step.owner)}"] = owners_nic
             links[f"in {cluster.nic_of(step.receiver)}"] = cluster.nic
         return links
-
-
-def _put_together(plan: TransferPlan) -> int:
-    """Bytes of the largest tensor that travels in parts."""
-    parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
-    return max((part.total for part in parts), default=0)
