@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import zlib
 from typing import Any
 
 import pytest
@@ -151,6 +152,13 @@ def test_decoding_leaves_garbage_collection_as_it_was() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", [-1, 1])
+def test_a_layout_whose_tensor_is_of_no_kind_is_refused(kind: int) -> None:
+    layout = {"counts": [1], "kinds": [["torch.int8", [1], 256]], "names": ["w"], "kind_of": [kind]}
+    with pytest.raises(ValueError, match="one is missing"):
+        decode_layout(zlib.compress(json.dumps(layout).encode()))
 
 
 def test_owners_with_nothing() -> None:

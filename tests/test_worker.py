@@ -26,6 +26,7 @@ from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
     DELIVERED,
     NOTHING_MORE,
+    PART,
     decode_acceptance,
     encode_extensions,
     encode_handle,
@@ -418,6 +419,19 @@ def test_what_was_loaded_is_what_the_server_planned(
     with pytest.raises(WireError, match=says):
         update.result(SOON)
     assert engine.hooks == 0
+
+
+def test_an_update_that_ends_within_a_tensor_is_refused(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    whole = pickle.dumps(sender.bucket({"large": torch.ones(100)}))
+    assert sender.say(whole + encode_extensions({PART: [0, 256, 0, 400, 0]})) == b""
+    assert "ended before all of their parts came" in sender.say(None).decode()
+    sender.say(None)
+    with pytest.raises(WireError, match="ended before all of their parts came"):
+        update.result(SOON)
+    assert (engine.weights, engine.hooks) == ({}, 0)
 
 
 @pytest.mark.parametrize("planned", [None, 3, {}, [[]], ["a", 2], "abc"])
