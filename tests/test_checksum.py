@@ -126,6 +126,21 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
             check_bytes(memory, *expected, "it")
 
 
+def test_sums_of_fewer_tensors_than_there_are_is_an_error() -> None:
+    buffers = HostMemory("cpu").fill(tensor_sources({"a": torch.ones(9), "b": torch.ones(9)}))
+    add_sums(buffers)
+    (whole,) = buffers
+    assert whole.checksums is not None
+    formula, _, sums = whole.checksums.partition(":")
+    half = base64.b64encode(base64.b64decode(sums)[:8]).decode()
+    metas = MemoryBufferMetas(metas=whole.metas, ptr=0, size=512, checksums=f"{formula}:{half}")
+    owner = MemoryBufferMetaList(
+        p2p_store_addr="", memory_buffer_metas_list=[metas], rdma_device=""
+    )
+    with pytest.raises(ValueError, match="owner 0 has 1 sums of 2 tensors"):
+        Checksums({0: owner})
+
+
 def splitmix(place: int) -> int:
     z = (place + 1) * 0x9E3779B97F4A7C15 % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64

@@ -31,7 +31,7 @@ from checkpoint_engine.handover.wire import (
     encode_extensions,
     encode_handle,
 )
-from checkpoint_engine.loading.delivery import digest
+from checkpoint_engine.loading.delivery import Delivery, digest
 from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
@@ -694,6 +694,22 @@ def test_the_extension_loads(server: ParameterServer) -> None:
     engine_worker = EngineWorker()
     update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
     assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+
+
+def test_our_server_tells_our_worker_what_there_was_to_load(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_worker, note = EngineWorker(), Delivery.note
+    noted: list[bytes] = []
+
+    def forget_the_first(self: Delivery, message: bytes) -> None:
+        noted.append(message)
+        if len(noted) > 1:
+            note(self, message)
+
+    monkeypatch.setattr(Delivery, "note", forget_the_first)
+    with pytest.raises(UpdateError, match="bucket 1 of .* was loaded 0 times, not 1"):
+        update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
 
 
 def test_the_extension_looks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

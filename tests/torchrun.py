@@ -1,15 +1,18 @@
-"""Starts a program of ``programs.py`` under torchrun and collects what its ranks wrote."""
+"""Starts a program of ``programs.py`` on ranks and collects what they wrote."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,40 @@ def mooncake_works() -> bool:
     return True
 
 
+class _RankStarter:
+    """The process that forks ranks, see ``rank_starter.py``. Tests share it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "rank_starter.py")],
+            env={**os.environ, **_variables()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, **order: Any) -> int:
+        """Fork a launcher; returns its pid."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+_starter = functools.cache(_RankStarter)
+
+
+def _variables() -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
+    }
+
+
 class Run:
-    """A program under torchrun that is running."""
+    """A program that is running on all ranks."""
 
     def __init__(
         self,
@@ -56,56 +91,57 @@ class Run:
         program: str,
         env: dict[str, str] | None = None,
         script: str = "programs.py",
+        *,
+        with_torchrun: bool = False,
         **arguments: Any,
     ) -> None:
+        """``with_torchrun``: as users start ranks; it takes seconds longer."""
         self._program = program
         self._ranks = ranks
         self._results = tmp_path / "results"
         self._results.mkdir(parents=True, exist_ok=True)
         sockets = tmp_path / "sockets"
         sockets.mkdir(mode=0o700, exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += [f"--nproc-per-node={ranks}", f"--master-port={free_port_pair()}"]
-        command += [str(HERE / script), program, json.dumps(arguments), str(self._results)]
-        environment = {
-            **os.environ,
-            "PS_IPC_DIR": str(sockets),
-            "OMP_NUM_THREADS": "1",
-            "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
-            **(env or {}),
-        }
         self._output = tmp_path / "output"  # not a pipe, which nobody might read
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._output.touch()
+        self._code = tmp_path / "code"
+        command = [str(HERE / script), program, json.dumps(arguments), str(self._results)]
+        port = free_port_pair()
+        environment = {**os.environ, **_variables(), "PS_IPC_DIR": str(sockets), **(env or {})}
+        if with_torchrun:
+            launch = [sys.executable, "-m", "torch.distributed.run"]
+            command = [*launch, f"--nproc-per-node={ranks}", f"--master-port={port}", *command]
+        else:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._pid = _starter().start(
+            ranks=None if with_torchrun else ranks,
+            command=command,
+            environment=environment,
+            output=str(self._output),
+            code=str(self._code),
+        )
+        self._ended = os.pidfd_open(self._pid)
+        weakref.finalize(self, os.close, self._ended)
 
     def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
         """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
-        try:
-            code = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self._program} took too long:\n{self.output()}") from None
-        finally:
-            self.kill()
-        assert code == 0, f"{self._program} failed:\n{self.output()}"
+        ended = not self.is_running(timeout)
+        self.kill()
+        assert ended, f"{self._program} took too long:\n{self.output()}"
+        assert int(self._code.read_text()) == 0, f"{self._program} failed:\n{self.output()}"
         return [
             json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
         ]
 
-    def is_running(self) -> bool:
-        return self._process.poll() is None
+    def is_running(self, seconds: float = 0) -> bool:
+        """Whether it still runs after so long."""
+        return not select.select([self._ended], [], [], seconds)[0]
 
     def kill(self) -> None:
         """All its processes, at once."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            os.killpg(self._pid, signal.SIGKILL)
+        assert not self.is_running(10)
 
     def output(self) -> str:
         """The end of what all ranks printed."""
