@@ -708,7 +708,7 @@ def test_our_server_tells_our_worker_what_there_was_to_load(
             note(self, message)
 
     monkeypatch.setattr(Delivery, "note", forget_the_first)
-    with pytest.raises(UpdateError, match="bucket 1 of .* was loaded 0 times, not 1"):
+    with pytest.raises(UpdateError, match=r"bucket 1 of .* was loaded 0 times, not 1"):
         update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
 
 
