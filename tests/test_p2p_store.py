@@ -216,25 +216,26 @@ def test_a_bucket_whose_lease_ends_during_the_read_is_an_error(
 ) -> None:
     """The bytes may be of before or after: only a lease that still holds says which."""
     owner = P2PStore(host=LOCAL)
-    memory = pattern(4096)
+    memory = pattern(4000)
     owner.register_named_tensors({"memory": memory})
-    lease, target = owner.grant(), torch.zeros(4096, dtype=torch.uint8)
-    metas = [MemoryBufferMetas(metas=[], ptr=memory.data_ptr(), size=4096)]
+    lease = owner.grant()
+    metas = [MemoryBufferMetas(metas=[], ptr=memory.data_ptr(), size=4000)]
     owned = MemoryBufferMetaList(
         p2p_store_addr=owner.addr, memory_buffer_metas_list=metas, rdma_device="", lease=lease
     )
     loader = RemoteLoader(store, {0: owned}, DeviceManager("cpu"), torch.device("cpu"))
-    bucket = H2DBucket(size=4096, ranges=[BucketRange(0, 0, 4096)], items=[])
+    bucket = H2DBucket(size=4096, ranges=[BucketRange(0, 0, 4000)], items=[])
+    target = torch.full((4096,), 255, dtype=torch.uint8)
     read = store.batch_transfer_sync_read
 
     def read_then_revoke(*args: Any, **options: Any) -> None:
         read(*args, **options)
-        if args[3] == [4096]:
+        if args[3] == [4000]:
             owner.revoke(lease)
 
     try:
         loader.read(0, bucket, target)
-        assert torch.equal(target, memory)
+        assert torch.equal(target, torch.cat([memory, torch.zeros(96, dtype=torch.uint8)]))
         monkeypatch.setattr(store, "batch_transfer_sync_read", read_then_revoke)
         with pytest.raises(StaleSourceError):
             loader.read(0, bucket, target)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gc
 import os
 import pickle
@@ -35,7 +33,7 @@ from checkpoint_engine.loading.delivery import Delivery, digest
 from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
-from fleet import digests, mixed_tensors
+from fleet import digests, left_segments, mixed_tensors
 
 SOON = 4.0  # seconds
 HALF = 4096  # bytes of a bucket
@@ -570,19 +568,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paramete
     yield made
     made.unregister_checkpoint("c")
     assert list((tmp_path / "sockets").iterdir()) == []
-    assert _abandoned_segments() == []
     gc.collect()
-    assert "/dev/shm/checkpoint-engine-" not in Path("/proc/self/maps").read_text()
-
-
-def _abandoned_segments() -> list[str]:
-    """Whoever uses a segment holds a lock on it; other tests may run beside this one."""
-    abandoned = []
-    for path in Path("/dev/shm").glob(f"checkpoint-engine-{os.getuid()}-*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as segment:
-            fcntl.flock(segment, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            abandoned.append(str(path))
-    return abandoned
+    assert left_segments() == []
 
 
 def _no_p2p(*args: Any, **options: Any) -> None:

@@ -25,9 +25,13 @@ def _python_path() -> list[str]:
 
 def free_port_pair() -> int:
     """A port that is free and whose successor is: torchrun's store takes one, the servers the
-    other. From below those that the kernel gives to connections, and above Mooncake's."""
+    other. From below those that the kernel gives to connections, and above Mooncake's. pytest's
+    processes that run side by side have ports of their own."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 2 * 2
+    first = 20_000 + number * share
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000, 2)
+        port = random.SystemRandom().randrange(first, first + share, 2)
         with socket.socket() as first, socket.socket() as second:
             try:
                 first.bind(("127.0.0.1", port))
