@@ -79,7 +79,7 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def left_segments() -> list[str]:
-    """Shared memory that nobody holds any more, or that this process still maps.
+    """Shared memory with a name that nobody holds any more, or that this process maps.
 
     Whoever uses a segment holds a lock on it. Those of tests that run beside this one go soon.
     """
@@ -87,7 +87,8 @@ def left_segments() -> list[str]:
     while (left := _abandoned_segments()) and time.monotonic() < ends:
         time.sleep(0.02)
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return left + [line for line in maps if "/dev/shm/checkpoint-engine-" in line]
+    mine = [line for line in maps if "/dev/shm/checkpoint-engine-" in line]
+    return left + [line for line in mine if not line.endswith("(deleted)")]
 
 
 def _abandoned_segments() -> list[str]:

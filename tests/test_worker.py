@@ -568,8 +568,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paramete
     yield made
     made.unregister_checkpoint("c")
     assert list((tmp_path / "sockets").iterdir()) == []
-    gc.collect()
     assert left_segments() == []
+    gc.collect()
+    assert "/dev/shm/checkpoint-engine-" not in Path("/proc/self/maps").read_text()
 
 
 def _no_p2p(*args: Any, **options: Any) -> None:

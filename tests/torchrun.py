@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def mooncake_works() -> bool:
 
 
 class _RankStarter:
-    """The process that forks ranks, see ``rank_starter.py``. Tests share it."""
+    """The process that forks others, see ``rank_starter.py``. Tests share it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -65,7 +66,7 @@ class _RankStarter:
             text=True,
         )
 
-    def start(self, **order: Any) -> int:
+    def start(self, order: dict[str, Any]) -> int:
         """Fork a launcher; returns its pid."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -85,8 +86,75 @@ def _variables() -> dict[str, str]:
     }
 
 
-class Run:
-    """A program that is running on all ranks."""
+class Forked:
+    """Processes that run one command, a Python script mostly; they end together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        variables: Sequence[dict[str, str]] = ({},),
+        namespaces: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            folder: for what they print.
+            variables: of each process, beside this one's.
+            namespaces: files of those to run in.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._output = folder / "output"  # not a pipe, which nobody might read
+        self._output.touch()
+        self._code = folder / "code"
+        order = {
+            "command": list(command),
+            "environments": [{**os.environ, **_variables(), **own} for own in variables],
+            "namespaces": list(namespaces),
+            "output": str(self._output),
+            "code": str(self._code),
+        }
+        self._pid = _starter().start(order)
+        self._ended = os.pidfd_open(self._pid)
+        weakref.finalize(self, os.close, self._ended)
+
+    def join(self, timeout: float) -> None:
+        """Until all have ended. Fails with what they printed if one fails."""
+        ended = not self.is_running(timeout)
+        self.kill()
+        assert ended, f"took too long:\n{self.output()}"
+        assert self._code.read_text() == "0", f"failed:\n{self.output()}"
+
+    def is_running(self, seconds: float = 0) -> bool:
+        """Whether they still run after so long."""
+        return not select.select([self._ended], [], [], seconds)[0]
+
+    def kill(self) -> None:
+        """All of them, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        assert not self.is_running(10)
+
+    def output(self) -> str:
+        """The end of what they printed."""
+        return self._output.read_text(errors="replace")[-8000:]
+
+
+def ranks_of(size: int, each: int, place: int = 0) -> list[dict[str, str]]:
+    """What torchrun tells ``each`` ranks of one host, the first of which is rank
+    ``place * each``."""
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(each)}
+    return [
+        {**sizes, "RANK": str(place * each + local), "LOCAL_RANK": str(local)}
+        for local in range(each)
+    ]
+
+
+def results_in(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+class Run(Forked):
+    """A program that is running on all ranks of one host."""
 
     def __init__(
         self,
@@ -100,56 +168,26 @@ class Run:
         **arguments: Any,
     ) -> None:
         """``with_torchrun``: as users start ranks; it takes seconds longer."""
-        self._program = program
         self._ranks = ranks
         self._results = tmp_path / "results"
         self._results.mkdir(parents=True, exist_ok=True)
         sockets = tmp_path / "sockets"
         sockets.mkdir(mode=0o700, exist_ok=True)
-        self._output = tmp_path / "output"  # not a pipe, which nobody might read
-        self._output.touch()
-        self._code = tmp_path / "code"
         command = [str(HERE / script), program, json.dumps(arguments), str(self._results)]
         port = free_port_pair()
-        environment = {**os.environ, **_variables(), "PS_IPC_DIR": str(sockets), **(env or {})}
+        shared = {"PS_IPC_DIR": str(sockets), **(env or {})}
         if with_torchrun:
             launch = [sys.executable, "-m", "torch.distributed.run"]
-            command = [*launch, f"--nproc-per-node={ranks}", f"--master-port={port}", *command]
-        else:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self._pid = _starter().start(
-            ranks=None if with_torchrun else ranks,
-            command=command,
-            environment=environment,
-            output=str(self._output),
-            code=str(self._code),
-        )
-        self._ended = os.pidfd_open(self._pid)
-        weakref.finalize(self, os.close, self._ended)
+            launch += [f"--nproc-per-node={ranks}", f"--master-port={port}"]
+            super().__init__(tmp_path, [*launch, *command], [shared])
+            return
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        super().__init__(tmp_path, command, [own | shared for own in ranks_of(ranks, ranks)])
 
     def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
         """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
-        ended = not self.is_running(timeout)
-        self.kill()
-        assert ended, f"{self._program} took too long:\n{self.output()}"
-        assert int(self._code.read_text()) == 0, f"{self._program} failed:\n{self.output()}"
-        return [
-            json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
-        ]
-
-    def is_running(self, seconds: float = 0) -> bool:
-        """Whether it still runs after so long."""
-        return not select.select([self._ended], [], [], seconds)[0]
-
-    def kill(self) -> None:
-        """All its processes, at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._pid, signal.SIGKILL)
-        assert not self.is_running(10)
-
-    def output(self) -> str:
-        """The end of what all ranks printed."""
-        return self._output.read_text(errors="replace")[-8000:]
+        self.join(timeout)
+        return results_in(self._results, self._ranks)
 
 
 def torchrun(
