@@ -4,11 +4,9 @@ its own. They are joined by a bridge and share the file system."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torchrun
+from torchrun import Forked, ranks_of, results_in
 
 MASTER_PORT = 29500  # every port of a new host is free
 _NETWORK = "10.77.0"
@@ -63,6 +61,12 @@ class _Namespaces:
         kinds = [] if user_only else [f"--{kind}" for kind in self._kinds]
         return ["nsenter", "--target", str(self.pid), *user, *kinds] if user + kinds else []
 
+    def files(self) -> list[str]:
+        """What ``setns`` takes, in its order."""
+        kinds = [*(["user"] if self._owned else []), *self._kinds]
+        names = {"mount": "mnt"}
+        return [f"/proc/{self.pid}/ns/{names.get(kind, kind)}" for kind in kinds]
+
     def shell(self, script: str) -> None:
         subprocess.run([*self.entry(), "sh", "-ec", script], check=True, timeout=20)
 
@@ -101,6 +105,10 @@ class Host:
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on this host; it ends with the network at the latest."""
         return subprocess.Popen([*self._inside.entry(), *command], text=True, **options)
+
+    def namespaces(self) -> list[str]:
+        """For ``Forked``."""
+        return self._inside.files()
 
     def slow_down(self, megabits: int) -> None:
         """From now on it sends no faster than that, in Mbit/s."""
@@ -174,7 +182,7 @@ class Network:
 
 
 class World:
-    """A program under torchrun, with so many ranks on each of some hosts; the first has rank 0."""
+    """A program on so many ranks of each of some hosts; the first has rank 0."""
 
     def __init__(
         self,
@@ -189,47 +197,27 @@ class World:
         self._results, sockets = folder / "results", folder / "sockets"
         self._results.mkdir(parents=True)
         sockets.mkdir(mode=0o700)
-        launch = [sys.executable, "-m", "torch.distributed.run"]
-        launch += [f"--nnodes={len(hosts)}", f"--nproc-per-node={ranks_each}"]
-        launch += [f"--master-addr={hosts[0].address}", f"--master-port={MASTER_PORT}"]
-        environment = {
-            **os.environ,
-            "PS_IPC_DIR": str(sockets),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(torchrun.HERE.parent), str(torchrun.HERE), *torchrun._python_path()]
-            ),
-            **env,
-        }
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the run)
-        self._processes = [
-            host.popen(
-                [
-                    *(*launch, f"--node-rank={place}", f"--local-addr={host.address}"),
-                    *(*command, str(self._results)),
-                ],
-                env=environment,
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
+        shared = {"PS_IPC_DIR": str(sockets), "MASTER_ADDR": hosts[0].address, **env}
+        shared["MASTER_PORT"] = str(MASTER_PORT)
+        self._parts = [
+            Forked(
+                folder / str(place),
+                [*command, str(self._results)],
+                [own | shared for own in ranks_of(self._ranks, ranks_each, place)],
+                host.namespaces(),
             )
             for place, host in enumerate(hosts)
         ]
 
     def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
         """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
-        try:
-            codes = [process.wait(timeout) for process in self._processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"took too long:\n{self.output()}") from None
-        assert not any(codes), f"a rank failed:\n{self.output()}"
-        return [
-            json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
-        ]
+        for part in self._parts:
+            part.join(timeout)
+        return results_in(self._results, self._ranks)
 
     @property
     def running(self) -> bool:
-        return all(process.poll() is None for process in self._processes)
+        return all(part.is_running() for part in self._parts)
 
     def output(self) -> str:
-        self._output.seek(0)
-        return self._output.read()[-8000:]
+        return "\n".join(part.output() for part in self._parts)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.world.metas_file import decode_metas, encode_metas
-from fleet import Worker, digests, mixed_tensors, request_of
+from fleet import Worker, digests, left_segments, mixed_tensors, request_of
 
 RANK = int(os.environ.get("RANK", "0"))
 os.environ.setdefault("NCCL_HOSTID", f"rank-{RANK}")  # several NCCL ranks on one GPU
@@ -76,7 +76,7 @@ class Rank:
                 os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()
             ),
             "sockets": len(list(folder.iterdir())),
-            "shared": [n for n in os.listdir("/dev/shm") if n.startswith("checkpoint-engine-")],
+            "shared": left_segments(),
         }
 
 

@@ -221,7 +221,9 @@ RIGHT = {"authorization": f"Bearer {TOKEN}"}
 def test_who_may_call(url: str) -> None:
     assert isinstance(uvicorn_config(app, ServeOptions(uds="/x")).app, Guard)
     assert httpx.post(url, headers=RIGHT, content=b"abc").text == "3"
-    for wrong in ({}, {"authorization": TOKEN}, {"authorization": "Bearer x"}):
+    near = [TOKEN[:-1], TOKEN[:-1] + "x", "x" + TOKEN[1:], TOKEN + "x"]
+    wrong_tokens = [{"authorization": f"Bearer {token}"} for token in ("x", *near)]
+    for wrong in ({}, {"authorization": TOKEN}, *wrong_tokens):
         answer = httpx.post(url, headers=wrong)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
@@ -231,7 +233,8 @@ def test_a_browser_may_look_with_the_token_as_password(url: str) -> None:
     asked = httpx.get(url)
     assert asked.status_code == 401
     assert "Basic realm=" in asked.headers["www-authenticate"]
-    assert httpx.get(url, auth=("anybody", "x")).status_code == 401
+    for wrong in ("x", TOKEN[:-1], TOKEN[:-1] + "x"):
+        assert httpx.get(url, auth=("anybody", wrong)).status_code == 401
     assert httpx.get(url, headers={"authorization": "Basic ???"}).status_code == 401
     for method in ("POST", "DELETE", "PUT", "HEAD"):
         assert httpx.request(method, url, auth=("anybody", TOKEN)).status_code == 401

@@ -10,9 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas
+from checkpoint_engine.data_types import (
+    BucketRange,
+    H2DBucket,
+    MemoryBuffer,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+)
 from checkpoint_engine.memory import checksum as module
 from checkpoint_engine.memory import layout
+from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.memory.checksum import Checksums, add_sums, check_bytes, checksum
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.memory.sources import tensor_sources
@@ -124,6 +132,34 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
         memory[-1] ^= 1
         with pytest.raises(ValueError, match="not those that were registered"):
             check_bytes(memory, *expected, "it")
+
+
+META = ParameterMeta(name="w", dtype=torch.uint8, shape=torch.Size([200]))
+
+
+def test_gaps_between_ranges_are_zero_in_a_bucket() -> None:
+    """The sums count padding, and a file that is pinned in place may have no room for it."""
+    memory = torch.full((300,), 7, dtype=torch.uint8)
+    buffers = [MemoryBuffer(buffer=memory[:n], size=n, metas=[META]) for n in (200, 300)]
+    ranges = [BucketRange(0, 0, 200), BucketRange(1, 0, 300)]
+    target = torch.full((768,), 255, dtype=torch.uint8)
+    Checkpoint("c", buffers).copy(H2DBucket(size=768, ranges=ranges, items=[META, META]), target)
+    assert torch.equal(target, torch.tensor([7] * 200 + [0] * 56 + [7] * 300 + [0] * 212).byte())
+
+
+def test_sums_of_fewer_tensors_than_there_are_is_an_error() -> None:
+    buffers = HostMemory("cpu").fill(tensor_sources({"a": torch.ones(9), "b": torch.ones(9)}))
+    add_sums(buffers)
+    (whole,) = buffers
+    assert whole.checksums is not None
+    formula, _, sums = whole.checksums.partition(":")
+    half = base64.b64encode(base64.b64decode(sums)[:8]).decode()
+    metas = MemoryBufferMetas(metas=whole.metas, ptr=0, size=512, checksums=f"{formula}:{half}")
+    owner = MemoryBufferMetaList(
+        p2p_store_addr="", memory_buffer_metas_list=[metas], rdma_device=""
+    )
+    with pytest.raises(ValueError, match="owner 0 has 1 sums of 2 tensors"):
+        Checksums({0: owner})
 
 
 def splitmix(place: int) -> int:

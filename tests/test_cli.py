@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from checkpoint_engine.cli import commands, servers
+from checkpoint_engine.cli import commands, main, servers
 from checkpoint_engine.cli.servers import Server, ServiceError, ask, find_servers, refusal
 from checkpoint_engine.cli.service import parse_ranks
 from checkpoint_engine.client import wait_until_ready
@@ -583,6 +583,23 @@ def test_uds_alone_means_serve(tmp_path: Path) -> None:
     found = program("--uds", str(blocked))
     assert found.returncode == 1
     assert "not a socket" in found.stderr
-    assert "--uds PATH" in program("serve", "--help").stdout
-    assert "--no-token" in program("--port", "0").stderr
-    assert "RANK 1 of WORLD_SIZE 1" in program("--uds", str(blocked), RANK="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--help"], "--uds PATH"),
+        (["--port", "0"], "--no-token"),
+        (["--uds", "x"], "RANK 1 of WORLD_SIZE 1"),
+    ],
+)
+def test_wrong_options_of_serve(
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", "1" if "x" in arguments else "0")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert says in "".join(capsys.readouterr())

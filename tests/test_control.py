@@ -22,6 +22,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import call as call_module
 from checkpoint_engine.world import control, store
 from checkpoint_engine.world.control import ControlPlane
+from torchrun import free_port_pair
 
 SOON = 4.0  # seconds; far below every timeout that is not meant to expire
 LONG = 30.0
@@ -70,9 +71,7 @@ def run_world(size: int, program: Program, first: int = 0) -> list[Any]:
     Processes live until all of them are done.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port_pair()
     signals = [context.Event() for _ in range(4)]
     pipes, processes = [], []
     for rank in range(size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,15 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import mutate
 import targets
-
-LITTLE_CODE = """
-import resource, sys
-sys.path.insert(0, sys.argv[1])
-import run, targets
-with run.little_memory():
-    targets.check(targets.BY_NAME[sys.argv[2]], bytes.fromhex(sys.argv[3]))
-targets.clean_up()
-"""
+from torchrun import HERE, Forked
 
 
 @pytest.mark.parametrize("name", list(targets.BY_NAME))
@@ -53,15 +44,10 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs(bomb: str) -> None:
+def test_bombs(bomb: str, tmp_path: Path) -> None:
     """In a process of its own, with a gigabyte and a few seconds."""
     name, data = BOMBS[bomb]
-    folder = str(Path(__file__).parent / "fuzz")
-    subprocess.run(
-        [sys.executable, "-c", LITTLE_CODE, folder, name, data[:60_000].hex()],
-        check=True,
-        timeout=40,
-    )
+    Forked(tmp_path, [str(HERE / "fuzz" / "bomb.py"), name, data[:60_000].hex()]).join(40)
 
 
 def test_a_layout_that_expands_is_refused() -> None:

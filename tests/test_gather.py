@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import zlib
 from typing import Any
 
 import pytest
@@ -152,6 +153,41 @@ def test_decoding_leaves_garbage_collection_as_it_was() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+LAYOUT: dict[str, Any] = {
+    "counts": [1, 1],
+    "kinds": [["torch.int8", [1], 256], ["torch.int8", [2], 256]],
+    "names": ["v", "w"],
+    "kind_of": [0, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"kind_of": [0, -1]}, "one is missing"),
+        ({"kind_of": [0, 2]}, "one is missing"),
+        ({"kind_of": [0]}, "2 names, 1 of a kind"),
+        ({"counts": [1]}, "2 names"),
+        ({"counts": [1, 2]}, "2 names"),
+        ({"counts": [3, -1]}, "2 names"),
+        ({"counts": [1, True]}, "integers"),
+        ({"names": ["v", 3]}, "names are strings"),
+        ({"kinds": [["torch.int8", [1], -1]] * 2}, "not a kind of tensor"),
+    ],
+)
+def test_what_is_no_layout(damage: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        decode_layout(zlib.compress(json.dumps(LAYOUT | damage).encode()))
+
+
+def test_a_layout_that_is_cut_off_or_followed_by_something() -> None:
+    blob = zlib.compress(json.dumps(LAYOUT).encode())
+    assert [len(buffer) for buffer in decode_layout(blob)] == [1, 1]
+    for damaged in (blob[:-1], blob + b"x", blob + blob):
+        with pytest.raises(ValueError, match="cut off, or hold too much"):
+            decode_layout(damaged)
 
 
 def test_owners_with_nothing() -> None:

@@ -538,6 +538,23 @@ def test_surplus_replies_are_an_error(talker: tuple[WorkerLink, Any]) -> None:
     assert b"does not keep to the protocol" in [worker.recv_multipart() for _ in "ab"][1][1]
 
 
+def test_a_peer_that_sends_more_than_a_message_may_have_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    monkeypatch.setattr(link, "_MAX_REPLY", 1000)
+    with (
+        open_context() as context,
+        contextlib.closing(WorkerLink(context, Address())) as server,
+        contextlib.closing(ServerLink(context, server.url, SOON)) as worker,
+    ):
+        server.send(b"handle", bounded())
+        worker.receive()
+        worker.reply(bytes(1001))
+        with pytest.raises(WireError, match="closed its connection"):
+            server.receive(bounded())
+
+
 def test_a_wait_ends_when_its_check_raises(pair: Pair) -> None:
     server, _ = pair
 

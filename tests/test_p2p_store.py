@@ -19,10 +19,17 @@ import pytest
 import torch
 from loguru import logger
 
-from checkpoint_engine.data_types import Lease
+from checkpoint_engine.data_types import (
+    BucketRange,
+    H2DBucket,
+    Lease,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+)
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.transfer import p2p_store
-from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore
+from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
+from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from torchrun import HERE, MOONCAKE_ADVICE, mooncake_works
 
 pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
@@ -202,6 +209,39 @@ def test_a_slot_is_used_again_under_another_id(store: P2PStore) -> None:
     again = store.grant()
     assert again.ptr == leases[3].ptr
     assert again.id != leases[3].id
+
+
+def test_a_bucket_whose_lease_ends_during_the_read_is_an_error(
+    store: P2PStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes may be of before or after: only a lease that still holds says which."""
+    owner = P2PStore(host=LOCAL)
+    memory = pattern(4000)
+    owner.register_named_tensors({"memory": memory})
+    lease = owner.grant()
+    metas = [MemoryBufferMetas(metas=[], ptr=memory.data_ptr(), size=4000)]
+    owned = MemoryBufferMetaList(
+        p2p_store_addr=owner.addr, memory_buffer_metas_list=metas, rdma_device="", lease=lease
+    )
+    loader = RemoteLoader(store, {0: owned}, DeviceManager("cpu"), torch.device("cpu"))
+    bucket = H2DBucket(size=4096, ranges=[BucketRange(0, 0, 4000)], items=[])
+    target = torch.full((4096,), 255, dtype=torch.uint8)
+    read = store.batch_transfer_sync_read
+
+    def read_then_revoke(*args: Any, **options: Any) -> None:
+        read(*args, **options)
+        if args[3] == [4000]:
+            owner.revoke(lease)
+
+    try:
+        loader.read(0, bucket, target)
+        assert torch.equal(target, torch.cat([memory, torch.zeros(96, dtype=torch.uint8)]))
+        monkeypatch.setattr(store, "batch_transfer_sync_read", read_then_revoke)
+        with pytest.raises(StaleSourceError):
+            loader.read(0, bucket, target)
+    finally:
+        loader.close()
+        owner.close()
 
 
 # ---------------------------------------------------------------------- reading

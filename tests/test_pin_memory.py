@@ -682,6 +682,14 @@ class TestPinInPlace:
             assert not is_mapped(address)
         assert memory.usage == MemoryUsage(0, 0)
 
+    def test_pages_of_a_file_are_not_used_again(self, shm: Path, arenas: list[int]) -> None:
+        """Who else has the file open would see what is written into them."""
+        memory = HostMemory("cpu", retain_bytes=1 << 20)
+        path = write_safetensors(shm / "a.safetensors", {"w": torch.ones(2000)})
+        memory.release(memory.pin_in_place(open_files([path])))
+        assert memory.usage == MemoryUsage(0, 0)
+        assert not any(map(is_mapped, arenas))
+
     def test_without_tensors(self, shm: Path, arenas: list[int]) -> None:
         memory = HostMemory("cpu")
         assert memory.pin_in_place({}) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from checkpoint_engine import ps
-from checkpoint_engine.data_types import Lease, MemoryBufferMetaList
+from checkpoint_engine.data_types import Lease, MemoryBufferMetaList, align_up
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.memory import checksum
 from checkpoint_engine.ps import ParameterServer
@@ -406,6 +407,23 @@ def test_in_place(server: ParameterServer, shm_file: Path, tmp_path: Path) -> No
     assert in_use(server) == 0
 
 
+def test_a_plan_is_not_kept_for_buffers_of_other_sizes(
+    server: ParameterServer, shm_file: Path
+) -> None:
+    """A file that ends with its last page has no room for the last tensor's padding."""
+    for length in range(1, mmap.PAGESIZE):
+        tensors = {"w": torch.full((length,), 7, dtype=torch.uint8)}
+        save_file(tensors, shm_file)
+        if shm_file.stat().st_size % mmap.PAGESIZE == 0:
+            break
+    server.register_checkpoint("c", named_tensors=tensors)
+    assert same(received(server, "c"), tensors)
+    server.unregister_checkpoint("c")
+    server.register_checkpoint("c", files=[str(shm_file)], use_inplace_pin_memory=True)
+    assert server._memory_pool["c"][0].size < align_up(length)
+    assert same(received(server, "c"), tensors)
+
+
 def test_named_tensors_override_files_in_place_too(server: ParameterServer, shm_file: Path) -> None:
     given = {"w.1": torch.full((3,), 7.0)}
     server.register_checkpoint(
@@ -662,6 +680,18 @@ def test_damaged_proofs_are_refused(
     with pytest.raises(ValueError, match=says):
         server.load_metas(metas)
     assert server.get_metas() == before
+
+
+def test_a_damaged_proof_of_a_rank_of_this_world_is_refused(server: ParameterServer) -> None:
+    server.register_checkpoint("c", named_tensors=some(1))
+    readers = server._server.p2p
+    damaged = readers.place(server._checkpoints.all()[0])
+    damaged.memory_buffer_metas_list[0].checksums = "!!!"
+    with (
+        patch.object(readers, "place", return_value=damaged),
+        pytest.raises(UpdateError, match="owner 0 hold damaged checksums: '!!!'"),
+    ):
+        server.gather_metas("c")
 
 
 def test_two_owners_of_other_worlds_with_different_tensors_of_one_name(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,25 @@ def test_what_is_lacking_and_what_is_left_over_is_told() -> None:
         taken = update(worker, habits, {"a": 1.0, "c": 3.0})
         assert (taken["missing"], taken["unused"]) == (["b"], ["c"])
         assert (taken["missing_count"], taken["unused_count"]) == (1, 1)
+
+
+def test_what_the_engine_would_not_start_without_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Loader:
+        def track_weights_loading(self: Any, model: torch.nn.Module, loaded: set[str]) -> None:
+            """As vLLM's: notes what a checkpoint may lack, complains about the rest."""
+            loaded.add("b")
+            raise ValueError
+
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = ModuleType("vllm.model_executor.model_loader.default_loader")
+    monkeypatch.setattr(module, "DefaultModelLoader", Loader, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert update(worker_of(Model()), {}, {"a": 1.0})["missing"] == ["b"]
+    with pytest.raises(ValueError, match=r"lacks 1 parameters .*not start: \['a'\]"):
+        update(worker_of(Model()), {}, {"b": 1.0})
 
 
 def test_a_loader_that_keeps_tensors_gets_copies_from_then_on() -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import store
 from checkpoint_engine.world.store import ConnectedWorld, connect_store
+from torchrun import free_port_pair
 
 SOON = 10.0
 HERE = "127.0.0.1"
@@ -30,9 +31,7 @@ def soon(done: Callable[[], Any], what: str) -> None:
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")  # torch's store looks up who connects
-    with socket.socket() as probe:
-        probe.bind((HERE, 0))
-        return int(probe.getsockname()[1])
+    return free_port_pair()
 
 
 @pytest.fixture

@@ -126,7 +126,8 @@ def test_mistakes_of_the_caller_are_explained_on_every_rank(tmp_path: Path, devi
 @pytest.mark.parametrize("device", ON_EVERY_DEVICE)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_process_groups_belong_to_who_made_them(tmp_path: Path, ranks: int, device: str) -> None:
-    for seen in torchrun(tmp_path, ranks, "process_groups", env=environment(device, ranks)):
+    env = environment(device, ranks)
+    for seen in torchrun(tmp_path, ranks, "process_groups", env=env, with_torchrun=ranks > 1):
         assert seen == {
             "True gathered": True,
             "None gathered": False,

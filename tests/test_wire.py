@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import json
 import os
 import pickle
 import resource
@@ -206,6 +207,30 @@ def test_only_rebuild_functions_rebuild(rebuild: type) -> None:
 def test_what_is_no_message(content: Any) -> None:
     with pytest.raises(WireError):
         wire.decode_message(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"offsets": [-256, 0, 512]},
+        {"offsets": [0.0, 256, 512]},
+        {"offsets": [True, 256, 512]},
+        {"offsets": [0, 256]},
+        {"kind_of": [0, 1, 3]},
+        {"kind_of": [0, 1, -1]},
+        {"kind_of": None},
+        {"names": ["a", "b", None]},
+        {"kinds": [["torch.int8", [-1]]] * 3},
+        {"kinds": [["torch.nonsense", [1]]] * 3},
+    ],
+)
+def test_what_is_no_bucket_in_json(damage: dict[str, Any]) -> None:
+    message = wire.encode_bucket_as_json(ENTRIES)
+    assert wire.decode_message(message) == wire.Bucket(ENTRIES)
+    mark, start, content = message.partition(b"{")
+    damaged = json.loads(start + content) | damage
+    with pytest.raises(WireError):
+        wire.decode_message(mark + json.dumps(damaged).encode())
 
 
 class Calls:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gc
 import os
 import pickle
@@ -26,15 +24,16 @@ from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
     DELIVERED,
     NOTHING_MORE,
+    PART,
     decode_acceptance,
     encode_extensions,
     encode_handle,
 )
-from checkpoint_engine.loading.delivery import digest
+from checkpoint_engine.loading.delivery import Delivery, digest
 from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
-from fleet import digests, mixed_tensors
+from fleet import digests, left_segments, mixed_tensors
 
 SOON = 4.0  # seconds
 HALF = 4096  # bytes of a bucket
@@ -420,6 +419,19 @@ def test_what_was_loaded_is_what_the_server_planned(
     assert engine.hooks == 0
 
 
+def test_an_update_that_ends_within_a_tensor_is_refused(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    whole = pickle.dumps(sender.bucket({"large": torch.ones(100)}))
+    assert sender.say(whole + encode_extensions({PART: [0, 256, 0, 400, 0]})) == b""
+    assert "ended before all of their parts came" in sender.say(None).decode()
+    sender.say(None)
+    with pytest.raises(WireError, match="ended before all of their parts came"):
+        update.result(SOON)
+    assert (engine.weights, engine.hooks) == ({}, 0)
+
+
 @pytest.mark.parametrize("planned", [None, 3, {}, [[]], ["a", 2], "abc"])
 def test_a_plan_that_is_none(sender: Sender, update: Future[None], planned: Any) -> None:
     sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
@@ -556,19 +568,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paramete
     yield made
     made.unregister_checkpoint("c")
     assert list((tmp_path / "sockets").iterdir()) == []
-    assert _abandoned_segments() == []
+    assert left_segments() == []
     gc.collect()
     assert "/dev/shm/checkpoint-engine-" not in Path("/proc/self/maps").read_text()
-
-
-def _abandoned_segments() -> list[str]:
-    """Whoever uses a segment holds a lock on it; other tests may run beside this one."""
-    abandoned = []
-    for path in Path("/dev/shm").glob(f"checkpoint-engine-{os.getuid()}-*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as segment:
-            fcntl.flock(segment, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            abandoned.append(str(path))
-    return abandoned
 
 
 def _no_p2p(*args: Any, **options: Any) -> None:
@@ -680,6 +682,22 @@ def test_the_extension_loads(server: ParameterServer) -> None:
     engine_worker = EngineWorker()
     update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
     assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+
+
+def test_our_server_tells_our_worker_what_there_was_to_load(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_worker, note = EngineWorker(), Delivery.note
+    noted: list[bytes] = []
+
+    def forget_the_first(self: Delivery, message: bytes) -> None:
+        noted.append(message)
+        if len(noted) > 1:
+            note(self, message)
+
+    monkeypatch.setattr(Delivery, "note", forget_the_first)
+    with pytest.raises(UpdateError, match=r"bucket 1 of .* was loaded 0 times, not 1"):
+        update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
 
 
 def test_the_extension_looks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

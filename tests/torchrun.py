@@ -1,15 +1,19 @@
-"""Starts a program of ``programs.py`` under torchrun and collects what its ranks wrote."""
+"""Starts a program of ``programs.py`` on ranks and collects what they wrote."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,13 @@ def _python_path() -> list[str]:
 
 def free_port_pair() -> int:
     """A port that is free and whose successor is: torchrun's store takes one, the servers the
-    other. From below those that the kernel gives to connections, and above Mooncake's."""
+    other. From below those that the kernel gives to connections, and above Mooncake's. pytest's
+    processes that run side by side have ports of their own."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 2 * 2
+    first = 20_000 + number * share
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000, 2)
+        port = random.SystemRandom().randrange(first, first + share, 2)
         with socket.socket() as first, socket.socket() as second:
             try:
                 first.bind(("127.0.0.1", port))
@@ -46,8 +54,107 @@ def mooncake_works() -> bool:
     return True
 
 
-class Run:
-    """A program under torchrun that is running."""
+class _RankStarter:
+    """The process that forks others, see ``rank_starter.py``. Tests share it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "rank_starter.py")],
+            env={**os.environ, **_variables()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, order: dict[str, Any]) -> int:
+        """Fork a launcher; returns its pid."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+_starter = functools.cache(_RankStarter)
+
+
+def _variables() -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
+    }
+
+
+class Forked:
+    """Processes that run one command, a Python script mostly; they end together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        variables: Sequence[dict[str, str]] = ({},),
+        namespaces: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            folder: for what they print.
+            variables: of each process, beside this one's.
+            namespaces: files of those to run in.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._output = folder / "output"  # not a pipe, which nobody might read
+        self._output.touch()
+        self._code = folder / "code"
+        order = {
+            "command": list(command),
+            "environments": [{**os.environ, **_variables(), **own} for own in variables],
+            "namespaces": list(namespaces),
+            "output": str(self._output),
+            "code": str(self._code),
+        }
+        self._pid = _starter().start(order)
+        self._ended = os.pidfd_open(self._pid)
+        weakref.finalize(self, os.close, self._ended)
+
+    def join(self, timeout: float) -> None:
+        """Until all have ended. Fails with what they printed if one fails."""
+        ended = not self.is_running(timeout)
+        self.kill()
+        assert ended, f"took too long:\n{self.output()}"
+        assert self._code.read_text() == "0", f"failed:\n{self.output()}"
+
+    def is_running(self, seconds: float = 0) -> bool:
+        """Whether they still run after so long."""
+        return not select.select([self._ended], [], [], seconds)[0]
+
+    def kill(self) -> None:
+        """All of them, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        assert not self.is_running(10)
+
+    def output(self) -> str:
+        """The end of what they printed."""
+        return self._output.read_text(errors="replace")[-8000:]
+
+
+def ranks_of(size: int, each: int, place: int = 0) -> list[dict[str, str]]:
+    """What torchrun tells ``each`` ranks of one host, the first of which is rank
+    ``place * each``."""
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(each)}
+    return [
+        {**sizes, "RANK": str(place * each + local), "LOCAL_RANK": str(local)}
+        for local in range(each)
+    ]
+
+
+def results_in(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+class Run(Forked):
+    """A program that is running on all ranks of one host."""
 
     def __init__(
         self,
@@ -56,60 +163,31 @@ class Run:
         program: str,
         env: dict[str, str] | None = None,
         script: str = "programs.py",
+        *,
+        with_torchrun: bool = False,
         **arguments: Any,
     ) -> None:
-        self._program = program
+        """``with_torchrun``: as users start ranks; it takes seconds longer."""
         self._ranks = ranks
         self._results = tmp_path / "results"
         self._results.mkdir(parents=True, exist_ok=True)
         sockets = tmp_path / "sockets"
         sockets.mkdir(mode=0o700, exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += [f"--nproc-per-node={ranks}", f"--master-port={free_port_pair()}"]
-        command += [str(HERE / script), program, json.dumps(arguments), str(self._results)]
-        environment = {
-            **os.environ,
-            "PS_IPC_DIR": str(sockets),
-            "OMP_NUM_THREADS": "1",
-            "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
-            **(env or {}),
-        }
-        self._output = tmp_path / "output"  # not a pipe, which nobody might read
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        command = [str(HERE / script), program, json.dumps(arguments), str(self._results)]
+        port = free_port_pair()
+        shared = {"PS_IPC_DIR": str(sockets), **(env or {})}
+        if with_torchrun:
+            launch = [sys.executable, "-m", "torch.distributed.run"]
+            launch += [f"--nproc-per-node={ranks}", f"--master-port={port}"]
+            super().__init__(tmp_path, [*launch, *command], [shared])
+            return
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        super().__init__(tmp_path, command, [own | shared for own in ranks_of(ranks, ranks)])
 
     def wait(self, timeout: float = 50) -> list[dict[str, Any]]:
         """Every rank's result, in rank order. Fails with the whole output if a rank fails."""
-        try:
-            code = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self._program} took too long:\n{self.output()}") from None
-        finally:
-            self.kill()
-        assert code == 0, f"{self._program} failed:\n{self.output()}"
-        return [
-            json.loads((self._results / f"{rank}.json").read_text()) for rank in range(self._ranks)
-        ]
-
-    def is_running(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        """All its processes, at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def output(self) -> str:
-        """The end of what all ranks printed."""
-        return self._output.read_text(errors="replace")[-8000:]
+        self.join(timeout)
+        return results_in(self._results, self._ranks)
 
 
 def torchrun(
