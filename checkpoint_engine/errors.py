@@ -10,10 +10,26 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not: tab, newline
 _LONGEST_TEXT = 64 << 10
 _HEAD = 4 << 10
 
-KINDS = tuple(
-    "broadcast_failed busy disagreement failed forbidden interrupted invalid no_engine_left "
-    "not_found out_of_memory p2p_failed rank_gone rank_missing request_failed source_changed "
-    "store_lost timeout worker_failed worker_lost".split()
+KINDS = (
+    "broadcast_failed",
+    "busy",
+    "disagreement",
+    "failed",
+    "forbidden",
+    "interrupted",
+    "invalid",
+    "no_engine_left",
+    "not_found",
+    "out_of_memory",
+    "p2p_failed",
+    "rank_gone",
+    "rank_missing",
+    "request_failed",
+    "source_changed",
+    "store_lost",
+    "timeout",
+    "worker_failed",
+    "worker_lost",
 )
 """What ``kind_of`` says, for programs that count failures by what caused them."""
 

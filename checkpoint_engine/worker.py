@@ -29,7 +29,7 @@ from checkpoint_engine.handover.wire import (
     NothingMore,
     decode_handle,
     decode_message,
-    encode_acceptance,
+    encode_extensions,
     encode_failure,
     split_extensions,
 )
@@ -191,7 +191,7 @@ def _receive_buffer(link: ServerLink, device_id: int | None) -> tuple[Handle, to
         link.set_deadline(handle.extensions["timeout"])
     accepted = {"version": 1, CHECKSUM: FORMULA, PART: True, DELIVERED: True}
     accepted |= {key: True for key in (JSON_BUCKETS,) if key in handle.extensions}
-    link.reply(encode_acceptance(accepted) if handle.extensions else ACK)
+    link.reply(encode_extensions(accepted) if handle.extensions else ACK)
     return handle, buffer
 
 

@@ -11,9 +11,9 @@ import torch
 
 from checkpoint_engine.data_types import Lease, MemoryBufferMetas, ParameterMeta
 from checkpoint_engine.handover.plain_pickle import (
-    ModelWords,
+    MODEL_WORDS,
+    PLAIN_WORDS,
     PlainPickleError,
-    Vocabulary,
     read_pickle,
 )
 
@@ -31,7 +31,7 @@ PLAIN = [
 @pytest.mark.parametrize("content", PLAIN, ids=range(len(PLAIN)))
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_plain_data_comes_back(content: Any, protocol: int) -> None:
-    read = read_pickle(pickle.dumps(content, protocol) + b"more", ModelWords())
+    read = read_pickle(pickle.dumps(content, protocol) + b"more", MODEL_WORDS)
     assert read == content
     assert type(read) is type(content)
 
@@ -39,7 +39,7 @@ def test_plain_data_comes_back(content: Any, protocol: int) -> None:
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_plain_data_of_older_protocols(protocol: int) -> None:
     content = [{"dtype": torch.bfloat16, "shape": SHARED, "offset": 1 << 40}, (1.5, None, True)]
-    assert read_pickle(pickle.dumps(content, protocol), Vocabulary()) == content
+    assert read_pickle(pickle.dumps(content, protocol), PLAIN_WORDS) == content
 
 
 P = b"\x80\x04"
@@ -104,7 +104,7 @@ HOSTILE = {
 
 
 def test_the_model_of_the_cases_is_right() -> None:
-    read = read_pickle(P + CLASS + b")\x81" + STATE + b"b.", ModelWords())
+    read = read_pickle(P + CLASS + b")\x81" + STATE + b"b.", MODEL_WORDS)
     assert read == ParameterMeta(name="w", dtype=torch.int8, shape=torch.Size([]))
 
 
@@ -112,17 +112,17 @@ def test_the_model_of_the_cases_is_right() -> None:
 def test_malformed_or_hostile(case: str) -> None:
     names = (_name_of_size(), ParameterMeta.__name__, vars(ParameterMeta).keys())
     with pytest.raises(PlainPickleError):
-        read_pickle(HOSTILE[case], ModelWords())
+        read_pickle(HOSTILE[case], MODEL_WORDS)
     assert names == (_name_of_size(), ParameterMeta.__name__, vars(ParameterMeta).keys())
 
 
 def _name_of_size() -> str:
-    return str(Vocabulary().find("torch", "Size").__name__)
+    return str(PLAIN_WORDS["torch", "Size"].__name__)
 
 
 def test_every_opcode_of_the_scan_is_one_of_pickles() -> None:
     from checkpoint_engine.handover import plain_pickle
 
     known = {opcode.name for opcode in pickletools.opcodes}
-    named = plain_pickle._VALUES | plain_pickle._CONTAINERS | set(plain_pickle._TUPLES)
-    assert named | set(plain_pickle._FILLS) <= known
+    named = plain_pickle._ATOMS | plain_pickle._CONTAINERS | plain_pickle._COMBINES
+    assert named | set(plain_pickle._CHANGES) <= known

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpoint_engine.distributed import Group
 from checkpoint_engine.distributed.weights_group import CREATE, broadcast
 from checkpoint_engine.ground.devices import get_ip
-from checkpoint_engine.handover.plain_pickle import ModelWords, read_pickle
+from checkpoint_engine.handover.plain_pickle import MODEL_WORDS, read_pickle
 
 NOT_A_MEMBER = object()
 _DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
@@ -53,7 +53,7 @@ class _Members:
         mine = f"{self._objects_gathered}/{self.rank}"
         self.store.set(mine, pickle.dumps(obj))  # type: ignore[arg-type]  # bytes are fine
         keys = [f"{self._objects_gathered}/{rank}" for rank in self.ranks]
-        gathered = [read_pickle(self.store.get(key), ModelWords()) for key in keys]
+        gathered = [read_pickle(self.store.get(key), MODEL_WORDS) for key in keys]
         self.barrier()
         self.store.delete_key(mine)
         return gathered

@@ -17,15 +17,16 @@ import json
 import math
 import pickle
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 
 from checkpoint_engine.data_types import is_shape, parse_dtype
 from checkpoint_engine.errors import WireError
-from checkpoint_engine.handover.plain_pickle import PlainPickleError, Vocabulary, read_pickle
+from checkpoint_engine.handover.plain_pickle import PLAIN_WORDS, PlainPickleError, read_pickle
 
 ACK = b""
 NOTHING_MORE = pickle.dumps(None)
@@ -95,16 +96,11 @@ def encode_handle(
     return pickle.dumps((rebuild, args)) + encode_extensions(extensions)
 
 
-def encode_acceptance(extensions: dict[str, Any]) -> bytes:
-    """A worker's reply to a handle that has extensions; to any other it replies ``ACK``."""
-    return encode_extensions(extensions)
-
-
 def decode_acceptance(reply: bytes) -> dict[str, Any] | None:
-    """The extensions of a worker that accepts, ``None`` if it refuses."""
-    if reply == ACK:
-        return {}
-    return _extensions_of(reply) if reply.startswith(_EXTENSION_MARK) else None
+    """What a worker says to a handle: extensions that it accepts, ``None`` if it refuses."""
+    if reply.startswith(_EXTENSION_MARK):
+        return _parse_extensions(reply[len(_EXTENSION_MARK) :])
+    return {} if reply == ACK else None
 
 
 def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:
@@ -112,123 +108,59 @@ def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:
     return pickle.dumps(list(tensors))
 
 
-def encode_bucket_as_json(tensors: Iterable[dict[str, Any]]) -> bytes:
+def encode_bucket_as_json(tensors: Sequence[dict[str, Any]]) -> bytes:
     """The same for a worker that accepted ``JSON_BUCKETS``. Dtypes and shapes, of which a model
     has few, stand there once."""
     kinds: dict[tuple[torch.dtype, torch.Size], int] = {}
-    rows = [
-        (
-            entry["name"],
-            entry["offset"],
-            kinds.setdefault((entry["dtype"], entry["shape"]), len(kinds)),
-        )
-        for entry in tensors
-    ]
-    names, offsets, kind_of = zip(*rows, strict=True) if rows else ((), (), ())
+    kind_of = [kinds.setdefault((entry["dtype"], entry["shape"]), len(kinds)) for entry in tensors]
     content = {
         "kinds": [(str(dtype), list(shape)) for dtype, shape in kinds],
-        "names": names,
-        "offsets": offsets,
+        "names": [entry["name"] for entry in tensors],
+        "offsets": [entry["offset"] for entry in tensors],
         "kind_of": kind_of,
     }
     return _EXTENSION_MARK + json.dumps(content, separators=(",", ":")).encode()
 
 
 def _decode_json_bucket(text: bytes) -> Bucket:
+    content = _parse(text)
     try:
-        match _parse(text):
-            case {
-                "kinds": [*kinds],
-                "names": [*names],
-                "offsets": [*offsets],
-                "kind_of": [*kind_of],
-            } if len(names) == len(offsets) == len(kind_of):
-                known = dict(
-                    enumerate((parse_dtype(dtype), _size(shape)) for dtype, shape in kinds)
-                )
-            case content:
-                raise WireError(f"expected a bucket, got {_shown(content)}")
-        tensors = []
-        for name, offset, kind in zip(names, offsets, kind_of, strict=True):
-            dtype, shape = known[kind]
-            if type(name) is not str or type(offset) is not int or offset < 0:
-                raise ValueError(f"{reprlib.repr(name)} at {reprlib.repr(offset)}")
-            tensors.append(
-                FlattenedTensorMetadata(name=name, shape=shape, dtype=dtype, offset=offset)
-            )
-        return Bucket(tensors)
+        kinds = dict(enumerate(_kind(*kind) for kind in content["kinds"]))
+        columns = [content[key] for key in ("names", "offsets", "kind_of")]
+        if not all(isinstance(column, list) for column in columns):
+            raise TypeError("names, offsets and kinds of tensors are lists")
+        rows = zip(*columns, strict=True)
+        return Bucket([_entry(name, offset, *kinds[kind]) for name, offset, kind in rows])
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a bucket cannot be read: {error!r:.200}") from error
 
 
-def _size(shape: Any) -> torch.Size:
+def _kind(dtype: Any, shape: Any) -> tuple[torch.dtype, torch.Size]:
     if not is_shape(shape):
         raise ValueError(f"{reprlib.repr(shape)} is no shape")
-    return torch.Size(shape)
+    return parse_dtype(dtype), torch.Size(shape)
+
+
+def _entry(
+    name: Any, offset: Any, dtype: torch.dtype, shape: torch.Size
+) -> FlattenedTensorMetadata:
+    if type(name) is not str or type(offset) is not int or offset < 0:
+        raise ValueError(f"{reprlib.repr(name)} at {reprlib.repr(offset)}")
+    return {"name": name, "shape": shape, "dtype": dtype, "offset": offset}
 
 
 def encode_extensions(extensions: dict[str, Any]) -> bytes:
-    """What may follow a message, where readers of 0.4 do not look."""
+    """What may follow a message, where readers of 0.4 do not look; what a worker replies to a
+    handle that has extensions."""
     return _EXTENSION_MARK + json.dumps(extensions).encode()
 
 
 def split_extensions(message: bytes) -> tuple[bytes, dict[str, Any]]:
-    """A message after the handle, and what follows it."""
+    """A message, and what follows it."""
     body, mark, tail = message.rpartition(_EXTENSION_MARK)
     if not (mark and body):  # the mark that a bucket in JSON begins with is its own
         return message, {}
     return body, _parse_extensions(tail)
-
-
-def encode_abort(reason: str) -> bytes:
-    return pickle.dumps(RuntimeError(reason))
-
-
-def decode_handle(message: bytes) -> Handle | Abort:
-    """The first message. Raises ``WireError`` if it is anything else."""
-    content = _load(message)
-    if isinstance(content, Exception):
-        return Abort(content)
-    if not (
-        isinstance(content, tuple)
-        and len(content) == 2
-        and isinstance(content[0], _Global)
-        and isinstance(content[1], tuple)
-    ):
-        raise WireError(f"expected the handle of a buffer, got {_shown(content)}")
-    rebuild, args = content
-    arguments = tuple(arg.resolve(_ARGUMENTS) if isinstance(arg, _Global) else arg for arg in args)
-    return Handle(rebuild.resolve(_REBUILD_FUNCTIONS), arguments, _extensions_of(message))
-
-
-def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
-    """Any message after the handle. Raises ``WireError`` on what is none of them."""
-    if message.startswith(_EXTENSION_MARK):
-        return _decode_json_bucket(message[len(_EXTENSION_MARK) :])
-    content = _load(message)
-    if content is None:
-        return NothingMore()
-    if isinstance(content, Exception):
-        return Abort(content)
-    if isinstance(content, list) and all(_is_tensor_metadata(entry) for entry in content):
-        return Bucket(content)
-    raise WireError(f"expected a bucket, an abort or None, got {_shown(content)}")
-
-
-def encode_failure(traceback: str) -> bytes:
-    """A worker's negative reply; never empty, for that would say it succeeded."""
-    return traceback.encode(errors="replace") or b"failed without a message"
-
-
-def _extensions_of(message: bytes) -> dict[str, Any]:
-    _, mark, tail = message.rpartition(_EXTENSION_MARK)
-    if not mark:
-        return {}
-    extensions = _parse_extensions(tail)
-    seconds = extensions.get("timeout", 0.0)
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise WireError(f"the time left is {_shown(seconds)}")
-    return extensions
 
 
 def _parse_extensions(text: bytes) -> dict[str, Any]:
@@ -245,16 +177,52 @@ def _parse(text: bytes) -> Any:
         raise WireError(f"a message of {len(text)} bytes is not JSON: {error!r:.200}") from error
 
 
+def encode_abort(reason: str) -> bytes:
+    return pickle.dumps(RuntimeError(reason))
+
+
+def decode_handle(message: bytes) -> Handle | Abort:
+    """The first message. Raises ``WireError`` if it is anything else."""
+    match _load(message):
+        case _Made(error=error):
+            return Abort(error)
+        case tuple((_Global() as rebuild, tuple() as args)):
+            pass
+        case content:
+            raise WireError(f"expected the handle of a buffer, got {_shown(content)}")
+    _, extensions = split_extensions(message)
+    seconds = extensions.get("timeout", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise WireError(f"the time left is {_shown(seconds)}")
+    arguments = tuple(arg.resolve(_ARGUMENTS) if isinstance(arg, _Global) else arg for arg in args)
+    return Handle(rebuild.resolve(_REBUILD_FUNCTIONS), arguments, extensions)
+
+
+def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
+    """Any message after the handle. Raises ``WireError`` on what is none of them."""
+    if message.startswith(_EXTENSION_MARK):
+        return _decode_json_bucket(message[len(_EXTENSION_MARK) :])
+    match _load(message):
+        case None:
+            return NothingMore()
+        case _Made(error=error):
+            return Abort(error)
+        case list() as entries if all(map(_is_tensor_metadata, entries)):
+            return Bucket(entries)
+        case content:
+            raise WireError(f"expected a bucket, an abort or None, got {_shown(content)}")
+
+
+def encode_failure(traceback: str) -> bytes:
+    """A worker's negative reply; never empty, for that would say it succeeded."""
+    return traceback.encode(errors="replace") or b"failed without a message"
+
+
 def _is_tensor_metadata(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and isinstance(entry.get("dtype"), torch.dtype)
-        and isinstance(entry.get("shape"), tuple)
-        and is_shape(entry["shape"])
-        and type(entry.get("offset")) is int
-        and entry["offset"] >= 0
-    )
+    match entry:
+        case {"name": str(), "dtype": torch.dtype(), "shape": tuple() as shape, "offset": offset}:
+            return is_shape(shape) and type(offset) is int and offset >= 0
+    return False
 
 
 def _shown(content: Any) -> str:
@@ -274,13 +242,6 @@ _ARGUMENTS = {
 }
 
 
-_EXCEPTIONS = {
-    name: value
-    for name, value in vars(builtins).items()
-    if isinstance(value, type) and issubclass(value, Exception)
-}
-
-
 class _Global(NamedTuple):
     """Stands for a function or class named in a message, so that reading it cannot call it."""
 
@@ -288,7 +249,7 @@ class _Global(NamedTuple):
     name: str
 
     def resolve(self, allowed: set[tuple[str, str]]) -> Any:
-        if tuple(self) not in allowed:
+        if self not in allowed:
             raise WireError(f"a message has {self.module}.{self.name} where it must not be")
         return getattr(importlib.import_module(self.module), self.name)
 
@@ -296,8 +257,13 @@ class _Global(NamedTuple):
 class _Made:
     """Stands for an exception in a message. Its notes and other attributes are left out."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, cls: type[Exception], *args: Any) -> None:
+        plain = [arg if isinstance(arg, _PLAIN) else reprlib.repr(arg) for arg in args]
+        try:
+            self.error = cls(*plain)
+            str(self.error), repr(self.error)
+        except Exception:  # its arguments do not suit it
+            self.error = RuntimeError(f"{cls.__name__}{reprlib.repr(tuple(plain))}")
 
     def __setstate__(self, state: Any) -> None: ...
 
@@ -305,37 +271,22 @@ class _Made:
         return repr(self.error)
 
 
-class _Words(Vocabulary):
-    """Of these only exceptions may be called."""
-
-    strange = "is no part of the protocol"
-
-    def find(self, module: str, name: str) -> Any:
-        if (module, name) in _REBUILD_FUNCTIONS | _ARGUMENTS:
-            return _Global(module, name)
-        if module == "builtins" and name in _EXCEPTIONS:
-            return lambda *args: _Made(_make_exception(_EXCEPTIONS[name], args))
-        return super().find(module, name)
-
-
-_WORDS = _Words()
 _PLAIN = (str, bytes, int, float, type(None))
 
-
-def _make_exception(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
-    """Also one whose arguments do not suit it has a text."""
-    plain = [arg if isinstance(arg, _PLAIN) else reprlib.repr(arg) for arg in args]
-    try:
-        made = cls(*plain)
-        str(made), repr(made)
-    except Exception:
-        return RuntimeError(f"{cls.__name__}{reprlib.repr(tuple(plain))}")
-    return made
+# Of these only exceptions can be called.
+_WORDS = {
+    **PLAIN_WORDS,
+    **{word: _Global(*word) for word in _REBUILD_FUNCTIONS | _ARGUMENTS},
+    **{
+        ("builtins", name): partial(_Made, value)
+        for name, value in vars(builtins).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    },
+}
 
 
 def _load(message: bytes) -> Any:
     try:
-        content = read_pickle(message, _WORDS)
-        return content.error if isinstance(content, _Made) else content
+        return read_pickle(message, _WORDS)
     except PlainPickleError as error:
         raise WireError(f"a message of {len(message)} bytes cannot be read: {error}") from error

@@ -19,7 +19,7 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import is_shape, tensor_nbytes
-from checkpoint_engine.handover.plain_pickle import PlainPickleError, Vocabulary, read_pickle
+from checkpoint_engine.handover.plain_pickle import PLAIN_WORDS, PlainPickleError, read_pickle
 from checkpoint_engine.memory.folder import Folders, inode_of, open_file, read_whole, short
 from checkpoint_engine.memory.sources import FileParts, FileSlice, TensorSource
 
@@ -32,6 +32,10 @@ _HEADER_READERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _META_KEYS = {"key", "dtype", "shape", "type", "tp_concat_dim"}
+_META_WORDS = {
+    **PLAIN_WORDS,  # tensor and array types are names without powers
+    **{word: ".".join(word) for word in (("torch", "Tensor"), ("numpy", "ndarray"))},
+}
 _REPLICATED = -1
 """The ``tp_concat_dim`` of a tensor that every tensor-parallel rank holds whole."""
 
@@ -123,20 +127,9 @@ def _next_array(file: IO[bytes], path: str, name: str, nbytes: int, file_size: i
     return FileSlice(path, offset, nbytes, inode_of(file.fileno()))
 
 
-class _MetaWords(Vocabulary):
-    """Tensor and array types are names without powers."""
-
-    strange = "is not allowed in a checkpoint's .meta"
-
-    def find(self, module: str, name: str) -> Any:
-        if (module, name) in (("torch", "Tensor"), ("numpy", "ndarray")):
-            return f"{module}.{name}"
-        return super().find(module, name)
-
-
 def _read_meta(path: str, allowed: Folders) -> list[tuple[str, torch.dtype, torch.Size, int]]:
     try:
-        metas = read_pickle(read_whole(path, allowed, _MAX_META), _MetaWords())
+        metas = read_pickle(read_whole(path, allowed, _MAX_META), _META_WORDS)
     except PlainPickleError as error:
         raise ValueError(f"{path}: cannot be unpickled: {error}") from error
     if not isinstance(metas, list):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import TypeAdapter, ValidationError
 
 from checkpoint_engine.data_types import MemoryBufferMetaList
-from checkpoint_engine.handover.plain_pickle import ModelWords, PlainPickleError, read_pickle
+from checkpoint_engine.handover.plain_pickle import MODEL_WORDS, PlainPickleError, read_pickle
 
 Metas = dict[int, MemoryBufferMetaList]
 """By owner rank: what it owns and how to read it."""
@@ -33,7 +33,7 @@ def decode_metas(data: bytes) -> Metas:
     """
     try:
         if data.startswith(_PICKLE_MARK):
-            return _ADAPTER.validate_python(read_pickle(data, ModelWords()))
+            return _ADAPTER.validate_python(read_pickle(data, MODEL_WORDS))
         return _ADAPTER.validate_json(data)
     except (ValidationError, PlainPickleError) as error:
         raise ValueError(f"not the metas of a checkpoint: {error}") from error

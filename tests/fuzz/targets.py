@@ -347,7 +347,7 @@ TARGETS = (
         "wire: replies",
         reply,
         (WireError,),
-        (b"", b"Traceback", wire.encode_acceptance({"version": 1, wire.JSON_BUCKETS: True})),
+        (b"", b"Traceback", wire.encode_extensions({"version": 1, wire.JSON_BUCKETS: True})),
     ),
     Target(
         "safetensors",
