@@ -230,7 +230,7 @@ def test_a_bucket_whose_lease_ends_during_the_read_is_an_error(
 
     def read_then_revoke(*args: Any, **options: Any) -> None:
         read(*args, **options)
-        if args[3] == [4000]:
+        if list(args[3]) == [4000]:
             owner.revoke(lease)
 
     try:
