@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
@@ -363,8 +364,7 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    app = make_app(SimpleNamespace())  # type: ignore[arg-type]
-    (endpoint,) = [one.endpoint for one in app.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
-    answer = endpoint()
+    client = TestClient(make_app(SimpleNamespace()))  # type: ignore[arg-type]
+    answer = client.get("/metrics")
     assert answer.status_code == 501
-    assert "checkpoint-engine[metrics]" in json.loads(answer.body)["error"]["hint"]
+    assert "checkpoint-engine[metrics]" in answer.json()["error"]["hint"]

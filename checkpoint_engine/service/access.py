@@ -94,11 +94,9 @@ class Access:
             server, path = _place_of(where)
         except ValueError as error:
             raise AccessError(str(error)) from error
+        allowed = [folder.rstrip("/") for place, folder in self.engines if place == server]
         # Segment by segment: /a allows /a/b, not /ab.
-        if not any(
-            server == allowed and f"{path}/".startswith(f"{folder.rstrip('/')}/")
-            for allowed, folder in self.engines
-        ):
+        if not any(f"{path}/".startswith(f"{folder}/") for folder in allowed):
             raise AccessError(f"no engine may be asked at {where!r:.200} here")
 
 

@@ -20,6 +20,7 @@ from checkpoint_engine.data_types import (
     TensorPart,
 )
 from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.layout import packed_size
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
@@ -47,22 +48,20 @@ def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
     """Deal the tensors to the owners, in natural order and by bytes, as ``examples/update.py``
     does. Each owner has one buffer."""
     in_order = sorted(tensors, key=lambda meta: natural_key(meta.name))
-    total = max(sum(meta.aligned_size for meta in in_order), 1)
-    shares: defaultdict[int, MemoryBufferMetas] = defaultdict(
-        lambda: MemoryBufferMetas.model_construct(metas=[], ptr=0, size=0)
-    )
+    total = max(packed_size(in_order), 1)
+    shares: defaultdict[int, list[ParameterMeta]] = defaultdict(list)
     begin = 0
     for meta in in_order:
-        share = shares[owners[min(begin * len(owners) // total, len(owners) - 1)]]
-        share.metas.append(meta)
-        share.size += meta.aligned_size
+        shares[owners[min(begin * len(owners) // total, len(owners) - 1)]].append(meta)
         begin += meta.aligned_size
-    return {
-        owner: MemoryBufferMetaList.model_construct(
-            p2p_store_addr=None, memory_buffer_metas_list=[share], rdma_device="", lease=None
-        )
-        for owner, share in shares.items()
-    }
+    return {owner: _owned(share) for owner, share in shares.items()}
+
+
+def _owned(share: list[ParameterMeta]) -> MemoryBufferMetaList:
+    buffers = [MemoryBufferMetas.model_construct(metas=share, ptr=0, size=packed_size(share))]
+    return MemoryBufferMetaList.model_construct(
+        p2p_store_addr=None, memory_buffer_metas_list=buffers, rdma_device="", lease=None
+    )
 
 
 def make_plan(
@@ -160,9 +159,8 @@ def predict(
     critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
     for span in critical_path(spans):
         critical[span.kind] += span.end - span.begin
-    parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
-    put_together = max((part.total for part in parts), default=0)
-    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + put_together
+    parts = [step.bucket.total for step in plan.steps if isinstance(step.bucket, TensorPart)]
+    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + max(parts, default=0)
     return Prediction(plan, sum(critical.values()), device_bytes, critical, tuple(spans))
 
 
