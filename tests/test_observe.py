@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import json
 import pickle
@@ -14,8 +15,8 @@ from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
@@ -364,7 +365,12 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    client = TestClient(make_app(SimpleNamespace()))  # type: ignore[arg-type]
-    answer = client.get("/metrics")
+    transport = httpx.ASGITransport(make_app(SimpleNamespace()))  # type: ignore[arg-type]
+
+    async def scrape() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(scrape())
     assert answer.status_code == 501
     assert "checkpoint-engine[metrics]" in answer.json()["error"]["hint"]

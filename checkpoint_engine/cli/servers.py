@@ -201,6 +201,7 @@ def ask(
         call = (futures[-1], server, method, route, timeout, body)
         # Daemons, because the command may end before all have answered.
         threading.Thread(target=_ask_one, args=call, daemon=True).start()
+    # A rank that waits for one that failed learns of it late: the first failure decides.
     done, _ = wait(futures, return_when=FIRST_EXCEPTION if collective else ALL_COMPLETED)
     failure = next(filter(None, (one.exception() for one in done)), None)
     if collective and failure is not None:

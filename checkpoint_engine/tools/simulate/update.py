@@ -71,22 +71,20 @@ def make_plan(
     free_device_bytes: int,
     cap: int,
     receivers: Sequence[int] | None = None,
-    joins_parts: bool = True,
 ) -> TransferPlan:
-    """The plan that the ranks would cut.
+    """The plan that the ranks would cut. The workers are this library's and have been updated
+    before, so that a broadcast may cut tensors.
 
     Args:
         free_device_bytes: that the buffers may take on the fullest device.
         cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         receivers: P2P to these ranks. ``None``: broadcast to all.
-        joins_parts: the workers are this library's and have been updated before: then a broadcast
-            may cut tensors, as ``Way.plan`` decides it.
 
     Raises:
         ValueError: the largest tensor does not fit.
     """
     p2p = receivers is not None
-    may_cut = joins_parts and not p2p
+    may_cut = not p2p  # as Way.plan decides it
     largest = planning.largest_tensor(metas)
     size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
