@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -163,12 +163,10 @@ def _check_success(response: httpx.Response) -> None:
     Raises:
         RuntimeError: it did; the text holds its whole answer.
     """
-    try:
+    with suppress(ValueError):
         answer = response.json()
-    except ValueError:
-        return
-    if isinstance(answer, dict) and answer.get("success") is False:
-        raise RuntimeError(f"{response.url} did not succeed: {response.text}")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise RuntimeError(f"{response.url} did not succeed: {response.text}")
 
 
 def request_inference_to_update(

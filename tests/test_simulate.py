@@ -133,7 +133,7 @@ def update(
 ) -> Prediction:
     metas = share_out(tensors(count), range(cluster.gpus))
     plan = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=receivers)
-    return predict(plan, cluster, costs, receivers, remote=receivers is not None)
+    return predict(plan, cluster, costs, receivers)
 
 
 ONE = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0)

@@ -84,7 +84,7 @@ def plan(
     lines = []
     for method, members in (("broadcast", None), ("p2p", p2p)):
         cut = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
-        found = predict(cut, cluster, costs, members, remote=members is not None)
+        found = predict(cut, cluster, costs, members)
         result |= {"tensors": cut.tensor_count, "bytes": cut.total_bytes, method: _as_dict(found)}
         lines += _as_text(method, found)
     title = (

@@ -87,7 +87,7 @@ class ErrorAnswer(Described):
     error: CallError
 
 
-_NO_JOB: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "Unknown."}}
+_NO_JOB: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "Unknown"}}
 
 
 def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:

@@ -136,21 +136,18 @@ def predict(
     cluster: Cluster,
     costs: Costs,
     members: Sequence[int] | None = None,
-    *,
-    remote: bool = False,
     order: Callable[[Model], None] | None = None,
 ) -> Prediction:
     """Predict one update.
 
     Args:
-        members: the ranks that receive, by place in the cluster. ``None``: all.
-        remote: buckets are read out of the owners' memory by P2P. The owners then are ranks of the
-            cluster beyond its last node, or among the members.
+        members: P2P: the ranks that receive, by place in the cluster; they read buckets out of the
+            memory of owners, which are among them or beyond the cluster's last node. ``None``: a
+            broadcast to all.
         order: adds the tasks of all steps, each after those that it waits for. ``None``: as this
             library orders them.
     """
-    ranks = range(cluster.gpus) if members is None else members
-    model = Model(plan, cluster, costs, ranks, remote)
+    model = Model(plan, cluster, costs, members)
     (order or Model.add_steps)(model)
     spans = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
@@ -167,18 +164,19 @@ class Model:
     stage of one step, after the tasks that are named, and return it."""
 
     def __init__(
-        self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: Sequence[int], remote: bool
+        self, plan: TransferPlan, cluster: Cluster, costs: Costs, members: Sequence[int] | None
     ) -> None:
         self.plan = plan
         self._costs = costs
-        self._ranks = ranks
-        self._remote = remote
+        ranks = range(cluster.gpus) if members is None else members
+        self._is_alone = len(ranks) == 1
+        self._p2p = members is not None
         self._nodes = len({cluster.node_of(rank) for rank in ranks})
-        reads = remote and any(step.owner != step.receiver for step in plan.steps)
+        reads = self._p2p and any(step.owner != step.receiver for step in plan.steps)
         # A receiver's NIC that reads by P2P broadcasts meanwhile, where there are several nodes.
         share = 0.5 if reads and self._nodes > 1 else 1.0
         self._cluster = replace(cluster, nic=cluster.nic * share)
-        self.is_staged = plan.staging and len(ranks) > 1
+        self.is_staged = plan.staging and not self._is_alone
         self.simulation = Simulation(self._links(owners_nic=cluster.nic))
 
     def add_steps(self) -> None:
@@ -202,7 +200,7 @@ class Model:
     def fetch(self, step: Step, after: list[int | None]) -> int:
         """Into staging, or into the double buffer where there is none."""
         cluster = self._cluster
-        if self._remote and step.owner != step.receiver:
+        if self._p2p and step.owner != step.receiver:
             links = [f"out {cluster.nic_of(step.owner)}", f"in {cluster.nic_of(step.receiver)}"]
         else:
             links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
@@ -210,7 +208,7 @@ class Model:
         return self.simulation.task("fetch", amounts=amounts, after=after)
 
     def broadcast(self, step: Step, after: list[int | None]) -> int:
-        if len(self._ranks) == 1 or not step.bucket.size:
+        if self._is_alone or not step.bucket.size:
             return self.simulation.task("broadcast", after=after)
         amounts = {"fabric": step.bucket.size / GB}
         fixed = self._cluster.hop * (self._nodes - 1)
