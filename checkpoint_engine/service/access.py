@@ -133,7 +133,7 @@ class Guard:
         if self._token is None:
             return
         given = request.headers.getlist("authorization")
-        # Not request.url.path: the header Host is in that.
+        # Not request.url.path: some releases of starlette parse that out of the header Host, too.
         is_read = _READ_BY_BROWSERS.fullmatch(request.scope["path"]) is not None
         may_be_browser = request.method == "GET" and is_read
         token = _token_in(given[0], may_be_browser) if len(given) == 1 else b""
