@@ -33,8 +33,7 @@ def predict_original(
     size = bucket_size(free_device_bytes, largest_tensor(metas), cap)
     local, owners = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
     plan = plan_transfer(metas, size, local, owners, receivers)
-    remote = receivers is not None
-    return predict(plan, cluster, costs, receivers, remote=remote, order=_add_rounds)
+    return predict(plan, cluster, costs, receivers, order=_add_rounds)
 
 
 def _add_rounds(model: Model) -> None:

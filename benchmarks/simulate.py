@@ -73,7 +73,7 @@ def simulate(
     if original:
         return predict_original(metas, cluster, costs, **given)
     plan = make_plan(metas, cluster, **given)
-    return predict(plan, cluster, costs, ranks, remote=ranks is not None)
+    return predict(plan, cluster, costs, ranks)
 
 
 def show(columns: list[str], rows: list[list[str]]) -> None:

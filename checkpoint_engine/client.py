@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -59,7 +59,7 @@ def vllm_request(
 
         def post(route: str) -> httpx.Response:
             remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
-            return _send("POST", f"{url}{route}", remaining, uds)
+            return send("POST", f"{url}{route}", remaining, uds)
 
         with nullcontext() if pause is None else _paused(post, pause):
             seconds = max(deadline.remaining(), 0.1)
@@ -112,7 +112,7 @@ def _by_ipc_route(
 ) -> RequestFunction:
     def ask(handles: dict[str, str]) -> None:
         content = {"zmq_handles": handles, **body}
-        _check_success(_send("POST", f"{url}/update_weights_from_ipc", timeout, uds, content))
+        _check_success(send("POST", f"{url}/update_weights_from_ipc", timeout, uds, content))
 
     return _for_engine(ask, rank, workers)
 
@@ -163,12 +163,10 @@ def _check_success(response: httpx.Response) -> None:
     Raises:
         RuntimeError: it did; the text holds its whole answer.
     """
-    try:
+    with suppress(ValueError):
         answer = response.json()
-    except ValueError:
-        return
-    if isinstance(answer, dict) and answer.get("success") is False:
-        raise RuntimeError(f"{response.url} did not succeed: {response.text}")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise RuntimeError(f"{response.url} did not succeed: {response.text}")
 
 
 def request_inference_to_update(
@@ -193,7 +191,7 @@ def request_inference_to_update(
         httpx.TransportError: the engine is not up, or did not answer in time.
     """
     body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
-    _send("POST", url, timeout, uds, body)
+    send("POST", url, timeout, uds, body)
 
 
 def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:
@@ -207,7 +205,7 @@ def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:
     end = time.monotonic() + timeout
     while True:
         try:
-            _send("GET", url, max(0.1, min(5.0, end - time.monotonic())), uds)
+            send("GET", url, max(0.1, min(5.0, end - time.monotonic())), uds)
             return
         except (httpx.HTTPStatusError, httpx.TransportError) as error:
             if time.monotonic() >= end:
@@ -231,29 +229,11 @@ def fetch_metas(
     """
     from checkpoint_engine.world.metas_file import decode_metas
 
-    content = _send("GET", url, timeout, uds, token=token).content
+    content = send("GET", url, timeout, uds, token=token).content
     try:
         return decode_metas(content)
     except ValueError as error:
         raise ValueError(f"{url}: {error}; is it a server's /v1/metas?") from error
-
-
-def _send(
-    verb: str, url: str, timeout: float, uds: str | None, body: Any = None, token: str | None = None
-) -> httpx.Response:
-    """The answer of ``exchange``, which must be a success."""
-    import httpx
-
-    try:
-        response = exchange(verb, url, timeout, uds, body, token)
-    except httpx.TransportError as error:
-        where = url if uds is None else f"{url} through {uds}"
-        text = f"no answer from {where}: {error or type(error).__name__}; is the engine up?"
-        raise type(error)(text, request=error.request) from error
-    if response.is_success:
-        return response
-    text = f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}"
-    raise httpx.HTTPStatusError(text, request=response.request, response=response)
 
 
 def parse_url(text: str) -> httpx.URL:
@@ -264,24 +244,26 @@ def parse_url(text: str) -> httpx.URL:
     """
     import httpx
 
+    shown = repr(text.rpartition("@")[2])[:200]
     try:
         url = httpx.URL(text)
-    except (httpx.InvalidURL, TypeError, ValueError) as error:
-        raise ValueError(f"{text!r:.200} is not a URL: {error}") from error
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{shown} is not a URL: {error}") from None
     if url.userinfo:
         raise ValueError("user names and passwords do not belong into URLs; a token goes apart")
     one_host = url.host and not set(url.host) & set(",{}") and (url.port or 0) < 1 << 16
     if url.scheme not in ("http", "https") or not one_host:
-        raise ValueError(f"{text!r:.200} is not a URL of one server, as http://host:8000")
+        raise ValueError(f"{shown} is not a URL of one server, as http://host:8000")
     return url
 
 
-def exchange(
+def send(
     verb: str, url: str, timeout: float, uds: str | None, body: Any = None, token: str | None = None
 ) -> httpx.Response:
-    """One request and whatever answer comes.
+    """One request, and the answer to it.
 
     Raises:
+        httpx.HTTPStatusError: the answer is no success; the text holds all of it.
         httpx.RequestError: none that can be read, within ``timeout`` seconds for each step.
         ValueError: the request cannot be sent. The text does not show the token.
     """
@@ -293,6 +275,14 @@ def exchange(
     # No proxy, netrc or certificates from the environment: who is asked are neighbours.
     with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
         try:
-            return client.request(verb, url, json=body, headers=headers)
+            response = client.request(verb, url, json=body, headers=headers)
         except httpx.LocalProtocolError:  # its text has the header, and so the token
             raise ValueError(f"{url}: a token or address that HTTP does not allow") from None
+        except httpx.TransportError as error:
+            where = url if uds is None else f"{url} through {uds}"
+            text = f"no answer from {where}: {error or type(error).__name__}; is it up?"
+            raise type(error)(text, request=error.request) from error
+    if response.is_success:
+        return response
+    text = f"{response.status_code} {response.reason_phrase} from {response.url}: {response.text}"
+    raise httpx.HTTPStatusError(text, request=response.request, response=response)

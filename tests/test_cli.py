@@ -477,9 +477,10 @@ def test_a_token_is_sent_and_never_shown(tmp_path: Path) -> None:
     assert seen == ["Bearer a-token-that-is-long", "Bearer another-that-is-long"]
     assert strange.exit_code == 1
     assert "a-secret" not in strange.output
-    wrong = run("status", "--server", "http://me:a-secret@localhost:9")
-    assert wrong.exit_code == 2
-    assert "a-secret" not in wrong.output
+    for place in ("http://me:a-secret@localhost:9", "http://me:a-secret@localhost:bad"):
+        wrong = run("status", "--server", place)
+        assert wrong.exit_code == 2
+        assert "a-secret" not in wrong.output
 
 
 # ---------------------------------------------------------------------- small things

@@ -172,7 +172,7 @@ def test_the_sidecar_and_publish(tmp_path: Path) -> None:
         assert engine.call_workers("weights_digest") == second
         wrong = publish(variables, "step-8", str(step), "--engine=http://localhost:9")
         assert wrong.returncode != 0
-        assert "is the engine up?" in wrong.stderr
+        assert "is it up?" in wrong.stderr
         again = publish(variables, "step-9", str(model), f"--engine={engine.url}")
         assert again.returncode == 0, again.stderr + log.read_text()
         assert engine.call_workers("weights_digest") == first

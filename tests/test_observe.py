@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import json
 import pickle
@@ -14,6 +15,7 @@ from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -363,8 +365,12 @@ def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_prometheus")
 def test_metrics_name_the_extra_that_they_need() -> None:
-    app = make_app(SimpleNamespace())  # type: ignore[arg-type]
-    (endpoint,) = [one.endpoint for one in app.routes if one.path == "/metrics"]  # type: ignore[attr-defined]
-    answer = endpoint()
+    transport = httpx.ASGITransport(make_app(SimpleNamespace()))  # type: ignore[arg-type]
+
+    async def scrape() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(scrape())
     assert answer.status_code == 501
-    assert "checkpoint-engine[metrics]" in json.loads(answer.body)["error"]["hint"]
+    assert "checkpoint-engine[metrics]" in answer.json()["error"]["hint"]

@@ -133,7 +133,7 @@ def update(
 ) -> Prediction:
     metas = share_out(tensors(count), range(cluster.gpus))
     plan = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=receivers)
-    return predict(plan, cluster, costs, receivers, remote=receivers is not None)
+    return predict(plan, cluster, costs, receivers)
 
 
 ONE = Cluster(gpus_per_node=1, nics_per_node=1, host_to_device=10.0)
@@ -272,11 +272,9 @@ def test_a_large_tensor_travels_in_parts_and_is_copied_once_more() -> None:
     def planned(**how: Any) -> TransferPlan:
         return make_plan(metas, cluster, free_device_bytes=400 * MB, cap=32 * MB, **how)
 
-    assert [len(planned().steps), len(planned(joins_parts=False).steps)] == [4, 2]
-    assert len(planned(receivers=[0]).steps) == 2  # by P2P none is cut
-    whole, cut = (
-        predict(plan, cluster, slow_worker) for plan in (planned(joins_parts=False), planned())
-    )
+    in_parts, not_cut = planned(), planned(receivers=[0])  # by P2P none is cut
+    assert [len(in_parts.steps), len(not_cut.steps)] == [4, 2]
+    whole, cut = (predict(plan, cluster, slow_worker) for plan in (not_cut, in_parts))
     assert whole.critical["reload"] == pytest.approx(128 * MB / 1e9, rel=0.01)
     assert cut.critical["reload"] == pytest.approx(128 * MB / 1e9 * 1.5, rel=0.01)
     assert cut.device_bytes == (2 * 32 + 64) * MB

@@ -48,11 +48,8 @@ class Commands(click.Group):
             sys.exit(super().main(arguments, *rest, **options | {"standalone_mode": False}))
         except (click.ClickException, click.Abort) as error:
             failure = error if isinstance(error, click.ClickException) else Failure("interrupted")
-            told = {
-                "code": _CODES[failure.exit_code],
-                "message": failure.format_message(),
-                "hint": getattr(failure, "hint", ""),
-            }
+            told = {"code": _CODES[failure.exit_code], "message": failure.format_message()}
+            told["hint"] = getattr(failure, "hint", "")  # click's own have none
             click.echo(json.dumps({"error": told}, indent=1))
             sys.exit(failure.exit_code)
 

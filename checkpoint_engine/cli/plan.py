@@ -77,15 +77,21 @@ def plan(
     costs = Costs(**{name: rates[name] for name in _COSTS})
     metas = share_out(read_headers(checkpoint), range(world_size))
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
-    result: dict[str, Any] = {"checkpoint": str(checkpoint), "world_size": world_size}
     free, cap = int(free_gb * GIB), int(bucket_gb * GIB)
     p2p = range(min(receivers or world_size, world_size))
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "world_size": world_size}
+    result |= {"host_bytes_of_a_rank": max(owned, default=0), "cluster": asdict(cluster)}
+    lines = []
     for method, members in (("broadcast", None), ("p2p", p2p)):
         cut = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
-        found = predict(cut, cluster, costs, members, remote=members is not None)
+        found = predict(cut, cluster, costs, members)
         result |= {"tensors": cut.tensor_count, "bytes": cut.total_bytes, method: _as_dict(found)}
-    result |= {"host_bytes_of_a_rank": max(owned, default=0), "cluster": asdict(cluster)}
-    return Shown(result, _as_text(result))
+        lines += _as_text(method, found)
+    title = (
+        f"{checkpoint}: {result['bytes'] / 1e9:.2f} GB in {result['tensors']:,} tensors, "
+        f"{world_size} ranks with up to {max(owned, default=0) / 1e9:.2f} GB of host memory each"
+    )
+    return Shown(result, "\n".join([title, *lines]))
 
 
 def _as_dict(found: Prediction) -> dict[str, Any]:
@@ -100,19 +106,11 @@ def _as_dict(found: Prediction) -> dict[str, Any]:
     }
 
 
-def _as_text(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB in {result['tensors']:,} tensors, "
-        f"{result['world_size']} ranks with up to "
-        f"{result['host_bytes_of_a_rank'] / 1e9:.2f} GB of host memory each"
+def _as_text(method: str, found: Prediction) -> list[str]:
+    waits = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found.critical.items())
+    return [
+        f"{method:9} {found.seconds:8.3f} s {found.gigabytes_per_second:7.1f} GB/s, "
+        f"{len(found.plan.steps)} buckets of up to {found.plan.bucket_bytes / 1e9:.2f} GB, "
+        f"{found.device_bytes / 1e9:.2f} GB of each receiver's device",
+        f"          waits, s: {waits}",
     ]
-    for method in ("broadcast", "p2p"):
-        found = result[method]
-        waits = ", ".join(f"{name} {seconds:.3f}" for name, seconds in found["waiting_for"].items())
-        lines += [
-            f"{method:9} {found['seconds']:8.3f} s {found['gigabytes_per_second']:7.1f} GB/s, "
-            f"{found['buckets']} buckets of up to {found['bucket_bytes'] / 1e9:.2f} GB, "
-            f"{found['device_bytes'] / 1e9:.2f} GB of each receiver's device",
-            f"          waits, s: {waits}",
-        ]
-    return "\n".join(lines)

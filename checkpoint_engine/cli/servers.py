@@ -57,21 +57,19 @@ class Server:
         """
         import httpx
 
-        from checkpoint_engine.client import exchange
+        from checkpoint_engine.client import send
 
         is_url = "://" in self.place
         url = f"{self.place if is_url else 'http://server'}{route}"
         uds = None if is_url else self.place
         try:
-            response = exchange(method, url, timeout, uds, body, token=self.token)
+            response = send(method, url, timeout, uds, body, self.token)
         except ValueError as error:
             raise ServiceError(self.place, 400, str(error)) from None
+        except httpx.HTTPStatusError as error:
+            raise refusal(self.place, error.response.status_code, error.response.text) from None
         except httpx.RequestError as error:
-            why = str(error) or type(error).__name__
-            text = f"no answer within {timeout:g} s: {why}"
-            raise ServiceError(self.place, None, text, _START) from error
-        if not response.is_success:
-            raise refusal(self.place, response.status_code, response.text)
+            raise ServiceError(self.place, None, str(error), _START) from error
         with contextlib.suppress(ValueError):
             answer = response.json() if response.content else None
             if route != STATUS or _is_status(answer):
@@ -203,6 +201,7 @@ def ask(
         call = (futures[-1], server, method, route, timeout, body)
         # Daemons, because the command may end before all have answered.
         threading.Thread(target=_ask_one, args=call, daemon=True).start()
+    # A rank that waits for one that failed learns of it late: the first failure decides.
     done, _ = wait(futures, return_when=FIRST_EXCEPTION if collective else ALL_COMPLETED)
     failure = next(filter(None, (one.exception() for one in done)), None)
     if collective and failure is not None:

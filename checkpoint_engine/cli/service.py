@@ -129,7 +129,8 @@ def _raise_first(answers: Sequence[Any]) -> None:
     """The first failure, if any, and which ranks it is of."""
     for first in (failed := _failures(answers)).values():
         if len(failed) < len(answers):
-            first.hint += f"; ranks {list(failed)} failed, the others have done it"
+            others = f"ranks {list(failed)} failed, the others have done it"
+            first.hint = f"{first.hint}; {others}".removeprefix("; ")
         raise first
 
 

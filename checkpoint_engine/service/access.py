@@ -94,11 +94,9 @@ class Access:
             server, path = _place_of(where)
         except ValueError as error:
             raise AccessError(str(error)) from error
+        allowed = [folder.rstrip("/") for place, folder in self.engines if place == server]
         # Segment by segment: /a allows /a/b, not /ab.
-        if not any(
-            server == allowed and f"{path}/".startswith(f"{folder.rstrip('/')}/")
-            for allowed, folder in self.engines
-        ):
+        if not any(f"{path}/".startswith(f"{folder}/") for folder in allowed):
             raise AccessError(f"no engine may be asked at {where!r:.200} here")
 
 
@@ -135,7 +133,7 @@ class Guard:
         if self._token is None:
             return
         given = request.headers.getlist("authorization")
-        # Not request.url.path: the header Host is in that.
+        # Not request.url.path: some releases of starlette parse that out of the header Host, too.
         is_read = _READ_BY_BROWSERS.fullmatch(request.scope["path"]) is not None
         may_be_browser = request.method == "GET" and is_read
         token = _token_in(given[0], may_be_browser) if len(given) == 1 else b""

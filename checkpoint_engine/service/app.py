@@ -13,7 +13,7 @@ from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from loguru import logger
@@ -35,13 +35,9 @@ Ranks = Annotated[list[int], Field(max_length=65_536)]
 ShortText = Annotated[str, Field(max_length=4096)]
 Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
-Wait = Annotated[
-    bool, Query(description="false: answer at once with a job, for GET /v1/jobs/{id}.")
-]
-GatherTimeout = Annotated[
-    float | None,
-    Query(gt=0, le=LONGEST_UPDATE, description="Seconds for all ranks to meet. Default: 600."),
-]
+Wait = Annotated[bool, Query(description="false: answer at once, with a job of GET /v1/jobs.")]
+_meeting = Query(gt=0, le=LONGEST_UPDATE, description="Seconds for all ranks to meet; else 600.")
+GatherTimeout = Annotated[float | None, _meeting]
 WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
 
 _LONG_CALL: dict[int | str, dict[str, Any]] = {
@@ -91,6 +87,9 @@ class ErrorAnswer(Described):
     error: CallError
 
 
+_NO_JOB: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "Unknown"}}
+
+
 def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """The HTTP service of one rank's server.
 
@@ -104,12 +103,13 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)
-    _add_views(app, lambda: status_of(ps.snapshot(), jobs), jobs)
+    app.include_router(_views(lambda: status_of(ps.snapshot(), jobs), jobs))
     return app
 
 
 def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> None:
     """The routes that do something."""
+    calls = APIRouter(prefix="/v1/checkpoints/{name}", responses=_LONG_CALL)
 
     def do(call: str, name: str, action: Callable[[], object], wait: bool = True) -> Response:
         if wait:
@@ -120,28 +120,20 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
     async def healthz() -> Response:
         return Response()
 
-    @app.post("/v1/checkpoints/{name}/files", summary="Register files", responses=_LONG_CALL)
+    @calls.post("/files", summary="Register files")
     def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
         return do("register", name, lambda: ps.register_checkpoint(name, files=request.files), wait)
 
-    @app.delete("/v1/checkpoints/{name}", summary="Free this rank's part of a checkpoint")
+    @calls.delete("", summary="Free this rank's part of a checkpoint")
     def unregister_checkpoint(name: Name) -> Response:
         return do("unregister", name, lambda: ps.unregister_checkpoint(name))
 
-    @app.post(
-        "/v1/checkpoints/{name}/gather-metas",
-        summary="Learn who owns what; post it to all ranks",
-        responses=_LONG_CALL,
-    )
+    @calls.post("/gather-metas", summary="Learn who owns what; post it to all ranks")
     def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = None) -> Response:
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         return do("gather", name, lambda: ps.gather_metas(name, **limit), wait)
 
-    @app.post(
-        "/v1/checkpoints/{name}/update",
-        summary="Send a checkpoint to the engines; post it to all ranks",
-        responses=_LONG_CALL,
-    )
+    @calls.post("/update", summary="Send a checkpoint to the engines; post it to all ranks")
     def update(
         name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
     ) -> Response:
@@ -160,44 +152,43 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
     def load_metas(metas: Metas) -> Response:
         return do("load metas", "", lambda: ps.load_metas(metas))
 
+    app.include_router(calls)
 
-def _add_views(app: FastAPI, read: Callable[[], Status], jobs: Jobs) -> None:
+
+def _views(read: Callable[[], Status], jobs: Jobs) -> APIRouter:
     """The routes that only read: status, jobs, metrics, and the page at ``/``."""
+    views = APIRouter(tags=["status"])
     metrics: Metrics | None = None
     with contextlib.suppress(ImportError):
         metrics = Metrics(read, jobs)
 
-    @app.get("/v1/status", tags=["status"], summary="What this rank holds, does and did")
+    @views.get("/v1/status", summary="What this rank holds, does and did")
     def status() -> Status:
         return read()
 
-    @app.get("/v1/jobs", tags=["status"], summary="The calls of this rank, the latest first")
+    @views.get("/v1/jobs", summary="The calls of this rank, the latest first")
     def list_jobs() -> list[Job]:
         return jobs.all()
 
-    @app.get(
-        "/v1/jobs/{id}",
-        tags=["status"],
-        summary="One call",
-        response_model=Job,
-        responses={404: {"model": ErrorAnswer, "description": "There is no such job."}},
-    )
+    @views.get("/v1/jobs/{id}", summary="One call", response_model=Job, responses=_NO_JOB)
     def job(id: Annotated[str, Path(description="As the call was answered.")]) -> object:
         hint = "only the last 100 that have ended are remembered, and none of before a restart"
         return jobs.find(id) or _failed(404, "not_found", f"there is no job {id!r:.100}", hint)
 
-    @app.get("/metrics", tags=["status"], summary="Figures for Prometheus", response_class=Response)
+    @views.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     def prometheus() -> Response:
         if metrics is None:
             hint = "pip install 'checkpoint-engine[metrics]'"
             return _failed(501, "not_installed", "prometheus-client is not installed", hint)
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/", include_in_schema=False)
+    @views.get("/", include_in_schema=False)
     def page() -> Response:
         content = resources.files(__package__).joinpath("page.html").read_bytes()
         headers = {"Content-Security-Policy": _OWN_HOST_ONLY, "Cache-Control": "no-store"}
         return HTMLResponse(content, headers=headers)
+
+    return views
 
 
 def _failed(status: int, code: str, message: str, hint: str) -> Response:
@@ -229,10 +220,8 @@ def _answer(call: Callable[[], object]) -> Response:
 def _explain(request: Request, error: Exception) -> Response:
     """What is wrong with a body, without sending it back."""
     assert isinstance(error, RequestValidationError)
-    shown = [
-        {key: problem[key] for key in ("loc", "msg", "type")}
-        for problem in error.errors()[:_SHOWN_ERRORS]
-    ]
+    wrong = error.errors()[:_SHOWN_ERRORS]
+    shown = [{key: one[key] for key in ("loc", "msg", "type")} for one in wrong]
     text = json.dumps({"detail": shown}, default=repr)  # ASCII: nothing in it fails to encode
     return Response(text, status_code=422, media_type="application/json")
 
@@ -247,10 +236,8 @@ def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: list[tuple[
         return
     rules.check_engine(request.update_url, request.uds)
     ranks = request.inference_group_ranks or range(len(socket_paths))
-    unknown = [rank for rank in ranks if not 0 <= rank < len(socket_paths)]
-    if unknown:
-        raise ValueError(
-            f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"
-        )
+    if unknown := [rank for rank in ranks if not 0 <= rank < len(socket_paths)]:
+        text = f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"
+        raise ValueError(text)
     sockets = dict(socket_paths[rank] for rank in ranks)
     request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)

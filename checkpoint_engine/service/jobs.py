@@ -63,12 +63,10 @@ class CallError(Described):
 
     @staticmethod
     def of(error: BaseException) -> CallError:
-        cause = code = kind_of(error)
-        known = {}
-        if isinstance(error, UpdateError):
-            code, known = "update_failed", {name: getattr(error, name) for name in _OF_UPDATES}
-        elif code not in _HINTS:
-            code = "failed"
+        of_update = isinstance(error, UpdateError)
+        known = {name: getattr(error, name) for name in _OF_UPDATES} if of_update else {}
+        cause = kind_of(error)
+        code = "update_failed" if of_update else cause if cause in _HINTS else "failed"
         message = str(error) or repr(error)
         return CallError(code=code, message=message, cause=cause, hint=_HINTS[code], **known)
 

@@ -39,17 +39,14 @@ class Metrics:
         # One of its own: several servers in a process do not mix.
         self._registry = CollectorRegistry()
         common: dict[str, Any] = {"namespace": "checkpoint_engine", "registry": self._registry}
-        self._counters = {
-            name: Counter(name, text, labels.keys(), **common)
-            for name, (text, labels) in _COUNTERS.items()
-        }
-        self._seconds = Histogram(
-            "call_seconds", "Seconds of calls.", ["call"], buckets=_SECONDS, **common
-        )
+        self._counters: dict[str, Any] = {}
         # Prometheus sees no rise in a series that begins with its first event.
-        for name, (_, labels) in _COUNTERS.items():
+        for name, (text, labels) in _COUNTERS.items():
+            self._counters[name] = Counter(name, text, labels.keys(), **common)
             for values in product(*labels.values()):
                 self._rise(name, 0, *values)
+        common["buckets"] = _SECONDS
+        self._seconds = Histogram("call_seconds", "Seconds of calls.", ["call"], **common)
         for call in CALLS:
             self._seconds.labels(call)
         self._registry.register(self)
@@ -64,12 +61,12 @@ class Metrics:
         self._seconds.labels(job.call).observe(job.seconds)
         if job.error is not None:
             self._rise("failures", 1, job.call, job.error.cause)
-        if job.report is not None:
-            self._rise("updated_bytes", job.report.bytes)
-            self._rise("updated_tensors", job.report.tensors)
-            for phase, seconds in job.report.phases.items():
+        if (report := job.report) is not None:
+            self._rise("updated_bytes", report.bytes)
+            self._rise("updated_tensors", report.tensors)
+            for phase, seconds in report.phases.items():
                 self._rise("phase_seconds", seconds, phase)
-            for name, stage in job.report.stages.items():
+            for name, stage in report.stages.items():
                 self._rise("stage_seconds", stage.seconds, name)
                 self._rise("stage_bytes", stage.bytes, name)
 
@@ -94,11 +91,9 @@ class Metrics:
             ("running_calls", "Calls that have not ended.", running),
         ):
             yield GaugeMetricFamily(f"checkpoint_engine_{name}", text, value=value)
-        served = GaugeMetricFamily(
-            "checkpoint_engine_served",
-            "When this rank's engine got the weights that it serves, as Unix time.",
-            labels=["checkpoint", "version", "engine"],
-        )
+        text = "When this rank's engine got the weights that it serves, as Unix time."
+        labels = ["checkpoint", "version", "engine"]
+        served = GaugeMetricFamily("checkpoint_engine_served", text, labels=labels)
         if (held := now.served) is not None:
             served.add_metric([held.checkpoint, held.version, held.engine], held.since)
         yield served

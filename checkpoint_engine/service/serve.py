@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -55,14 +56,10 @@ class ServeOptions:
             raise ValueError(f"{self.port} is no TCP port")
         if self.port is not None and self.token is None and not self.allow_anyone:
             raise ValueError(
-                "TCP can be reached by other users: give a token (PS_HTTP_TOKEN or a token file), "
-                "or say explicitly that none is wanted (--no-token)"
+                "TCP is open to others: give a token (or PS_HTTP_TOKEN), or --no-token"
             )
         if self.token is not None and not re.fullmatch("[!-~]{16,}", self.token):
-            raise ValueError(
-                "a token has at least 16 printable ASCII characters and no blanks: make one with "
-                "`openssl rand -hex 32`"
-            )
+            raise ValueError("a token has at least 16 printable characters: `openssl rand -hex 32`")
 
 
 def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
@@ -180,17 +177,12 @@ def _folder_locked(path: str) -> Iterator[None]:
 
 
 def _remove_stale(path: str) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError("a file that is not a socket is there")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(_LOCK_SECONDS)
-            probe.connect(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
+                text = "another server listens there; give each rank its own path: put {rank} in it"
+                raise FileExistsError(text)
         os.unlink(path)
-        return
-    raise FileExistsError(
-        "another server listens there; give each rank its own path, for example with {rank} in it"
-    )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -119,8 +119,8 @@ def _collectives() -> Iterator[Finding]:
         yield _judge(is_off, "gloo", f"torch {torch.__version__}", cost, mend, "broken")
     else:
         has = torch.distributed.is_nccl_available()
-        version = torch.cuda.nccl.version() if has else "none"
-        yield _judge(not has, "NCCL", f"{version}", cost, mend, "broken")
+        numbers: Any = torch.cuda.nccl.version() if has else ["none"]
+        yield _judge(not has, "NCCL", ".".join(map(str, numbers)), cost, mend, "broken")
 
 
 # ---------------------------------------------------------------------- network and P2P

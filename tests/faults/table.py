@@ -240,7 +240,7 @@ def requests() -> list[Case]:
                 ("answers HTTP 500", "500", "500 .*the engine is broken", LONG),
                 ("answers late", "slow", "gave up after|no answer from", SHORT),
                 ("breaks off its answer", "cut", "no answer from", LONG),
-                ("refuses the connection", "", "no answer from .* is the engine up", LONG),
+                ("refuses the connection", "", "no answer from .* is it up", LONG),
             )
         ),
     ]

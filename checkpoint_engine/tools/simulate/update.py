@@ -20,6 +20,7 @@ from checkpoint_engine.data_types import (
     TensorPart,
 )
 from checkpoint_engine.memory.files import open_files
+from checkpoint_engine.memory.layout import packed_size
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
@@ -47,22 +48,20 @@ def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
     """Deal the tensors to the owners, in natural order and by bytes, as ``examples/update.py``
     does. Each owner has one buffer."""
     in_order = sorted(tensors, key=lambda meta: natural_key(meta.name))
-    total = max(sum(meta.aligned_size for meta in in_order), 1)
-    shares: defaultdict[int, MemoryBufferMetas] = defaultdict(
-        lambda: MemoryBufferMetas.model_construct(metas=[], ptr=0, size=0)
-    )
+    total = max(packed_size(in_order), 1)
+    shares: defaultdict[int, list[ParameterMeta]] = defaultdict(list)
     begin = 0
     for meta in in_order:
-        share = shares[owners[min(begin * len(owners) // total, len(owners) - 1)]]
-        share.metas.append(meta)
-        share.size += meta.aligned_size
+        shares[owners[min(begin * len(owners) // total, len(owners) - 1)]].append(meta)
         begin += meta.aligned_size
-    return {
-        owner: MemoryBufferMetaList.model_construct(
-            p2p_store_addr=None, memory_buffer_metas_list=[share], rdma_device="", lease=None
-        )
-        for owner, share in shares.items()
-    }
+    return {owner: _owned(share) for owner, share in shares.items()}
+
+
+def _owned(share: list[ParameterMeta]) -> MemoryBufferMetaList:
+    buffers = [MemoryBufferMetas.model_construct(metas=share, ptr=0, size=packed_size(share))]
+    return MemoryBufferMetaList.model_construct(
+        p2p_store_addr=None, memory_buffer_metas_list=buffers, rdma_device="", lease=None
+    )
 
 
 def make_plan(
@@ -72,22 +71,20 @@ def make_plan(
     free_device_bytes: int,
     cap: int,
     receivers: Sequence[int] | None = None,
-    joins_parts: bool = True,
 ) -> TransferPlan:
-    """The plan that the ranks would cut.
+    """The plan that the ranks would cut. The workers are this library's and have been updated
+    before, so that a broadcast may cut tensors.
 
     Args:
         free_device_bytes: that the buffers may take on the fullest device.
         cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         receivers: P2P to these ranks. ``None``: broadcast to all.
-        joins_parts: the workers are this library's and have been updated before: then a broadcast
-            may cut tensors, as ``Way.plan`` decides it.
 
     Raises:
         ValueError: the largest tensor does not fit.
     """
     p2p = receivers is not None
-    may_cut = joins_parts and not p2p
+    may_cut = not p2p  # as Way.plan decides it
     largest = planning.largest_tensor(metas)
     size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
@@ -139,30 +136,26 @@ def predict(
     cluster: Cluster,
     costs: Costs,
     members: Sequence[int] | None = None,
-    *,
-    remote: bool = False,
     order: Callable[[Model], None] | None = None,
 ) -> Prediction:
     """Predict one update.
 
     Args:
-        members: the ranks that receive, by place in the cluster. ``None``: all.
-        remote: buckets are read out of the owners' memory by P2P. The owners then are ranks of the
-            cluster beyond its last node, or among the members.
+        members: P2P: the ranks that receive, by place in the cluster; they read buckets out of the
+            memory of owners, which are among them or beyond the cluster's last node. ``None``: a
+            broadcast to all.
         order: adds the tasks of all steps, each after those that it waits for. ``None``: as this
             library orders them.
     """
-    ranks = range(cluster.gpus) if members is None else members
-    model = Model(plan, cluster, costs, ranks, remote)
+    model = Model(plan, cluster, costs, members)
     (order or Model.add_steps)(model)
     spans = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
     critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
     for span in critical_path(spans):
         critical[span.kind] += span.end - span.begin
-    parts = (step.bucket for step in plan.steps if isinstance(step.bucket, TensorPart))
-    put_together = max((part.total for part in parts), default=0)
-    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + put_together
+    parts = [step.bucket.total for step in plan.steps if isinstance(step.bucket, TensorPart)]
+    device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + max(parts, default=0)
     return Prediction(plan, sum(critical.values()), device_bytes, critical, tuple(spans))
 
 
@@ -171,18 +164,19 @@ class Model:
     stage of one step, after the tasks that are named, and return it."""
 
     def __init__(
-        self, plan: TransferPlan, cluster: Cluster, costs: Costs, ranks: Sequence[int], remote: bool
+        self, plan: TransferPlan, cluster: Cluster, costs: Costs, members: Sequence[int] | None
     ) -> None:
         self.plan = plan
         self._costs = costs
-        self._ranks = ranks
-        self._remote = remote
+        ranks = range(cluster.gpus) if members is None else members
+        self._is_alone = len(ranks) == 1
+        self._p2p = members is not None
         self._nodes = len({cluster.node_of(rank) for rank in ranks})
-        reads = remote and any(step.owner != step.receiver for step in plan.steps)
+        reads = self._p2p and any(step.owner != step.receiver for step in plan.steps)
         # A receiver's NIC that reads by P2P broadcasts meanwhile, where there are several nodes.
         share = 0.5 if reads and self._nodes > 1 else 1.0
         self._cluster = replace(cluster, nic=cluster.nic * share)
-        self.is_staged = plan.staging and len(ranks) > 1
+        self.is_staged = plan.staging and not self._is_alone
         self.simulation = Simulation(self._links(owners_nic=cluster.nic))
 
     def add_steps(self) -> None:
@@ -206,7 +200,7 @@ class Model:
     def fetch(self, step: Step, after: list[int | None]) -> int:
         """Into staging, or into the double buffer where there is none."""
         cluster = self._cluster
-        if self._remote and step.owner != step.receiver:
+        if self._p2p and step.owner != step.receiver:
             links = [f"out {cluster.nic_of(step.owner)}", f"in {cluster.nic_of(step.receiver)}"]
         else:
             links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
@@ -214,7 +208,7 @@ class Model:
         return self.simulation.task("fetch", amounts=amounts, after=after)
 
     def broadcast(self, step: Step, after: list[int | None]) -> int:
-        if len(self._ranks) == 1 or not step.bucket.size:
+        if self._is_alone or not step.bucket.size:
             return self.simulation.task("broadcast", after=after)
         amounts = {"fabric": step.bucket.size / GB}
         fixed = self._cluster.hop * (self._nodes - 1)
