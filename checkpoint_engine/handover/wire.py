@@ -46,7 +46,7 @@ bucket: where the bytes lie, how many, the place of the first block, and the sum
 
 DELIVERED = "delivered"
 """An extension: a worker that accepts it is told with the first ``None`` which buckets there were,
-and fails if it loaded others; see ``delivery.py``."""
+and fails if it loaded others; see ``loading.loaded``."""
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
