@@ -39,7 +39,7 @@ class VllmColocateWorkerExtension:
 
         Returns:
             By model (``model``, ``drafter``), what it took: ``tensors``, ``bytes``, ``missing``
-            parameters, ``unused`` tensors and more; see ``reload.ModelReport``.
+            parameters, ``unused`` tensors and more; see ``reload.ModelReload``.
 
         Raises:
             KeyError: this worker's device is not among them.

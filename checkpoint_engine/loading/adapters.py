@@ -36,13 +36,14 @@ class LoadOver(InPlace):
     reload."""
 
     def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
-        super().__init__(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
+        self.module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+        super().__init__(self.module)
         self._model = model
         self._model_config = model_config
         self._device = device
 
     def cannot(self) -> str:
-        return "" if isinstance(self._model, torch.nn.Module) else "it is no torch.nn.Module"
+        return "" if self._model is self.module else "it is no torch.nn.Module"
 
     def surroundings(self) -> AbstractContextManager[Any]:
         """What loading happens in."""

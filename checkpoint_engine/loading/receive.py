@@ -156,8 +156,8 @@ class _Reception:
             with contextlib.suppress(WireError, TimeoutError):
                 self._link.receive()  # the server's reason to abort, whatever it says
             raise
-        if isinstance(handle, wire.Abort):
-            raise handle.error
+        if isinstance(handle, Exception):
+            raise handle
         offered = handle.extensions
         if "timeout" in offered:
             self._link.set_deadline(offered["timeout"])
@@ -174,33 +174,32 @@ class _Reception:
             try:
                 received, extensions = wire.split_extensions(received)
                 is_known = self._attempt(partial(self._loader.knows, received))
-                message = None if is_known else wire.decode_message(received)
+                message = received if is_known else wire.decode_message(received)
             except WireError as error:  # the server waits for a reply to it all the same
                 self._link.reply(_told(_without_frames(error)))
                 raise
-            if isinstance(message, wire.Abort):
-                raise message.error from self._failure
+            if isinstance(message, Exception):
+                raise message from self._failure
             self._version.begin(version)
-            if isinstance(message, wire.NothingMore):
+            if message is None:
                 self._attempt(partial(self._check_end, extensions))
                 return
             self._attempt(partial(self._load, received, message, extensions))
             self._acknowledge()
 
     def _load(
-        self, received: bytes, bucket: wire.Bucket | None, extensions: dict[str, Any]
+        self, received: bytes, bucket: wire.Bucket | bytes, extensions: dict[str, Any]
     ) -> None:
-        """Load what lies in the double buffer. ``bucket``: ``None`` if it can be replayed."""
+        """Load what lies in the double buffer. ``bucket``: its message, if that can be replayed."""
         source: torch.Tensor | None = self._buffer
         if wire.PART in extensions:
             source = self._parts.add(received, extensions[wire.PART], self._buffer)
         if source is not None:
             _check_bytes(extensions.get(wire.CHECKSUM), source)
-            if bucket is None:
-                self._loader.replay(received, source)
+            if isinstance(bucket, bytes):
+                self._loader.replay(bucket, source)
             else:
-                weights = extract_weights(bucket.tensors, source)
-                self._loader.load_bucket(weights, received, source)
+                self._loader.load_bucket(extract_weights(bucket, source), received, source)
             self._loaded.note(received)
         self._device.synchronize()
 
@@ -220,9 +219,9 @@ class _Reception:
                 raise
             return False
         message = wire.decode_message(received)
-        if isinstance(message, wire.Abort):
-            raise message.error from self._failure
-        if isinstance(message, wire.Bucket):
+        if isinstance(message, Exception):
+            raise message from self._failure
+        if message is not None:
             raise WireError("the server sent a bucket after it had said there are no more")
         return True
 
@@ -268,8 +267,6 @@ def _told(failure: Exception) -> bytes:
 def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
     """Raise unless a bucket's bytes are those that its owner registered."""
     match expected:
-        case None:
-            return
         case [int(start), int(nbytes), int(first_block), int(total)] if (
             min(start, nbytes, first_block) >= 0
             and start + nbytes <= buffer.numel()
@@ -277,13 +274,11 @@ def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
         ):
             where = f"the bucket at {start}"
             check_bytes(buffer[start : start + nbytes], first_block, total, where)
-        case _:
+        case _ if expected is not None:
             raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
 
 
-def extract_weights(
-    tensors: list[wire.FlattenedTensorMetadata], buffer: torch.Tensor
-) -> NamedTensors:
+def extract_weights(tensors: wire.Bucket, buffer: torch.Tensor) -> NamedTensors:
     """The tensors of a bucket as views of the double buffer.
 
     Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,43 +31,6 @@ _SHOWN_NAMES = 20
 
 
 @dataclass
-class ModelReport:
-    """What one worker's model took of an update.
-
-    Attributes:
-        tensors, nbytes: what arrived.
-        held_bytes: of those, what had to be loaded before its layer was complete, because the layer
-            was spread over buckets.
-        missing: parameters that nothing was loaded into.
-        partial: layers of which a part was not loaded. Padding is such a part; so is what a
-            checkpoint lacks of a layer that is fused from several of its tensors.
-        unused: tensors that this worker's loader did not read, as other workers' experts and
-            stages, or what the model does not have; not known of plain updates.
-        replay: what of it was replayed, and why the rest was not; see ``replay.summary``.
-    """
-
-    tensors: int = 0
-    nbytes: int = 0
-    held_bytes: int = 0
-    missing: set[str] = field(default_factory=set)
-    partial: set[str] = field(default_factory=set)
-    unused: set[str] = field(default_factory=set)
-    replay: dict[str, Any] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """As plain data, with the first names of long lists."""
-        report: dict[str, Any] = {
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "held_bytes": self.held_bytes,
-        }
-        for kind in ("missing", "partial", "unused"):
-            names = getattr(self, kind)
-            report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
-        return report | {"replay": self.replay}
-
-
-@dataclass
 class LoaderHabits:
     """What one model's loader was seen to do; kept from update to update."""
 
@@ -76,10 +39,23 @@ class LoaderHabits:
 
 
 class ModelReload:
-    """One update of one model of an engine."""
+    """One update of one model of an engine.
+
+    Attributes:
+        report: filled in at the end, as plain data, with the first names of long lists.
+            ``tensors``, ``bytes``: what arrived. ``held_bytes``: of those, what had to be loaded
+            before its layer was complete, because the layer was spread over buckets. ``missing``:
+            parameters that nothing was loaded into. ``partial``: layers of which a part was not
+            loaded. Padding is such a part; so is what a checkpoint lacks of a layer that is fused
+            from several of its tensors. ``unused``: tensors that this worker's loader did not
+            read, as other workers' experts and stages, or what the model does not have; not known
+            of plain updates. ``replay``: what of it was replayed, and why the rest was not; see
+            ``replay.summary``.
+    """
 
     def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
-        self.report = ModelReport()
+        self.report: dict[str, Any] = {}
+        self._held_bytes = 0
         self._model = habits.model
         self._learned = habits.learned
         self._model_config = model_config
@@ -105,7 +81,7 @@ class ModelReload:
                 session.load(weights, self._model.load_weights, delivery)
             elif delivery is not None:
                 session.replay(delivery, self._model.load_weights)
-        self.report.held_bytes += self._adapter.after_bucket()
+        self._held_bytes += self._adapter.after_bucket()
         session.settle()
 
     def finish(self) -> None:
@@ -116,17 +92,23 @@ class ModelReload:
         """
         session = self._begun()
         session.finish()
-        self._fill_report(session)
-        if missing := self.report.missing & self._required:
+        loaded = session.loaded()
+        missing = set() if loaded is None else self._expected - loaded
+        if lacking := missing & self._required:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} parameters without which this model would "
-                f"not start: {sorted(missing)[:_SHOWN_NAMES]}"
+                f"the checkpoint lacks {len(lacking)} parameters without which this model would "
+                f"not start: {sorted(lacking)[:_SHOWN_NAMES]}"
             )
+        partial, unused = self._adapter.partial_layers(), session.unused()
         with self._adapter.surroundings():
             self._adapter.finish()
         session.commit()
-        self.report.replay = summary(session, self._learned)
         self._session = None
+        held = self._held_bytes + session.held_bytes
+        self.report = {"tensors": session.tensors, "bytes": session.nbytes, "held_bytes": held}
+        for kind, names in {"missing": missing, "partial": partial, "unused": unused}.items():
+            self.report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
+        self.report["replay"] = summary(session, self._learned)
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
@@ -137,37 +119,24 @@ class ModelReload:
     def _begun(self) -> Session:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
-            tied = _tied(self._model)
+            tied = _tied(self._adapter.module)
             self._adapter.begin()
             self._session = Session(self._learned, self._adapter)  # what close() needs
             self._session = self._learned.begin(self._adapter, version_of(self._model))
             self._note_what_is_expected(tied)
         return self._session
 
-    def _fill_report(self, session: Session) -> None:
-        self.report.tensors, self.report.nbytes = session.tensors, session.nbytes
-        self.report.held_bytes += session.held_bytes
-        self.report.partial = self._adapter.partial_layers()
-        self.report.unused = session.unused()
-        loaded = session.loaded()
-        if loaded is not None:
-            self.report.missing = self._expected - loaded
-
     def _note_what_is_expected(self, tied: set[str]) -> None:
-        if not isinstance(self._model, torch.nn.Module):
-            return
-        names = {name.replace(".base_layer.", ".") for name, _ in self._model.named_parameters()}
-        names -= tied
+        model = self._adapter.module
+        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - tied
         quantised = getattr(self._model_config, "quantization", None) is not None
-        exempt = _may_be_missing(self._model, quantised)
+        exempt = _may_be_missing(model, quantised)
         self._expected = names - exempt if quantised else names
         self._required = set() if quantised else names - exempt
 
 
-def _tied(model: Any) -> set[str]:
+def _tied(model: torch.nn.Module) -> set[str]:
     """The names of parameters that are another one under a second name."""
-    if not isinstance(model, torch.nn.Module):
-        return set()
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in model.named_parameters()}
 
@@ -219,9 +188,7 @@ class EngineReload:
             return
         storage = weights[0][1].untyped_storage()
         before = _references(storage) - len(weights)
-        with self._as_engine():
-            for model in self._models.values():
-                model.load(weights, delivery)
+        self._each(lambda model: model.load(weights, delivery))
         weights.clear()
         if _references(storage) > before:
             gc.collect()
@@ -235,38 +202,30 @@ class EngineReload:
         self.load(weights, Delivery(message, buffer))
 
     def knows(self, message: bytes) -> bool:
-        with self._as_engine():
-            return all(model.knows(message) for model in self._models.values())
+        return all(self._each(lambda model: model.knows(message)))
 
     def replay(self, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket whose message is known."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.load(None, Delivery(message, buffer))
+        self._each(lambda model: model.load(None, Delivery(message, buffer)))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.finish()
+        self._each(ModelReload.finish)
         for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             getattr(self._runner, cache, lambda: None)()  # not every engine has it
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.close()
+        self._each(ModelReload.close)
 
     abandon = close
 
     def summary(self) -> dict[str, Any]:
         """By role, what each model took."""
-        return {role: model.report.summary() for role, model in self._models.items()}
+        return {role: model.report for role, model in self._models.items()}
 
-    @contextlib.contextmanager
-    def _as_engine(self) -> Iterator[None]:
-        """The surroundings in which the engine loaded the model at start-up."""
+    def _each(self, action: Callable[[ModelReload], Any]) -> list[Any]:
+        """In the surroundings in which the engine loaded its models at start-up."""
         default = torch.get_default_dtype()
         dtype = getattr(getattr(self._runner, "model_config", None), "dtype", None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -278,7 +237,7 @@ class EngineReload:
                 from vllm.config import set_current_vllm_config
 
                 around.enter_context(set_current_vllm_config(self._config))
-            yield
+            return [action(model) for model in self._models.values()]
 
 
 def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -87,17 +87,17 @@ def handle(data: bytes) -> None:
     if isinstance(read, wire.Handle) and read.rebuild is map_shared_memory:
         with contextlib.suppress(ValueError, OSError, TypeError):
             open_buffer(read.rebuild, read.args, None)
-    elif isinstance(read, wire.Abort):
-        assert isinstance(str(read.error), str)
+    elif isinstance(read, Exception):
+        assert isinstance(str(read), str)
 
 
 def message(data: bytes) -> None:
     read = wire.decode_message(data)
-    if isinstance(read, wire.Bucket):
+    if isinstance(read, list):
         with contextlib.suppress(ValueError, RuntimeError):
-            extract_weights(read.tensors, BUFFER)
-    elif isinstance(read, wire.Abort):
-        assert isinstance(str(read.error), str)
+            extract_weights(read, BUFFER)
+    elif isinstance(read, Exception):
+        assert isinstance(str(read), str)
 
 
 def extensions(data: bytes) -> None:
