@@ -17,7 +17,7 @@ import pytest
 import torch
 import zmq
 
-from checkpoint_engine import ps, worker
+from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
@@ -29,7 +29,7 @@ from checkpoint_engine.handover.wire import (
     encode_extensions,
     encode_handle,
 )
-from checkpoint_engine.loading.delivery import Delivery, digest
+from checkpoint_engine.loading.loaded import LoadedBuckets, digest
 from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
@@ -115,7 +115,7 @@ def sender(tmp_path: Path) -> Iterator[Sender]:
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
-    monkeypatch.setattr(worker, "SERVER_TIMEOUT", 2 * SOON)
+    monkeypatch.setattr("checkpoint_engine.loading.receive.SERVER_TIMEOUT", 2 * SOON)
     with ThreadPoolExecutor(2) as threads:
         yield threads
 
@@ -364,7 +364,7 @@ def test_a_sender_that_says_none_once_and_waits_for_the_engine(
     sender: Sender, engine: Engine, update: Future[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As release 0.2 does while its request is not answered."""
-    monkeypatch.setattr(worker, "PATIENCE_WITH_0_2", 0.2)
+    monkeypatch.setattr("checkpoint_engine.loading.receive.PATIENCE_WITH_0_2", 0.2)
     sender.hand_over()
     assert sender.say(None) == b""
     update.result(SOON)
@@ -687,15 +687,15 @@ def test_the_extension_loads(server: ParameterServer) -> None:
 def test_our_server_tells_our_worker_what_there_was_to_load(
     server: ParameterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine_worker, note = EngineWorker(), Delivery.note
+    engine_worker, note = EngineWorker(), LoadedBuckets.note
     noted: list[bytes] = []
 
-    def forget_the_first(self: Delivery, message: bytes) -> None:
+    def forget_the_first(self: LoadedBuckets, message: bytes) -> None:
         noted.append(message)
         if len(noted) > 1:
             note(self, message)
 
-    monkeypatch.setattr(Delivery, "note", forget_the_first)
+    monkeypatch.setattr(LoadedBuckets, "note", forget_the_first)
     with pytest.raises(UpdateError, match=r"bucket 1 of .* was loaded 0 times, not 1"):
         update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
 

@@ -9,39 +9,54 @@ import contextlib
 import errno
 import mmap
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
-from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.handover.stale_files import create_locked, stale_files
 
 _PREFIX = "checkpoint-engine-"
 _CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index
 
 
-class SharedBuffer:
-    """A uint8 tensor of one update that the worker maps too. The server rank owns and closes it."""
+class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
+    """A uint8 tensor of one update that the worker maps too. The server rank owns and closes it.
+
+    On the cpu device it is a file that this rank holds a lock on: the next server that makes one
+    removes an unlocked file, which a killed server left behind.
+    """
 
     def __init__(self, device_manager: DeviceManager, index: int, nbytes: int) -> None:
         """Raises ``RuntimeError`` naming the sizes if the memory cannot be had."""
         self._device_manager = device_manager
-        self._segment: _Segment | None = None
+        self._file: tuple[Path, int] | None = None
         if device_manager.is_accelerator:
             device = device_manager.device(index)
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        else:
-            self._segment = _Segment(nbytes)
-            self.tensor = self._segment.tensor
+            return
+        folder, prefix = Path(SHARED_MEMORY_FOLDER), f"{_PREFIX}{os.getuid()}-"
+        for path in stale_files(folder, f"{prefix}*"):
+            path.unlink(missing_ok=True)
+        self._file = create_locked(folder, prefix)
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)  # now, not as a SIGBUS at a write
+            self.tensor = _map(self.descriptor, nbytes)
+        except BaseException as error:
+            self.unlink()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise RuntimeError(
+                    f"{folder} has no room for a buffer of {nbytes} bytes: enlarge it or lower "
+                    "PS_MAX_BUCKET_SIZE_GB"
+                ) from error
+            raise
 
     def handle(self) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
         """What the worker calls, and with what, to get the same memory as a tensor."""
-        if self._segment is not None:
-            return map_shared_memory, (self._segment.path, self.tensor.nbytes)
+        if self._file is not None:
+            return map_shared_memory, (str(self._file[0]), self.tensor.nbytes)
         from torch.multiprocessing.reductions import reduce_tensor
 
         return reduce_tensor(self.tensor)
@@ -49,67 +64,28 @@ class SharedBuffer:
     @property
     def descriptor(self) -> int:
         """Of the shared memory of a cpu device, as long as that has a name."""
-        if self._segment is None:
+        if self._file is None:
             raise RuntimeError("this buffer has no name any more, or never had one")
-        return self._segment.fd
+        return self._file[1]
 
     def unlink(self) -> None:
         """Remove its name, once the worker has it: nothing is left even if this process is
         killed."""
-        if self._segment is not None:
-            self._segment.unlink()
-            self._segment = None
+        if self._file is not None:
+            path, fd = self._file
+            self._file = None
+            path.unlink(missing_ok=True)
+            os.close(fd)
 
     def close(self) -> None:
         """Give the memory back; what the worker still maps lives on until it drops it."""
-        if not self.tensor.nbytes:
-            return
-        self.unlink()
-        self.tensor = torch.empty(0, dtype=torch.uint8)
-        self._device_manager.release_cached_memory()
-
-    def __enter__(self) -> SharedBuffer:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class _Segment:
-    """A file in shared memory, readable by this user alone.
-
-    Its creator holds a lock on it: an unlocked segment is one that a killed server left behind,
-    and the next one to make a segment removes it.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        for path in abandoned(Path(SHARED_MEMORY_FOLDER), f"{_PREFIX}{os.getuid()}-*"):
-            remove(path)
-        self.path, self.fd = create_locked(_new_path)
-        try:
-            os.posix_fallocate(self.fd, 0, nbytes)  # now, not as a SIGBUS when it is written
-            self.tensor = _map(self.fd, nbytes)
-        except BaseException as error:
+        if self.tensor.nbytes:
             self.unlink()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise RuntimeError(
-                    f"{SHARED_MEMORY_FOLDER} has no room for a buffer of {nbytes} bytes: enlarge "
-                    "it or lower PS_MAX_BUCKET_SIZE_GB"
-                ) from error
-            raise
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+            self._device_manager.release_cached_memory()
 
-    def unlink(self) -> None:
-        remove(self.path)
-        os.close(self.fd)
-
-
-def _new_path() -> str:
-    return f"{SHARED_MEMORY_FOLDER}/{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}"
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 def _map(fd: int, nbytes: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The two ends of the connection between a server rank and its worker.
 
 The server binds, the worker connects. Each end watches its connection, so that a peer that dies is
-noticed at once and not by a timeout. One process may connect, see ``door``.
+noticed at once and not by a timeout. One process may connect, see ``authenticator``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from zmq.utils.monitor import recv_monitor_message
 from checkpoint_engine import settings
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
-from checkpoint_engine.handover.door import Door
-from checkpoint_engine.handover.leftovers import abandoned, create_locked, remove
+from checkpoint_engine.handover.authenticator import Authenticator
+from checkpoint_engine.handover.stale_files import create_locked, stale_files
 from checkpoint_engine.handover.wire import ACK, encode_abort
 
 _LOOK_MS = 50  # how long a wait may go without asking whether to go on
@@ -33,6 +33,7 @@ _MAX_REPLY = 64 << 20  # bytes; libzmq drops the connection of a peer that annou
 _MAX_MESSAGE = 1 << 30
 _PREFIX = "ps-"
 _CONNECTED, _DISCONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
+_CLOSED = "the inference worker closed its connection before the update was over"
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
@@ -44,41 +45,35 @@ class Address:
     """
 
     def __init__(self) -> None:
-        """Raises ``RuntimeError`` if the folder is somebody else's, or its path is too long."""
+        """Raises ``RuntimeError`` if the folder is another user's, or its path is too long."""
         self.path: Path | None = None
-        self._lock: tuple[str, int] | None = None
+        name = f"{_PREFIX}{secrets.token_hex(8)}.sock"
         if settings.ipc_abstract():
-            self.url = f"ipc://@checkpoint-engine-{_new_name()}.sock"
+            self.url = f"ipc://@checkpoint-engine-{name}"
             return
         folder = _socket_folder()
-        for left in abandoned(folder, f"{_PREFIX}*.lock"):
-            _remove_files(left)
-        longest = folder / f"{_new_name()}.sock"
-        if len(os.fsencode(longest)) > _MAX_PATH:
+        for lock in stale_files(folder, f"{_PREFIX}*.lock"):
+            _remove_files(lock)
+        if len(os.fsencode(folder / name)) > _MAX_PATH:
             raise RuntimeError(
-                f"the socket path {longest} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR to a "
-                "shorter folder, or PS_IPC_ABSTRACT=1"
+                f"the socket path {folder / name} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR "
+                "to a shorter folder, or PS_IPC_ABSTRACT=1"
             )
-        self._lock = create_locked(lambda: str(folder / f"{_new_name()}.lock"))
-        self.path = Path(self._lock[0]).with_suffix(".sock")
+        lock, self._lock = create_locked(folder, _PREFIX, ".lock")
+        self.path = lock.with_suffix(".sock")
         self.url = f"ipc://{self.path}"
 
     def close(self) -> None:
         """Remove the socket's file, which zmq leaves."""
-        if self._lock is not None:
-            path, fd = self._lock
-            self._lock = None
-            _remove_files(Path(path))
-            os.close(fd)
+        if self.path is not None:
+            _remove_files(self.path)
+            os.close(self._lock)
+            self.path = None
 
 
-def _remove_files(lock: Path) -> None:
+def _remove_files(path: Path) -> None:
     for suffix in (".sock", ".own", ".lock"):  # release 0.5.0 listened at a second file, ".own"
-        remove(lock.with_suffix(suffix))
-
-
-def _new_name() -> str:
-    return f"{_PREFIX}{secrets.token_hex(8)}"
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _socket_folder() -> Path:
@@ -123,7 +118,7 @@ class WorkerLink:
         # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
         self._socket = _new_socket(context, zmq.DEALER, _MAX_REPLY)
         self._poller = zmq.Poller()
-        self._door = Door(context, self._socket, self._poller)
+        self._authenticator = Authenticator(context, self._socket, self._poller)
         try:
             self._socket.bind(self.url)
             if self._address.path is not None:
@@ -140,7 +135,8 @@ class WorkerLink:
         """
         while not (self._wait(zmq.POLLOUT) and self._worker_kept_turn() and self._sent(message)):
             check()
-            self._raise_if_gone()
+            if self._gone:
+                raise WireError(_CLOSED)
         self._unanswered += 1
 
     def receive(self, check: Callable[[], None]) -> bytes:
@@ -151,8 +147,7 @@ class WorkerLink:
         """
         while not self._wait(zmq.POLLIN):
             check()
-            if self._gone and not self._wait(zmq.POLLIN, 0):
-                self._raise_if_gone()
+            self.check()
         reply = self._socket.recv_multipart()[-1]
         self._unanswered -= 1
         self._worker_kept_turn()
@@ -161,28 +156,29 @@ class WorkerLink:
     def check(self) -> None:
         """Raise ``WireError`` if the worker is gone and has left no reply, or replied out of turn.
         For waits for something else."""
-        self._wait(zmq.POLLIN, 0)
-        if self._gone and not self._wait(zmq.POLLIN, 0):
-            self._raise_if_gone()
+        is_gone = self._gone  # first, for the last reply may come between the two looks
+        if not self._wait(zmq.POLLIN, 0) and is_gone:
+            raise WireError(_CLOSED)
         self._worker_kept_turn()
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""
-        self._door.answer()
-        if self._door.occupied and self._socket.poll(_LET_IN_MS, zmq.POLLOUT):
+        self._authenticator.answer()
+        if self._authenticator.worker_is_connected and self._socket.poll(_LET_IN_MS, zmq.POLLOUT):
             self._sent(encode_abort(reason))
 
     def close(self) -> None:
         """Stop listening."""
-        self._door.close()
+        self._authenticator.close()
         self._socket.close()
         self._address.close()
 
     def _wait(self, event: int, timeout_ms: int = _LOOK_MS) -> bool:
-        """Whether the socket is ready for ``event`` (POLLIN, POLLOUT) by then. Answers the door."""
+        """Whether the socket is ready for ``event`` (POLLIN, POLLOUT) by then; answers who asks to
+        connect."""
         self._poller.register(self._socket, event)
         ready = dict(self._poller.poll(timeout_ms))
-        self._door.answer()
+        self._authenticator.answer()
         return self._socket in ready
 
     def _sent(self, message: bytes) -> bool:
@@ -191,9 +187,9 @@ class WorkerLink:
             self._socket.send_multipart([b"", message], zmq.NOBLOCK)
         except zmq.Again:
             return False
-        self._door.shut = True
+        self._authenticator.closed = True
         if self._address.path is not None:  # zmq cannot stop listening without ending connections
-            remove(self._address.path)
+            self._address.path.unlink(missing_ok=True)
         return True
 
     def _worker_kept_turn(self) -> bool:
@@ -206,11 +202,7 @@ class WorkerLink:
     @property
     def _gone(self) -> bool:
         """A socket that listens can send only while it has a connection."""
-        return self._door.shut and not self._socket.poll(0, zmq.POLLOUT)
-
-    def _raise_if_gone(self) -> None:
-        if self._gone:
-            raise WireError("the inference worker closed its connection before the update was over")
+        return self._authenticator.closed and not self._socket.poll(0, zmq.POLLOUT)
 
 
 class ServerLink:

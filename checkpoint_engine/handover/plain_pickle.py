@@ -22,15 +22,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.data_types import (
-    DTYPES,
-    DataToGather,
-    Lease,
-    MemoryBufferMetaList,
-    MemoryBufferMetas,
-    ParameterMeta,
-    is_shape,
-)
+from checkpoint_engine import data_types
 
 _DEEPEST = 100
 """How many containers and objects may lie inside each other."""
@@ -43,7 +35,7 @@ class PlainPickleError(ValueError):
 
 
 def _make_size(lengths: Any) -> torch.Size:
-    if not is_shape(lengths):
+    if not data_types.is_shape(lengths):
         raise PlainPickleError("a shape is no sequence of lengths")
     return torch.Size(lengths)
 
@@ -54,17 +46,15 @@ and make objects of its classes. They cannot change its attributes."""
 
 PLAIN_WORDS: Vocabulary = {
     ("torch", "Size"): _make_size,
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    **{("torch", name): dtype for name, dtype in data_types.DTYPES.items()},
 }
 
-# The data types that the original's programs store and exchange validate what they are made of.
+# Models, which the original's programs store and exchange, validate what they are made of.
+_MODELS = ("DataToGather", "Lease", "MemoryBufferMetaList", "MemoryBufferMetas", "ParameterMeta")
 MODEL_WORDS: Vocabulary = {
     **PLAIN_WORDS,
-    **{
-        (f"checkpoint_engine.{module}", model.__name__): model
-        for module in ("ps", "data_types")
-        for model in (DataToGather, Lease, MemoryBufferMetaList, MemoryBufferMetas, ParameterMeta)
-    },
+    **{("checkpoint_engine.ps", name): getattr(data_types, name) for name in _MODELS},
+    **{("checkpoint_engine.data_types", name): getattr(data_types, name) for name in _MODELS},
 }
 
 

@@ -46,7 +46,7 @@ bucket: where the bytes lie, how many, the place of the first block, and the sum
 
 DELIVERED = "delivered"
 """An extension: a worker that accepts it is told with the first ``None`` which buckets there were,
-and fails if it loaded others; see ``delivery.py``."""
+and fails if it loaded others; see ``loading.loaded``."""
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
@@ -60,6 +60,10 @@ class FlattenedTensorMetadata(TypedDict):
     offset: int
 
 
+Bucket = list[FlattenedTensorMetadata]
+"""Tensors that are now in the double buffer."""
+
+
 @dataclass(frozen=True)
 class Handle:
     """The double buffer: calling ``rebuild(*args)`` maps it."""
@@ -67,25 +71,6 @@ class Handle:
     rebuild: Callable[..., torch.Tensor]
     args: tuple[Any, ...]
     extensions: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tensors that are now in the double buffer."""
-
-    tensors: list[FlattenedTensorMetadata]
-
-
-@dataclass(frozen=True)
-class NothingMore:
-    """No more buckets (first), no more messages (second)."""
-
-
-@dataclass(frozen=True)
-class Abort:
-    """The update failed elsewhere; the worker raises this and does not reply."""
-
-    error: Exception
 
 
 def encode_handle(
@@ -126,11 +111,16 @@ def _decode_json_bucket(text: bytes) -> Bucket:
     content = _parse(text)
     try:
         kinds = dict(enumerate(_kind(*kind) for kind in content["kinds"]))
-        columns = [content[key] for key in ("names", "offsets", "kind_of")]
-        if not all(isinstance(column, list) for column in columns):
-            raise TypeError("names, offsets and kinds of tensors are lists")
-        rows = zip(*columns, strict=True)
-        return Bucket([_entry(name, offset, *kinds[kind]) for name, offset, kind in rows])
+        names, offsets, kind_of = content["names"], content["offsets"], content["kind_of"]
+        is_table = {type(names), type(offsets), type(kind_of)} == {list}
+        if not is_table or {*map(type, names)} - {str} or {*map(type, offsets)} - {int}:
+            raise TypeError("names are no list of strings, or offsets no list of integers")
+        if min(offsets, default=0) < 0:
+            raise ValueError(f"a tensor lies at {min(offsets)}")
+        return [
+            {"name": name, "dtype": kinds[kind][0], "shape": kinds[kind][1], "offset": offset}
+            for name, offset, kind in zip(names, offsets, kind_of, strict=True)
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a bucket cannot be read: {error!r:.200}") from error
 
@@ -139,14 +129,6 @@ def _kind(dtype: Any, shape: Any) -> tuple[torch.dtype, torch.Size]:
     if not is_shape(shape):
         raise ValueError(f"{reprlib.repr(shape)} is no shape")
     return parse_dtype(dtype), torch.Size(shape)
-
-
-def _entry(
-    name: Any, offset: Any, dtype: torch.dtype, shape: torch.Size
-) -> FlattenedTensorMetadata:
-    if type(name) is not str or type(offset) is not int or offset < 0:
-        raise ValueError(f"{reprlib.repr(name)} at {reprlib.repr(offset)}")
-    return {"name": name, "shape": shape, "dtype": dtype, "offset": offset}
 
 
 def encode_extensions(extensions: dict[str, Any]) -> bytes:
@@ -181,11 +163,11 @@ def encode_abort(reason: str) -> bytes:
     return pickle.dumps(RuntimeError(reason))
 
 
-def decode_handle(message: bytes) -> Handle | Abort:
-    """The first message. Raises ``WireError`` if it is anything else."""
+def decode_handle(message: bytes) -> Handle | Exception:
+    """The first message, or why the server aborts. Raises ``WireError`` if it is anything else."""
     match _load(message):
         case _Made(error=error):
-            return Abort(error)
+            return error
         case tuple((_Global() as rebuild, tuple() as args)):
             pass
         case content:
@@ -198,17 +180,18 @@ def decode_handle(message: bytes) -> Handle | Abort:
     return Handle(rebuild.resolve(_REBUILD_FUNCTIONS), arguments, extensions)
 
 
-def decode_message(message: bytes) -> Bucket | NothingMore | Abort:
-    """Any message after the handle. Raises ``WireError`` on what is none of them."""
+def decode_message(message: bytes) -> Bucket | Exception | None:
+    """Any message after the handle: a bucket, why the server aborts, which gets no reply, or
+    ``None``, see ``NOTHING_MORE``. Raises ``WireError`` on what is none of them."""
     if message.startswith(_EXTENSION_MARK):
         return _decode_json_bucket(message[len(_EXTENSION_MARK) :])
     match _load(message):
         case None:
-            return NothingMore()
+            return None
         case _Made(error=error):
-            return Abort(error)
+            return error
         case list() as entries if all(map(_is_tensor_metadata, entries)):
-            return Bucket(entries)
+            return entries
         case content:
             raise WireError(f"expected a bucket, an abort or None, got {_shown(content)}")
 
@@ -234,12 +217,8 @@ _REBUILD_FUNCTIONS = {
     ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch_npu.multiprocessing.reductions", "rebuild_npu_tensor"),
 }
-_ARGUMENTS = {
-    ("torch", "Tensor"),
-    ("torch.nn.parameter", "Parameter"),
-    ("torch.storage", "TypedStorage"),
-    ("torch.storage", "UntypedStorage"),
-}
+_ARGUMENTS = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
+_ARGUMENTS |= {("torch.storage", "TypedStorage"), ("torch.storage", "UntypedStorage")}
 
 
 class _Global(NamedTuple):

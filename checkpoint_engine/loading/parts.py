@@ -30,8 +30,13 @@ class Parts:
         Raises:
             WireError: the part reaches beyond the buffer or the tensor, or came before.
         """
-        start, nbytes, begin, total, owner = _sizes(part)
-        tensor = message, owner
+        match part:
+            case [int(start), int(nbytes), int(begin), int(total), int(owner)] if (
+                0 <= min(part) <= max(part) < 1 << 62
+            ):
+                tensor = message, owner
+            case _:
+                raise WireError(f"a part is five numbers, not {part!r:.100}")
         if not (0 < nbytes <= total - begin and start + nbytes <= buffer.numel()):
             raise WireError(f"a part of {nbytes} bytes at {begin} of {total} cannot be at {start}")
         if tensor not in self._tensors:
@@ -51,10 +56,3 @@ class Parts:
         """Raises ``WireError`` if a part of some tensor never came."""
         if self._tensors:
             raise WireError(f"{len(self._tensors)} tensors ended before all of their parts came")
-
-
-def _sizes(part: Any) -> tuple[int, int, int, int, int]:
-    match part:
-        case [int(), int(), int(), int(), int()] if 0 <= min(part) <= max(part) < 1 << 62:
-            return part[0], part[1], part[2], part[3], part[4]
-    raise WireError(f"a part is five numbers, not {part!r:.100}")

@@ -10,336 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.adapters import adapter_for
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
     Delivery,
-    Host,
-    InPlace,
     LearnedLoader,
     Session,
 )
-from checkpoint_engine.loading.replay.recorder import NamedTensors, Recorder, Slot
-from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
+from checkpoint_engine.loading.replay.recorder import NamedTensors
 from checkpoint_engine.replay import summary, version_of
 
 _SHOWN_NAMES = 20
-_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
-
-
-@dataclass
-class ModelReport:
-    """What one worker's model took of an update.
-
-    Attributes:
-        tensors, nbytes: what arrived.
-        held_bytes: of those, what had to be loaded before its layer was complete, because the layer
-            was spread over buckets.
-        missing: parameters that nothing was loaded into.
-        partial: layers of which a part was not loaded. Padding is such a part; so is what a
-            checkpoint lacks of a layer that is fused from several of its tensors.
-        unused: tensors that this worker's loader did not read, as other workers' experts and
-            stages, or what the model does not have; not known of plain updates.
-        replay: what of it was replayed, and why the rest was not; see ``replay.summary``.
-    """
-
-    tensors: int = 0
-    nbytes: int = 0
-    held_bytes: int = 0
-    missing: set[str] = field(default_factory=set)
-    partial: set[str] = field(default_factory=set)
-    unused: set[str] = field(default_factory=set)
-    replay: dict[str, Any] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """As plain data, with the first names of long lists."""
-        return {
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "held_bytes": self.held_bytes,
-            "missing_count": len(self.missing),
-            "missing": sorted(self.missing)[:_SHOWN_NAMES],
-            "partial_count": len(self.partial),
-            "partial": sorted(self.partial)[:_SHOWN_NAMES],
-            "unused_count": len(self.unused),
-            "unused": sorted(self.unused)[:_SHOWN_NAMES],
-            "replay": self.replay,
-        }
-
-
-class _Way(Host, Protocol):
-    """How an engine reloads one model."""
-
-    @property
-    def surroundings(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What loading happens in."""
-        ...
-
-    def begin(self) -> None:
-        """Before the first tensor."""
-        ...
-
-    def after_bucket(self) -> int:
-        """The bucket's memory is about to be overwritten. Returns the bytes that were held back."""
-        ...
-
-    def partial_layers(self) -> set[str]:
-        """The names of layers of which a part has not been loaded."""
-        ...
-
-    def finish(self) -> None:
-        """After the last tensor."""
-        ...
-
-    def abandon(self) -> None:
-        """The update failed: leave a model that can be updated again."""
-        ...
-
-
-class _LoadOver(InPlace):
-    """Loads over the weights that are there, and repacks them: releases without layerwise
-    reload."""
-
-    surroundings = staticmethod(nullcontext)
-
-    def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
-        super().__init__(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
-        self._model = model
-        self._model_config = model_config
-        self._device = device
-
-    def cannot(self) -> str:
-        return "" if isinstance(self._model, torch.nn.Module) else "it is no torch.nn.Module"
-
-    def begin(self) -> None:
-        """Nothing to prepare."""
-
-    def after_bucket(self) -> int:
-        return 0
-
-    def partial_layers(self) -> set[str]:
-        """What was not loaded keeps its old weights; nothing tells which."""
-        return set()
-
-    def finish(self) -> None:
-        try:
-            from vllm.model_executor.model_loader.utils import process_weights_after_loading
-        except ImportError:  # engines that have no such step
-            return
-        process_weights_after_loading(self._model, self._model_config, self._device)
-
-    def abandon(self) -> None:
-        """Nothing was taken apart."""
-
-
-class _Layerwise:
-    """vLLM's layerwise reload.
-
-    vLLM keeps what it is given until a layer is complete. Here that is memory which the next bucket
-    but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
-    now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
-    that this worker keeps. Where a release cannot do that, the tensors are copied.
-    """
-
-    def __init__(
-        self, vllm: Any, model: torch.nn.Module, model_config: Any, device: torch.device
-    ) -> None:
-        """``vllm``: the module that layerwise reload is in."""
-        self._vllm = vllm
-        self._model = model
-        self._model_config = model_config
-        self._names = {layer: name for name, layer in model.named_modules()}
-        self._by_name = {name: layer for layer, name in self._names.items()}
-        self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
-        self._held: dict[torch.nn.Module, int] = {}
-        self._loads_early = _keeps_what_is_there(vllm)
-        self._repairs = CpuRepairs(model.modules() if device.type == "cpu" else ())
-        self.surroundings: Callable[[], AbstractContextManager[Any]] = (
-            nullcontext if _knows_the_device(vllm) else lambda: device
-        )
-
-    @staticmethod
-    def offered_for(model: Any) -> Any:
-        """vLLM's module for it, if this release has one and recorded how ``model`` was made."""
-        if not isinstance(model, torch.nn.Module):
-            return None
-        try:
-            vllm = importlib.import_module(_LAYERWISE)
-        except ImportError:
-            return None
-        recorded = (vllm.get_layerwise_info(layer).restore_metadata for layer in model.modules())
-        return vllm if any(parameters for parameters, _ in recorded) else None
-
-    def begin(self) -> None:
-        self.abandon()  # what a failed update may have left
-        self._vllm.initialize_layerwise_reload(self._model)
-        self._repairs.begin()
-
-    def after_bucket(self) -> int:
-        nbytes = 0
-        for layer, info in self._layers:
-            arrived = info.loaded_weights[self._held.get(layer, 0) :]
-            if not arrived:
-                continue
-            nbytes += sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
-            if self._loads_early and not self._must_wait(layer, info):
-                self._load_now(layer, info)
-                continue
-            for _, call in arrived:
-                call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
-            self._held[layer] = len(info.loaded_weights)
-        return nbytes
-
-    is_persistent = False
-
-    @property
-    def modules(self) -> dict[str, torch.nn.Module]:
-        return self._by_name
-
-    def cannot(self) -> str:
-        return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
-
-    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
-        """Of the layers that wait for weights."""
-        for layer, info in self._layers:
-            if info.load_numel_total is not None:
-                for name, tensor in self._vllm.get_layer_tensors(layer).items():
-                    yield Slot(self._names[layer], name), tensor
-
-    def refuses(self, slot: Slot) -> str | None:
-        layer = self._by_name[slot.owner]
-        if _is_deferred(self._vllm, layer):
-            return "vLLM loads attention last of all"
-        if slot.name in layer._buffers:
-            return "vLLM recognises loaded buffers by the calls that it keeps"
-        return None
-
-    @contextlib.contextmanager
-    def watching(self, recorder: Recorder) -> Iterator[None]:
-        """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
-        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-
-        def process_unseen(layer: torch.nn.Module, info: Any) -> None:
-            with recorder.paused():
-                process(layer, info)
-
-        self._vllm.get_numel_loaded = lambda *args: recorder.count(lambda: count(*args))
-        self._vllm._layerwise_process = process_unseen
-        try:
-            yield
-        finally:
-            self._vllm.get_numel_loaded, self._vllm._layerwise_process = count, process
-
-    @contextlib.contextmanager
-    def checking(self, check: Callable[[str], None]) -> Iterator[None]:
-        process = self._vllm._layerwise_process
-
-        def check_and_process(layer: torch.nn.Module, info: Any) -> None:
-            self._load_now(layer, info)
-            check(self._names[layer])
-            process(layer, info)
-
-        self._vllm._layerwise_process = check_and_process
-        try:
-            yield
-        finally:
-            self._vllm._layerwise_process = process
-
-    def open(self, owner: str) -> None:
-        layer = self._by_name[owner]
-        self._vllm.materialize_layer(layer, self._vllm.get_layerwise_info(layer))
-
-    def memory(self, slot: Slot) -> torch.Tensor:
-        memory = getattr(self._by_name[slot.owner], slot.name)
-        return memory.data  # vLLM's own kinds of parameters are slow to look at
-
-    def delivered(self, owner: str, numel: int) -> bool:
-        """What vLLM's wrapped loaders do once a tensor is in."""
-        layer = self._by_name[owner]
-        info = self._vllm.get_layerwise_info(layer)
-        info.load_numel_total = self._vllm.get_layer_size(layer)
-        info.load_numel += numel
-        if info.load_numel < info.load_numel_total:
-            return False
-        self._vllm._layerwise_process(layer, info)
-        return True
-
-    def partial_layers(self) -> set[str]:
-        return {
-            self._names[layer]
-            for layer, info in self._layers
-            if 0 < info.load_numel < (info.load_numel_total or 0)
-            and not _is_deferred(self._vllm, layer)
-        }
-
-    def finish(self) -> None:
-        self._vllm.finalize_layerwise_reload(self._model, self._model_config)
-        self._repairs.pack_tied()
-        self._repairs.end()
-
-    def abandon(self) -> None:
-        """Put the memory that the engine computes with back in its place."""
-        self._repairs.end()
-        for layer, info in self._layers:
-            if info.load_numel_total is None:  # not waiting for weights
-                continue
-            if info.kernel_tensors is not None:
-                self._vllm._place_kernel_tensors(layer, info)
-            info.reset()
-        if hasattr(self._model, "_original_do_torchao_reload"):
-            self._model._do_torchao_reload = self._model._original_do_torchao_reload
-
-    def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
-        """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
-        buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
-        return bool(buffers) or _is_deferred(self._vllm, layer)
-
-    def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
-        self._vllm.materialize_layer(layer, info)
-        for name, call in info.loaded_weights:
-            parameter = getattr(layer, name)
-            if call.arguments["param"] is not parameter:  # otherwise it is in there already
-                call.arguments["param"] = parameter
-                self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
-        info.loaded_weights.clear()
-
-
-def _knows_the_device(vllm: Any) -> bool:
-    """From 0.19 on; before, a layer is made on whatever is torch's default device."""
-    return len(inspect.signature(vllm.materialize_layer).parameters) > 1
-
-
-def _keeps_what_is_there(vllm: Any) -> bool:
-    """Whether a layer that has its parameters already keeps them, tried out: from 0.20 or so on."""
-    if not _knows_the_device(vllm):
-        return False
-    layer = torch.nn.Linear(1, 1, bias=False, device="cpu")
-    weight = layer.weight
-    vllm.materialize_layer(layer, vllm.get_layerwise_info(layer))
-    return layer.weight is weight
-
-
-def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
-    if hasattr(vllm, "is_deferred_attention_layer"):
-        return bool(vllm.is_deferred_attention_layer(layer))
-    return callable(getattr(layer, "process_weights_after_loading", None))
-
-
-def _tensors(call: inspect.BoundArguments) -> dict[str, torch.Tensor]:
-    """What a loader was given, by argument."""
-    return {
-        name: value
-        for name, value in call.arguments.items()
-        if isinstance(value, torch.Tensor) and name != "param"
-    }
 
 
 @dataclass
@@ -351,40 +39,50 @@ class LoaderHabits:
 
 
 class ModelReload:
-    """One update of one model of an engine."""
+    """One update of one model of an engine.
+
+    Attributes:
+        report: filled in at the end, as plain data, with the first names of long lists.
+            ``tensors``, ``bytes``: what arrived. ``held_bytes``: of those, what had to be loaded
+            before its layer was complete, because the layer was spread over buckets. ``missing``:
+            parameters that nothing was loaded into. ``partial``: layers of which a part was not
+            loaded. Padding is such a part; so is what a checkpoint lacks of a layer that is fused
+            from several of its tensors. ``unused``: tensors that this worker's loader did not
+            read, as other workers' experts and stages, or what the model does not have; not known
+            of plain updates. ``replay``: what of it was replayed, and why the rest was not; see
+            ``replay.summary``.
+    """
 
     def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
-        self.report = ModelReport()
+        self.report: dict[str, Any] = {}
+        self._held_bytes = 0
         self._model = habits.model
         self._learned = habits.learned
         self._model_config = model_config
-        vllm = _Layerwise.offered_for(self._model)
-        self._way: _Way = (
-            _LoadOver(self._model, model_config, device)
-            if vllm is None
-            else _Layerwise(vllm, self._model, model_config, device)
-        )
+        self._adapter = adapter_for(self._model, model_config, device)
         self._session: Session | None = None
         self._expected: set[str] = set()
         self._required: set[str] = set()
-
-    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
-        """Load a bucket; ``delivery``: where its tensors lie."""
-        session = self._begun()
-        with self._way.surroundings():
-            session.load(weights, self._model.load_weights, delivery)
-        self._end_bucket(session)
 
     def knows(self, message: bytes) -> bool:
         """Whether a bucket with this message can be replayed as it is."""
         return self._learned.recognises(message) and self._begun().knows(message)
 
-    def replay(self, delivery: Delivery) -> None:
-        """Load a bucket whose message is known."""
+    def load(self, weights: NamedTensors | None, delivery: Delivery | None) -> None:
+        """Load a bucket.
+
+        Args:
+            weights: ``None`` if its message is known, so that it is replayed.
+            delivery: where its tensors lie.
+        """
         session = self._begun()
-        with self._way.surroundings():
-            session.replay(delivery, self._model.load_weights)
-        self._end_bucket(session)
+        with self._adapter.surroundings():
+            if weights is not None:
+                session.load(weights, self._model.load_weights, delivery)
+            elif delivery is not None:
+                session.replay(delivery, self._model.load_weights)
+        self._held_bytes += self._adapter.after_bucket()
+        session.settle()
 
     def finish(self) -> None:
         """Everything has arrived.
@@ -394,65 +92,51 @@ class ModelReload:
         """
         session = self._begun()
         session.finish()
-        self._fill_report(session)
-        self._refuse_incomplete(self.report.missing & self._required)
-        with self._way.surroundings():
-            self._way.finish()
+        loaded = session.loaded()
+        missing = set() if loaded is None else self._expected - loaded
+        if lacking := missing & self._required:
+            raise ValueError(
+                f"the checkpoint lacks {len(lacking)} parameters without which this model would "
+                f"not start: {sorted(lacking)[:_SHOWN_NAMES]}"
+            )
+        partial, unused = self._adapter.partial_layers(), session.unused()
+        with self._adapter.surroundings():
+            self._adapter.finish()
         session.commit()
-        self.report.replay = summary(session, self._learned)
         self._session = None
+        held = self._held_bytes + session.held_bytes
+        self.report = {"tensors": session.tensors, "bytes": session.nbytes, "held_bytes": held}
+        for kind, names in {"missing": missing, "partial": partial, "unused": unused}.items():
+            self.report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
+        self.report["replay"] = summary(session, self._learned)
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
         if self._session is not None:
             self._session = None
-            self._way.abandon()
+            self._adapter.abandon()
 
     def _begun(self) -> Session:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
-            tied = _tied(self._model)
-            self._way.begin()
-            self._session = Session(self._learned, self._way)  # what close() needs
-            self._session = self._learned.begin(self._way, version_of(self._model))
+            tied = _tied(self._adapter.module)
+            self._adapter.begin()
+            self._session = Session(self._learned, self._adapter)  # what close() needs
+            self._session = self._learned.begin(self._adapter, version_of(self._model))
             self._note_what_is_expected(tied)
         return self._session
 
-    def _end_bucket(self, session: Session) -> None:
-        self.report.held_bytes += self._way.after_bucket()
-        session.settle()
-
-    def _fill_report(self, session: Session) -> None:
-        self.report.tensors, self.report.nbytes = session.tensors, session.nbytes
-        self.report.held_bytes += session.held_bytes
-        self.report.partial = self._way.partial_layers()
-        self.report.unused = session.unused()
-        loaded = session.loaded()
-        if loaded is not None:
-            self.report.missing = self._expected - loaded
-
     def _note_what_is_expected(self, tied: set[str]) -> None:
-        if not isinstance(self._model, torch.nn.Module):
-            return
-        names = {name.replace(".base_layer.", ".") for name, _ in self._model.named_parameters()}
-        names -= tied
+        model = self._adapter.module
+        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - tied
         quantised = getattr(self._model_config, "quantization", None) is not None
-        exempt = _may_be_missing(self._model, quantised)
+        exempt = _may_be_missing(model, quantised)
         self._expected = names - exempt if quantised else names
         self._required = set() if quantised else names - exempt
 
-    def _refuse_incomplete(self, missing: set[str]) -> None:
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} parameters without which this model would "
-                f"not start: {sorted(missing)[:_SHOWN_NAMES]}"
-            )
 
-
-def _tied(model: Any) -> set[str]:
+def _tied(model: torch.nn.Module) -> set[str]:
     """The names of parameters that are another one under a second name."""
-    if not isinstance(model, torch.nn.Module):
-        return set()
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in model.named_parameters()}
 
@@ -504,9 +188,7 @@ class EngineReload:
             return
         storage = weights[0][1].untyped_storage()
         before = _references(storage) - len(weights)
-        with self._as_engine():
-            for model in self._models.values():
-                model.load(weights, delivery)
+        self._each(lambda model: model.load(weights, delivery))
         weights.clear()
         if _references(storage) > before:
             gc.collect()
@@ -520,60 +202,42 @@ class EngineReload:
         self.load(weights, Delivery(message, buffer))
 
     def knows(self, message: bytes) -> bool:
-        with self._as_engine():
-            return all(model.knows(message) for model in self._models.values())
+        return all(self._each(lambda model: model.knows(message)))
 
     def replay(self, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket whose message is known."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.replay(Delivery(message, buffer))
+        self._each(lambda model: model.load(None, Delivery(message, buffer)))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.finish()
+        self._each(ModelReload.finish)
         for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
-            getattr(self._runner, cache, _nothing)()
+            getattr(self._runner, cache, lambda: None)()  # not every engine has it
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        with self._as_engine():
-            for model in self._models.values():
-                model.close()
+        self._each(ModelReload.close)
 
     abandon = close
 
     def summary(self) -> dict[str, Any]:
         """By role, what each model took."""
-        return {role: model.report.summary() for role, model in self._models.items()}
+        return {role: model.report for role, model in self._models.items()}
 
-    @contextlib.contextmanager
-    def _as_engine(self) -> Iterator[None]:
-        """The surroundings in which the engine loaded the model at start-up."""
+    def _each(self, action: Callable[[ModelReload], Any]) -> list[Any]:
+        """In the surroundings in which the engine loaded its models at start-up."""
         default = torch.get_default_dtype()
         dtype = getattr(getattr(self._runner, "model_config", None), "dtype", None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             dtype = default  # other engines name it otherwise
-        torch.set_default_dtype(dtype)  # vLLM's own reload forgets it; int8 on CPUs needs it
-        try:
-            with _current(self._config):
-                yield
-        finally:
-            torch.set_default_dtype(default)
+        with contextlib.ExitStack() as around:
+            around.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(dtype)  # vLLM's own reload forgets it; int8 on CPUs needs it
+            if self._config is not None:
+                from vllm.config import set_current_vllm_config
 
-
-def _current(vllm_config: Any) -> AbstractContextManager[Any]:
-    if vllm_config is None:
-        return nullcontext()
-    from vllm.config import set_current_vllm_config
-
-    return set_current_vllm_config(vllm_config)
-
-
-def _nothing() -> None:
-    """For engines that lack a method."""
+                around.enter_context(set_current_vllm_config(self._config))
+            return [action(model) for model in self._models.values()]
 
 
 def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -591,9 +255,7 @@ def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _unwrapped(model: Any) -> Any:
     """The model within what vLLM wraps it in for CUDA graphs, which is no module itself."""
-    while model is not None and callable(getattr(type(model), "unwrap", None)):
-        if isinstance(model, torch.nn.Module):
-            break
+    while callable(getattr(type(model), "unwrap", None)) and not isinstance(model, torch.nn.Module):
         model = model.unwrap()
     return model
 

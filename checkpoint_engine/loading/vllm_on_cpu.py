@@ -19,11 +19,8 @@ class CpuRepairs:
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
         layers = list(layers)
-        self._methods = [
-            method
-            for layer in layers
-            if (method := getattr(layer, "quant_method", None)) is not None
-        ]
+        methods = (getattr(layer, "quant_method", None) for layer in layers)
+        self._methods = [method for method in methods if method is not None]
         self._tied = _with_parameters_of_others(layers)
         self._kernels: list[tuple[Any, Any]] = []
 
@@ -57,10 +54,10 @@ class CpuRepairs:
 
 def _with_parameters_of_others(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """The layers that share a parameter with one before them."""
-    seen: set[torch.nn.Parameter] = set()
+    seen: set[torch.nn.Parameter | None] = set()
     tied = []
     for layer in layers:
-        own = {parameter for parameter in layer._parameters.values() if parameter is not None}
+        own = set(layer._parameters.values()) - {None}
         if own & seen:
             tied.append(layer)
         seen |= own

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoint_engine.data_types import TensorPart
-from checkpoint_engine.loading.delivery import digest
+from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.planning.plan import TransferPlan, to_named_tensor
 
 BucketEncoder = Callable[[list[dict[str, Any]]], bytes]

@@ -39,12 +39,12 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import map_shared_memory, open_buffer
-from checkpoint_engine.loading.delivery import Delivery, digest
+from checkpoint_engine.loading.loaded import LoadedBuckets, digest
 from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.receive import _check_bytes, extract_weights
 from checkpoint_engine.memory import files, folder
 from checkpoint_engine.planning import layouts as gather
 from checkpoint_engine.service.access import Guard
-from checkpoint_engine.worker import _check_bytes, extract_weights
 from checkpoint_engine.world import metas_file
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 from samples import CUDA_ARGS
@@ -87,24 +87,24 @@ def handle(data: bytes) -> None:
     if isinstance(read, wire.Handle) and read.rebuild is map_shared_memory:
         with contextlib.suppress(ValueError, OSError, TypeError):
             open_buffer(read.rebuild, read.args, None)
-    elif isinstance(read, wire.Abort):
-        assert isinstance(str(read.error), str)
+    elif isinstance(read, Exception):
+        assert isinstance(str(read), str)
 
 
 def message(data: bytes) -> None:
     read = wire.decode_message(data)
-    if isinstance(read, wire.Bucket):
+    if isinstance(read, list):
         with contextlib.suppress(ValueError, RuntimeError):
-            extract_weights(read.tensors, BUFFER)
-    elif isinstance(read, wire.Abort):
-        assert isinstance(str(read.error), str)
+            extract_weights(read, BUFFER)
+    elif isinstance(read, Exception):
+        assert isinstance(str(read), str)
 
 
 def extensions(data: bytes) -> None:
     _, found = wire.split_extensions(data)
     uses: dict[str, Callable[[Any], object]] = {
         wire.PART: lambda part: Parts().add(b"message", part, BUFFER),
-        wire.DELIVERED: Delivery().check,
+        wire.DELIVERED: LoadedBuckets().check,
         wire.CHECKSUM: lambda expected: _check_bytes(expected, BUFFER),
     }
     for key in uses.keys() & found.keys():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from checkpoint_engine.errors import WireError
@@ -21,7 +20,7 @@ def digest(message: bytes) -> str:
     return hashlib.blake2b(message, digest_size=8).hexdigest()
 
 
-class Delivery:
+class LoadedBuckets:
     """The buckets that a worker has loaded in one update."""
 
     def __init__(self) -> None:
@@ -40,23 +39,16 @@ class Delivery:
         """
         if not isinstance(planned, list) or {type(one) for one in planned} - {str, type(None)}:
             raise WireError(f"planned buckets are digests, not {planned!r:.100}")
-        wanted = Counter(one for one in planned if one is not None)
-        if wanted != self._loaded:
-            raise WireError("; ".join(_differences(planned, wanted, self._loaded)))
-
-
-def _differences(
-    planned: Sequence[str | None], wanted: Counter[str], loaded: Counter[str]
-) -> list[str]:
-    wrong = [one for one in wanted if loaded[one] != wanted[one]]
-    texts = [
-        f"bucket {planned.index(one) + 1} of {len(planned)} was loaded {loaded[one]} times, "
-        f"not {wanted[one]}"
-        for one in wrong[:_SHOWN]
-    ]
-    if len(wrong) > _SHOWN:
-        texts.append(f"{len(wrong) - _SHOWN} more were not loaded once")
-    strange = sum(count for one, count in loaded.items() if one not in wanted)
-    if strange:
-        texts.append(f"{strange} buckets were loaded that were not planned")
-    return texts
+        loaded, wanted = self._loaded, Counter(one for one in planned if one is not None)
+        texts = [
+            f"bucket {planned.index(one) + 1} of {len(planned)} was loaded {loaded[one]} times, "
+            f"not {times}"
+            for one, times in wanted.items()
+            if loaded[one] != times
+        ]
+        if len(texts) > _SHOWN:
+            texts[_SHOWN:] = [f"{len(texts) - _SHOWN} more were not loaded once"]
+        if strange := sum(times for one, times in loaded.items() if one not in wanted):
+            texts.append(f"{strange} buckets were loaded that were not planned")
+        if texts:
+            raise WireError("; ".join(texts))

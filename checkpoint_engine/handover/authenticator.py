@@ -17,21 +17,20 @@ from zmq.utils.monitor import recv_monitor_message
 
 from checkpoint_engine.settings import admitted_users
 
-_UNSEEN = 0
-"""The kernel's number for every process in a PID namespace that this process cannot see."""
+_UNSEEN = 0  # the kernel's number for every process in a PID namespace that this one cannot see
 
 
-class Door:
+class Authenticator:
     """Lives in the thread that runs the update, which has to call ``answer`` often."""
 
     def __init__(self, context: zmq.Context, guarded: zmq.Socket, poller: zmq.Poller) -> None:
         """
         Args:
-            context: has no other door.
+            context: has no other authenticator.
             guarded: must not be bound yet.
             poller: is going to see when a process connects or leaves.
         """
-        self.shut = False
+        self.closed = False
         """Nobody is let in any more: the worker has its first message, and is known by it."""
         self._users = {os.geteuid(), 0, *admitted_users()}
         self._worker: int | None = None
@@ -40,31 +39,31 @@ class Door:
         guarded.setsockopt(zmq.ZAP_DOMAIN, b"checkpoint-engine")  # without one, nobody is asked
         self._guarded = guarded
         self._monitor = guarded.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-        self._questions: zmq.Socket = context.socket(zmq.REP)
-        self._questions.setsockopt(zmq.LINGER, 0)
-        self._questions.bind("inproc://zeromq.zap.01")
-        poller.register(self._questions, zmq.POLLIN)
+        self._requests: zmq.Socket = context.socket(zmq.REP)
+        self._requests.setsockopt(zmq.LINGER, 0)
+        self._requests.bind("inproc://zeromq.zap.01")
+        poller.register(self._requests, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
 
     @property
-    def occupied(self) -> bool:
+    def worker_is_connected(self) -> bool:
         """Whether the process that was let in has a connection."""
         return self._worker in self._connections.values()
 
     def answer(self) -> None:
         """Let in or refuse the processes that have come."""
-        while self._questions.poll(0):
-            _version, request_id, _domain, address, *_ = self._questions.recv_multipart()
+        while self._requests.poll(0):
+            _version, request_id, _domain, address, *_ = self._requests.recv_multipart()
             _, uid, _gid, pid = address.rsplit(b":", 3)
             status = b"200" if self._lets_in(int(uid), int(pid)) else b"400"
-            self._questions.send_multipart([b"1.0", request_id, status, b"", b"", b""])
+            self._requests.send_multipart([b"1.0", request_id, status, b"", b"", b""])
         self._follow_connections()
 
     def close(self) -> None:
         """Before the guarded socket is closed."""
         self._guarded.disable_monitor()
         self._monitor.close(0)
-        self._questions.close()
+        self._requests.close()
 
     def _lets_in(self, uid: int, pid: int) -> bool:
         self._follow_connections()
@@ -73,7 +72,7 @@ class Door:
             return False
         others.remove(pid)
         comes_again = pid == self._worker != _UNSEEN
-        taken = self.shut or (self._worker in others and not comes_again)
+        taken = self.closed or (self._worker in others and not comes_again)
         if not taken and uid in self._users:
             self._worker = pid
             return True
@@ -101,8 +100,8 @@ def _peer_of(descriptor: int) -> int | None:
     try:
         size = struct.calcsize("3i")
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", found)[0])
     except OSError:
         return None
     finally:
         connection.detach()  # it is zmq's
-    return int(struct.unpack("3i", found)[0])

@@ -23,10 +23,10 @@ from loguru import logger
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
-from checkpoint_engine.handover.door import Door
+from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.ipc import SharedBuffer
-from checkpoint_engine.handover.leftovers import abandoned
 from checkpoint_engine.handover.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.handover.stale_files import stale_files
 from checkpoint_engine.service.serve import listen
 
 SOON = 10.0
@@ -190,7 +190,7 @@ def receiving(address: str) -> Iterator[list[str]]:
 
 def test_a_process_that_comes_second_is_told(server: WorkerLink) -> None:
     first = Intruder("REP", server.url)
-    look_until(server, lambda: server._door.occupied)
+    look_until(server, lambda: server._authenticator.worker_is_connected)
     with receiving(server.url) as told:
         look_until(server, lambda: told)
     assert "refused this worker: it serves another" in told[0]
@@ -218,9 +218,9 @@ def test_a_second_connection_of_the_worker_is_refused_once_it_has_a_message(
 def test_the_process_that_came_first_may_connect_again(server: WorkerLink) -> None:
     with zmq.Context() as context:
         with contextlib.closing(ServerLink(context, server.url, SOON)):
-            look_until(server, lambda: server._door.occupied)
+            look_until(server, lambda: server._authenticator.worker_is_connected)
         # What is sent before the server has seen the end goes nowhere: the update fails then.
-        look_until(server, lambda: not server._door.occupied)
+        look_until(server, lambda: not server._authenticator.worker_is_connected)
         with working(server.url, ours=True) as done:
             for message in (b"handle", b"bucket", b"end"):
                 exchange(server, message)
@@ -230,8 +230,8 @@ def test_the_process_that_came_first_may_connect_again(server: WorkerLink) -> No
 @pytest.mark.parametrize("ours", [True, False], ids=["our worker", "the original's worker"])
 def test_a_worker_is_let_in_as_soon_as_it_asks(server: WorkerLink, ours: bool) -> None:
     with working(server.url, ours):
-        assert server._door._questions.poll(SOON * 1000)
-        server._door.answer()  # once
+        assert server._authenticator._requests.poll(SOON * 1000)
+        server._authenticator.answer()  # once
         assert server._socket.poll(SOON * 1000, zmq.POLLOUT)
         for message in (b"handle", b"bucket", b"end"):
             exchange(server, message)
@@ -241,16 +241,16 @@ def test_processes_of_an_unseen_pid_namespace_one_after_the_other(
     server: WorkerLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel gives all of them the same number: 0."""
-    let_in = Door._lets_in
-    monkeypatch.setattr(Door, "_lets_in", lambda self, uid, _pid: let_in(self, uid, 0))
-    monkeypatch.setattr("checkpoint_engine.handover.door._peer_of", lambda _descriptor: 0)
+    let_in = Authenticator._lets_in
+    monkeypatch.setattr(Authenticator, "_lets_in", lambda self, uid, _pid: let_in(self, uid, 0))
+    monkeypatch.setattr("checkpoint_engine.handover.authenticator._peer_of", lambda _descriptor: 0)
     with zmq.Context() as context:
         with contextlib.closing(ServerLink(context, server.url, SOON)):
             look_until(server, lambda: server._socket.poll(0, zmq.POLLOUT))
             with receiving(server.url) as told:
                 look_until(server, lambda: told)
         assert "refused this worker: it serves another" in told[0]
-        look_until(server, lambda: not server._door.occupied)
+        look_until(server, lambda: not server._authenticator.worker_is_connected)
         with working(server.url, ours=True) as done:
             for message in (b"handle", b"bucket", b"end"):
                 exchange(server, message)
@@ -263,7 +263,7 @@ def test_a_refused_process_is_warned_about_once(monkeypatch: pytest.MonkeyPatch)
     sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
     with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
         first = Intruder("REP", server.url)
-        look_until(server, lambda: server._door.occupied)
+        look_until(server, lambda: server._authenticator.worker_is_connected)
         for _ in range(2):
             with receiving(server.url) as told:
                 look_until(server, lambda told=told: told)
@@ -406,7 +406,7 @@ def test_another_user_cannot_open_shared_memory(open_folder: Path) -> None:
 
 @needs_root
 def test_files_of_another_user_do_not_get_in_the_way() -> None:
-    """Names like those of our leftovers, open to all, that only their owner can remove."""
+    """Names like those of our stale files, open to all, that only their owner can remove."""
     trap = Path(f"/dev/shm/checkpoint-engine-{NOBODY}-trap{os.getpid()}")
     trap.touch()
     trap.chmod(0o666)
@@ -418,7 +418,7 @@ def test_files_of_another_user_do_not_get_in_the_way() -> None:
     try:
         assert as_nobody(make_a_buffer) == "4096"
         assert trap.exists()
-        assert list(abandoned(trap.parent, trap.name)) == [trap]  # of its owner
+        assert list(stale_files(trap.parent, trap.name)) == [trap]  # of its owner
     finally:
         trap.unlink()
 

@@ -1,0 +1,258 @@
+"""How an engine's model takes new weights: by vLLM's layerwise reload, or over the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from checkpoint_engine.loading.replay.learned_loader import InPlace
+from checkpoint_engine.loading.replay.recorder import Recorder, Slot
+from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
+
+_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver:
+    """Layerwise reload, if this vLLM has it and recorded how ``model`` was made."""
+    try:
+        vllm = importlib.import_module(_LAYERWISE)
+    except ImportError:
+        return LoadOver(model, model_config, device)
+    layers = model.modules() if isinstance(model, torch.nn.Module) else ()
+    recorded = (vllm.get_layerwise_info(layer).restore_metadata for layer in layers)
+    if any(parameters for parameters, _ in recorded):
+        return Layerwise(vllm, model, model_config, device)
+    return LoadOver(model, model_config, device)
+
+
+class LoadOver(InPlace):
+    """Loads over the weights that are there, and repacks them: releases without layerwise
+    reload."""
+
+    def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
+        self.module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+        super().__init__(self.module)
+        self._model = model
+        self._model_config = model_config
+        self._device = device
+
+    def cannot(self) -> str:
+        return "" if self._model is self.module else "it is no torch.nn.Module"
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """What loading happens in."""
+        return nullcontext()
+
+    def begin(self) -> None:
+        """Before the first tensor."""
+
+    def after_bucket(self) -> int:
+        """The bucket's memory is about to be overwritten. Returns the bytes that were held back."""
+        return 0
+
+    def partial_layers(self) -> set[str]:
+        """The names of layers of which a part has not been loaded, as far as the engine tells."""
+        return set()
+
+    def finish(self) -> None:
+        """After the last tensor."""
+        try:
+            from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        except ImportError:  # engines that have no such step
+            return
+        process_weights_after_loading(self._model, self._model_config, self._device)
+
+    def abandon(self) -> None:
+        """The update failed: leave a model that can be updated again."""
+
+
+class Layerwise(LoadOver):
+    """vLLM's layerwise reload.
+
+    vLLM keeps what it is given until a layer is complete. Here that is memory which the next bucket
+    but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
+    now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
+    that this worker keeps. Where a release cannot do that, the tensors are copied.
+    """
+
+    is_persistent = False
+
+    def __init__(
+        self, vllm: Any, model: torch.nn.Module, model_config: Any, device: torch.device
+    ) -> None:
+        """``vllm``: the module that layerwise reload is in."""
+        super().__init__(model, model_config, device)
+        self._vllm = vllm
+        self._names = {layer: name for name, layer in self.modules.items()}
+        self._infos = {layer: vllm.get_layerwise_info(layer) for layer in self._names}
+        self._held: dict[torch.nn.Module, int] = {}
+        self._loads_early = _keeps_what_is_there(vllm)
+        self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        return nullcontext() if _knows_the_device(self._vllm) else self._device
+
+    def begin(self) -> None:
+        self.abandon()  # what a failed update may have left
+        self._vllm.initialize_layerwise_reload(self._model)
+        self._repairs.begin()
+
+    def after_bucket(self) -> int:
+        nbytes = 0
+        for layer, info in self._infos.items():
+            arrived = info.loaded_weights[self._held.get(layer, 0) :]
+            if not arrived:
+                continue
+            nbytes += sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
+            if self._loads_early and not self._must_wait(layer, info):
+                self._load_now(layer, info)
+                continue
+            for _, call in arrived:
+                call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
+            self._held[layer] = len(info.loaded_weights)
+        return nbytes
+
+    def cannot(self) -> str:
+        return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
+
+    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Of the layers that wait for weights."""
+        for layer, info in self._infos.items():
+            if info.load_numel_total is not None:
+                for name, tensor in self._vllm.get_layer_tensors(layer).items():
+                    yield Slot(self._names[layer], name), tensor
+
+    def refuses(self, slot: Slot) -> str | None:
+        layer = self.modules[slot.owner]
+        if _is_deferred(self._vllm, layer):
+            return "vLLM loads attention last of all"
+        if slot.name in layer._buffers:
+            return "vLLM recognises loaded buffers by the calls that it keeps"
+        return None
+
+    def watching(self, recorder: Recorder) -> AbstractContextManager[None]:
+        """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
+        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
+
+        def count_unseen(*args: Any) -> Any:
+            return recorder.count(lambda: count(*args))
+
+        def process_unseen(layer: torch.nn.Module, info: Any) -> None:
+            with recorder.paused():
+                process(layer, info)
+
+        return self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen)
+
+    def checking(self, check: Callable[[str], None]) -> AbstractContextManager[None]:
+        process = self._vllm._layerwise_process
+
+        def check_and_process(layer: torch.nn.Module, info: Any) -> None:
+            self._load_now(layer, info)
+            check(self._names[layer])
+            process(layer, info)
+
+        return self._replacing(_layerwise_process=check_and_process)
+
+    @contextlib.contextmanager
+    def _replacing(self, **functions: Callable[..., Any]) -> Iterator[None]:
+        """Around calls of vLLM's own functions of those names."""
+        kept = {name: getattr(self._vllm, name) for name in functions}
+        vars(self._vllm).update(functions)
+        try:
+            yield
+        finally:
+            vars(self._vllm).update(kept)
+
+    def open(self, owner: str) -> None:
+        layer = self.modules[owner]
+        self._vllm.materialize_layer(layer, self._infos[layer])
+
+    def memory(self, slot: Slot) -> torch.Tensor:
+        memory = getattr(self.modules[slot.owner], slot.name)
+        return memory.data  # vLLM's own kinds of parameters are slow to look at
+
+    def delivered(self, owner: str, numel: int) -> bool:
+        """What vLLM's wrapped loaders do once a tensor is in."""
+        layer = self.modules[owner]
+        info = self._infos[layer]
+        info.load_numel_total = self._vllm.get_layer_size(layer)
+        info.load_numel += numel
+        if info.load_numel < info.load_numel_total:
+            return False
+        self._vllm._layerwise_process(layer, info)
+        return True
+
+    def partial_layers(self) -> set[str]:
+        return {
+            self._names[layer]
+            for layer, info in self._infos.items()
+            if 0 < info.load_numel < (info.load_numel_total or 0)
+            and not _is_deferred(self._vllm, layer)
+        }
+
+    def finish(self) -> None:
+        self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        self._repairs.pack_tied()
+        self._repairs.end()
+
+    def abandon(self) -> None:
+        """Put the memory that the engine computes with back in its place."""
+        self._repairs.end()
+        for layer, info in self._infos.items():
+            if info.load_numel_total is None:  # not waiting for weights
+                continue
+            if info.kernel_tensors is not None:
+                self._vllm._place_kernel_tensors(layer, info)
+            info.reset()
+        if hasattr(self._model, "_original_do_torchao_reload"):
+            self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
+        buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
+        return bool(buffers) or _is_deferred(self._vllm, layer)
+
+    def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
+        self._vllm.materialize_layer(layer, info)
+        for name, call in info.loaded_weights:
+            parameter = getattr(layer, name)
+            if call.arguments["param"] is not parameter:  # otherwise it is in there already
+                call.arguments["param"] = parameter
+                self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
+        info.loaded_weights.clear()
+
+
+def _knows_the_device(vllm: Any) -> bool:
+    """From 0.19 on; before, a layer is made on whatever is torch's default device."""
+    return len(inspect.signature(vllm.materialize_layer).parameters) > 1
+
+
+def _keeps_what_is_there(vllm: Any) -> bool:
+    """Whether a layer that has its parameters already keeps them, tried out: from 0.20 or so on."""
+    if not _knows_the_device(vllm):
+        return False
+    layer = torch.nn.Linear(1, 1, bias=False, device="cpu")
+    weight = layer.weight
+    vllm.materialize_layer(layer, vllm.get_layerwise_info(layer))
+    return layer.weight is weight
+
+
+def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
+    if hasattr(vllm, "is_deferred_attention_layer"):
+        return bool(vllm.is_deferred_attention_layer(layer))
+    return callable(getattr(layer, "process_weights_after_loading", None))
+
+
+def _tensors(call: inspect.BoundArguments) -> dict[str, torch.Tensor]:
+    """What a loader was given, by argument."""
+    return {
+        name: value
+        for name, value in call.arguments.items()
+        if isinstance(value, torch.Tensor) and name != "param"
+    }

@@ -1,0 +1,294 @@
+"""One update as an inference worker receives it: the double buffer, the buckets, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import zmq
+
+from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
+from checkpoint_engine.errors import WireError
+from checkpoint_engine.ground.devices import DeviceManager
+from checkpoint_engine.handover import wire
+from checkpoint_engine.handover.ipc import open_buffer
+from checkpoint_engine.handover.link import ServerLink
+from checkpoint_engine.loading.loaded import LoadedBuckets
+from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.replay.recorder import NamedTensors
+from checkpoint_engine.loading.version import WeightVersion
+from checkpoint_engine.memory.checksum import FORMULA, check_bytes
+
+SERVER_TIMEOUT = 600.0
+"""Seconds that a worker waits for the next message of a server that sets no deadline."""
+
+PATIENCE_WITH_0_2 = 30.0
+"""Seconds that a worker waits for a foreign server's second ``None``, before it does without."""
+
+_Result = TypeVar("_Result")
+
+
+@runtime_checkable
+class BucketLoader(Protocol):
+    """A ``run`` that recognises buckets by their messages, which then need not be decoded.
+
+    ``reload.EngineReload`` and ``replay.Replayed`` are such; any other gets every bucket decoded.
+    """
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        """Load a bucket; nothing may refer to the tensors afterwards."""
+        ...
+
+    def knows(self, message: bytes) -> bool:
+        """Whether a bucket with this message can be replayed."""
+        return False
+
+    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+        """Load such a bucket out of the double buffer."""
+        raise RuntimeError("it knows no message")
+
+    def finish(self) -> None:
+        """All buckets are loaded, and the buffer is gone."""
+        return
+
+    def abandon(self) -> None:
+        """The update failed. Also called after ``finish``, when something later fails."""
+        return
+
+
+class _DecodedBuckets(BucketLoader):
+    """Any callable as a ``BucketLoader``."""
+
+    def __init__(self, run: Callable[[NamedTensors], Any]) -> None:
+        self._run = run
+
+    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+        self._run(weights)
+
+
+def update_weights_from_ipc(
+    zmq_ctx: zmq.Context,
+    zmq_handle: str,
+    device_id: int | None,
+    *,
+    run: Callable[[NamedTensors], Any] | BucketLoader,
+    post_hook: Callable[[], Any] | None = None,
+    version: WeightVersion | None = None,
+) -> None:
+    """Receive one update. Called by each inference worker, with its own address.
+
+    Args:
+        zmq_ctx: a context of the caller's.
+        zmq_handle: where this worker's server rank listens.
+        device_id: this worker's device, as this process counts them.
+        run: gets each bucket as ``[(name, tensor)]``. The tensors are views of memory that is
+            overwritten as soon as it returns: copy what is kept. ``replay.replayed(run)`` learns it
+            in the first two updates and replays it in later ones.
+        post_hook: called when all weights are loaded and the buffer is gone.
+        version: told what the model holds, before its first byte is written and at the end.
+
+    Raises:
+        WireError: the server is gone, or broke the protocol.
+        TimeoutError: the server stopped sending.
+        Exception: what ``run`` or ``post_hook`` raised, or the server's reason to abort. The
+            weights are then partly written; another update repairs them.
+    """
+    version = version or WeightVersion()
+    loader = run if isinstance(run, BucketLoader) else _DecodedBuckets(run)
+    with contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link:
+        try:
+            _Reception(link, loader, version).run(device_id, post_hook)
+        except BaseException:
+            loader.abandon()
+            raise
+        finally:
+            version.fail()  # unless it is complete
+
+
+class _Reception:
+    """One update. The first failure is told to the server; nothing is loaded after it."""
+
+    _buffer: torch.Tensor
+    _device: DeviceManager
+
+    def __init__(self, link: ServerLink, loader: BucketLoader, version: WeightVersion) -> None:
+        self._link = link
+        self._loader = loader
+        self._version = version
+        self._parts = Parts()
+        self._loaded = LoadedBuckets()
+        self._failure: Exception | None = None
+
+    def run(self, device_id: int | None, post_hook: Callable[[], Any] | None) -> None:
+        extensions = self._receive_buffer(device_id)
+        self._device = DeviceManager(self._buffer.device.type)
+        try:
+            self._load_buckets(extensions.get("weight_version"))
+        finally:
+            del self._buffer, self._parts  # the traceback of what is raised leads to this object
+            self._device.release_cached_memory()
+        self._acknowledge()
+        server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
+        self._attempt(partial(self._finish, post_hook))
+        if self._failure is None:
+            self._version.complete()
+        if server_waits:
+            self._acknowledge()
+        if self._failure is not None:
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # no circle from its traceback back to it
+
+    def _receive_buffer(self, device_id: int | None) -> dict[str, Any]:
+        """Map the double buffer; returns the extensions that the server offers."""
+        message = self._link.receive()
+        try:
+            handle = wire.decode_handle(message)
+            if isinstance(handle, wire.Handle):
+                self._buffer = open_buffer(handle.rebuild, handle.args, device_id)
+        except Exception:
+            self._link.reply(wire.encode_failure(traceback.format_exc()))
+            with contextlib.suppress(WireError, TimeoutError):
+                self._link.receive()  # the server's reason to abort, whatever it says
+            raise
+        if isinstance(handle, Exception):
+            raise handle
+        offered = handle.extensions
+        if "timeout" in offered:
+            self._link.set_deadline(offered["timeout"])
+        accepted = {"version": 1, wire.CHECKSUM: FORMULA, wire.PART: True, wire.DELIVERED: True}
+        if wire.JSON_BUCKETS in offered:
+            accepted[wire.JSON_BUCKETS] = True
+        self._link.reply(wire.encode_extensions(accepted) if offered else wire.ACK)
+        return offered
+
+    def _load_buckets(self, version: str | None) -> None:
+        """Load buckets until there are no more."""
+        while True:
+            received = self._link.receive()
+            try:
+                received, extensions = wire.split_extensions(received)
+                is_known = self._attempt(partial(self._loader.knows, received))
+                message = received if is_known else wire.decode_message(received)
+            except WireError as error:  # the server waits for a reply to it all the same
+                self._link.reply(_told(_without_frames(error)))
+                raise
+            if isinstance(message, Exception):
+                raise message from self._failure
+            self._version.begin(version)
+            if message is None:
+                self._attempt(partial(self._check_end, extensions))
+                return
+            self._attempt(partial(self._load, received, message, extensions))
+            self._acknowledge()
+
+    def _load(
+        self, received: bytes, bucket: wire.Bucket | bytes, extensions: dict[str, Any]
+    ) -> None:
+        """Load what lies in the double buffer. ``bucket``: its message, if that can be replayed."""
+        source: torch.Tensor | None = self._buffer
+        if wire.PART in extensions:
+            source = self._parts.add(received, extensions[wire.PART], self._buffer)
+        if source is not None:
+            _check_bytes(extensions.get(wire.CHECKSUM), source)
+            if isinstance(bucket, bytes):
+                self._loader.replay(bucket, source)
+            else:
+                self._loader.load_bucket(extract_weights(bucket, source), received, source)
+            self._loaded.note(received)
+        self._device.synchronize()
+
+    def _check_end(self, extensions: dict[str, Any]) -> None:
+        """Raise unless everything was loaded once, as far as the server says what there was."""
+        self._parts.check_complete()
+        if wire.DELIVERED in extensions:
+            self._loaded.check(extensions[wire.DELIVERED])
+
+    def _server_waits_for_post_hook(self, is_ours: bool) -> bool:
+        """Whether the second ``None`` came. Senders of release 0.2 leave after the first, or wait
+        for the engine to answer their request."""
+        try:
+            received = self._link.receive(PATIENCE_WITH_0_2)
+        except (WireError, TimeoutError):
+            if is_ours:  # it never leaves early unless it died
+                raise
+            return False
+        message = wire.decode_message(received)
+        if isinstance(message, Exception):
+            raise message from self._failure
+        if message is not None:
+            raise WireError("the server sent a bucket after it had said there are no more")
+        return True
+
+    def _finish(self, post_hook: Callable[[], Any] | None) -> None:
+        self._loader.finish()
+        if post_hook is not None:
+            post_hook()
+        self._device.synchronize()
+
+    def _attempt(self, action: Callable[[], _Result]) -> _Result | None:
+        """What ``action`` returns; ``None`` if it, or anything before it, failed."""
+        if self._failure is None:
+            try:
+                return action()
+            except Exception as error:
+                self._failure = _without_frames(error)
+        return None
+
+    def _acknowledge(self) -> None:
+        self._link.reply(wire.ACK if self._failure is None else _told(self._failure))
+
+
+def _without_frames(error: Exception) -> Exception:
+    """``error`` without the frames it was raised in, which hold views of the buffer. Its traceback
+    is its last note."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            link.__traceback__ = None
+            chain += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
+    error.__notes__ = [*getattr(error, "__notes__", []), text]
+    return error
+
+
+def _told(failure: Exception) -> bytes:
+    return wire.encode_failure(failure.__notes__[-1])
+
+
+def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
+    """Raise unless a bucket's bytes are those that its owner registered."""
+    match expected:
+        case [int(start), int(nbytes), int(first_block), int(total)] if (
+            min(start, nbytes, first_block) >= 0
+            and start + nbytes <= buffer.numel()
+            and start % ALIGNMENT == nbytes % ALIGNMENT == 0
+        ):
+            where = f"the bucket at {start}"
+            check_bytes(buffer[start : start + nbytes], first_block, total, where)
+        case _ if expected is not None:
+            raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
+
+
+def extract_weights(tensors: wire.Bucket, buffer: torch.Tensor) -> NamedTensors:
+    """The tensors of a bucket as views of the double buffer.
+
+    Raises:
+        ValueError: one reaches beyond the buffer.
+    """
+    weights = []
+    for entry in tensors:
+        dtype, shape, start = entry["dtype"], entry["shape"], entry["offset"]
+        end = start + tensor_nbytes(dtype, shape)
+        if end > buffer.nbytes:
+            raise ValueError(f"tensor {entry['name']!r} ends at {end} of {buffer.nbytes} bytes")
+        weights.append((entry["name"], buffer[start:end].view(dtype).view(shape)))
+    return weights
