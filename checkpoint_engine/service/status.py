@@ -9,7 +9,7 @@ from pydantic import Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.ground.progress import Progress
-from checkpoint_engine.ground.report import Served
+from checkpoint_engine.ground.report import LoadedCheckpoint
 from checkpoint_engine.service.journal import Job
 from checkpoint_engine.service.problems import Described
 
@@ -56,7 +56,7 @@ class Status(Described):
     """All host memory that checkpoints take on this rank."""
     retained_bytes: int = 0
     """Host memory that is kept for later checkpoints."""
-    served: Served | None = None
+    served: LoadedCheckpoint | None = None
     """What this rank's engine holds; null: not known, or in part."""
     checkpoints: list[Checkpoint]
     ranks: list[Rank]

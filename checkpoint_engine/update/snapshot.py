@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from checkpoint_engine.data_types import MemoryBuffer
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress
-from checkpoint_engine.ground.report import Served
+from checkpoint_engine.ground.report import LoadedCheckpoint
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.memory.host_memory import MemoryUsage
 from checkpoint_engine.world.gathered import Gathered
@@ -36,5 +36,5 @@ class Snapshot:
     checkpoints: Sequence[Checkpoint]
     buffers: Mapping[str, Sequence[MemoryBuffer]]
     gathered: Gathered
-    served: Served | None
+    served: LoadedCheckpoint | None
     progress: Progress | None

@@ -14,10 +14,13 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.planning.plan import (
+    DEVICE_PACE,
+    HOST_PACE,
+    READ_PACE,
     TransferPlan,
     bucket_size,
-    choose_pace,
     largest_tensor,
+    paced,
     plan_transfer,
 )
 from checkpoint_engine.tools.simulate.cluster import Cluster
@@ -84,8 +87,9 @@ def make_plan(
     may_cut = joins_parts and not p2p
     size = bucket_size(free_device_bytes, largest_tensor(metas), cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
-    pace = choose_pace(is_accelerator=cluster.cores is None, p2p=p2p)
-    return plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
+    pace = DEVICE_PACE if cluster.cores is None else HOST_PACE
+    size = paced(size, READ_PACE if p2p else pace, metas, may_cut)
+    return plan_transfer(metas, size, local, remote, receivers, may_cut)
 
 
 def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:

@@ -14,7 +14,7 @@ from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport
 from checkpoint_engine.transfer.shared_memory import Neighbours
 from checkpoint_engine.transfer.streams import Event, HostStreams
-from checkpoint_engine.transfer.tracer import BROADCAST
+from checkpoint_engine.transfer.tracer import BROADCAST, TracedSpan
 from checkpoint_engine.update.ways.base import Job, Mover, Way
 from checkpoint_engine.world.hello import Hello
 
@@ -71,7 +71,7 @@ class SharedMemoryMover(Mover):
         self._end = time.monotonic() + job.call.deadline.remaining() + _GRACE
         self._sent = 0
         self._begun: dict[int, tuple[Event, int]] = {}
-        self._traced: dict[int, int] = {}
+        self._traced: dict[int, TracedSpan] = {}
 
     def start(self, step: Step) -> None:
         number = 0
