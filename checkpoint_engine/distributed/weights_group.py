@@ -35,21 +35,21 @@ _SILENCE = 0.3  # seconds without a byte under way, after which nothing is
 class TorchGroup:
     """Some ranks that broadcast weights to each other, by one of torch's communicators."""
 
-    def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket] = ()) -> None:
         """``sockets``: its connections, if it does not end them itself when it is aborted."""
-        self._ranks = ranks
-        self._group = group
+        self.ranks = ranks
+        self.group = group
         self._sockets = sockets
         self._in_flight: list[Any] = []
 
     def expect_end(self, seconds: float) -> None:
         """Gloo does not notice a peer that dies half-way through a message."""
-        if self._sockets and hasattr(self._group, "set_timeout"):
-            self._group.set_timeout(timedelta(seconds=seconds + 1.0))
+        if self._sockets and hasattr(self.group, "set_timeout"):
+            self.group.set_timeout(timedelta(seconds=seconds + 1.0))
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
         """On an accelerator it is ordered after what the current stream holds."""
-        work = broadcast(self._group, tensor, self._ranks.index(src))
+        work = broadcast(self.group, tensor, self.ranks.index(src))
         self._in_flight = [*(old for old in self._in_flight if not old.is_completed()), work]
         return work
 
@@ -57,20 +57,20 @@ class TorchGroup:
         """Gloo blocks whoever destroys a group with something in flight, so a thread does that once
         it has ended. Not a daemon: Python kills those inside C++.
         """
-        if hasattr(self._group, "abort"):
-            self._group.abort()
+        if hasattr(self.group, "abort"):
+            self.group.abort()
         abandoned = threading.Thread(
             target=_destroy,
-            args=([self._group], self._in_flight, self._sockets),
+            args=([self.group], self._in_flight, self._sockets),
             name="checkpoint-engine-abort",
         )
-        self._group, self._in_flight, self._sockets = None, [], ()
+        self.group, self._in_flight, self._sockets = None, [], ()
         abandoned.start()
 
     def close(self) -> None:
-        if hasattr(self._group, "shutdown"):
-            self._group.shutdown()
-        self._group, self._in_flight = None, []
+        if hasattr(self.group, "shutdown"):
+            self.group.shutdown()
+        self.group, self._in_flight = None, []
         for connection in self._sockets:
             connection.close()
         self._sockets = ()

@@ -268,14 +268,18 @@ def inode_of(fd: int) -> Inode:
     return found.st_dev, found.st_ino
 
 
-def check_same_file(path: str, fd: int, inode: Inode | None) -> None:
-    """Whoever opens a file again calls this, so that header and bytes are of the same one.
+def reopen(path: str, inode: Inode | None, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file whose header was read as ``inode``.
 
     Raises:
         ValueError: ``path`` leads to another file by now.
+        OSError: it cannot be opened.
     """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     if inode is not None and inode != inode_of(fd):
+        os.close(fd)
         raise ValueError(f"{path} was replaced by another file while it was being registered")
+    return fd
 
 
 short = reprlib.repr
