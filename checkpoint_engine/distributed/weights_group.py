@@ -112,10 +112,8 @@ def _await_silence(connections: Sequence[socket.socket]) -> None:
 
 def _is_busy(connection: socket.socket) -> bool:
     """Whether the kernel holds bytes that were not read here, or not there."""
-    for what in (termios.FIONREAD, termios.TIOCOUTQ):
-        if fcntl.ioctl(connection, what, bytes(4)) != bytes(4):
-            return True
-    return False
+    queues = (termios.FIONREAD, termios.TIOCOUTQ)
+    return any(fcntl.ioctl(connection, queue, bytes(4)) != bytes(4) for queue in queues)
 
 
 def create_weights_group(
@@ -165,10 +163,8 @@ def _meet(
 ) -> TorchGroup:
     addresses = _Addresses(store)
     place = ranks.index(rank), len(ranks)
-    if backend == "gloo":
-        group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
-    else:
-        group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
+    between = addresses if backend == "gloo" else store  # NCCL and HCCL end their sockets
+    group = CREATE[backend](between, *place, _MEETING_TIME, local_ip)
     if device.type != "cpu":
         _connect_now(group, device)
     if hasattr(group, "set_timeout"):
