@@ -134,10 +134,18 @@ def create_weights_group(
         check: called while waiting; ends that by raising.
     """
     made: list[TorchGroup | BaseException] = []
+    addresses = _Addresses(store)
 
     def meet() -> None:
+        between = addresses if backend == "gloo" else store  # NCCL and HCCL end their sockets
+        place = ranks.index(rank), len(ranks)
         try:
-            made.append(_meet(backend, store, ranks, rank, local_ip, device))
+            group = CREATE[backend](between, *place, _MEETING_TIME, local_ip)
+            if device.type != "cpu":
+                _connect_now(group, device)
+            if hasattr(group, "set_timeout"):
+                group.set_timeout(_NO_TIMEOUT)
+            made.append(TorchGroup(ranks, group, _connections_among(addresses.told)))
         except BaseException as error:
             # Its traceback leads back here, and to what a group holds.
             made.append(error.with_traceback(None))
@@ -147,29 +155,10 @@ def create_weights_group(
     meeting = threading.Thread(target=meet, name="checkpoint-engine-meet")
     meeting.start()
     poll(lambda: not meeting.is_alive(), check)
-    group = made.pop()
-    if isinstance(group, BaseException):
-        raise GroupError(f"the ranks cannot form a group: {group}") from group
-    return group
-
-
-def _meet(
-    backend: str,
-    store: dist.Store,
-    ranks: list[int],
-    rank: int,
-    local_ip: str,
-    device: torch.device,
-) -> TorchGroup:
-    addresses = _Addresses(store)
-    place = ranks.index(rank), len(ranks)
-    between = addresses if backend == "gloo" else store  # NCCL and HCCL end their sockets
-    group = CREATE[backend](between, *place, _MEETING_TIME, local_ip)
-    if device.type != "cpu":
-        _connect_now(group, device)
-    if hasattr(group, "set_timeout"):
-        group.set_timeout(_NO_TIMEOUT)
-    return TorchGroup(ranks, group, _connections_among(addresses.told))
+    found = made.pop()
+    if isinstance(found, BaseException):
+        raise GroupError(f"the ranks cannot form a group: {found}") from found
+    return found
 
 
 class _Addresses(dist.Store):

@@ -126,14 +126,13 @@ def _list_folder(path: str, allowed: Folders) -> list[str]:
 
 
 def _choose_index(folder: str, names: list[str]) -> str | None:
-    if len(names) > 1 and _USUAL_INDEX not in names:
+    chosen = [_USUAL_INDEX] if _USUAL_INDEX in names else names
+    if len(chosen) > 1:
         raise ValueError(
             f"{folder} has {len(names)} indexes ({', '.join(names)}) and none is {_USUAL_INDEX}: "
             f"keep one, or name the files"
         )
-    if not names:
-        return None
-    return os.path.join(folder, _USUAL_INDEX if _USUAL_INDEX in names else names[0])
+    return os.path.join(folder, chosen[0]) if chosen else None
 
 
 # Indexes

@@ -65,8 +65,9 @@ class RankTracer:
 
     def begin(self, lane: str, step: Step) -> TracedSpan:
         """A span of the host. Without ``end`` it was broken off."""
-        self._spans.append(TracedSpan(lane, step, time.monotonic(), name=self._name_of(step)))
-        return self._spans[-1]
+        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {self._steps[id(step)]}")
+        self._spans.append(span)
+        return span
 
     def end(self, span: TracedSpan, ended: float) -> None:
         span.ended = ended
@@ -76,9 +77,6 @@ class RankTracer:
         span = self.begin(lane, step)
         yield
         self.end(span, time.monotonic())
-
-    def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return self.on_host(READ, step)
 
     def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
         return self.on_host(RELOAD, step)
@@ -153,9 +151,6 @@ class RankTracer:
         if self._clock is not None:
             span.began = self._clock.mark()
         return span
-
-    def _name_of(self, step: Step) -> str:
-        return f"bucket {self._steps[id(step)]}"
 
     def _read_marks(self) -> None:
         """Make times of the device's marks."""
