@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -142,6 +142,13 @@ def make_metas(
         set_slot = vars(BaseModel)[slot].__set__
         deque(map(set_slot, metas, of_all), maxlen=0)  # a loop that runs outside Python
     return metas
+
+
+def placed(metas: Iterable[ParameterMeta], start: int = 0) -> Iterator[tuple[int, ParameterMeta]]:
+    """Where each tensor begins, if they lie one behind the other from ``start`` on, padded."""
+    for meta in metas:
+        yield start, meta
+        start += meta.aligned_size
 
 
 class BucketRange(NamedTuple):

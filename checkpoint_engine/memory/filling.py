@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.data_types import ParameterMeta, placed
 from checkpoint_engine.memory import threads
 from checkpoint_engine.memory.arena import Arena, populate
 from checkpoint_engine.memory.sources import FileParts, FileSlice, Reader, TensorSource
@@ -51,11 +51,12 @@ def fill_arenas(
 
     def finish(arena: Arena) -> None:
         arena.pin()
-        for at, source in _places(contents[arena], sources):
-            if isinstance(source.data, torch.Tensor) and source.data.device.type != "cpu":
-                _begin_copy(source.data, arena.memory[at : at + source.nbytes], streams)
+        for at, meta in placed(contents[arena]):
+            data = sources[meta.name].data
+            if isinstance(data, torch.Tensor) and data.device.type != "cpu" and data.nbytes:
+                _begin_copy(data, arena.memory[at : at + data.nbytes], streams)
 
-    pieces = {arena: _pieces(_places(metas, sources)) for arena, metas in contents.items()}
+    pieces = {arena: _pieces(metas, sources) for arena, metas in contents.items()}
     try:
         _work(pieces, finish, cpus, on_progress)
     finally:
@@ -109,19 +110,11 @@ def _work(
 # What is to be written
 
 
-def _places(
-    metas: list[ParameterMeta], sources: Mapping[str, TensorSource]
-) -> Iterator[tuple[int, TensorSource]]:
-    """Offset in the buffer and source of every tensor that has bytes."""
-    at = 0
-    for meta in metas:
-        if meta.aligned_size > 0:
-            yield at, sources[meta.name]
-        at += meta.aligned_size
-
-
-def _pieces(places: Iterable[tuple[int, TensorSource]]) -> Iterator[_Piece]:
-    for at, source in places:
+def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> Iterator[_Piece]:
+    for at, meta in placed(metas):
+        source = sources[meta.name]
+        if not source.nbytes:
+            continue
         if isinstance(source.data, FileParts):
             yield from _file_pieces(source.name, source.data, at)
         elif source.data.device.type == "cpu":
@@ -169,7 +162,7 @@ def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Neighbours together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
+    """Adjacent pieces together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
     batch: list[_Piece] = []
     size = 0
     for piece in pieces:

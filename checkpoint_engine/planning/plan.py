@@ -21,6 +21,7 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
     TensorPart,
     align_up,
+    placed,
 )
 
 LARGEST_WHOLE = 1 << 30
@@ -262,11 +263,9 @@ def assign_receiver_ranks(
 
 def to_named_tensor(metas: Iterable[ParameterMeta], offset: int = 0) -> list[dict]:
     """What a worker is told of a bucket that starts at ``offset`` of the double buffer."""
-    metas = list(metas)
-    starts = itertools.accumulate((meta.aligned_size for meta in metas), initial=offset)
     return [
         {"name": meta.name, "dtype": meta.dtype, "shape": meta.shape, "offset": start}
-        for meta, start in zip(metas, starts, strict=False)
+        for start, meta in placed(metas, offset)
     ]
 
 
