@@ -170,10 +170,8 @@ def device_for_rank(local_rank: int, gpu_count: int, devices: Sequence[str]) -> 
             f"of rdma devices count {count} and gpu count {gpu_count}, the larger should be "
             f"divisible by the smaller: {_ADVICE}"
         )
-    if count <= gpu_count:
-        return devices[local_rank // (gpu_count // count)]
-    share = count // gpu_count
-    mine = devices[local_rank * share : (local_rank + 1) * share]
+    first = local_rank * count // gpu_count
+    mine = devices[first : first + max(1, count // gpu_count)]
     return ",".join(dict.fromkeys(mine))  # a stand-in may be there twice
 
 
