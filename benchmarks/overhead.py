@@ -47,7 +47,7 @@ class Unobserving:
     def copying(self, *_: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    reading = reloading = on_host = copying
+    reloading = on_host = copying
 
     def begin(self, *_: object) -> int:
         return 0

@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -77,12 +77,6 @@ def _parse_shape(value: Any) -> torch.Size:
     return torch.Size(value)
 
 
-def _parse_tensor(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    raise ValueError(f"expected a torch.Tensor, got {type(value).__name__}")
-
-
 TorchDtype = Annotated[
     torch.dtype,
     PlainValidator(parse_dtype),
@@ -95,19 +89,10 @@ TorchSize = Annotated[
     PlainSerializer(tuple, return_type=tuple),
     WithJsonSchema({"type": "array", "items": {"type": "integer"}}, mode="serialization"),
 ]
-TorchTensor = Annotated[torch.Tensor, PlainValidator(_parse_tensor)]
 
 
 _ALL_FIELDS = {"name", "dtype", "shape", "aligned_size"}
-_set_dict, _set_fields_set, _set_extra, _set_private = (
-    vars(BaseModel)[slot].__set__
-    for slot in (
-        "__dict__",
-        "__pydantic_fields_set__",
-        "__pydantic_extra__",
-        "__pydantic_private__",
-    )
-)
+_SLOTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
 
 
 class _Stored(BaseModel):
@@ -152,14 +137,18 @@ def make_metas(
         for name, kind in every
         for dtype, shape, aligned_size in (kinds[kind],)
     )
-    for set_slot, values in (
-        (_set_dict, attributes),
-        (_set_fields_set, itertools.repeat(_ALL_FIELDS)),
-        (_set_extra, itertools.repeat(None)),
-        (_set_private, itertools.repeat(None)),
-    ):
-        deque(map(set_slot, metas, values), maxlen=0)  # a loop that runs outside Python
+    values = (attributes, *map(itertools.repeat, (_ALL_FIELDS, None, None)))
+    for slot, of_all in zip(_SLOTS, values, strict=True):
+        set_slot = vars(BaseModel)[slot].__set__
+        deque(map(set_slot, metas, of_all), maxlen=0)  # a loop that runs outside Python
     return metas
+
+
+def placed(metas: Iterable[ParameterMeta], start: int = 0) -> Iterator[tuple[int, ParameterMeta]]:
+    """Where each tensor begins, if they lie one behind the other from ``start`` on, padded."""
+    for meta in metas:
+        yield start, meta
+        start += meta.aligned_size
 
 
 class BucketRange(NamedTuple):
@@ -215,7 +204,7 @@ class MemoryBuffer(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    buffer: TorchTensor
+    buffer: torch.Tensor
     size: int
     metas: list[ParameterMeta]
     manually_pinned: bool = False

@@ -34,7 +34,7 @@ from checkpoint_engine.ground import rdma
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.local_rank import LocalRank, find_local_rank
 from checkpoint_engine.ground.progress import Progress
-from checkpoint_engine.ground.report import Served, UpdateReport
+from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
 from checkpoint_engine.memory.checkpoints import POOL, Checkpoints
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.planning import plan
@@ -333,7 +333,7 @@ class ParameterServer(Contract):
         return report
 
     @property
-    def served(self) -> Served | None:
+    def served(self) -> LoadedCheckpoint | None:
         """What this rank's engine holds; ``None`` before the first update, and while the weights
         are partly written. Any thread."""
         return self._server.profile.served

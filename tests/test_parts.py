@@ -94,8 +94,12 @@ def test_a_huge_tensor_does_not_decide_how_large_buckets_are() -> None:
     huge, rest = 3 << 30, 5 << 30
     metas = {0: owned(0, [([huge, rest // 4, rest // 4, rest // 2], False)])}
     allowed = BucketSize(8 << 30, True)
-    whole = plan.plan_transfer(metas, allowed, {}, {}, pace=plan.DEVICE_PACE)
-    cut = plan.plan_transfer(metas, allowed, {}, {}, pace=plan.DEVICE_PACE, may_cut=True)
+    whole, cut = (
+        plan.plan_transfer(
+            metas, plan.paced(allowed, plan.DEVICE_PACE, metas, may_cut), {}, {}, may_cut=may_cut
+        )
+        for may_cut in (False, True)
+    )
     assert whole.bucket_bytes == huge
     assert cut.bucket_bytes == plan.LARGEST_WHOLE
     assert whole.total_bytes == cut.total_bytes

@@ -27,7 +27,7 @@ from checkpoint_engine.distributed.weights_group import create_weights_group
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.planning.plan import Step, TransferPlan
-from checkpoint_engine.transfer.shared_memory import Neighbours
+from checkpoint_engine.transfer.shared_memory import HostPeers
 from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.ways.base import Job
@@ -69,8 +69,8 @@ class Rank:
         )
         self.group.expect_end(PATIENCE)
 
-    def _meet(self) -> Neighbours:
-        neighbours = Neighbours(self.rank, range(self.size))
+    def _meet(self) -> HostPeers:
+        neighbours = HostPeers(self.rank, range(self.size))
         self.stack.callback(neighbours.close)
         addresses = [address.decode() for address in self.gather("address", neighbours.address)]
         assert neighbours.reach(dict(enumerate(addresses)), self.buffer)
@@ -100,7 +100,7 @@ class Rank:
 class SharedMemoryBroadcasts:
     """The mover of shared memory, with a group's interface. A bucket is in its slot already."""
 
-    def __init__(self, me: Rank, neighbours: Neighbours) -> None:
+    def __init__(self, me: Rank, neighbours: HostPeers) -> None:
         plan = TransferPlan((), SLOT, staging=False)
         call = SimpleNamespace(rank=me.rank, deadline=Deadline(PATIENCE))
         source = SimpleNamespace(copy=lambda bucket, target: None)
@@ -346,16 +346,16 @@ def buffer() -> Iterator[SharedBuffer]:
 
 
 def test_a_rank_elsewhere_is_no_neighbour(buffer: SharedBuffer) -> None:
-    with contextlib.closing(Neighbours(0, [0, 1])) as mine:
+    with contextlib.closing(HostPeers(0, [0, 1])) as mine:
         assert not mine.reach({0: mine.address, 1: "checkpoint-engine-elsewhere"}, buffer)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_another_users_rank_is_no_neighbour(buffer: SharedBuffer) -> None:
-    with contextlib.closing(Neighbours(0, [0, 1])) as mine:
+    with contextlib.closing(HostPeers(0, [0, 1])) as mine:
         os.seteuid(65534)
         try:
-            theirs = Neighbours(1, [0, 1])
+            theirs = HostPeers(1, [0, 1])
         finally:
             os.seteuid(0)
         with contextlib.closing(theirs):
@@ -364,8 +364,8 @@ def test_another_users_rank_is_no_neighbour(buffer: SharedBuffer) -> None:
 
 def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
     with (
-        contextlib.closing(Neighbours(0, [0, 1])) as mine,
-        contextlib.closing(Neighbours(1, [0, 1])) as theirs,
+        contextlib.closing(HostPeers(0, [0, 1])) as mine,
+        contextlib.closing(HostPeers(1, [0, 1])) as theirs,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
     ):
         stranger.connect(f"\0{mine.address}")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.distributed import Group
-from checkpoint_engine.distributed.weights_group import CREATE, broadcast
+from checkpoint_engine.distributed.weights_group import CREATE, TorchGroup
 from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.handover.plain_pickle import MODEL_WORDS, read_pickle
 
@@ -21,27 +21,22 @@ NOT_A_MEMBER = object()
 _DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
 
 
-class _Members:
-    """Some ranks, their communicator, and a store of their own."""
+class _Members(TorchGroup):
+    """Some ranks, and a store of their own."""
 
     def __init__(
         self, store: dist.Store, ranks: list[int], rank: int, options: tuple[str, timedelta]
     ) -> None:
         """``options``: torch's name of the backend, and the timeout of a call."""
+        backend, timeout = options
+        own = dist.PrefixStore("communicator", store)
+        place = ranks.index(rank), len(ranks)
+        super().__init__(ranks, CREATE[backend](own, *place, timeout, get_ip()))
         self.store = store
-        self.ranks = ranks
         self.rank = rank
         self.options = options
         self.groups_made = 0
         self._objects_gathered = 0
-        backend, timeout = options
-        self.communicator: Any = CREATE[backend](
-            dist.PrefixStore("communicator", store),
-            ranks.index(rank),
-            len(ranks),
-            timeout,
-            get_ip(),
-        )
 
     def gather(self, obj: Any) -> list[Any]:
         """Every member's object, in the order of ``ranks``: plain data, or of our data types.
@@ -58,10 +53,15 @@ class _Members:
         self.store.delete_key(mine)
         return gathered
 
+    def all_reduce(self, tensor: torch.Tensor, op: Any) -> Any:
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        return self.group.allreduce([tensor], options)
+
     def barrier(self) -> None:
         device = torch.device(_DEVICES[self.options[0]])
         token = torch.ones(1, device=device)
-        self.communicator.allreduce([token], dist.AllreduceOptions()).wait()
+        self.all_reduce(token, dist.ReduceOp.SUM).wait()
         token.item()  # on an accelerator, ``wait`` only orders the stream
 
 
@@ -80,9 +80,7 @@ class SeparateBackend:
 
     def destroy_process_group(self, group: Group = None) -> None:
         members = self._members(group)
-        if hasattr(members.communicator, "shutdown"):
-            members.communicator.shutdown()
-        members.communicator = None
+        members.close()
         if members is self._world:
             self._world = None
 
@@ -95,17 +93,12 @@ class SeparateBackend:
     def all_reduce(
         self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, **kwargs: Any
     ) -> Any:
-        options = dist.AllreduceOptions()
-        options.reduceOp = op
-        work = self._members(group).communicator.allreduce([tensor], options)
-        return _finish(work, **kwargs)
+        return _finish(self._members(group).all_reduce(tensor, op), **kwargs)
 
     def broadcast(
         self, tensor: torch.Tensor, src: int = 0, group: Group = None, **kwargs: Any
     ) -> Any:
-        members = self._members(group)
-        work = broadcast(members.communicator, tensor, members.ranks.index(src))
-        return _finish(work, **kwargs)
+        return _finish(self._members(group).broadcast(tensor, src), **kwargs)
 
     def barrier(self, group: Group = None, **kwargs: Any) -> Any:
         self._members(group).barrier()

@@ -35,21 +35,21 @@ _SILENCE = 0.3  # seconds without a byte under way, after which nothing is
 class TorchGroup:
     """Some ranks that broadcast weights to each other, by one of torch's communicators."""
 
-    def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, ranks: list[int], group: Any, sockets: Sequence[socket.socket] = ()) -> None:
         """``sockets``: its connections, if it does not end them itself when it is aborted."""
-        self._ranks = ranks
-        self._group = group
+        self.ranks = ranks
+        self.group = group
         self._sockets = sockets
         self._in_flight: list[Any] = []
 
     def expect_end(self, seconds: float) -> None:
         """Gloo does not notice a peer that dies half-way through a message."""
-        if self._sockets and hasattr(self._group, "set_timeout"):
-            self._group.set_timeout(timedelta(seconds=seconds + 1.0))
+        if self._sockets and hasattr(self.group, "set_timeout"):
+            self.group.set_timeout(timedelta(seconds=seconds + 1.0))
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
         """On an accelerator it is ordered after what the current stream holds."""
-        work = broadcast(self._group, tensor, self._ranks.index(src))
+        work = broadcast(self.group, tensor, self.ranks.index(src))
         self._in_flight = [*(old for old in self._in_flight if not old.is_completed()), work]
         return work
 
@@ -57,20 +57,20 @@ class TorchGroup:
         """Gloo blocks whoever destroys a group with something in flight, so a thread does that once
         it has ended. Not a daemon: Python kills those inside C++.
         """
-        if hasattr(self._group, "abort"):
-            self._group.abort()
+        if hasattr(self.group, "abort"):
+            self.group.abort()
         abandoned = threading.Thread(
             target=_destroy,
-            args=([self._group], self._in_flight, self._sockets),
+            args=([self.group], self._in_flight, self._sockets),
             name="checkpoint-engine-abort",
         )
-        self._group, self._in_flight, self._sockets = None, [], ()
+        self.group, self._in_flight, self._sockets = None, [], ()
         abandoned.start()
 
     def close(self) -> None:
-        if hasattr(self._group, "shutdown"):
-            self._group.shutdown()
-        self._group, self._in_flight = None, []
+        if hasattr(self.group, "shutdown"):
+            self.group.shutdown()
+        self.group, self._in_flight = None, []
         for connection in self._sockets:
             connection.close()
         self._sockets = ()
@@ -112,10 +112,8 @@ def _await_silence(connections: Sequence[socket.socket]) -> None:
 
 def _is_busy(connection: socket.socket) -> bool:
     """Whether the kernel holds bytes that were not read here, or not there."""
-    for what in (termios.FIONREAD, termios.TIOCOUTQ):
-        if fcntl.ioctl(connection, what, bytes(4)) != bytes(4):
-            return True
-    return False
+    queues = (termios.FIONREAD, termios.TIOCOUTQ)
+    return any(fcntl.ioctl(connection, queue, bytes(4)) != bytes(4) for queue in queues)
 
 
 def create_weights_group(
@@ -136,10 +134,18 @@ def create_weights_group(
         check: called while waiting; ends that by raising.
     """
     made: list[TorchGroup | BaseException] = []
+    addresses = _Addresses(store)
 
     def meet() -> None:
+        between = addresses if backend == "gloo" else store  # NCCL and HCCL end their sockets
+        place = ranks.index(rank), len(ranks)
         try:
-            made.append(_meet(backend, store, ranks, rank, local_ip, device))
+            group = CREATE[backend](between, *place, _MEETING_TIME, local_ip)
+            if device.type != "cpu":
+                _connect_now(group, device)
+            if hasattr(group, "set_timeout"):
+                group.set_timeout(_NO_TIMEOUT)
+            made.append(TorchGroup(ranks, group, _connections_among(addresses.told)))
         except BaseException as error:
             # Its traceback leads back here, and to what a group holds.
             made.append(error.with_traceback(None))
@@ -149,31 +155,10 @@ def create_weights_group(
     meeting = threading.Thread(target=meet, name="checkpoint-engine-meet")
     meeting.start()
     poll(lambda: not meeting.is_alive(), check)
-    group = made.pop()
-    if isinstance(group, BaseException):
-        raise GroupError(f"the ranks cannot form a group: {group}") from group
-    return group
-
-
-def _meet(
-    backend: str,
-    store: dist.Store,
-    ranks: list[int],
-    rank: int,
-    local_ip: str,
-    device: torch.device,
-) -> TorchGroup:
-    addresses = _Addresses(store)
-    place = ranks.index(rank), len(ranks)
-    if backend == "gloo":
-        group = CREATE[backend](addresses, *place, _MEETING_TIME, local_ip)
-    else:
-        group = CREATE[backend](store, *place, _MEETING_TIME, local_ip)
-    if device.type != "cpu":
-        _connect_now(group, device)
-    if hasattr(group, "set_timeout"):
-        group.set_timeout(_NO_TIMEOUT)
-    return TorchGroup(ranks, group, _connections_among(addresses.told))
+    found = made.pop()
+    if isinstance(found, BaseException):
+        raise GroupError(f"the ranks cannot form a group: {found}") from found
+    return found
 
 
 class _Addresses(dist.Store):

@@ -98,10 +98,10 @@ class _Device(NamedTuple):
 
 def _npu_is_available() -> bool:
     try:
-        import torch_npu
+        import torch_npu  # noqa: F401  (makes torch.npu)
     except ImportError:
         return False
-    return bool(torch_npu.npu.is_available())
+    return bool(torch.npu.is_available())  # type: ignore[attr-defined]
 
 
 def _cuda_identity(index: int) -> str:

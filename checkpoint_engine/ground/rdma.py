@@ -165,18 +165,13 @@ def device_for_rank(local_rank: int, gpu_count: int, devices: Sequence[str]) -> 
         raise RuntimeError("no rdma devices found")
     if not 0 <= local_rank < gpu_count:
         raise ValueError(f"local rank {local_rank} is not one of the node's {gpu_count} ranks")
-    if count > gpu_count and count % gpu_count != 0:
+    if not _is_even(count, gpu_count):
         raise AssertionError(
-            f"rdma devices count {count} should be divisible by gpu count {gpu_count}: {_ADVICE}"
+            f"of rdma devices count {count} and gpu count {gpu_count}, the larger should be "
+            f"divisible by the smaller: {_ADVICE}"
         )
-    if count <= gpu_count and gpu_count % count != 0:
-        raise AssertionError(
-            f"gpu count {gpu_count} should be divisible by rdma devices count {count}: {_ADVICE}"
-        )
-    if count <= gpu_count:
-        return devices[local_rank // (gpu_count // count)]
-    share = count // gpu_count
-    mine = devices[local_rank * share : (local_rank + 1) * share]
+    first = local_rank * count // gpu_count
+    mine = devices[first : first + max(1, count // gpu_count)]
     return ",".join(dict.fromkeys(mine))  # a stand-in may be there twice
 
 
@@ -199,10 +194,9 @@ def _match(
     return matched, findings
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+def _natural_key(name: str) -> list[str | int]:
+    pieces = re.split(r"(\d+)", name)
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)]
 
 
 def names_for(door: Mapping[str, Any]) -> tuple[Callable, Callable, Callable, Callable]:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PHASES = (
-    "start",
-    "plan",
-    "buffers",
-    "process group",
-    "handshake",
-    "transfer",
-    "reload",
-    "release",
-    "post hook",
-    "comparison",
-    "completion",
+    *("start", "plan", "buffers", "process group", "handshake", "transfer", "reload", "release"),
+    *("post hook", "comparison", "completion"),
 )
 """Of an update, in their order; some updates go without some. Each has a colour of its own in
 ``service/page.html``."""
 
 
-class InstanceFailure(BaseModel):
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class InstanceFailure(_Frozen):
     """An engine instance that an update went on without.
 
     ``rank`` of its ``ranks`` failed first, in ``phase``, with ``error``.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     instance: str
     ranks: list[int]
@@ -38,10 +32,8 @@ class InstanceFailure(BaseModel):
     error: str
 
 
-class Served(BaseModel):
+class LoadedCheckpoint(_Frozen):
     """What a rank's engine holds."""
-
-    model_config = ConfigDict(frozen=True)
 
     checkpoint: str
     version: str
@@ -49,10 +41,8 @@ class Served(BaseModel):
     since: float = Field(description="Unix time.")
 
 
-class Stage(BaseModel):
+class Stage(_Frozen):
     """What a stage moved, and for how long there was a bucket in it."""
-
-    model_config = ConfigDict(frozen=True)
 
     bytes: int
     seconds: float
@@ -66,7 +56,7 @@ _MOVING = ("transfer", "reload")
 """Phases that wait for all bytes: their rate is a lower bound, since they overlap."""
 
 
-class UpdateReport(BaseModel):
+class UpdateReport(_Frozen):
     """One update as one rank saw it; ``ParameterServer.update`` returns it.
 
     ``version`` is the id that the updated workers now hold; ``None`` on a rank that had no part in
@@ -90,15 +80,13 @@ class UpdateReport(BaseModel):
     the rank that wrote it.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     checkpoint_name: str
     rank: int
     world_size: int
-    tensors: int
-    buckets: int
-    bucket_bytes: int
-    bytes: int
+    tensors: int = 0
+    buckets: int = 0
+    bucket_bytes: int = 0
+    bytes: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = {}
     version: str | None = None
@@ -120,15 +108,7 @@ class UpdateReport(BaseModel):
     @staticmethod
     def of_nothing(checkpoint_name: str, rank: int, world_size: int) -> UpdateReport:
         """Of an update that this rank had no part in."""
-        return UpdateReport(
-            checkpoint_name=checkpoint_name,
-            rank=rank,
-            world_size=world_size,
-            tensors=0,
-            buckets=0,
-            bucket_bytes=0,
-            bytes=0,
-        )
+        return UpdateReport(checkpoint_name=checkpoint_name, rank=rank, world_size=world_size)
 
     def completed(self, phases: dict[str, float], in_use: int, retained: int) -> UpdateReport:
         """The report of a call that is over.
@@ -151,16 +131,11 @@ class UpdateReport(BaseModel):
         phase, and by how many seconds; ``None`` for a single rank."""
         if len(self.by_rank) < 2:
             return None
-        phases = {phase for spent in self.by_rank.values() for phase in spent}
-        usual = {
-            phase: statistics.median(spent.get(phase, 0.0) for spent in self.by_rank.values())
-            for phase in phases
-        }
-        excess = [
-            (seconds - usual[phase], rank, phase)
-            for rank, spent in self.by_rank.items()
-            for phase, seconds in spent.items()
-        ]
+        excess = []
+        for phase in {phase for spent in self.by_rank.values() for phase in spent}:
+            seconds = {rank: spent.get(phase, 0.0) for rank, spent in self.by_rank.items()}
+            usual = statistics.median(seconds.values())
+            excess += [(spent - usual, rank, phase) for rank, spent in seconds.items()]
         most, rank, phase = max(excess)
         return rank, phase, most
 
@@ -168,15 +143,13 @@ class UpdateReport(BaseModel):
     def most_waited_for(self) -> tuple[int, float] | None:
         """The rank whose buckets the others waited for longest, and how long one of them did on
         average; ``None`` unless ranks were compared, or for a single rank."""
-        waits: dict[int, float] = {}
+        waits: Counter[int] = Counter()
         for rank, waited_for in self.waited_for_by_rank.items():
-            for sender, seconds in waited_for.items():
-                if sender != rank:
-                    waits[sender] = waits.get(sender, 0.0) + seconds
+            waits.update({sender: s for sender, s in waited_for.items() if sender != rank})
         if not waits:
             return None
-        most = max(waits, key=lambda sender: waits[sender])
-        return most, waits[most] / (len(self.waited_for_by_rank) - 1)
+        ((most, seconds),) = waits.most_common(1)
+        return most, seconds / (len(self.waited_for_by_rank) - 1)
 
     def table(self) -> str:
         """What it took by phase and stage, for people: seconds, share, rate; whom it waited for;

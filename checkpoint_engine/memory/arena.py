@@ -23,7 +23,7 @@ from loguru import logger
 
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.ground.limits import describe_limits
-from checkpoint_engine.memory.folder import Inode, check_same_file
+from checkpoint_engine.memory.folder import Inode, reopen
 
 _HUGE_PAGE = 2 << 20
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
@@ -97,11 +97,10 @@ class Arenas:
     def of_file(self, path: str, inode: Inode | None) -> Arena:
         """The file's own pages."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = reopen(path, inode, os.O_RDWR)
         except OSError as error:
             raise RuntimeError(f"{path} cannot be pinned in place: {error}") from error
         try:
-            check_same_file(path, fd, inode)
             nbytes = align_up(os.fstat(fd).st_size, mmap.PAGESIZE)
             return self._at(_map(nbytes, mmap.MAP_SHARED, fd), nbytes, reusable=False)
         finally:

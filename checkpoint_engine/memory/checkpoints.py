@@ -22,6 +22,7 @@ from checkpoint_engine.data_types import (
     Lease,
     MemoryBuffer,
     align_up,
+    placed,
     tensor_nbytes,
 )
 from checkpoint_engine.errors import BusyError
@@ -103,9 +104,8 @@ class Checkpoint:
         """
         hashes = {}
         for buffer in self.filled:
-            memory, end = buffer.buffer.numpy().data, 0
-            for meta in buffer.metas:
-                start, end = end, end + meta.aligned_size
+            memory = buffer.buffer.numpy().data
+            for start, meta in placed(buffer.metas):
                 if meta.name in names:
                     content = memory[start : start + tensor_nbytes(meta.dtype, meta.shape)]
                     hashes[meta.name] = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -117,23 +117,18 @@ class Readers(Protocol):
 
     def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:
         """Let others read ``buffers``; ``register``: they are new under the name ``place``."""
-        ...
 
     def revoke(self, lease: Lease) -> None:
         """From now on reads under ``lease`` fail."""
-        ...
 
     def place(self, checkpoint: Checkpoint) -> DataToGather:
         """What this rank owns of a checkpoint, and how others read it."""
-        ...
 
     def release_finished(self) -> None:
         """Let go of memory that reads of earlier updates might have written into."""
-        ...
 
     def withdraw(self, place: str, count: int) -> None:
         """The ``count`` buffers of ``place`` are about to be freed."""
-        ...
 
 
 class Checkpoints:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import torch
 from loguru import logger
@@ -91,13 +91,11 @@ def _check_equal(first: TensorSource, other: TensorSource) -> None:
 def _digest(source: TensorSource) -> bytes:
     """SHA-256 of a tensor's bytes, however they are cut into parts."""
     digest = hashlib.sha256()
-    parts = source.files.parts
-    with ExitStack() as stack:
-        readers = [stack.enter_context(closing(Reader())) for _ in parts]
-        for row in range(source.files.rows):
-            for part, reader in zip(source.files.rows_from(row), readers, strict=True):
-                for chunk in part.chunks(_CHUNK):
-                    content = torch.empty(chunk.nbytes, dtype=torch.uint8)
-                    reader.read(chunk, source.name, content)
-                    digest.update(content.numpy().data)
+    rows = map(source.files.rows_from, range(source.files.rows))
+    with closing(Reader()) as reader:
+        for part in itertools.chain.from_iterable(rows):
+            for chunk in part.chunks(_CHUNK):
+                content = torch.empty(chunk.nbytes, dtype=torch.uint8)
+                reader.read(chunk, source.name, content)
+                digest.update(content.numpy().data)
     return digest.digest()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.data_types import ParameterMeta, placed
 from checkpoint_engine.memory import threads
 from checkpoint_engine.memory.arena import Arena, populate
 from checkpoint_engine.memory.sources import FileParts, FileSlice, Reader, TensorSource
@@ -26,17 +26,12 @@ class _Piece(NamedTuple):
     """``nbytes`` bytes at ``at`` of an arena that one thread sees to.
 
     Attributes:
-        source: where they come from; ``None``: the thread only brings their memory into being.
-        name: the tensor's, for errors.
-        rows: of a shard, which holds the bytes from ``column`` on of each of these rows.
+        write: writes them; ``None``: the thread only brings their memory into being.
     """
 
     at: int
     nbytes: int
-    source: FileSlice | torch.Tensor | None = None
-    name: str = ""
-    rows: int = 1
-    column: int = 0
+    write: Callable[[Reader, torch.Tensor], None] | None = None
 
 
 def fill_arenas(
@@ -56,11 +51,12 @@ def fill_arenas(
 
     def finish(arena: Arena) -> None:
         arena.pin()
-        for at, source in _places(contents[arena], sources):
-            if isinstance(source.data, torch.Tensor) and source.data.device.type != "cpu":
-                _begin_copy(source.data, arena.memory[at : at + source.nbytes], streams)
+        for at, meta in placed(contents[arena]):
+            data = sources[meta.name].data
+            if isinstance(data, torch.Tensor) and data.device.type != "cpu" and data.nbytes:
+                _begin_copy(data, arena.memory[at : at + data.nbytes], streams)
 
-    pieces = {arena: _pieces(_places(metas, sources)) for arena, metas in contents.items()}
+    pieces = {arena: _pieces(metas, sources) for arena, metas in contents.items()}
     try:
         _work(pieces, finish, cpus, on_progress)
     finally:
@@ -114,24 +110,16 @@ def _work(
 # What is to be written
 
 
-def _places(
-    metas: list[ParameterMeta], sources: Mapping[str, TensorSource]
-) -> Iterator[tuple[int, TensorSource]]:
-    """Offset in the buffer and source of every tensor that has bytes."""
-    at = 0
-    for meta in metas:
-        if meta.aligned_size > 0:
-            yield at, sources[meta.name]
-        at += meta.aligned_size
-
-
-def _pieces(places: Iterable[tuple[int, TensorSource]]) -> Iterator[_Piece]:
-    for at, source in places:
+def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> Iterator[_Piece]:
+    for at, meta in placed(metas):
+        source = sources[meta.name]
+        if not source.nbytes:
+            continue
         if isinstance(source.data, FileParts):
             yield from _file_pieces(source.name, source.data, at)
         elif source.data.device.type == "cpu":
             for part in _split(source.data):
-                yield _Piece(at, part.nbytes, part)
+                yield _Piece(at, part.nbytes, partial(_copy, part))
                 at += part.nbytes
         else:
             yield from _chunks(at, source.nbytes)
@@ -151,9 +139,11 @@ def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
         for part in data.rows_from(first, rows):
             if rows == 1:
                 for run in part.chunks(CHUNK_BYTES):
-                    yield _Piece(at + column + run.offset - part.offset, run.nbytes, run, name)
+                    start = at + column + run.offset - part.offset
+                    yield _Piece(start, run.nbytes, partial(_read, run, name))
             elif part.nbytes > 0:
-                yield _Piece(at, rows * stride, part, name, rows, column)
+                write = partial(_read_columns, part, name, rows, column)
+                yield _Piece(at, rows * stride, write)
             column += part.nbytes // rows
         at += rows * stride
 
@@ -172,7 +162,7 @@ def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Neighbours together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
+    """Adjacent pieces together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
     batch: list[_Piece] = []
     size = 0
     for piece in pieces:
@@ -193,14 +183,11 @@ def _write_batch(arena: Arena, batch: list[_Piece]) -> None:
         populate(arena.memory.data_ptr() + batch[0].at, end - batch[0].at)
     with closing(Reader()) as files:
         for piece in batch:
-            target = arena.memory[piece.at : piece.at + piece.nbytes]
-            if isinstance(piece.source, FileSlice):
-                _read_rows(files, piece.source, piece, target)
-            elif piece.source is not None:
-                _copy(piece.source, target)
+            if piece.write is not None:
+                piece.write(files, arena.memory[piece.at : piece.at + piece.nbytes])
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+def _copy(source: torch.Tensor, _: Reader, target: torch.Tensor) -> None:
     """The elements of a tensor, one behind the other, bit for bit."""
     source = source.resolve_conj().resolve_neg()
     if source.is_contiguous():
@@ -210,11 +197,14 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
         target.view(bits.dtype).view(bits.shape).copy_(bits)
 
 
-def _read_rows(files: Reader, source: FileSlice, piece: _Piece, target: torch.Tensor) -> None:
-    if source.nbytes == piece.nbytes:
-        files.read(source, piece.name, target)
-        return
-    shard = torch.empty(source.nbytes, dtype=torch.uint8)
-    files.read(source, piece.name, shard)
-    columns = slice(piece.column, piece.column + source.nbytes // piece.rows)
-    target.view(piece.rows, -1)[:, columns] = shard.view(piece.rows, -1)
+def _read(source: FileSlice, name: str, files: Reader, target: torch.Tensor) -> None:
+    files.read(source, name, target)
+
+
+def _read_columns(
+    source: FileSlice, name: str, rows: int, column: int, files: Reader, target: torch.Tensor
+) -> None:
+    """A shard, which holds the bytes from ``column`` on of each row."""
+    shard = torch.empty(rows, source.nbytes // rows, dtype=torch.uint8)
+    files.read(source, name, shard.view(-1))
+    target.view(rows, -1)[:, column : column + shard.size(1)] = shard

@@ -126,14 +126,13 @@ def _list_folder(path: str, allowed: Folders) -> list[str]:
 
 
 def _choose_index(folder: str, names: list[str]) -> str | None:
-    if len(names) > 1 and _USUAL_INDEX not in names:
+    chosen = [_USUAL_INDEX] if _USUAL_INDEX in names else names
+    if len(chosen) > 1:
         raise ValueError(
             f"{folder} has {len(names)} indexes ({', '.join(names)}) and none is {_USUAL_INDEX}: "
             f"keep one, or name the files"
         )
-    if not names:
-        return None
-    return os.path.join(folder, _USUAL_INDEX if _USUAL_INDEX in names else names[0])
+    return os.path.join(folder, chosen[0]) if chosen else None
 
 
 # Indexes
@@ -268,14 +267,18 @@ def inode_of(fd: int) -> Inode:
     return found.st_dev, found.st_ino
 
 
-def check_same_file(path: str, fd: int, inode: Inode | None) -> None:
-    """Whoever opens a file again calls this, so that header and bytes are of the same one.
+def reopen(path: str, inode: Inode | None, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file whose header was read as ``inode``.
 
     Raises:
         ValueError: ``path`` leads to another file by now.
+        OSError: it cannot be opened.
     """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     if inode is not None and inode != inode_of(fd):
+        os.close(fd)
         raise ValueError(f"{path} was replaced by another file while it was being registered")
+    return fd
 
 
 short = reprlib.repr

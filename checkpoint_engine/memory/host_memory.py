@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import ExitStack
@@ -100,21 +101,17 @@ class HostMemory:
                 arenas = self._take(sizes, undo)
             else:
                 arenas = self._arenas_of(reuse)
-                layout = pack_into(sources, [buffer.buffer.numel() for buffer in reuse])
+                sizes = [buffer.buffer.numel() for buffer in reuse]
+                layout = pack_into(sources, sizes)
             fill_arenas(arenas, layout, sources, self._cpus, on_progress)
             undo.pop_all()
         if reuse is None:
             self._largest_fill = max(self._largest_fill, sum(arena.nbytes for arena in arenas))
-            tensors = [
-                self._lend(arena, 0, size) for arena, size in zip(arenas, sizes, strict=True)
-            ]
+            tensors = list(map(self._lend, arenas, itertools.repeat(0), sizes))
         else:
             tensors = [buffer.buffer for buffer in reuse]
-        return [
-            _memory_buffer(tensor, metas, packed_size(metas), arena)
-            for tensor, metas, arena in zip(tensors, layout, arenas, strict=True)
-            if metas
-        ]
+        filled = zip(tensors, layout, arenas, strict=True)
+        return [_memory_buffer(*one, packed_size(one[1])) for one in filled if one[1]]
 
     def pin_in_place(
         self,
@@ -152,7 +149,7 @@ class HostMemory:
                 arena = arenas[place.path]
                 size = min(meta.aligned_size, arena.nbytes - place.offset)
                 tensor = self._lend(arena, place.offset, size)
-                buffers.append(_memory_buffer(tensor, [meta], size, arena))
+                buffers.append(_memory_buffer(tensor, [meta], arena, size))
             undo.callback(self.release, buffers)
             before_deleting(buffers)
             undo.pop_all()
@@ -222,7 +219,7 @@ class HostMemory:
 
 
 def _memory_buffer(
-    tensor: torch.Tensor, metas: list[ParameterMeta], size: int, arena: Arena
+    tensor: torch.Tensor, metas: list[ParameterMeta], arena: Arena, size: int
 ) -> MemoryBuffer:
     return MemoryBuffer(buffer=tensor, size=size, metas=metas, manually_pinned=arena.pinned)
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -156,10 +156,10 @@ def _merge(name: str, by_rank: dict[int, _Shard], tp_size: int) -> TensorSource:
     """One source from a tensor's shards, which are in rank order."""
     shards = list(by_rank.values())
     first, dim, shape, rows = shards[0], shards[0].concat_dim, list(shards[0].shape), 1
-    _check_same(name, shards, "dtype", lambda shard: shard.dtype)
-    _check_same(name, shards, "concat_dim", lambda shard: shard.concat_dim)
+    _check_same(name, shards, "dtype")
+    _check_same(name, shards, "concat_dim")
     if dim == _REPLICATED:
-        _check_same(name, shards, "shape", lambda shard: shard.shape)
+        _check_same(name, shards, "shape")
         shards = [first]
     elif missing := sorted(set(range(tp_size)) - by_rank.keys()):
         raise ValueError(
@@ -173,9 +173,7 @@ def _merge(name: str, by_rank: dict[int, _Shard], tp_size: int) -> TensorSource:
                 f"{first.part.path}: tensor {name!r} of shape {tuple(shape)} has no dimension "
                 f"{first.concat_dim} to concatenate along"
             )
-        _check_same(
-            name, shards, "shape", lambda shard: (*shard.shape[:dim], *shard.shape[dim + 1 :])
-        )
+        _check_same(name, shards, "shape", but=dim)
         shape[dim] = sum(shard.shape[dim] for shard in shards)
         rows = math.prod(shape[:dim])
         if not is_shape(shape):
@@ -184,13 +182,17 @@ def _merge(name: str, by_rank: dict[int, _Shard], tp_size: int) -> TensorSource:
     return TensorSource(name, first.dtype, torch.Size(shape), parts)
 
 
-def _check_same(
-    name: str, shards: list[_Shard], field: str, of: Callable[[_Shard], object]
-) -> None:
-    first = shards[0]
+def _check_same(name: str, shards: list[_Shard], field: str, but: int | None = None) -> None:
+    """Raise ``ValueError`` unless all shards agree, maybe apart from dimension ``but``."""
+    first, mine = shards[0], getattr(shards[0], field)
     for other in shards[1:]:
-        if of(other) != of(first):
+        its = getattr(other, field)
+        if its != mine and (but is None or _without(its, but) != _without(mine, but)):
             raise ValueError(
-                f"tensor {name!r} has {field} {getattr(first, field)} in {first.part.path}, "
-                f"but {getattr(other, field)} in {other.part.path}"
+                f"tensor {name!r} has {field} {mine} in {first.part.path}, but {its} in "
+                f"{other.part.path}"
             )
+
+
+def _without(shape: torch.Size, dim: int) -> list[int]:
+    return [length for place, length in enumerate(shape) if place != dim]

@@ -42,20 +42,12 @@ def safetensors_sources(
     for path in paths:
         if path.endswith(".safetensors"):
             sources = _open(path, allowed)
-            if path in assigned:
-                sources = _select(sources, path, assigned[path])
-            yield from sources.values()
-
-
-def _select(
-    sources: dict[str, TensorSource], path: str, assigned: Assigned
-) -> dict[str, TensorSource]:
-    missing = assigned.names - sources.keys()
-    if missing:
-        raise ValueError(
-            f"tensor {min(missing)!r} is not in {path}, to which {assigned.index} assigns it"
-        )
-    return {name: source for name, source in sources.items() if name in assigned.names}
+            mine = assigned.get(path, Assigned("", frozenset(sources)))
+            if missing := mine.names - sources.keys():
+                raise ValueError(
+                    f"tensor {min(missing)!r} is not in {path}, to which {mine.index} assigns it"
+                )
+            yield from (source for name, source in sources.items() if name in mine.names)
 
 
 def _open(path: str, allowed: Folders) -> dict[str, TensorSource]:
@@ -84,10 +76,10 @@ def _read_header(file: IO[bytes], path: str) -> tuple[dict[str, Any], FileSlice]
         )
     try:
         header = json.loads(file.read(size), object_pairs_hook=unique_keys)
-        if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its safetensors header cannot be parsed: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its safetensors header is no JSON object")
     header.pop("__metadata__", None)
     return header, FileSlice(path, 8 + size, file_size - 8 - size, inode_of(file.fileno()))
 

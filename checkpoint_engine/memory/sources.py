@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from checkpoint_engine.data_types import ParameterMeta, tensor_nbytes
-from checkpoint_engine.memory.folder import Inode, check_same_file
+from checkpoint_engine.memory.folder import Inode, reopen
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,14 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 
 class Reader:
-    """Reads files into memory; keeps the last one open. Used by one thread."""
+    """Reads files into memory, and keeps them open. Used by one thread."""
 
     def __init__(self) -> None:
-        self._path = ""
-        self._fd = -1
+        self._open: dict[str, int] = {}
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        for fd in self._open.values():
+            os.close(fd)
 
     def read(self, source: FileSlice, name: str, out: torch.Tensor) -> None:
         """Fills ``out``, a part of the tensor ``name``.
@@ -150,20 +149,15 @@ class Reader:
         left, offset = out.numpy().data, source.offset
         while left:
             try:
-                count = os.preadv(self._open(source), [left], offset)
+                if source.path not in self._open:
+                    self._open[source.path] = reopen(source.path, source.inode)
+                fd = self._open[source.path]
+                count = os.preadv(fd, [left], offset)
             except OSError as error:
                 raise RuntimeError(f"{source.path}: tensor {name!r}: {error}") from error
             if count == 0:
                 raise ValueError(
                     f"{source.path}: truncated since it was opened: it ends at byte "
-                    f"{os.fstat(self._fd).st_size}, tensor {name!r} needs {offset + len(left)}"
+                    f"{os.fstat(fd).st_size}, tensor {name!r} needs {offset + len(left)}"
                 )
             left, offset = left[count:], offset + count
-
-    def _open(self, source: FileSlice) -> int:
-        if source.path != self._path:
-            fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            self.close()
-            self._path, self._fd = source.path, fd
-            check_same_file(source.path, fd, source.inode)
-        return self._fd

@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from checkpoint_engine.data_types import (
     ALIGNMENT,
@@ -21,6 +21,7 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
     TensorPart,
     align_up,
+    placed,
 )
 
 LARGEST_WHOLE = 1 << 30
@@ -69,13 +70,6 @@ READ_PACE = Pace(32 << 20, 1 << 30)
 """P2P reads over a network."""
 
 
-def choose_pace(is_accelerator: bool, p2p: bool) -> Pace:
-    """The pace of an update: by P2P, or by a broadcast among accelerators or CPUs."""
-    if p2p:
-        return READ_PACE
-    return DEVICE_PACE if is_accelerator else HOST_PACE
-
-
 @dataclass(frozen=True)
 class Step:
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
@@ -120,14 +114,18 @@ class TransferPlan:
 
 def largest_tensor(metas: Metas) -> int:
     """The padded size in bytes of the largest tensor of any owner; 0 if there is none."""
-    return max(
-        (meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas), default=0
-    )
+    return max(_sizes(metas), default=0)
 
 
 def total_bytes(metas: Metas) -> int:
     """Bytes of all owners' tensors, padding included."""
-    return sum(meta.aligned_size for buffer in _buffers(metas) for meta in buffer.metas)
+    return sum(_sizes(metas))
+
+
+def _sizes(metas: Metas) -> Iterator[int]:
+    for owned in metas.values():
+        for buffer in owned.memory_buffer_metas_list:
+            yield from (meta.aligned_size for meta in buffer.metas)
 
 
 def bucket_size(free_bytes: int, largest: int, cap: int, may_cut: bool = False) -> BucketSize:
@@ -164,7 +162,6 @@ def plan_transfer(
     local_topo: Topology,
     remote_topo: Topology,
     ranks: Sequence[int] | None = None,
-    pace: Pace | None = None,
     may_cut: bool = False,
     duplicates: Set[str] = frozenset(),
 ) -> TransferPlan:
@@ -174,20 +171,13 @@ def plan_transfer(
     while the others' are being broadcast.
 
     Args:
-        size: what memory and the user allow for a bucket.
-        pace: what is best for it; default: all that is allowed.
+        size: of a bucket, see ``paced``.
         may_cut: whether a tensor that is larger than a bucket may travel in parts.
         duplicates: names that several owners have; the first owner sends them.
     """
-    if pace is not None:
-        size = paced(size, pace, metas, may_cut)
-    cut = _cut_all(metas, size.bytes, may_cut, duplicates)
-    buckets = _with_receivers(cut, local_topo, remote_topo, ranks)
-    rounds = _in_rounds(buckets)
-    steps = tuple(
-        Step(receiver, owner, bucket, slot=index % 2)
-        for index, (receiver, owner, bucket) in enumerate(rounds)
-    )
+    options = (ranks, may_cut, duplicates)
+    rounds = _in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options))
+    steps = tuple(Step(*entry, slot=index % 2) for index, entry in enumerate(rounds))
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
     return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
 
@@ -214,34 +204,30 @@ def gen_h2d_buckets(
     Raises:
         ValueError: a tensor is larger than ``bucket_size``, or no rank can receive.
     """
-    cut = _cut_all(global_metas, bucket_size, may_cut=False)
-    return _with_receivers(cut, local_topo, remote_topo, ranks)
+    return _buckets(global_metas, bucket_size, local_topo, remote_topo, ranks)
 
 
-def _cut_all(
-    metas: Metas, bucket_size: int, may_cut: bool, duplicates: Set[str] = frozenset()
-) -> list[tuple[int, H2DBucket]]:
-    cut = []
+def _buckets(
+    metas: Metas,
+    bucket_size: int,
+    local_topo: Topology,
+    remote_topo: Topology,
+    ranks: Sequence[int] | None,
+    may_cut: bool = False,
+    duplicates: Set[str] = frozenset(),
+) -> list[tuple[int, int, H2DBucket]]:
+    cut: list[tuple[int, H2DBucket]] = []
     sent: set[str] = set()
     for owner, owned in metas.items():
         buffers = owned.memory_buffer_metas_list
         cut += [(owner, b) for b in _cut(owner, buffers, bucket_size, may_cut, sent)]
         if duplicates:
             sent |= duplicates & {meta.name for b in buffers for meta in b.metas}
-    return cut
-
-
-def _with_receivers(
-    buckets: list[tuple[int, H2DBucket]],
-    local_topo: Topology,
-    remote_topo: Topology,
-    ranks: Sequence[int] | None,
-) -> list[tuple[int, int, H2DBucket]]:
     if not ranks:
-        return [(owner, owner, bucket) for owner, bucket in buckets]
+        return [(owner, owner, bucket) for owner, bucket in cut]
     members = set(ranks)
     receivers = {nic: on & members for nic, on in local_topo.items() if on & members}
-    return assign_receiver_ranks(buckets, receivers, remote_topo)
+    return assign_receiver_ranks(cut, receivers, remote_topo)
 
 
 def assign_receiver_ranks(
@@ -277,17 +263,10 @@ def assign_receiver_ranks(
 
 def to_named_tensor(metas: Iterable[ParameterMeta], offset: int = 0) -> list[dict]:
     """What a worker is told of a bucket that starts at ``offset`` of the double buffer."""
-    metas = list(metas)
-    starts = itertools.accumulate((meta.aligned_size for meta in metas), initial=offset)
     return [
         {"name": meta.name, "dtype": meta.dtype, "shape": meta.shape, "offset": start}
-        for meta, start in zip(metas, starts, strict=False)
+        for start, meta in placed(metas, offset)
     ]
-
-
-def _buffers(metas: Metas) -> Iterator[MemoryBufferMetas]:
-    for owned in metas.values():
-        yield from owned.memory_buffer_metas_list
 
 
 def _cut(
@@ -295,7 +274,7 @@ def _cut(
     buffers: Sequence[MemoryBufferMetas],
     bucket_size: int,
     may_cut: bool,
-    sent: Set[str] = frozenset(),
+    sent: Set[str],
 ) -> Iterator[H2DBucket]:
     """Fill buckets with consecutive tensors of one owner; a bucket may span its host buffers.
 
@@ -305,16 +284,22 @@ def _cut(
     items = [meta for buffer in buffers for meta in buffer.metas]
     ends = list(itertools.accumulate(meta.aligned_size for meta in items))
     left_out = [index for index, meta in enumerate(items) if meta.name in sent] if sent else []
-    spans = _spans(buffers)
-    span = 0
+    # Where each buffer begins when all tensors lie end to end, and where the last one ends.
+    sizes = (sum(meta.aligned_size for meta in buffer.metas) for buffer in buffers)
+    begins, number = list(itertools.accumulate(sizes, initial=0)), 0
     for first, past in itertools.pairwise([-1, *left_out, len(items)]):
         run = _cut_run(owner, items, ends, (first + 1, past), bucket_size, may_cut)
-        for begin, end, start, tensors in run:
-            ranges, span = _ranges(buffers, spans, span, begin, end)
-            bucket = H2DBucket.model_construct(size=end - begin, ranges=ranges, items=tensors)
-            stop = start + sum(meta.aligned_size for meta in tensors)
-            is_whole = (begin, end) == (start, stop)
-            yield bucket if is_whole else _as_part(bucket, begin - start, stop - start)
+        for start, stop, tensors in run:
+            pieces = range(start, stop, bucket_size) if start < stop else (start,)
+            for begin in pieces:
+                end = min(begin + bucket_size, stop)
+                ranges, number = _ranges(buffers, begins, number, begin, end)
+                what: dict[str, Any] = {"size": end - begin, "ranges": ranges, "items": tensors}
+                if len(pieces) == 1:
+                    yield H2DBucket.model_construct(**what)
+                else:
+                    what |= {"begin": begin - start, "total": stop - start}
+                    yield TensorPart.model_construct(**what)
 
 
 def _cut_run(
@@ -324,9 +309,9 @@ def _cut_run(
     run: tuple[int, int],
     bucket_size: int,
     may_cut: bool,
-) -> Iterator[tuple[int, int, int, list[ParameterMeta]]]:
-    """Buckets of the tensors from ``run[0]`` to before ``run[1]``: where each begins and ends among
-    the owner's bytes, where its first tensor begins, and its tensors."""
+) -> Iterator[tuple[int, int, list[ParameterMeta]]]:
+    """The tensors from ``run[0]`` to before ``run[1]``, as many at a time as a bucket takes, or one
+    that is larger: where they begin and end among the owner's bytes, and which."""
     first, past = run
     start = ends[first - 1] if first else 0
     while first < past:
@@ -338,41 +323,28 @@ def _cut_run(
             )
         last = max(last, first + 1)
         stop = ends[last - 1]
-        for begin in range(start, stop, bucket_size) if start < stop else (start,):
-            yield begin, min(begin + bucket_size, stop), start, items[first:last]
+        yield start, stop, items[first:last]
         first, start = last, stop
 
 
-def _as_part(bucket: H2DBucket, begin: int, total: int) -> TensorPart:
-    return TensorPart.model_construct(
-        size=bucket.size, ranges=bucket.ranges, items=bucket.items, begin=begin, total=total
-    )
-
-
-def _spans(buffers: Sequence[MemoryBufferMetas]) -> list[int]:
-    """Where each buffer begins when all tensors of an owner are laid end to end, and where the
-    last ends."""
-    sizes = (sum(meta.aligned_size for meta in buffer.metas) for buffer in buffers)
-    return list(itertools.accumulate(sizes, initial=0))
-
-
 def _ranges(
-    buffers: Sequence[MemoryBufferMetas], spans: Sequence[int], span: int, start: int, end: int
+    buffers: Sequence[MemoryBufferMetas], begins: Sequence[int], number: int, start: int, end: int
 ) -> tuple[list[BucketRange], int]:
-    """The host ranges of the bytes ``start..end`` of an owner, looking from buffer ``span`` on.
+    """The host ranges of the bytes ``start..end`` of an owner, looking from buffer ``number`` on.
 
     A buffer may end short of its last tensor's padding (a file mapped in place): its range is
     then as much shorter.
     """
     ranges = []
     while start < end:
-        while spans[span + 1] <= start:
-            span += 1
-        stop = min(end, spans[span + 1])
-        offset = start - spans[span]
-        ranges.append(BucketRange(span, offset, min(stop - start, buffers[span].size - offset)))
+        while begins[number + 1] <= start:
+            number += 1
+        stop = min(end, begins[number + 1])
+        offset = start - begins[number]
+        nbytes = min(stop - start, buffers[number].size - offset)
+        ranges.append(BucketRange(number, offset, nbytes))
         start = stop
-    return ranges, span
+    return ranges, number
 
 
 def _in_rounds(

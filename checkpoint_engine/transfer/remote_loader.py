@@ -17,7 +17,7 @@ from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.streams import Event, InThread
-from checkpoint_engine.transfer.tracer import RankTracer
+from checkpoint_engine.transfer.tracer import READ, RankTracer
 
 _FAREWELL = 2.0  # seconds that a failed update waits for a read under way
 _BOUNCE_BYTES = 64 << 20
@@ -61,7 +61,7 @@ class RemoteLoader:
 
         def read() -> None:
             poll(after.query, self._check)
-            with nullcontext() if self._tracer is None else self._tracer.reading(step):
+            with nullcontext() if self._tracer is None else self._tracer.on_host(READ, step):
                 self.read(step.owner, step.bucket, target, self._check)
 
         begun = InThread(self._threads, read)

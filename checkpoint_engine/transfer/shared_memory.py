@@ -25,12 +25,12 @@ _PLACE = struct.Struct("QQ")  # of a bucket in there: start, bytes
 _TAKEN = b"x"
 
 
-class Neighbours:
+class HostPeers:
     """The other ranks of one update, if all of them are on this host. Every rank makes one, and
     closes it.
 
     Ranks reach each other where they share a network namespace: a container with a network of its
-    own is another host. Other users' ranks are no neighbours.
+    own is another host. Ranks of other users are refused.
 
     Attributes:
         outgoing: for each rank, where it is told of the buckets that this rank sends.
@@ -74,8 +74,7 @@ class Neighbours:
             GroupError: a rank is not there any more.
             RuntimeError: this rank cannot take them, as it has too many open files.
         """
-        while len(self.memory) < len(self._others):
-            missing = sorted(set(self._others) - set(self.memory))
+        while missing := sorted(set(self._others) - set(self.memory)):
             try:
                 connection, _ = self._listener.accept()
                 self._take_in(connection)
@@ -176,9 +175,9 @@ def _receive(connection: socket.socket, size: int, rank: int) -> bytes:
     does not wait."""
     try:
         message = connection.recv(size)
-    except BlockingIOError:
-        raise
     except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
         raise GroupError(f"rank {rank} does not answer: {error}") from None
     if len(message) != size:
         raise GroupError(f"rank {rank} has left")

@@ -11,7 +11,8 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.report import Stage
@@ -28,14 +29,19 @@ FAILED = "failed"
 """The phase of a rank whose update is over by an error, until the ranks have told each other."""
 
 
-class Span(NamedTuple):
-    """``began``, ``ended``: by the monotonic clock."""
+@dataclass(eq=False)
+class TracedSpan:
+    """``began``, ``ended``: by the monotonic clock, or marks of the device; ``None``: not yet."""
 
     lane: str
-    name: str
-    began: float
-    ended: float
-    details: dict[str, int]
+    step: Step | None
+    began: Any
+    ended: Any = None
+    name: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.step is None else self.step.bucket.size
 
 
 class RankTracer:
@@ -52,69 +58,55 @@ class RankTracer:
         self.exact = exact
         self._rank = rank
         self._steps = {id(step): number for number, step in enumerate(plan.steps, 1)}
-        self._spans: list[Span] = []
-        self._on_device: list[tuple[str, Step, Any, Any]] = []
-        self._unfinished: dict[int, tuple[str, Step, float]] = {}
-        self._numbers = itertools.count()
+        self._spans: list[TracedSpan] = []
         self._clock: _DeviceClock | None = None
         if device_manager.is_accelerator:
             self._clock = _DeviceClock(device_manager.device_module)
 
-    @contextlib.contextmanager
-    def copying(self, step: Step) -> Iterator[None]:
-        if self._clock is None:
-            with self.on_host(COPY, step):
-                yield
-            return
-        began = self._clock.mark()
-        yield
-        self.note_on_device(COPY, step, began, self._clock.mark())
+    def begin(self, lane: str, step: Step) -> TracedSpan:
+        """A span of the host. Without ``end`` it was broken off."""
+        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {self._steps[id(step)]}")
+        self._spans.append(span)
+        return span
 
-    def reading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return self.on_host(READ, step)
+    def end(self, span: TracedSpan, ended: float) -> None:
+        span.ended = ended
+
+    @contextlib.contextmanager
+    def on_host(self, lane: str, step: Step) -> Iterator[None]:
+        span = self.begin(lane, step)
+        yield
+        self.end(span, time.monotonic())
 
     def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
         return self.on_host(RELOAD, step)
 
-    def broadcasting(self, step: Step) -> Any:
-        """Called right before a broadcast begins; returns what ``broadcast`` wants."""
-        return self.begin(BROADCAST, step) if self._clock is None else self._clock.mark()
+    @contextlib.contextmanager
+    def copying(self, step: Step) -> Iterator[None]:
+        span = self._begin_in_order(COPY, step)
+        yield
+        span.ended = time.monotonic() if self._clock is None else self._clock.mark()
 
-    def broadcast(self, step: Step, began: Any, work: Any) -> None:
+    def broadcasting(self, step: Step) -> TracedSpan:
+        """Called right before a broadcast begins; returns what ``broadcast`` wants."""
+        return self._begin_in_order(BROADCAST, step)
+
+    def broadcast(self, span: TracedSpan, work: Any) -> None:
         """The broadcast has begun. A device runs it on a stream of the communicator; another
         stream, of the clock, waits for it and notes its end."""
         if self._clock is None:
             if self.exact:
-                work.get_future().then(lambda _: self.end(began, time.monotonic()))
+                work.get_future().then(lambda _: self.end(span, time.monotonic()))
             return
         with self._clock.aside():
             with contextlib.suppress(RuntimeError):  # the update will see what is wrong with it
                 work.wait()
-            ended = self._clock.mark()
-        self.note_on_device(BROADCAST, step, began, ended)
+            span.ended = self._clock.mark()
 
-    def broadcast_seen(self, began: Any) -> None:
+    def broadcast_seen(self, span: TracedSpan) -> None:
         """The update has seen that the broadcast is over."""
         if self._clock is None and not self.exact:
-            self.end(began, time.monotonic())
-
-    def begin(self, lane: str, step: Step) -> int:
-        """A span of the host; returns a number for ``end``. Without that it was broken off."""
-        number = next(self._numbers)
-        self._unfinished[number] = (lane, step, time.monotonic())
-        return number
-
-    def end(self, number: int, ended: float) -> None:
-        self.note(*self._unfinished.pop(number), ended)
-
-    def note(self, lane: str, step: Step, began: float, ended: float, what: str = "") -> None:
-        details = {"bytes": step.bucket.size, "owner": step.owner, "receiver": step.receiver}
-        name = f"bucket {self._steps[id(step)]}{what}"
-        self._spans.append(Span(lane, name, began, ended, details))
-
-    def note_on_device(self, lane: str, step: Step, began: Any, ended: Any) -> None:
-        """``began``, ``ended``: marks of the clock."""
-        self._on_device.append((lane, step, began, ended))
+            self.end(span, time.monotonic())
 
     def stages(self) -> dict[str, Stage]:
         """What each stage has moved, and how long buckets were in it. Called when all are
@@ -122,85 +114,83 @@ class RankTracer:
         self._read_marks()
         found: dict[str, Stage] = {}
         for lane in LANES:
-            spans = sorted(
-                (span for span in self._spans if span.lane == lane), key=lambda span: span.began
-            )
-            moved = sum(span.details["bytes"] for span in spans)
-            if spans:
+            if spans := [span for span in self._spans if span.lane == lane]:
+                moved = sum(span.nbytes for span in spans)
                 found[lane] = Stage(bytes=moved, seconds=_covered(spans))
         return found
 
     def encode_failure(self, phases: Sequence[tuple[str, float]]) -> bytes:
         """As ``encode``, of a failed update, whose last phase is the failure; does not wait for
         what the device has not done yet."""
-        failed = phases[-1][1]
-        with contextlib.suppress(RuntimeError):  # of a device that does not answer any more
-            self._on_device = [span for span in self._on_device if span[3].query()]
-            self._read_marks()
-        self._on_device.clear()
-        for lane, step, began in list(self._unfinished.values()):
-            self.note(lane, step, began, failed, " broken off")
-        self._unfinished.clear()
+        for span in self._spans:
+            span.began, span.ended = _if_happened(span.began), _if_happened(span.ended)
+            if span.ended is None:
+                span.name, span.ended = f"{span.name} broken off", phases[-1][1]
+        self._spans = [span for span in self._spans if span.began is not None]
         return self.encode([*phases, ("", time.monotonic())])
 
     def encode(self, phases: Sequence[tuple[str, float]]) -> bytes:
         """This rank's part of the trace. ``phases``: what it began when, in order."""
-        self._read_marks()
         for (phase, began), (_, ended) in itertools.pairwise(phases):
-            self._spans.append(Span(PHASES, phase, began, ended, {}))
+            self._spans.append(TracedSpan(PHASES, None, began, ended, phase))
+        self._read_marks()
         since_epoch = time.time_ns() - time.monotonic_ns()
-        part = {
-            "rank": self._rank,
-            "host": socket.gethostname(),
-            "spans": [
-                (
-                    span.lane,
-                    span.name,
-                    round(1e9 * span.began) + since_epoch,
-                    round(1e9 * span.ended) + since_epoch,
-                    span.details,
-                )
-                for span in _one_at_a_time(self._spans)
-            ],
-        }
+        spans = []
+        for span in _one_at_a_time(self._spans):
+            began, ended = (round(1e9 * at) + since_epoch for at in (span.began, span.ended))
+            step, details = span.step, {}
+            if step is not None:
+                details = {"bytes": span.nbytes, "owner": step.owner, "receiver": step.receiver}
+            spans.append((span.lane, span.name, began, ended, details))
+        part = {"rank": self._rank, "host": socket.gethostname(), "spans": spans}
         return zlib.compress(json.dumps(part).encode(), 1)
 
+    def _begin_in_order(self, lane: str, step: Step) -> TracedSpan:
+        """A span of what the device does in order, where there is a device."""
+        span = self.begin(lane, step)
+        if self._clock is not None:
+            span.began = self._clock.mark()
+        return span
+
     def _read_marks(self) -> None:
-        for lane, step, began, ended in self._on_device:
-            assert self._clock is not None
-            self.note(lane, step, self._clock.seconds(began), self._clock.seconds(ended))
-        self._on_device.clear()
-
-    @contextlib.contextmanager
-    def on_host(self, lane: str, step: Step) -> Iterator[None]:
-        number = self.begin(lane, step)
-        yield
-        self.end(number, time.monotonic())
+        """Make times of the device's marks."""
+        if self._clock is not None:
+            for span in self._spans:
+                span.began = self._clock.seconds(span.began)
+                span.ended = self._clock.seconds(span.ended)
 
 
-def _covered(spans: Sequence[Span]) -> float:
-    """Seconds in which there was at least one of them; in the order in which they began."""
+def _if_happened(mark: Any) -> Any:
+    """``mark``, or ``None`` if its time cannot be read without waiting."""
+    if mark is None or isinstance(mark, float):
+        return mark
+    with contextlib.suppress(RuntimeError):  # of a device that does not answer any more
+        return mark if mark.query() else None
+    return None
+
+
+def _covered(spans: Sequence[TracedSpan]) -> float:
+    """Seconds in which there was at least one of them."""
     covered, until = 0.0, 0.0
-    for span in spans:
+    for span in sorted(spans, key=lambda span: span.began):
         covered += max(0.0, span.ended - max(span.began, until))
         until = max(until, span.ended)
     return covered
 
 
-def _one_at_a_time(spans: list[Span]) -> Iterator[Span]:
+def _one_at_a_time(spans: list[TracedSpan]) -> list[TracedSpan]:
     """In order. What was queued while another bucket had the link began once that was through; a
     broadcast whose end was seen only after that of the next had ended by then."""
     free = dict.fromkeys(LANES, 0.0)
     ordered = sorted(spans, key=lambda span: (span.began, span.ended))
     latest = float("inf")
-    for index in reversed(range(len(ordered))):
-        if ordered[index].lane == BROADCAST:
-            latest = max(min(latest, ordered[index].ended), ordered[index].began)
-            ordered[index] = ordered[index]._replace(ended=latest)
+    for span in reversed(ordered):
+        if span.lane == BROADCAST:
+            latest = span.ended = max(min(latest, span.ended), span.began)
     for span in ordered:
-        began = min(max(span.began, free[span.lane]), span.ended)
+        span.began = min(max(span.began, free[span.lane]), span.ended)
         free[span.lane] = span.ended
-        yield span._replace(began=began)
+    return ordered
 
 
 class _DeviceClock:
@@ -225,5 +215,7 @@ class _DeviceClock:
         return self._module.stream(self._aside)
 
     def seconds(self, mark: Any) -> float:
+        if isinstance(mark, float):  # of the host
+            return mark
         mark.synchronize()
         return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))

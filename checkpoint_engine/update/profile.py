@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from checkpoint_engine.ground.report import Served
+from checkpoint_engine.ground.report import LoadedCheckpoint
 from checkpoint_engine.update.session import EngineState, WorkerSession
 
 
@@ -20,9 +20,9 @@ class EngineProfile:
 
     def __init__(self) -> None:
         self.joins_parts = False
-        self.served: Served | None = None
+        self.served: LoadedCheckpoint | None = None
 
-    def learn(self, session: WorkerSession, rank: int, served: Served) -> None:
+    def learn(self, session: WorkerSession, rank: int, served: LoadedCheckpoint) -> None:
         """However the update ended. ``served``: what the engine holds if it succeeded."""
         if session.worker_joins_parts is not None:
             self.joins_parts = session.worker_joins_parts

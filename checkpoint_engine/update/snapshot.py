@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress
-from checkpoint_engine.ground.report import Served
+from checkpoint_engine.ground.report import LoadedCheckpoint
 from checkpoint_engine.memory.checkpoints import Checkpoints
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.world.gathered import Gathered
@@ -55,7 +55,7 @@ class Snapshot(Described):
     """All host memory that checkpoints take on this rank."""
     retained_bytes: int
     """Host memory that is kept for later checkpoints."""
-    served: Served | None
+    served: LoadedCheckpoint | None
     """What this rank's engine holds; null: not known, or in part."""
     checkpoints: list[HeldCheckpoint]
     ranks: list[KnownRank]
@@ -70,7 +70,7 @@ class Snapshot(Described):
         p2p: P2P,
         checkpoints: Checkpoints,
         gathered: Gathered,
-        served: Served | None,
+        served: LoadedCheckpoint | None,
         progress: Progress | None,
     ) -> Snapshot:
         # By address: checkpoints in the shared memory pool have the pool's buffers.

@@ -13,7 +13,7 @@ from loguru import logger
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
-from checkpoint_engine.ground.report import Served, UpdateReport
+from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import Address, WorkerLink, open_context
 from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
@@ -181,7 +181,9 @@ def _open_session(
     held.enter_context(call.guarded(session.check))
     call.state = session.describe_state
     mine = next(one for one in hellos if one.rank == call.rank)
-    served = Served(checkpoint=order.checkpoint, version=version, engine=mine.instance, since=0.0)
+    served = LoadedCheckpoint(
+        checkpoint=order.checkpoint, version=version, engine=mine.instance, since=0.0
+    )
     held.callback(server.profile.learn, session, call.rank, served)
     return session
 

@@ -88,8 +88,8 @@ def make_plan(
     largest = planning.largest_tensor(metas)
     size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
-    pace = planning.choose_pace(is_accelerator=True, p2p=p2p)
-    return planning.plan_transfer(metas, size, local, remote, receivers, pace, may_cut)
+    size = planning.paced(size, planning.READ_PACE if p2p else planning.DEVICE_PACE, metas, may_cut)
+    return planning.plan_transfer(metas, size, local, remote, receivers, may_cut=may_cut)
 
 
 def on_nics(ranks: Iterable[int], cluster: Cluster) -> dict[str, set[int]]:

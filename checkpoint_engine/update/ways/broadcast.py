@@ -17,6 +17,7 @@ from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import keeps_groups
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
+from checkpoint_engine.transfer.tracer import TracedSpan
 from checkpoint_engine.update.ways.base import Job, Mover, Way
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
@@ -158,7 +159,7 @@ class GroupMover(Mover):
             if self._group is not None and step.bucket.size:
                 traced = self.job.tracer.broadcasting(step)
                 work = self._group.broadcast(payload, step.receiver)
-                self.job.tracer.broadcast(step, traced, work)
+                self.job.tracer.broadcast(traced, work)
                 arrivals.append(_Broadcast(work, self.job, traced))
             arrivals.append(self.streams.event())
         self._arrivals[id(step)] = arrivals
@@ -204,7 +205,7 @@ class GroupMover(Mover):
 class _Broadcast:
     """The event of a broadcast that has begun."""
 
-    def __init__(self, work: dist.Work, job: Job, traced: object) -> None:
+    def __init__(self, work: dist.Work, job: Job, traced: TracedSpan) -> None:
         self._work = work
         self._job = job
         self._traced = traced

@@ -12,9 +12,9 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport
-from checkpoint_engine.transfer.shared_memory import Neighbours
+from checkpoint_engine.transfer.shared_memory import HostPeers
 from checkpoint_engine.transfer.streams import Event, HostStreams
-from checkpoint_engine.transfer.tracer import BROADCAST
+from checkpoint_engine.transfer.tracer import BROADCAST, TracedSpan
 from checkpoint_engine.update.ways.base import Job, Mover, Way
 from checkpoint_engine.world.hello import Hello
 
@@ -28,13 +28,13 @@ class SharedMemory(Way):
 
     def __init__(self, here: LocalRank) -> None:
         super().__init__(here)
-        self._neighbours: Neighbours | None = None
+        self._neighbours: HostPeers | None = None
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         wanted = cpu_transport() == SHARED_MEMORY
         if self.here.device_manager.is_accelerator or self.here.world_size == 1 or not wanted:
             return mine
-        self._neighbours = Neighbours(self.here.rank, range(self.here.world_size))
+        self._neighbours = HostPeers(self.here.rank, range(self.here.world_size))
         held.callback(self._leave)
         return replace(mine, neighbour=self._neighbours.address)
 
@@ -64,14 +64,14 @@ class SharedMemory(Way):
 class SharedMemoryMover(Mover):
     """One thread copies: own buckets out of host memory, others out of their sender's buffer."""
 
-    def __init__(self, job: Job, neighbours: Neighbours, streams: HostStreams) -> None:
+    def __init__(self, job: Job, neighbours: HostPeers, streams: HostStreams) -> None:
         self._job = job
         self._neighbours = neighbours
         self._streams = streams
         self._end = time.monotonic() + job.call.deadline.remaining() + _GRACE
         self._sent = 0
         self._begun: dict[int, tuple[Event, int]] = {}
-        self._traced: dict[int, int] = {}
+        self._traced: dict[int, TracedSpan] = {}
 
     def start(self, step: Step) -> None:
         number = 0
