@@ -27,6 +27,7 @@ from random_checkpoint import expected_digests, model_config, write_checkpoint  
 
 pytestmark = [
     pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE),
+    pytest.mark.alone,
     pytest.mark.timeout(150),  # a dozen processes start, each with torch
 ]
 

@@ -16,7 +16,10 @@ from checkpoint_engine.ps import ParameterServer, UpdateError
 from test_update import SMALL_BUCKETS
 from torchrun import HERE, MOONCAKE_ADVICE, Run, free_port_pair, mooncake_works, torchrun
 
-pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
+pytestmark = [
+    pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE),
+    pytest.mark.alone,
+]
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 
 

@@ -47,6 +47,7 @@ MOONCAKE_ADVICE = "P2P tests need Mooncake and Debian's libibverbs1 and libnuma1
 
 def mooncake_works() -> bool:
     """Whether its shared library loads here."""
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when it is loaded
     try:
         import mooncake.engine  # noqa: F401
     except ImportError:

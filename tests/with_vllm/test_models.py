@@ -29,8 +29,8 @@ def test_tokens_are_those_of_a_fresh_start(
     """There and back again: from sources of 1, 2 and 3 ranks, and from the servers' own memory.
 
     The engine that is updated was started with the second checkpoint, so that what the first
-    update leaves alone is wrong. What is replayed leaves the workers with the bits that a plain load
-    leaves them with.
+    update leaves alone is wrong. What is replayed leaves the workers with the bits that a plain
+    load leaves them with.
     """
     first, second = f"{kind}-1", f"{kind}-2"
     expected = {n: engine_host.tokens_of_a_fresh_start(models[n], tp) for n in (first, second)}
