@@ -86,5 +86,11 @@ def test_a_version_is_held_only_when_it_is_whole() -> None:
     assert version.describe() == {"version": None, "state": "failed", "updating": "a"}
     version.begin("a")
     version.complete()
+    version.begin("b")
+    assert version.describe() == {"version": None, "state": "updating", "updating": "b"}
+    version.fail()
+    assert version.describe() == {"version": None, "state": "failed", "updating": "b"}
+    version.begin("a")
+    version.complete()
     version.fail()
     assert version.describe() == {"version": "a", "state": "complete", "updating": None}
