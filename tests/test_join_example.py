@@ -48,7 +48,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PS_DEVICE": "cpu",
         "PS_IPC_DIR": str(sockets),
         "OMP_NUM_THREADS": "1",
-        "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
         "PYTHONPATH": str(HERE.parent),
     }
 

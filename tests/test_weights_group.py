@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import signal
 import socket
@@ -33,6 +32,7 @@ from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.ways.base import Job
 from checkpoint_engine.update.ways.shared_memory import SharedMemoryMover
+from torchrun import forkserver
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -249,7 +249,7 @@ def _error(work: Any, seconds: float = PATIENCE) -> tuple[str, float]:
 
 class Processes:
     def __init__(self, transport: str, size: int, folder: Path, member: Member) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         self._pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
