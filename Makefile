@@ -13,10 +13,26 @@ DOCS_VENV ?= .venv-docs
 DOCS_INSTALLED := $(DOCS_VENV)/.installed
 INSTALLED := $(VENV)/.installed
 
+# The lowest versions that pyproject.toml promises, in an environment of their own.
+LOWEST_PYTHON ?= python3.10
+LOWEST_VENV ?= .venv-lowest
+LOWEST_TORCH := 2.5.0
+LOWEST := torch==$(LOWEST_TORCH) pyzmq==22.3.0 pydantic==2.8.0 click==8.1.0
+LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
+
+# So many tests side by side; those marked "alone" wait until nothing else runs.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile
+# Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
+FAST := access api checkpoint_files checkpoint_folder checksum client contract crew device_utils \
+	doctor gather ipc metas_file pin_memory plain_pickle plan progress ps_unit rdma reload report \
+	store wire worker
+FAST_TESTS := $(FAST:%=tests/test_%.py)
 SOAK_UPDATES ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: docs fuzz help demo demo-vllm test test-gpu test-vllm lint format install clean test-faults soak
+.PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-vllm lint format \
+	install clean test-faults soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,7 +41,14 @@ demo: $(INSTALLED) ## the main job: checkpoint, engine, update, check
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## every test that a machine without a GPU can run
-	@$(BIN)/python -m pytest -m "not gpu" $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## those that take less than a minute together
+	@$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(FAST_TESTS) $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST_INSTALLED) ## with the lowest versions of Python, torch and others
+	@$(LOWEST_VENV)/bin/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) \
+		$(FAST_TESTS) tests/test_update.py tests/test_service.py $(PYTEST_ARGS)
 
 test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
 	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
@@ -69,6 +92,16 @@ $(INSTALLED): pyproject.toml Makefile scripts/install_torch.py
 	@$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@
 
+# Without PyTorch's own index there is no CPU build of it: then pip brings the one with CUDA.
+$(LOWEST_INSTALLED): pyproject.toml Makefile scripts/install_torch.py
+	@echo "Setting up $(LOWEST_VENV)"
+	@$(LOWEST_PYTHON) -m venv $(LOWEST_VENV)
+	-@$(LOWEST_VENV)/bin/python scripts/install_torch.py $(LOWEST_TORCH)
+	@$(LOWEST_VENV)/bin/python -m pip install -qq --editable . $(LOWEST) \
+		hypothesis mooncake-transfer-engine-non-cuda prometheus-client 'pytest>=8' pytest-timeout \
+		pytest-xdist
+	@touch $@
+
 # Its image and sound libraries are built for another torch, and text models do not need them.
 $(VLLM_INSTALLED): pyproject.toml Makefile scripts/install_torch.py
 	@echo "Setting up $(VLLM_VENV)"
@@ -88,5 +121,5 @@ $(DOCS_INSTALLED): pyproject.toml Makefile
 	@touch $@
 
 clean: ## remove the set-up and all caches
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LOWEST_VENV) $(DOCS_VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ import zmq
 from torch.multiprocessing.reductions import reduce_tensor
 
 from fleet import digests
+from torchrun import forkserver
 
 SECONDS = 15.0
 Weights = dict[str, torch.Tensor]
@@ -31,9 +32,7 @@ def child(target: Callable[..., Any], *args: Any) -> Iterator[Connection]:
     """``target(pipe, *args)`` in a process of its own; gives the other end of the pipe, and what
     it returns or raises comes as its last message, ``(value, error text)``."""
     ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("forkserver")  # this process has threads
-    context.set_forkserver_preload(["torch", "zmq"])
-    process = context.Process(target=_run, args=(theirs, target, args))
+    process = forkserver().Process(target=_run, args=(theirs, target, args))
     process.start()
     theirs.close()
     try:

@@ -223,7 +223,8 @@ def test_who_may_call(url: str) -> None:
     assert httpx.post(url, headers=RIGHT, content=b"abc").text == "3"
     near = [TOKEN[:-1], TOKEN[:-1] + "x", "x" + TOKEN[1:], TOKEN + "x"]
     wrong_tokens = [{"authorization": f"Bearer {token}"} for token in ("x", *near)]
-    for wrong in ({}, {"authorization": TOKEN}, *wrong_tokens):
+    twice = [("authorization", f"Bearer {TOKEN}"), ("authorization", "Bearer x")]
+    for wrong in ({}, {"authorization": TOKEN}, *wrong_tokens, twice):
         answer = httpx.post(url, headers=wrong)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 

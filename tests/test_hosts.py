@@ -18,6 +18,7 @@ from hosts import Host, HostsUnavailableError, Network, World
 from test_update import SMALL_BUCKETS
 from torchrun import HERE
 
+pytestmark = pytest.mark.alone
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 SLOW = 8  # Mbit/s: the few MB of a rank take seconds
 IN_THE_MIDDLE = 1 << 20  # bytes; more than metas and leases, less than a rank has

@@ -11,6 +11,7 @@ from checkpoint_engine.loading.version import WeightVersion
 from test_update import ON_EVERY_DEVICE, SMALL_BUCKETS, environment
 from torchrun import torchrun
 
+pytestmark = pytest.mark.alone
 CASES = [
     {"fault": "refuse", "rank": 1, "size": 1, "phase": "handshake", "says": "is not up"},
     {"fault": "bucket:1", "rank": 0, "size": 1, "phase": "reload", "says": "bucket 1"},
@@ -83,6 +84,12 @@ def test_a_version_is_held_only_when_it_is_whole() -> None:
     assert version.describe() == {"version": None, "state": "updating", "updating": "a"}
     version.fail()
     assert version.describe() == {"version": None, "state": "failed", "updating": "a"}
+    version.begin("a")
+    version.complete()
+    version.begin("b")
+    assert version.describe() == {"version": None, "state": "updating", "updating": "b"}
+    version.fail()
+    assert version.describe() == {"version": None, "state": "failed", "updating": "b"}
     version.begin("a")
     version.complete()
     version.fail()

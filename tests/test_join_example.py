@@ -27,6 +27,7 @@ from random_checkpoint import expected_digests, model_config, write_checkpoint  
 
 pytestmark = [
     pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE),
+    pytest.mark.alone,
     pytest.mark.timeout(150),  # a dozen processes start, each with torch
 ]
 
@@ -47,7 +48,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PS_DEVICE": "cpu",
         "PS_IPC_DIR": str(sockets),
         "OMP_NUM_THREADS": "1",
-        "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
         "PYTHONPATH": str(HERE.parent),
     }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,12 @@ import torch
 from checkpoint_engine.ps import ParameterServer, UpdateError
 from checkpoint_engine.transfer.p2p_store import P2PError
 from test_update import SMALL_BUCKETS
-from torchrun import HERE, MOONCAKE_ADVICE, Run, free_port_pair, mooncake_works, torchrun
+from torchrun import MOONCAKE_ADVICE, Run, mooncake_works, torchrun
 
-pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
+pytestmark = [
+    pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE),
+    pytest.mark.alone,
+]
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 
 
@@ -117,33 +117,9 @@ def test_metas_of_nobody_say_where_to_gather(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_twenty_updates_leave_no_more_than_one(tmp_path: Path) -> None:
     """Rank 0 reads what rank 1 owns; threads and open files of both are counted."""
-    (tmp_path / "sockets").mkdir(mode=0o700)
-    command = [sys.executable, str(HERE / "host_programs.py"), "repeat"]
-    command += [json.dumps({"members": [0], "times": 20}), str(tmp_path)]
-    environment = {
-        **os.environ,
-        **CPU,
-        "PS_IPC_DIR": str(tmp_path / "sockets"),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port_pair()),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-    }
-    with open(tmp_path / "output", "w+b") as output:
-        ranks = [
-            subprocess.Popen(
-                command, env={**environment, "RANK": rank}, stdout=output, stderr=output
-            )
-            for rank in ("0", "1")
-        ]
-        try:
-            codes = [process.wait(50) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    assert codes == [0, 0], (tmp_path / "output").read_text()[-8000:]
-    for rank in (0, 1):
-        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+    results = torchrun(
+        tmp_path, 2, "repeat", 50, CPU, script="host_programs.py", members=[0], times=20
+    )
+    for seen in results:
         for what, most in seen["early"].items():
             assert seen["after"][what] <= most, seen

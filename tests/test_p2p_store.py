@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import weakref
@@ -30,7 +29,8 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.transfer import p2p_store
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
-from torchrun import HERE, MOONCAKE_ADVICE, mooncake_works
+from p2p_source import pattern
+from torchrun import HERE, MOONCAKE_ADVICE, Forked, mooncake_works
 
 pytestmark = pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
 MIB = 1 << 20
@@ -46,72 +46,51 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[P2PStore]:
 
 
 class Source:
-    """Another process, whose memory can be read: bytes that count up, modulo 251."""
+    """Another process, whose memory can be read: ``pattern``."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(nbytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=_environment(),
-            text=True,
-        )
-        assert self.process.stdout is not None
-        place = json.loads(self.process.stdout.readline())
-        self.address, self.ptr = place["address"], place["ptr"]
+    def __init__(self, nbytes: int, folder: Path) -> None:
+        folder.mkdir()
+        script = str(HERE / "p2p_source.py")
+        self._forked = Forked(folder, [script, str(nbytes), str(folder)], [{"PS_DEVICE": "cpu"}])
+        self._folder = folder
+        self._await("place")
+        place = json.loads((folder / "place").read_text())
+        self.address, self.ptr, self._pid = place["address"], place["ptr"], place["pid"]
         self.lease = Lease(**place["lease"])
         self.nbytes = nbytes
+
+    def _await(self, name: str) -> None:
+        while not (self._folder / name).exists():
+            assert self.is_running(0.01), self._forked.output()
 
     def read(self, store: P2PStore, target: torch.Tensor, **options: Any) -> None:
         store.batch_transfer_sync_read(
             self.address, [target.data_ptr()], [self.ptr], [target.nbytes], **options
         )
 
+    def is_running(self, seconds: float = 0) -> bool:
+        return self._forked.is_running(seconds)
+
     def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        os.kill(self._pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self._pid, signal.SIGCONT)
 
     def revoke(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("revoke\n")
-        self.process.stdin.flush()
-        self.process.stdout.readline()
+        (self._folder / "revoke").touch()
+        self._await("revoked")
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return {**os.environ, "PS_DEVICE": "cpu", "PYTHONPATH": path}
-
-
-def _be_a_source(nbytes: int) -> None:
-    store = P2PStore(host=LOCAL)
-    memory = pattern(nbytes)
-    store.register_named_tensors({"memory": memory})
-    lease = store.grant()
-    place = {"address": store.addr, "ptr": memory.data_ptr(), "lease": lease.model_dump()}
-    print(json.dumps(place), flush=True)
-    for _ in sys.stdin:
-        store.revoke(lease)
-        print("revoked", flush=True)
-
-
-def pattern(nbytes: int) -> torch.Tensor:
-    return (torch.arange(nbytes, dtype=torch.int32) % 251).to(torch.uint8)
+        self._forked.kill()
 
 
 @pytest.fixture
-def make_source() -> Iterator[Callable[[int], Source]]:
-    sources = []
+def make_source(tmp_path: Path) -> Iterator[Callable[[int], Source]]:
+    sources: list[Source] = []
 
     def make(nbytes: int = 4096) -> Source:
-        sources.append(Source(nbytes))
+        sources.append(Source(nbytes, tmp_path / f"source-{len(sources)}"))
         return sources[-1]
 
     yield make
@@ -359,7 +338,7 @@ def test_a_source_that_dies_leaves_nothing_to_keep(
     source.pause()
 
     def kill_once_under_way() -> None:
-        if source.process.poll() is None:
+        if source.is_running():
             source.kill()
 
     with pytest.raises(P2PError, match="cannot read"):
@@ -383,8 +362,7 @@ def test_closing_ends_what_is_under_way(
     store.close()
     arrived = target.clone()
     source.go_on()
-    with pytest.raises(subprocess.TimeoutExpired):
-        source.process.wait(0.5)  # time in which late bytes would come
+    assert source.is_running(0.5)  # time in which late bytes would come
     assert torch.equal(target, arrived)
     settles(lambda: count("task") <= threads and count("fd") <= files)
 
@@ -528,10 +506,11 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
-def test_ipv6() -> None:
+def test_ipv6(tmp_path: Path) -> None:
     """In a process of its own: Mooncake decides when it is loaded, which it is here already."""
-    command = [sys.executable, "-c", READ_OVER_IPV6]
-    subprocess.run(command, env=_environment(), check=True, timeout=40)
+    script = tmp_path / "read.py"
+    script.write_text(READ_OVER_IPV6)
+    Forked(tmp_path, [str(script)], [{"PS_DEVICE": "cpu"}]).join(40)
 
 
 READ_OVER_IPV6 = """
@@ -548,7 +527,3 @@ assert torch.equal(target, memory)
 reader.close()
 owner.close()
 """
-
-
-if __name__ == "__main__":
-    _be_a_source(int(sys.argv[1]))

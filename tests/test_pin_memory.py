@@ -618,6 +618,16 @@ class TestRetaining:
         assert memory.usage == MemoryUsage(0, 2 * 8192)
         memory.trim()
 
+    def test_what_is_smaller_is_not_taken(self) -> None:
+        memory = HostMemory("cpu", retain_bytes=1 << 20)
+        memory.release(memory.fill(tensor_sources({"w": torch.ones(100)})))
+        tensors = {"w": any_bits(torch.float32, (1900,))}
+        buffers = memory.fill(tensor_sources(tensors))
+        assert contents(buffers) == {"w": raw(tensors["w"])}
+        assert memory.usage == MemoryUsage(8192, 0)
+        memory.release(buffers)
+        memory.trim()
+
     def test_what_does_not_fit_is_freed_first(self, arenas: list[int]) -> None:
         memory = HostMemory("cpu", retain_bytes=1 << 20)
         memory.release(memory.fill(tensor_sources({"w": torch.ones(2048)})))

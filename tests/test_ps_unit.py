@@ -417,7 +417,8 @@ def test_a_plan_is_not_kept_for_buffers_of_other_sizes(
         if shm_file.stat().st_size % mmap.PAGESIZE == 0:
             break
     server.register_checkpoint("c", named_tensors=tensors)
-    assert same(received(server, "c"), tensors)
+    for _ in range(2):  # the second time the rank knows its worker, and plans as it will
+        assert same(received(server, "c"), tensors)
     server.unregister_checkpoint("c")
     server.register_checkpoint("c", files=[str(shm_file)], use_inplace_pin_memory=True)
     assert server._memory_pool["c"][0].size < align_up(length)

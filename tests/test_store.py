@@ -29,8 +29,7 @@ def soon(done: Callable[[], Any], what: str) -> None:
 
 
 @pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")  # torch's store looks up who connects
+def port() -> int:
     return free_port_pair()
 
 

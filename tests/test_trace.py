@@ -16,6 +16,7 @@ from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.update.trace import write_trace
 from torchrun import torchrun
 
+pytestmark = pytest.mark.alone
 SOON = 2.0  # seconds in which an error is on every rank, with a trace or without
 SMALL_BUCKETS = {"PS_DEVICE": "cpu", "PS_MAX_BUCKET_SIZE_GB": "1e-4"}
 

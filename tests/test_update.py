@@ -12,6 +12,7 @@ import torch
 
 from torchrun import torchrun
 
+pytestmark = pytest.mark.alone
 WELL_BEFORE_THE_DEADLINE = 15  # seconds; the programs give updates 40
 MIB = 1 << 20
 LARGEST = 3 * MIB  # of the programs' tensors

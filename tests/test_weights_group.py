@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections import defaultdict
@@ -32,6 +32,7 @@ from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.ways.base import Job
 from checkpoint_engine.update.ways.shared_memory import SharedMemoryMover
+from torchrun import forkserver
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -248,7 +249,7 @@ def _error(work: Any, seconds: float = PATIENCE) -> tuple[str, float]:
 
 class Processes:
     def __init__(self, transport: str, size: int, folder: Path, member: Member) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         self._pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
@@ -376,3 +377,25 @@ def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
         assert stranger.recv(1) == b""
         buffer.tensor[:3] = torch.tensor([1, 2, 3])
         assert mine.memory[1][:4].tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_another_user_who_says_to_be_a_rank_is_turned_away(buffer: SharedBuffer) -> None:
+    with (
+        contextlib.closing(Neighbours(0, [0, 1])) as mine,
+        contextlib.closing(Neighbours(1, [0, 1])) as theirs,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
+        open("/dev/zero") as memory,
+    ):
+        os.seteuid(65534)
+        try:
+            stranger.connect(f"\0{mine.address}")
+        finally:
+            os.seteuid(0)
+        hello = struct.pack("QQ", 1, 0)  # that it is rank 1, whose double buffer is empty
+        socket.send_fds(stranger, [hello], [memory.fileno()])
+        assert theirs.reach({0: mine.address, 1: theirs.address}, buffer)
+        mine.accept()
+        with pytest.raises(ConnectionResetError):
+            stranger.recv(1)
+        assert mine.memory[1].nbytes == buffer.tensor.nbytes

@@ -684,6 +684,27 @@ def test_the_extension_loads(server: ParameterServer) -> None:
     assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
 
 
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [(True, "failed in bucket .*the bytes of the bucket at"), (False, "of a bucket from rank 0")],
+)
+def test_a_byte_that_changed_since_it_was_registered_is_an_error(
+    server: ParameterServer, ours: bool, says: str
+) -> None:
+    """Our worker looks itself; the server looks for one that does not."""
+
+    def update() -> None:
+        engine_worker = EngineWorker()
+        ask = lambda paths: engine_worker.update_weights_from_ipc(dict(paths))  # noqa: E731
+        update_from(server, ask if ours else OtherWorker())
+
+    update()
+    memory = server._memory_pool["c"][0].buffer
+    memory[len(memory) // 2] ^= 1
+    with pytest.raises(UpdateError, match=f"(?s){says}.* are not those that were registered"):
+        update()
+
+
 def test_our_server_tells_our_worker_what_there_was_to_load(
     server: ParameterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import random
 import select
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,19 @@ MOONCAKE_ADVICE = "P2P tests need Mooncake and Debian's libibverbs1 and libnuma1
 
 def mooncake_works() -> bool:
     """Whether its shared library loads here."""
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when it is loaded
     try:
         import mooncake.engine  # noqa: F401
     except ImportError:
         return False
     return True
+
+
+def forkserver() -> ForkServerContext:
+    """For functions in processes of their own, without the threads of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "zmq", "checkpoint_engine.distributed"])
+    return context
 
 
 class _RankStarter:
@@ -81,7 +91,6 @@ _starter = functools.cache(_RankStarter)
 def _variables() -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1",
-        "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks up ::ffff:127.0.0.1
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *_python_path()]),
     }
 

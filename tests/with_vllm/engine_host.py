@@ -1,6 +1,7 @@
 """A process that runs vLLM engines one after the other: ``engine_host.py PORT_FILE``.
 
-Engines start in a second or two here, because vLLM is imported once. Routes: ``/start``, ``/stop``,
+Engines start in a second or two here, because vLLM is imported once, and once more in the process
+that workers of several are forked from. Routes: ``/start``, ``/stop``,
 ``/generate`` and vLLM's own ``/collective_rpc``; bodies and answers are JSON.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -17,6 +19,18 @@ from typing import Any
 
 PROMPTS = [[3, 5, 7, 9], [11, 22, 33, 44, 55, 66]]
 EXTENSION = "engine_worker.TestedWorker"
+
+
+IMPORTED = ["vllm.v1.worker.cpu_worker", "vllm.model_executor.models", EXTENSION.split(".")[0]]
+
+
+def fork_workers() -> None:
+    """On CPUs vLLM spawns them: each imports it anew."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    multiproc_executor.get_mp_context = lambda: context
 
 
 class Host:
@@ -81,8 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    import vllm  # noqa: F401
-
+    fork_workers()
     host = Host()
     server = HTTPServer(("127.0.0.1", 0), Handler)
     ready = Path(sys.argv[1])

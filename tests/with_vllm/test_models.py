@@ -28,12 +28,13 @@ def test_tokens_are_those_of_a_fresh_start(
 ) -> None:
     """There and back again: from sources of 1, 2 and 3 ranks, and from the servers' own memory.
 
-    What is replayed leaves the workers with the bits that a plain load leaves them with.
+    The engine that is updated was started with the second checkpoint, so that what the first
+    update leaves alone is wrong. What is replayed leaves the workers with the bits that a plain
+    load leaves them with.
     """
     first, second = f"{kind}-1", f"{kind}-2"
     expected = {n: engine_host.tokens_of_a_fresh_start(models[n], tp) for n in (first, second)}
     assert expected[first] != expected[second]
-    engine_host.start(models[first], tp, load_format="dummy")
     steps = [
         {"name": name, origin: path, "bucket_gb": bucket_gb, "replay": replay}
         for name, origin, path, bucket_gb, replay in (
