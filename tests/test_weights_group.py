@@ -382,8 +382,8 @@ def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_another_user_who_says_to_be_a_rank_is_turned_away(buffer: SharedBuffer) -> None:
     with (
-        contextlib.closing(Neighbours(0, [0, 1])) as mine,
-        contextlib.closing(Neighbours(1, [0, 1])) as theirs,
+        contextlib.closing(HostPeers(0, [0, 1])) as mine,
+        contextlib.closing(HostPeers(1, [0, 1])) as theirs,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
         open("/dev/zero") as memory,
     ):
