@@ -290,7 +290,8 @@ class ParameterServer(Contract):
         Args:
             req_func: asks the inference engine to start receiving. Gets the (device identity, zmq
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
-            ranks: P2P: send to the workers of these ranks only.
+            ranks: P2P: send to the workers of these ranks only. Other ranks that call it return
+                once it is over; of updates with one checkpoint they call all or none.
             timeout: of the whole call.
             version: an id for what the workers hold then, see ``worker.weight_version``; default:
                 a random one. The same on all ranks that give one.
@@ -370,7 +371,7 @@ class ParameterServer(Contract):
         self, checkpoint_name: str, members: Sequence[int], timeout: timedelta
     ) -> UpdateReport:
         """Return once an update that this rank has no part in is over: it may own what is read."""
-        waited = self._control.await_others("update", timeout, members)
+        waited = self._control.await_others("update", timeout, members, checkpoint_name)
         report = UpdateReport.of_nothing(checkpoint_name, self._rank, self._world_size)
         return report.completed({"waiting": waited}, *self._checkpoints.memory.usage)
 

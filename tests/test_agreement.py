@@ -3,6 +3,8 @@ come, and the ranks are in step again afterwards. Real processes and a real stor
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -241,3 +243,111 @@ def test_a_hello_survives_the_store() -> None:
     assert Hello.decode(hello.encode()) == hello
     assert hello.terms().device == ""
     assert not hello.terms().differs_from(hello)
+
+
+def test_a_p2p_update_of_one_rank_beside_one_of_all_ends_both() -> None:
+    """A rank alone in its call has nobody to wait for; it looks at the outcome all the same."""
+
+    def program(me: Rank) -> str:
+        if me.rank == 0:
+            return hold(me, {"checkpoint": "a", "ranks": (0,)})
+        while not me.plane.store().check(["doing/0"]):
+            time.sleep(0.01)
+        return say(me, checkpoint="a")
+
+    for seen in run_world(2, program):
+        assert_match(r"rank 1 is in update\('a'\), rank 0 in update\('a', ranks=\[0\]\)", seen)
+
+
+# ---------------------------------------------------------------------- ranks outside a P2P update
+
+
+def visit(me: Rank, checkpoint: str, ranks: list[int], timeout: float = LONG) -> str:
+    """Wait for the update that this rank has no part in; ``ok``, or the text of its error."""
+    try:
+        me.plane.await_others("update", timeout, ranks, checkpoint)
+    except UpdateError as error:
+        return str(error)
+    return "ok"
+
+
+def test_a_rank_outside_passes_over_updates_that_it_skipped() -> None:
+    def program(me: Rank) -> list[str]:
+        if me.rank == 0:
+            seen = [fail(me, checkpoint="a", ranks=(0,)), say(me, checkpoint="b", ranks=(0,))]
+            me.signals[0].set()
+            me.signals[1].wait(LONG)
+            return [*seen, say(me, checkpoint="c", ranks=(0,))]
+        me.signals[0].wait(LONG)
+        late = visit(me, "b", [0])
+        me.signals[1].set()
+        return [late, visit(me, "c", [0])]
+
+    (failed, *others), visitor = run_world(2, program)
+    assert "failed here" in failed
+    assert others == visitor == ["ok", "ok"]
+
+
+def test_a_rank_outside_learns_of_the_death_inside_and_of_later_updates() -> None:
+    """The first member died in its call; the process that takes its place ends that call."""
+
+    def program(me: Rank) -> list[str]:
+        if me.rank == 0:
+            seen = [visit(me, "a", [1])]
+            me.signals[0].set()
+            me.signals[1].wait(LONG)
+            return [*seen, visit(me, "a", [1]), visit(me, "a", [1])]
+        if os.fork() == 0:
+            hold_until_killed(me.new_plane(), me.rank, (1,))
+        os.wait()
+        me.signals[0].wait(LONG)
+        updates = [say(me, checkpoint="a", ranks=(1,)) for _ in range(2)]
+        me.signals[1].set()
+        return updates
+
+    outside, inside = run_world(2, program)
+    assert "rank 1 is gone" in outside[0]
+    assert outside[1:] == inside == ["ok", "ok"]
+
+
+def test_members_that_died_together_do_not_meet_in_the_call_they_left() -> None:
+    """Nobody was left to end that call; what it holds of the dead is nobody's any more."""
+
+    def program(me: Rank) -> list[str]:
+        if me.rank == 0:
+            me.plane.store()
+            return []
+        pid = os.fork()
+        if pid == 0:
+            hold_until_killed(me.new_plane(), me.rank, (1, 2), wait=me.signals[me.rank])
+        me.signals[1].wait(LONG)
+        me.signals[2].wait(LONG)
+        os.kill(pid, signal.SIGKILL)
+        os.wait()
+        hello = Hello(me.rank, "update", "a", (1, 2), device=f"{me.rank}", address="of the living")
+        with me.plane.call("update", LONG, [1, 2], "a") as call:
+            return [one.address for one in call.exchange(hello)]
+
+    assert run_world(3, program)[1:] == [["of the living"] * 2] * 2
+
+
+def fail(me: Rank, **words: Any) -> str:
+    """As ``say``, with a failure after the hellos."""
+    hello = Hello(me.rank, "update", device=f"device {me.rank}", **words)
+    try:
+        with me.plane.call("update", LONG, list(hello.ranks or ()), hello.checkpoint) as call:
+            call.exchange(hello)
+            raise ValueError("failed here")
+    except UpdateError as error:
+        return str(error)
+
+
+def hold_until_killed(plane: Any, rank: int, ranks: tuple[int, ...], wait: Any = None) -> None:
+    """A process that says hello and dies: at once, or by a signal once ``wait`` is set."""
+    hello = Hello(rank, "update", "a", ranks, device=f"{rank}", address="of the dead")
+    with plane.call("update", LONG, list(ranks), "a") as call:
+        call.exchange(hello)
+        if wait is None:
+            os._exit(0)
+        wait.set()
+        call.wait(lambda: False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from checkpoint_engine.errors import UpdateError
@@ -22,6 +23,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import call as call_module
 from checkpoint_engine.world import control, store
 from checkpoint_engine.world.control import ControlPlane
+from checkpoint_engine.world.default_group import DefaultGroup
 from torchrun import free_port_pair
 
 SOON = 4.0  # seconds; far below every timeout that is not meant to expire
@@ -603,7 +605,7 @@ def test_rank_0_is_stopped_before_the_others_call(what: str) -> None:
                 with me.plane.call("work", 1.5):
                     pass
             else:
-                me.plane.await_others("work", 1.5, [0])
+                me.plane.await_others("work", 1.5, [0], "a")
         except UpdateError as error:
             return str(error), time.monotonic() - began
         finally:
@@ -630,3 +632,59 @@ def _await_stop(pid: int) -> None:
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         ends.check(f"process {pid} to be stopped")
         time.sleep(0.01)
+
+
+def test_an_interrupt_after_everybody_succeeded_ends_the_call_in_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interrupt is the caller's; the other ranks have succeeded, and the next call works."""
+
+    succeed = call_module.Call._raise_failure
+
+    def interrupt_at_the_end(call: call_module.Call) -> None:
+        succeed(call)
+        if call._outcome is not None:
+            raise KeyboardInterrupt
+
+    def program(me: Rank) -> list[Any]:
+        done: list[str] = []
+        began = time.monotonic()
+        try:
+            with me.plane.call("work", LONG) as call:
+                call.all_gather("v", b"")
+                call.on_success = lambda: done.append("done")
+                if me.rank == 0:
+                    monkeypatch.setattr(call_module.Call, "_raise_failure", interrupt_at_the_end)
+        except KeyboardInterrupt:
+            done.append("interrupted")
+        monkeypatch.undo()
+        assert time.monotonic() - began < SOON
+        return [*done, *me.exchange()]
+
+    assert run_world(2, program) == [["done", "interrupted", "0", "1"], ["done", "0", "1"]]
+
+
+@pytest.mark.parametrize("timeout", [timedelta.max, float("inf"), 0, -1.0, float("nan")])
+def test_a_timeout_that_no_wait_can_hold_is_refused_at_the_start(timeout: Any) -> None:
+    plane = ControlPlane(0, 1, None, None)
+    with pytest.raises(ValueError, match="positive and at most 30 days"), plane.call("w", timeout):
+        pass
+
+
+def test_groups_of_other_ranks_have_keys_of_their_own() -> None:
+    """Each rank counts the groups that it has made itself."""
+
+    def program(me: Rank) -> list[str]:
+        group = DefaultGroup(me.plane, "gloo")
+        found = []
+        for ranks in ([0, 1], [2], [0, 1, 2]):
+            if me.rank in ranks:
+                group.create(ranks, None, None, timedelta(seconds=LONG))
+                total = torch.tensor([me.rank])
+                dist.all_reduce(total)
+                found.append(f"{len(ranks)}: {total.item()}")
+                group.leave()
+        return found
+
+    both, alone = ["2: 1", "3: 3"], ["1: 2", "3: 3"]
+    assert run_world(3, program) == [both, both, alone]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from checkpoint_engine.memory.checkpoints import POOL
 from checkpoint_engine.ps import ParameterServer, UpdateError
 from checkpoint_engine.transfer.p2p_store import P2PError
 from test_update import SMALL_BUCKETS
@@ -123,3 +125,56 @@ def test_twenty_updates_leave_no_more_than_one(tmp_path: Path) -> None:
     for seen in results:
         for what, most in seen["early"].items():
             assert seen["after"][what] <= most, seen
+
+
+@pytest.mark.parametrize("method", ["unregister_named_tensors", "register_named_tensors"])
+def test_an_interrupted_call_leaves_a_name_that_can_be_registered(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    server = ParameterServer(rank=0, world_size=1, gpu_count=1)
+    store = server._p2p_store
+    assert store is not None
+    tensors = {"w": torch.ones(1 << 10)}
+    if method.startswith("un"):
+        server.register_checkpoint("a", named_tensors=tensors)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, method, interrupt)
+        if method.startswith("un"):
+            server.unregister_checkpoint("a")
+        server.register_checkpoint("a", named_tensors=tensors)
+    assert server._memory_pool == {}
+    server.register_checkpoint("a", named_tensors=tensors)
+    assert "a/0" in store.names()
+    server.unregister_checkpoint("a")
+    assert "a/0" not in store.names()
+    assert server._checkpoints.memory.usage.in_use == 0
+
+
+def test_a_pool_that_could_not_be_registered_is_registered_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    server = ParameterServer(rank=0, world_size=1, gpu_count=1)
+    store = server._p2p_store
+    assert store is not None
+
+    def refuse(_: Any) -> None:
+        raise P2PError("memlock")
+
+    leases = []
+    for name in ("first", "second", "third"):
+        with monkeypatch.context() as patch:
+            if name == "first":
+                patch.setattr(store, "register_named_tensors", refuse)
+            tensors = {"w": torch.ones(1 << 10)}
+            server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=True)
+        leases.append(next(one.lease for one in server._checkpoints.all()))
+        server.unregister_checkpoint(name)
+    assert leases[0] is None
+    assert None not in leases[1:]
+    assert f"{POOL}/0" in store.names()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +30,8 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
 )
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.deadline import poll
+from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer import p2p_store
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
@@ -256,6 +262,52 @@ def test_memory_that_is_not_offered_cannot_be_read(
         store.batch_transfer_sync_read(source.address, [target.data_ptr()], [64], [4096])
     source.read(store, target)
     assert torch.equal(target, pattern(4096))
+
+
+def test_two_reads_through_host_memory_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All reads on their way to a device pass through the same memory."""
+    here = types.SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    device = types.SimpleNamespace(
+        set_device=lambda _: None,
+        Stream=lambda: here,
+        Event=lambda: here,
+        stream=lambda _: contextlib.nullcontext(),
+    )
+    memory = [pattern(4 << 20), pattern(4 << 20).flip(0)]
+    met = threading.Barrier(2)
+
+    def read(_: str, here: Any, there: Any, sizes: Any, **__: Any) -> None:
+        for to, of, nbytes in zip(here, there, sizes, strict=True):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.wait(0.2)  # for the other read to begin, if it does
+            ctypes.memmove(to, of, nbytes)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.wait(0.2)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: empty(*size, **o))
+    store = types.SimpleNamespace(
+        reads_into_device_memory=False, batch_transfer_sync_read=read, check_lease=lambda *_: None
+    )
+    metas = [MemoryBufferMetas(metas=[], ptr=one.data_ptr(), size=one.nbytes) for one in memory]
+    owned = MemoryBufferMetaList(
+        p2p_store_addr="owner", memory_buffer_metas_list=metas, rdma_device=""
+    )
+    manager = types.SimpleNamespace(device_module=device)
+    loader = RemoteLoader(store, {0: owned}, manager, torch.device("cpu"))  # type: ignore[arg-type]
+    buckets = [
+        H2DBucket(size=4 << 20, ranges=[BucketRange(index, 0, 4 << 20)], items=[])
+        for index in range(2)
+    ]
+    targets = [torch.zeros(4 << 20, dtype=torch.uint8) for _ in buckets]
+    there = types.SimpleNamespace(query=lambda: True)
+    arrivals = [
+        loader.start(Step(0, 0, bucket, index), target, there)
+        for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True))
+    ]
+    poll(lambda: all(one.query() for one in arrivals), lambda: None)
+    loader.close()
+    assert all(map(torch.equal, targets, memory))
 
 
 @pytest.mark.parametrize("known", [True, False])

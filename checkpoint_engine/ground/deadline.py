@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+from checkpoint_engine.settings import LONGEST_UPDATE
+
 _LOOKS_PER_CHECK = 20
 
 
@@ -13,10 +15,10 @@ class Deadline:
     """The point in time at which an operation gives up."""
 
     def __init__(self, timeout: timedelta | float) -> None:
-        """``timeout``: from now, in seconds or as a ``timedelta``; must be positive."""
+        """``timeout``: from now, in seconds or as a ``timedelta``: positive, at most 30 days."""
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-        if not seconds > 0:
-            raise ValueError(f"timeout must be positive, got {timeout!r}")
+        if not 0 < seconds <= LONGEST_UPDATE:  # torch's waits overflow far beyond
+            raise ValueError(f"timeout must be positive and at most 30 days, got {timeout!r}")
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 

@@ -115,8 +115,8 @@ class Checkpoint:
 class Readers(Protocol):
     """What lets other ranks read memory by P2P: ``transfer.p2p.P2P``."""
 
-    def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:
-        """Let others read ``buffers``; ``register``: they are new under the name ``place``."""
+    def offer(self, place: str, buffers: Sequence[MemoryBuffer]) -> Lease | None:
+        """Let others read ``buffers`` until ``withdraw`` of ``place``."""
 
     def revoke(self, lease: Lease) -> None:
         """From now on reads under ``lease`` fail."""
@@ -127,8 +127,8 @@ class Readers(Protocol):
     def release_finished(self) -> None:
         """Let go of memory that reads of earlier updates might have written into."""
 
-    def withdraw(self, place: str, count: int) -> None:
-        """The ``count`` buffers of ``place`` are about to be freed."""
+    def withdraw(self, place: str) -> None:
+        """The buffers of ``place`` are about to be freed."""
 
 
 class Checkpoints:
@@ -221,16 +221,15 @@ class Checkpoints:
                         checksum.add_sums(every, advance)
 
             buffers += self.memory.pin_in_place(pinned, named_tensors.keys(), add_sums)
-            undo.pop_all()
-            if pooled:
-                self._pool = self._pool or buffers
-            place, offered = (POOL, self._pool) if pooled else (name, buffers)
-            lease = None
-            if buffers:
-                lease = self._readers.offer(place, offered, register=reused is None)
+            place, offered = (POOL, self._pool or buffers) if pooled else (name, buffers)
+            if reused is None:
+                undo.callback(self._readers.withdraw, place)
+            lease = self._readers.offer(place, offered) if buffers else None
             checkpoint = Checkpoint(name, buffers, lease, pooled)
+            undo.pop_all()
             with self._lock:
                 self._registered = {**self._registered, name: checkpoint}
+                self._pool = offered if pooled else self._pool
         self._log.info(
             "registered {}: {} tensors, {:.3f} GB in {} buffers",
             name,
@@ -286,7 +285,7 @@ class Checkpoints:
 
     def _free(self, place: str, buffers: list[MemoryBuffer]) -> None:
         try:
-            self._readers.withdraw(place, len(buffers))
+            self._readers.withdraw(place)
         finally:
             self.memory.release(buffers)
 

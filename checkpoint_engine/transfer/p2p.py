@@ -30,6 +30,7 @@ class P2P:
         self.store: P2PStore | None = None
         self.missing = "it was switched off"
         self.device = ""
+        self._offered: dict[str, list[int]] = {}  # addresses that are registered for each place
         self._log = logger.bind(rank=here.rank)
 
     def require(self, wanted_by: str) -> P2PStore:
@@ -38,19 +39,22 @@ class P2P:
             raise RuntimeError(f"{wanted_by} needs P2P, and this rank has no P2P: {self.missing}")
         return self.store
 
-    def offer(self, place: str, buffers: Sequence[MemoryBuffer], register: bool) -> Lease | None:
+    def offer(self, place: str, buffers: Sequence[MemoryBuffer]) -> Lease | None:
         """Let other ranks read a checkpoint; one that cannot be offered is still broadcast.
 
         Args:
-            place: under which name the buffers are registered with the transfer engine.
-            register: whether they are not registered yet.
+            place: under which name the buffers are registered with the transfer engine, until
+                ``withdraw``.
         """
         if self.store is None:
             return None
         try:
-            if register:
+            addresses = [buffer.buffer.data_ptr() for buffer in buffers]
+            if self._offered.get(place) != addresses:
+                self.withdraw(place)  # what an interrupted call left
                 named = {f"{place}/{index}": b.buffer for index, b in enumerate(buffers)}
                 self.store.register_named_tensors(named)
+                self._offered[place] = addresses
             return self.store.grant()
         except RuntimeError as error:
             self._log.warning("{} cannot be read by P2P: {}", place, error)
@@ -66,10 +70,12 @@ class P2P:
         if self.store is not None:
             self.store.release_finished()
 
-    def withdraw(self, place: str, count: int) -> None:
-        """Take ``count`` buffers of ``place`` back from the transfer engine."""
+    def withdraw(self, place: str) -> None:
+        """Take the buffers of ``place`` back from the transfer engine. May be called again."""
+        self._offered.pop(place, None)
         if self.store is not None:
-            self.store.unregister_named_tensors([f"{place}/{index}" for index in range(count)])
+            names = [one for one in self.store.names() if one.rpartition("/")[0] == place]
+            self.store.unregister_named_tensors(names)
 
     def place(self, checkpoint: Checkpoint) -> DataToGather:
         """What this rank owns of a checkpoint, and how others read it."""

@@ -139,6 +139,10 @@ class P2PStore:
             raise P2PError(f"{self.addr} cannot unregister {refused[:3]} (name, code)")
         return len(known)
 
+    def names(self) -> list[str]:
+        """Of the tensors whose memory others may read."""
+        return [*self._registered]
+
     def grant(self) -> Lease:
         """A lease on what is registered for one checkpoint."""
         if not self._free_slots:

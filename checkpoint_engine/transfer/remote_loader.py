@@ -31,7 +31,8 @@ Region = tuple[int, int, int]
 class RemoteLoader:
     """Reads buckets from the owners' memory by P2P, and checks that the owners still hold them.
 
-    Two threads read: while one checks a bucket's lease, the other reads the next bucket.
+    Two threads read: while one checks a bucket's lease, the other reads the next bucket. Only one
+    where bytes pass through host memory: all buckets share that.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class RemoteLoader:
         self._checked: set[int] = set()
         self._ended = threading.Event()
         # Not daemons: Python kills those inside C++, which takes the process along.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint-engine-read")
+        threads = 2 if store.reads_into_device_memory else 1
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-read")
         self._reads: list[InThread] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:

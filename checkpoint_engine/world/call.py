@@ -44,6 +44,7 @@ class Call:
         self, membership: Membership, name: str, checkpoint: str, deadline: Deadline
     ) -> None:
         self.name = name
+        self._checkpoint = checkpoint
         self.deadline = deadline
         self.clock = Clock(name, checkpoint)
         self.state: Callable[[], str] | None = None
@@ -68,6 +69,12 @@ class Call:
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other ranks have a say in the outcome: also ranks in a call that excludes this
+        one, see ``Membership.check_apart``."""
+        return len(self.members) > 1 or self._announced
 
     def begin(self, phase: str) -> None:
         """What this rank does from now on."""
@@ -174,7 +181,7 @@ class Call:
     def watch(self) -> None:
         """From now on ``check`` sees the failure of other ranks as soon as it happens. Called once
         the ranks agree which call this is."""
-        if len(self.members) > 1:
+        if self._is_shared:
             seconds = self.deadline.remaining() + _FAREWELL
             self._watcher = self._membership.watch(seconds, partial(setattr, self, "_outcome"))
 
@@ -269,9 +276,12 @@ class Call:
     def _succeed(self) -> None:
         """Return only once every rank has done its part."""
         self.begin("completion")
-        if len(self.members) > 1:
+        if self._is_shared:
             self._await_others()
-        self._leave(SUCCESS, self.deadline)
+        self._end_in_success(self.deadline)
+
+    def _end_in_success(self, deadline: Deadline) -> None:
+        self._leave(SUCCESS, deadline)
         self.clock.on_phase = None
         self.begin("done")
         if self.on_success is not None:
@@ -297,6 +307,9 @@ class Call:
         self._membership.expect_end(1.2 * _FAREWELL)
         self._guards.clear()
         outcome = self.publish(error)
+        if outcome == SUCCESS:  # all ranks had succeeded when this one was interrupted
+            self._end_in_success(Deadline(_FAREWELL))
+            return
         failed = Failure.decode(outcome)
         if not self._stays_out:
             self._membership.learn(failed, self._hello)
@@ -325,7 +338,7 @@ class Call:
             self._membership.withdraw()
         if not self._stays_out:
             self._start()
-            if self._membership.leave(outcome, deadline):
+            if self._membership.leave(self._checkpoint, outcome, deadline):
                 self._keys.append("outcome")  # otherwise it stays for those that come late
 
 

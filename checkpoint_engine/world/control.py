@@ -23,7 +23,7 @@ from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import Membership
-from checkpoint_engine.world.outcome import describe
+from checkpoint_engine.world.outcome import MemberError, describe
 from checkpoint_engine.world.store import NO_ANSWER, ConnectedWorld, World, world_number
 
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
@@ -130,21 +130,20 @@ class ControlPlane:
         finally:
             self._busy.release()
 
-    def await_others(self, name: str, timeout: timedelta | float, ranks: Sequence[int]) -> float:
+    def await_others(
+        self, name: str, timeout: timedelta | float, ranks: Sequence[int], checkpoint: str
+    ) -> float:
         """Return when the call of ``ranks`` that this rank has no part in is over; returns the
-        seconds that took.
-
-        Its n-th call waits for their n-th call, and for one that is running.
+        seconds that took. Which one it is: see ``Membership.visit``.
 
         Raises:
-            UpdateError: that call failed.
-            TimeoutError: it did not end in time.
+            UpdateError: that call failed, did not end in time, or one of its ranks is gone.
         """
         began = time.monotonic()
         deadline = Deadline(timeout)
         with self._asking_first(name):
             membership = self._membership(ranks, deadline)
-            membership.visit(name, deadline)
+            membership.visit(name, checkpoint, deadline)
             membership.expect_end(None)
         return time.monotonic() - began
 
@@ -156,7 +155,7 @@ class ControlPlane:
         except BaseException as error:
             if self._world is not None:
                 self._world.liveness.expect_end(None)
-            if not isinstance(error, dist.DistError):
+            if not isinstance(error, (dist.DistError, MemberError, TimeoutError)):
                 raise
             lost = NO_ANSWER if self._world is None else self._world.why_lost
             cause = describe(error, lost)

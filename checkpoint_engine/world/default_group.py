@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,7 @@ class DefaultGroup:
     def __init__(self, control: ControlPlane, backend: str) -> None:
         self._control = control
         self._backend = backend
-        self._groups_made = 0
+        self._made: Counter[tuple[int, ...]] = Counter()  # groups of these ranks
         self._is_ours = False
 
     def create(
@@ -31,9 +32,11 @@ class DefaultGroup:
         if distributed.is_initialized():
             logger.bind(rank=self._control.rank).debug("the default process group exists already")
             return
-        self._groups_made += 1
-        store = dist.PrefixStore(f"default-group/{self._groups_made}", self._store(addr, port))
-        self._create(ranks, store, timeout)
+        members = tuple(ranks)
+        self._made[members] += 1
+        name = f"default-group/{'-'.join(map(str, members))}/{self._made[members]}"
+        where = (addr, port) if 0 in members else (None, None)  # rank 0 hosts what is elsewhere
+        self._create(ranks, dist.PrefixStore(name, self._store(*where)), timeout)
 
     def create_within(self, call: Call) -> None:
         """As ``create``, of the members of a call: programs of the original use the group that

@@ -23,6 +23,7 @@ from checkpoint_engine.world.outcome import (
 from checkpoint_engine.world.store import World
 
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
 
 
 class Membership:
@@ -85,7 +86,25 @@ class Membership:
         """Go on where the others are: this process took another one's place."""
         self.withdraw()  # what that process announced
         if self.store.check(["last"]):
-            self._count = int(self.store.get("last").split(b" ", 1)[0])
+            self._count = int(self.store.get("last"))
+        outcome = SUCCESS
+        while ended := self._end_of_call_before(self._count + 1):
+            outcome = ended
+            self._count += 1
+        if self.rank == self.members[0]:  # that process did not say that its call was over
+            for _ in range(self.store.add("started", 0) - self.store.add("finished", 0)):
+                self._end("", outcome)
+
+    def _end_of_call_before(self, number: int) -> bytes:
+        """The outcome of a call that this process cannot take part in: it is over, or members that
+        have died began it. Empty if it may."""
+        store = dist.PrefixStore(str(number), self.store)
+        dead = [self.rank, *self.gone()]
+        begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
+        if not begun:
+            return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
+        failure = Failure.of(gone(begun, "this call"), begun[0], "start", self.world.why_lost)
+        return bytes(store.compare_set("outcome", "", failure.encode().decode()))
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
         """What the engine of each member holds; of those that say so in ``seconds``."""
@@ -99,7 +118,7 @@ class Membership:
         said = [rank for rank in there if store.check([f"state/{rank}"])]
         return {rank: store.get(f"state/{rank}").decode() for rank in said}
 
-    def leave(self, outcome: bytes, deadline: Deadline) -> bool:
+    def leave(self, checkpoint: str, outcome: bytes, deadline: Deadline) -> bool:
         """The running call is over. The first member leaves last, for as rank 0 it takes the store
         along. Returns whether it has seen all others leave."""
         store = self.part_of(self.world.store)
@@ -115,12 +134,16 @@ class Membership:
         with contextlib.suppress(TimeoutError):
             poll(have_left, lambda: deadline.check("the other ranks to leave"))
             all_left = True
-        self._end(outcome)
+        self._end(checkpoint, outcome)
         return all_left
 
-    def _end(self, outcome: bytes) -> None:
-        self.store.set("last", f"{self._count} {outcome.decode()}")
+    def _end(self, checkpoint: str, outcome: bytes) -> None:
+        """Tell visitors, and processes that take another one's place. The first member alone."""
+        number = self.store.add("finished", 0) + 1
+        self.store.set("last", str(self._count))
+        self.store.set(f"ended/{number}", json.dumps([checkpoint, outcome.decode()]))
         self.store.add("finished", 1)
+        self.store.delete_key(f"ended/{number - _REMEMBERED}")
 
     def forget(self) -> None:
         """Drop what this rank wrote in calls that every member has left."""
@@ -259,24 +282,43 @@ class Membership:
 
     # ------------------------------------------------------------------ ranks that only wait
 
-    def visit(self, name: str, deadline: Deadline) -> None:
-        """Wait for the members' next call, or the one that is running, to end."""
-        self._visits += 1
+    def visit(self, name: str, checkpoint: str, deadline: Deadline) -> None:
+        """Wait for the members' next call with this checkpoint, or the one that is running, to end.
+
+        A visitor that comes late finds how its call ended, and one that has skipped calls passes
+        over those with other checkpoints. Calls with one checkpoint look alike: whoever visits one
+        of them visits all.
+        """
+        ended: list[bytes] = []
+
+        def is_over() -> bool:
+            finished = self.store.add("finished", 0)
+            while not ended and self._visits < finished:
+                self._visits += 1
+                ended.extend(self._outcome_of(checkpoint, finished))
+            return bool(ended) and self.store.add("started", 0) <= finished
 
         def check() -> None:
             deadline.check(f"{name} of ranks {list(self.members)}")
-            if (absent := self.gone()) and not self._is_over():
+            if (absent := self.gone()) and not is_over():
                 raise gone(absent, name)
 
-        poll(self._is_over, check)
-        self._visits = self.store.add("finished", 0)
-        outcome = self.store.get("last").split(b" ", 1)[1]
-        if outcome != SUCCESS:
-            raise Failure.decode(outcome).error(name)
+        try:
+            poll(is_over, check)
+        except BaseException:  # the call that is running is not the one to wait for next
+            finished = self.store.add("finished", 0)
+            self._visits = max(self._visits, min(finished + 1, self.store.add("started", 0)))
+            raise
+        if ended[0] != SUCCESS:
+            raise Failure.decode(ended[0]).error(name)
 
-    def _is_over(self) -> bool:
-        finished = self.store.add("finished", 0)
-        return finished >= self._visits and self.store.add("started", 0) <= finished
+    def _outcome_of(self, checkpoint: str, finished: int) -> list[bytes]:
+        """How the call ended that is visited now, if it had this checkpoint. A call whose first
+        member died is anybody's."""
+        if self._visits <= finished - _REMEMBERED:
+            return []
+        of, outcome = json.loads(self.store.get(f"ended/{self._visits}"))
+        return [outcome.encode()] if of in ("", checkpoint) else []
 
 
 def _overlap(one: Hello, other: Hello) -> bool:
