@@ -142,11 +142,15 @@ def test_an_interrupted_call_leaves_a_name_that_can_be_registered(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, method, interrupt)
+    def call() -> None:
         if method.startswith("un"):
             server.unregister_checkpoint("a")
         server.register_checkpoint("a", named_tensors=tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, method, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call()
     assert server._memory_pool == {}
     server.register_checkpoint("a", named_tensors=tensors)
     assert "a/0" in store.names()
