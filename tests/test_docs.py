@@ -87,7 +87,9 @@ class Reader:
         bin_folder.mkdir()
         self._script(bin_folder / "checkpoint-engine", "from checkpoint_engine.cli import main")
         self._script(
-            bin_folder / "torchrun", "from torch.distributed.run import main", "--master-port=0"
+            bin_folder / "torchrun",
+            "from torch.distributed.run import main",
+            f"--master-port={free_port_pair()}",
         )
         python = bin_folder / "python"  # a link would not find the packages of its environment
         python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
