@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torchrun import Forked, ranks_of, results_in
+from torchrun import Forked, ranks_of, results_in, socket_folder
 
 MASTER_PORT = 29500  # every port of a new host is free
 _NETWORK = "10.77.0"
@@ -194,10 +194,9 @@ class World:
     ) -> None:
         """``command``: a Python script and its arguments; one more is the folder for results."""
         self._ranks = ranks_each * len(hosts)
-        self._results, sockets = folder / "results", folder / "sockets"
+        self._results = folder / "results"
         self._results.mkdir(parents=True)
-        sockets.mkdir(mode=0o700)
-        shared = {"PS_IPC_DIR": str(sockets), "MASTER_ADDR": hosts[0].address, **env}
+        shared = {"PS_IPC_DIR": socket_folder(self), "MASTER_ADDR": hosts[0].address, **env}
         shared["MASTER_PORT"] = str(MASTER_PORT)
         self._parts = [
             Forked(

@@ -9,6 +9,7 @@ import gc
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,12 +246,13 @@ def test_what_is_no_flat_buffer_is_refused(made: torch.Tensor) -> None:
 
 
 @pytest.fixture
-def no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The default folder, below ``tmp_path``."""
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The default folder, below a runtime folder whose path is short: sockets have 107 bytes."""
     for variable in ("PS_IPC_DIR", "PS_IPC_ABSTRACT"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path / f"checkpoint-engine-{os.getuid()}"
+    with tempfile.TemporaryDirectory() as runtime:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        yield Path(runtime) / f"checkpoint-engine-{os.getuid()}"
 
 
 def new_address() -> str:
@@ -350,8 +352,9 @@ def test_a_link_to_a_folder_is_refused(no_choice: Path, tmp_path: Path) -> None:
 def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) -> None:
     child = os.fork()
     if child == 0:
-        with zmq.Context() as context:
-            WorkerLink(context, Address())
+        try:
+            WorkerLink(zmq.Context(), Address())
+        finally:
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
     assert {path.suffix for path in no_choice.iterdir()} == {".sock", ".lock"}

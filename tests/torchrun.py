@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
@@ -158,6 +160,16 @@ def ranks_of(size: int, each: int, place: int = 0) -> list[dict[str, str]]:
     ]
 
 
+def socket_folder(owner: object) -> str:
+    """A folder in one of its own, until ``owner`` goes. A socket's path may have 107 bytes, of
+    which pytest's folders would take most."""
+    folder = tempfile.mkdtemp(prefix="ranks-")
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    sockets = os.path.join(folder, "s")
+    os.mkdir(sockets, mode=0o700)
+    return sockets
+
+
 def results_in(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -180,11 +192,9 @@ class Run(Forked):
         self._ranks = ranks
         self._results = tmp_path / "results"
         self._results.mkdir(parents=True, exist_ok=True)
-        sockets = tmp_path / "sockets"
-        sockets.mkdir(mode=0o700, exist_ok=True)
         command = [str(HERE / script), program, json.dumps(arguments), str(self._results)]
         port = free_port_pair()
-        shared = {"PS_IPC_DIR": str(sockets), **(env or {})}
+        shared = {"PS_IPC_DIR": socket_folder(self), **(env or {})}
         if with_torchrun:
             launch = [sys.executable, "-m", "torch.distributed.run"]
             launch += [f"--nproc-per-node={ranks}", f"--master-port={port}"]
