@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
-from checkpoint_engine.loading.replay.learned_loader import _digest
+from checkpoint_engine.loading.replay.comparison import digest as _digest
 from checkpoint_engine.replay import Replayed, replayed
 from hostile_loaders import draw_case, run_case
 
@@ -625,8 +625,8 @@ def test_experts_at_equal_distances_are_moved_at_once() -> None:
     load = update(model, Bytes(STACKED, 2))
     assert load.plan is not None
     (program,) = load.plan.programs.values()
-    (step,) = program.steps
-    assert sorted(len(move.copies) for move in step.moves) == [1, 1]
+    (part,) = program.parts
+    assert sorted(len(move.copies) for move in part.moves) == [1, 1]
 
 
 def test_known_messages_are_replayed_out_of_the_buffer() -> None:

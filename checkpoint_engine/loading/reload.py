@@ -12,22 +12,22 @@ import contextlib
 import gc
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from checkpoint_engine.loading.replay.adapter import InPlace, ModelAdapter
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
-    Delivery,
-    Host,
-    InPlace,
     LearnedLoader,
-    Session,
+    ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recorder import NamedTensors, Recorder, Slot
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.program import NamedTensors, ReceivedBucket
+from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 from checkpoint_engine.replay import summary, version_of
 
@@ -75,7 +75,7 @@ class ModelReport:
         }
 
 
-class _Way(Host, Protocol):
+class _Way(ModelAdapter, Protocol):
     """How an engine reloads one model."""
 
     @property
@@ -157,7 +157,9 @@ class _Layerwise:
         self._model = model
         self._model_config = model_config
         self._names = {layer: name for name, layer in model.named_modules()}
-        self._by_name = {name: layer for layer, name in self._names.items()}
+        self.modules: Mapping[str, torch.nn.Module] = {
+            name: layer for layer, name in self._names.items()
+        }
         self._layers = [(layer, vllm.get_layerwise_info(layer)) for layer in model.modules()]
         self._held: dict[torch.nn.Module, int] = {}
         self._loads_early = _keeps_what_is_there(vllm)
@@ -200,10 +202,6 @@ class _Layerwise:
 
     is_persistent = False
 
-    @property
-    def modules(self) -> dict[str, torch.nn.Module]:
-        return self._by_name
-
     def cannot(self) -> str:
         return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
 
@@ -215,7 +213,7 @@ class _Layerwise:
                     yield Slot(self._names[layer], name), tensor
 
     def refuses(self, slot: Slot) -> str | None:
-        layer = self._by_name[slot.owner]
+        layer = self.modules[slot.module]
         if _is_deferred(self._vllm, layer):
             return "vLLM loads attention last of all"
         if slot.name in layer._buffers:
@@ -253,17 +251,17 @@ class _Layerwise:
         finally:
             self._vllm._layerwise_process = process
 
-    def open(self, owner: str) -> None:
-        layer = self._by_name[owner]
+    def open(self, module: str) -> None:
+        layer = self.modules[module]
         self._vllm.materialize_layer(layer, self._vllm.get_layerwise_info(layer))
 
     def memory(self, slot: Slot) -> torch.Tensor:
-        memory = getattr(self._by_name[slot.owner], slot.name)
+        memory = getattr(self.modules[slot.module], slot.name)
         return memory.data  # vLLM's own kinds of parameters are slow to look at
 
-    def delivered(self, owner: str, numel: int) -> bool:
+    def delivered(self, module: str, numel: int) -> bool:
         """What vLLM's wrapped loaders do once a tensor is in."""
-        layer = self._by_name[owner]
+        layer = self.modules[module]
         info = self._vllm.get_layerwise_info(layer)
         info.load_numel_total = self._vllm.get_layer_size(layer)
         info.load_numel += numel
@@ -364,11 +362,11 @@ class ModelReload:
             if vllm is None
             else _Layerwise(vllm, self._model, model_config, device)
         )
-        self._session: Session | None = None
+        self._session: ModelUpdate | None = None
         self._expected: set[str] = set()
         self._required: set[str] = set()
 
-    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
+    def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Load a bucket; ``delivery``: where its tensors lie."""
         session = self._begun()
         with self._way.surroundings():
@@ -379,7 +377,7 @@ class ModelReload:
         """Whether a bucket with this message can be replayed as it is."""
         return self._learned.recognises(message) and self._begun().knows(message)
 
-    def replay(self, delivery: Delivery) -> None:
+    def replay(self, delivery: ReceivedBucket) -> None:
         """Load a bucket whose message is known."""
         session = self._begun()
         with self._way.surroundings():
@@ -408,21 +406,21 @@ class ModelReload:
             self._session = None
             self._way.abandon()
 
-    def _begun(self) -> Session:
+    def _begun(self) -> ModelUpdate:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
             tied = _tied(self._model)
             self._way.begin()
-            self._session = Session(self._learned, self._way)  # what close() needs
+            self._session = ModelUpdate(self._learned, self._way)  # what close() needs
             self._session = self._learned.begin(self._way, version_of(self._model))
             self._note_what_is_expected(tied)
         return self._session
 
-    def _end_bucket(self, session: Session) -> None:
+    def _end_bucket(self, session: ModelUpdate) -> None:
         self.report.held_bytes += self._way.after_bucket()
         session.settle()
 
-    def _fill_report(self, session: Session) -> None:
+    def _fill_report(self, session: ModelUpdate) -> None:
         self.report.tensors, self.report.nbytes = session.tensors, session.nbytes
         self.report.held_bytes += session.held_bytes
         self.report.partial = self._way.partial_layers()
@@ -494,7 +492,7 @@ class EngineReload:
                 habits[role] = LoaderHabits(model)
             self._models[role] = ModelReload(habits[role], model_config, worker.device)
 
-    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
+    def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
 
         Raises:
@@ -517,7 +515,7 @@ class EngineReload:
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket, and remember its message."""
-        self.load(weights, Delivery(message, buffer))
+        self.load(weights, ReceivedBucket(message, buffer))
 
     def knows(self, message: bytes) -> bool:
         with self._as_engine():
@@ -527,7 +525,7 @@ class EngineReload:
         """Load a bucket whose message is known."""
         with self._as_engine():
             for model in self._models.values():
-                model.replay(Delivery(message, buffer))
+                model.replay(ReceivedBucket(message, buffer))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
