@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,18 +28,16 @@ from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
     LearnedLoader,
     ModelUpdate,
-    Plainly,
 )
-from checkpoint_engine.loading.replay.program import NamedTensors, ReceivedBucket
-from checkpoint_engine.loading.replay.recording import Recording
+from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket, Recording
 
-_SHOWN_NAMES = 20
+LoadWeights = Callable[[NamedTensors], Any]
 
 
 class Replayed:
     """A ``load_weights`` that learns; see ``replayed``."""
 
-    def __init__(self, load_weights: Plainly, model: torch.nn.Module, learned: LearnedLoader):
+    def __init__(self, load_weights: LoadWeights, model: torch.nn.Module, learned: LearnedLoader):
         self.report: dict[str, Any] = {}
         self._load_weights = load_weights
         self._model = model
@@ -63,7 +61,7 @@ class Replayed:
         return self._learned.recognises(message) and self._begun().knows(message)
 
     def replay(self, message: bytes, buffer: torch.Tensor) -> None:
-        self._begun().replay(ReceivedBucket(message, buffer), self._load_weights)
+        self._begun().replay(ReceivedBucket(message, buffer))
 
     def finish(self) -> None:
         """The update is complete: keep what was learned, and fill in ``report``."""
@@ -85,13 +83,14 @@ class Replayed:
 
     def _begun(self) -> ModelUpdate:
         if self._update is None:
-            self._update = self._learned.begin(InPlace(self._model), version_of(self._model))
+            adapter = InPlace(self._model, self._load_weights)
+            self._update = self._learned.begin(adapter, version_of(self._model))
         return self._update
 
     def _load(self, weights: NamedTensors, received: ReceivedBucket | None) -> None:
         update = self._begun()
         with torch.no_grad():
-            update.load(weights, self._load_weights, received)
+            update.load(weights, received)
         kept = update.settle()
         if kept and received is not None and not self._learned.keeps_tensors:
             self._learned.keeps_tensors = True
@@ -102,7 +101,7 @@ _learned_loaders: weakref.WeakKeyDictionary[torch.nn.Module, LearnedLoader]
 _learned_loaders = weakref.WeakKeyDictionary()
 
 
-def replayed(load_weights: Plainly, model: torch.nn.Module | None = None) -> Replayed:
+def replayed(load_weights: LoadWeights, model: torch.nn.Module | None = None) -> Replayed:
     """``load_weights``, learned in the first two updates of a model and replayed in later ones.
 
     Pass it as ``run`` to ``worker.update_weights_from_ipc``, which says when an update ends. Other
@@ -140,10 +139,6 @@ def summary(update: ModelUpdate, learned: LearnedLoader) -> dict[str, Any]:
     needed, total = recording.needed, sum(source.nbytes for source in recording.entries)
     needed_bytes = sum(one.nbytes for one in needed)
     return report | {
-        "fallback_count": len(recording.plain),
-        "fallback": {
-            source.name: reason for source, reason in [*recording.plain.items()][:_SHOWN_NAMES]
-        },
         "needed_tensors": len(needed),
         "needed_bytes": needed_bytes,
         "needed_share": needed_bytes / max(1, total),

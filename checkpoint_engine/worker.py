@@ -36,7 +36,7 @@ from checkpoint_engine.handover.wire import (
 from checkpoint_engine.loading.delivery import Delivery
 from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.loading.reload import EngineReload
-from checkpoint_engine.loading.replay.program import NamedTensors
+from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.memory.checksum import FORMULA, check_bytes
 

@@ -26,8 +26,8 @@ from checkpoint_engine.loading.replay.learned_loader import (
     ModelUpdate,
 )
 from checkpoint_engine.loading.replay.memory import Slot
-from checkpoint_engine.loading.replay.program import NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 from checkpoint_engine.replay import summary, version_of
 
@@ -111,7 +111,8 @@ class _LoadOver(InPlace):
     surroundings = staticmethod(nullcontext)
 
     def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
-        super().__init__(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
+        module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+        super().__init__(module, model.load_weights)
         self._model = model
         self._model_config = model_config
         self._device = device
@@ -156,6 +157,7 @@ class _Layerwise:
         self._vllm = vllm
         self._model = model
         self._model_config = model_config
+        self.load_weights: Any = model.load_weights
         self._names = {layer: name for name, layer in model.named_modules()}
         self.modules: Mapping[str, torch.nn.Module] = {
             name: layer for layer, name in self._names.items()
@@ -370,7 +372,7 @@ class ModelReload:
         """Load a bucket; ``delivery``: where its tensors lie."""
         session = self._begun()
         with self._way.surroundings():
-            session.load(weights, self._model.load_weights, delivery)
+            session.load(weights, delivery)
         self._end_bucket(session)
 
     def knows(self, message: bytes) -> bool:
@@ -381,7 +383,7 @@ class ModelReload:
         """Load a bucket whose message is known."""
         session = self._begun()
         with self._way.surroundings():
-            session.replay(delivery, self._model.load_weights)
+            session.replay(delivery)
         self._end_bucket(session)
 
     def finish(self) -> None:

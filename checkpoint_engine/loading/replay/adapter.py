@@ -10,6 +10,7 @@ import torch
 
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import NamedTensors
 
 
 class ModelAdapter(Protocol):
@@ -19,6 +20,8 @@ class ModelAdapter(Protocol):
     """Whether the memory of slots stays the same from update to update."""
     modules: Mapping[str, torch.nn.Module]
     """The model's, by name."""
+    load_weights: Callable[[NamedTensors], Any]
+    """The engine's own loader."""
 
     def cannot(self) -> str:
         """Why this engine cannot be watched; empty where it can."""
@@ -59,8 +62,9 @@ class InPlace(ModelAdapter):
 
     is_persistent = True
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, load_weights: Callable[[NamedTensors], Any]) -> None:
         self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
+        self.load_weights = load_weights
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():

@@ -20,10 +20,6 @@ from checkpoint_engine.loading.replay.geometry import Copy, View
 Cells = tuple[int, ...]
 
 
-class InexpressibleError(Exception):
-    """What was done to a tensor is no copy between regions at constant strides."""
-
-
 class Source(NamedTuple):
     """A tensor of the checkpoint."""
 
@@ -37,11 +33,13 @@ class Source(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Elements of ``source``, read as ``dtype`` and converted to each of ``casts`` in order."""
+    """Where elements are from: ``source``, read as ``dtype``; or, without a source, the number
+    ``value`` as it is in a tensor of ``dtype``. ``casts``: what they are converted to, in order."""
 
-    source: Source
+    source: Source | None
     dtype: torch.dtype
     casts: tuple[torch.dtype, ...] = ()
+    value: Any = None
 
     @property
     def arrives_as(self) -> torch.dtype:
@@ -53,29 +51,18 @@ class Origin(NamedTuple):
 
     def read_as(self, dtype: torch.dtype) -> Origin:
         """The same bits under another dtype of the same size."""
-        if self.casts and dtype != self.arrives_as:
-            raise InexpressibleError(f"converted to {self.arrives_as}, then read as {dtype}")
-        return self if self.casts else self._replace(dtype=dtype)
+        if dtype == self.arrives_as:
+            return self
+        if self.casts or self.source is None:
+            raise ValueError(f"converted to {self.arrives_as}, then read as {dtype}")
+        return self._replace(dtype=dtype)
 
-
-class Constant(NamedTuple):
-    """Every element is ``value``, a number that ``arrives_as`` has exactly."""
-
-    value: bool | int | float
-    arrives_as: torch.dtype
-
-    @staticmethod
-    def of(value: Any, dtype: torch.dtype) -> Constant:
-        """``value`` as it is in a tensor of ``dtype`` that was filled with it."""
-        return Constant(torch.empty((), dtype=dtype).fill_(value).item(), dtype)
-
-    def cast(self, dtype: torch.dtype) -> Constant:
-        return Constant.of(self.value, dtype)
-
-    def read_as(self, dtype: torch.dtype) -> Constant:
-        if dtype != self.arrives_as:
-            raise InexpressibleError(f"a {self.arrives_as} constant read as {dtype}")
-        return self
+    def number(self) -> Any:
+        """What every element is, if there is no source."""
+        tensor = torch.empty((), dtype=self.dtype).fill_(self.value)
+        for dtype in self.casts:
+            tensor = tensor.to(dtype)
+        return tensor.item()
 
 
 class Piece(NamedTuple):
@@ -86,7 +73,7 @@ class Piece(NamedTuple):
     size: Cells
     offset: int
     strides: Cells
-    origin: Origin | Constant
+    origin: Origin
 
     @property
     def volume(self) -> int:
@@ -135,7 +122,7 @@ class Canvas:
     """A tensor's memory, and where what was copied into it came from."""
 
     def __init__(self, view: View) -> None:
-        """Raises ``InexpressibleError`` where elements of the view overlap."""
+        """Raises ``ValueError`` where elements of the view overlap."""
         self.view = view
         dims = sorted(
             ((s, n) for n, s in zip(view.sizes, view.strides, strict=True) if n != 1), reverse=True
@@ -143,7 +130,7 @@ class Canvas:
         within = 1
         for stride, size in reversed(dims):
             if stride < within:
-                raise InexpressibleError(f"elements of {view.sizes} at {view.strides} overlap")
+                raise ValueError(f"elements of {view.sizes} at {view.strides} overlap")
             within = stride * size
         self._sizes, self._strides = tuple(n for _, n in dims), tuple(s for s, _ in dims)
         self._rows: dict[int, list[Piece]] = defaultdict(list)
@@ -159,9 +146,9 @@ class Canvas:
 
     @property
     def sources(self) -> set[Source]:
-        return {p.origin.source for p in self._pieces() if isinstance(p.origin, Origin)}
+        return {p.origin.source for p in self._pieces() if p.origin.source is not None}
 
-    def contents(self) -> Iterator[tuple[Origin | Constant, Copy]]:
+    def contents(self) -> Iterator[tuple[Origin, Copy]]:
         """What its elements were copied from; the source of a constant's copy means nothing."""
         for piece in self._pieces():
             cells = zip(piece.start, self._strides, strict=True)
@@ -169,41 +156,38 @@ class Canvas:
             copy = Copy(piece.offset, target, piece.size, piece.strides, self._strides)
             yield piece.origin, copy
 
-    def write(self, copy: Copy, origin: Origin | Constant, dtype: torch.dtype) -> set[Source]:
+    def write(self, copy: Copy, origin: Origin, dtype: torch.dtype) -> set[Source]:
         """A copy from ``origin`` went to places of this memory, as elements of ``dtype``.
 
-        Returns the sources of what it replaced anywhere. Raises ``InexpressibleError``.
+        Returns the sources of what it replaced anywhere. Raises ``ValueError`` if it is no copy
+        between regions at constant strides.
         """
-        replaced = set()
+        replaced: set[Source] = set()
         there = zip(copy.sizes, copy.target_strides, copy.source_strides, strict=True)
         for new in self._place(copy.target, list(there), copy.source, origin.cast(dtype)):
             for old in self._near(new):
                 if (common := old.within(new)) is not None:
                     self._rows[old.row].remove(old)
                     self._add(old.without(common))
-                    replaced |= {old.origin.source} if isinstance(old.origin, Origin) else set()
+                    if old.origin.source is not None:
+                        replaced.add(old.origin.source)
             self._add([new])
         return replaced
 
-    def read(self, copy: Copy, dtype: torch.dtype) -> list[tuple[Origin | Constant, Copy]]:
+    def read(self, copy: Copy, dtype: torch.dtype) -> list[tuple[Origin, Copy]]:
         """The origins of a copy whose source is in this memory, as elements of ``dtype``: the same
-        as copies from there. Raises ``InexpressibleError`` if part of it has no origin."""
-        dims = list(zip(copy.sizes, copy.source_strides, copy.target_strides, strict=True))
-        still = [dim for dim in dims if dim[1] == 0]  # broadcast: the same elements again
-        moving = [dim for dim in dims if dim[1] != 0]
+        as copies from there. Raises ``ValueError`` if part of it has no origin."""
+        dims = zip(copy.sizes, copy.source_strides, copy.target_strides, strict=True)
         copies, found = [], 0
-        for asked in self._place(copy.source, moving, copy.target, Constant(0, dtype)):
+        for asked in self._place(copy.source, list(dims), copy.target, Origin(None, dtype)):
             for piece in self._near(asked):
                 if (common := piece.within(asked)) is not None:
                     found += common.volume
-                    sizes = (*common.size, *(n for n, _, _ in still))
-                    sources = (*common.strides, *(0 for _ in still))
-                    targets = (*asked.strides, *(by for _, _, by in still))
                     target = asked.part(common.start, common.size).offset
-                    one = Copy(common.offset, target, sizes, sources, targets)
-                    copies.append((piece.origin.read_as(dtype), one))
-        if found != math.prod(n for n, _, _ in moving):
-            raise InexpressibleError("it was not filled from the checkpoint alone")
+                    places = common.offset, target, common.size, common.strides, asked.strides
+                    copies.append((piece.origin.read_as(dtype), Copy(*places)))
+        if found != copy.numel:
+            raise ValueError("it was not filled from the checkpoint alone")
         return copies
 
     def _pieces(self) -> Iterator[Piece]:
@@ -221,7 +205,7 @@ class Canvas:
             self._rows[piece.row].append(piece)
 
     def _place(
-        self, offset: int, dims: list[tuple[int, int, int]], other: int, origin: Origin | Constant
+        self, offset: int, dims: list[tuple[int, int, int]], other: int, origin: Origin
     ) -> list[Piece]:
         """Cut a view of this memory into boxes of the grid, which is made finer where that helps.
 
@@ -230,7 +214,7 @@ class Canvas:
             dims: of each of the view's dimensions the elements, the stride, and the other stride.
         """
         if origin.arrives_as.itemsize != self.view.dtype.itemsize:
-            raise InexpressibleError(f"{self.view.dtype} memory used as {origin.arrives_as}")
+            raise ValueError(f"{self.view.dtype} memory used as {origin.arrives_as}")
         dims = [dim for dim in dims if dim[0] != 1]
         if any(n == 0 for n, _, _ in dims):
             return []
@@ -239,16 +223,16 @@ class Canvas:
         return list(self._boxes(offset, dims, other, origin))
 
     def _boxes(
-        self, offset: int, dims: list[tuple[int, int, int]], other: int, origin: Origin | Constant
+        self, offset: int, dims: list[tuple[int, int, int]], other: int, origin: Origin
     ) -> Iterator[Piece]:
         if missing := [stride for _, stride, _ in dims if stride not in self._strides]:
-            raise InexpressibleError(f"stride {missing[0]} in memory at {self._strides}")
+            raise ValueError(f"stride {missing[0]} in memory at {self._strides}")
         start = self._cell(offset)
         size, strides = [1] * len(start), [0] * len(start)
         for number, (n, stride, by) in enumerate(dims):
             d = self._strides.index(stride)
             if size[d] != 1:
-                raise InexpressibleError("two dimensions run along one")
+                raise ValueError("two dimensions run along one")
             length = self._sizes[d]
             if start[d] + n <= length:
                 size[d], strides[d] = n, by
@@ -270,10 +254,10 @@ class Canvas:
         for size, stride in zip(self._sizes, self._strides, strict=True):
             index, rest = divmod(rest, stride)
             if not 0 <= index < size:
-                raise InexpressibleError("it reaches beyond its memory")
+                raise ValueError("it reaches beyond its memory")
             cell.append(index)
         if rest:
-            raise InexpressibleError("it begins between elements")
+            raise ValueError("it begins between elements")
         return tuple(cell)
 
     def _refine(self, stride: int) -> None:

@@ -10,8 +10,7 @@ import torch
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
 from checkpoint_engine.loading.replay.geometry import UNITS, View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, key_of
-from checkpoint_engine.loading.replay.program import Move, Program
-from checkpoint_engine.loading.replay.recording import Recording
+from checkpoint_engine.loading.replay.recording import Move, Program, Recording
 
 _SHOWN_NAMES = 20
 
@@ -45,16 +44,17 @@ class Comparison:
     def expect(self, program: Program, buffer: torch.Tensor) -> None:
         """What the program would copy is in the buffer, and about to be loaded."""
         for move in program.moves:
-            sums = _digests(move.sources_as_written(buffer))
-            self._expected[move.slot.module].append((move, sums))
+            arrives_as = move.route.arrives_as
+            sums = _digests([source.to(arrives_as) for source in move.sources(buffer)])
+            self._expected[move.route.slot.module].append((move, sums))
 
     def check(self, module: str) -> None:
         """What has been loaded into a module is there, and nothing has changed it yet."""
         expected = self._expected.pop(module, [])
         for move, sums in expected:
-            memory = self._model.memory(move.slot)
+            memory = self._model.memory(move.route.slot)
             if memory.is_meta or not torch.equal(_digests(move.targets(memory)), sums):
-                self._differing.add(move.slot)
+                self._differing.add(move.route.slot)
         # A module that is made anew is not complete after one bucket, and its fills may be missing.
         is_filled = expected and (self._bucket is None or self._model.is_persistent)
         if self._recording is not None and is_filled:

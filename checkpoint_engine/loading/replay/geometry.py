@@ -37,11 +37,6 @@ class View(NamedTuple):
         begin = self.offset * self.dtype.itemsize
         return begin, begin + cells * self.dtype.itemsize * (0 not in self.sizes)
 
-    @property
-    def extent(self) -> int:
-        begin, end = self.span
-        return end - begin
-
     def overlaps(self, other: View) -> bool:
         """Whether the spans of two views of one storage have a byte in common."""
         (a, b), (c, d) = self.span, other.span

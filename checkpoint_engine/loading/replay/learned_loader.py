@@ -8,7 +8,7 @@ and buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,17 +18,14 @@ from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
-from checkpoint_engine.loading.replay.program import (
-    Group,
+from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
-    Placed,
     Program,
     ReceivedBucket,
-    digest_of,
+    Recording,
     groups_of,
 )
-from checkpoint_engine.loading.replay.recorder import Recorder, UnaccountableError
-from checkpoint_engine.loading.replay.recording import Recording
 from checkpoint_engine.settings import replay_check, replay_mode
 
 _MOST_RESTARTS = 2
@@ -38,9 +35,6 @@ KEEPS_TENSORS = (
     "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
     "update again, it will be given copies from now on"
 )
-
-Plainly = Callable[[NamedTensors], Any]
-"""The engine's own loader."""
 
 
 class LearnedLoader:
@@ -80,25 +74,22 @@ class LearnedLoader:
         self._restarts = 0
         self._replays += 1
         checks, rest = divmod(self._replays, every)
-        if rest:
-            return _Replaying(self, model, self.recording)
-        if self.recording.together:  # one bucket says little
+        if rest == 0 and self.recording.together:  # one bucket says little
             return _Learning(self, model, fingerprint)
-        checked = checks % max(1, self.recording.buckets)
+        checked = checks % max(1, self.recording.buckets) if rest == 0 else None
         return _Replaying(self, model, self.recording, checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun to find
         out."""
-        recording = self.recording if self.agreed > 1 else None
-        return recording is not None and digest_of(message) in recording.programs
+        return self.agreed > 1 and self.recording is not None and message in self.recording.programs
 
     def learn(self, recording: Recording) -> None:
-        """What an update did. It is kept in place of the one before: it has the programs of the
-        last buckets."""
-        if recording.does_as(self.recording):
+        """What an update did, and whatever else is known if the one before did the same."""
+        if self.recording is not None and recording.does_as(self.recording):
             self.agreed += 1
-            recording.together |= self.recording is not None and self.recording.together
+            recording.together |= self.recording.together
+            recording.programs = self.recording.programs
         elif self.recording is not None:
             self._restart("its loader does something else in every update")
         if not self.why_not:
@@ -142,19 +133,17 @@ class ModelUpdate:
         self._learned = learned
         self._model = model
 
-    def load(
-        self, weights: NamedTensors, plainly: Plainly, received: ReceivedBucket | None = None
-    ) -> None:
+    def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         """Load a bucket; ``received`` says where its tensors lie, if they came in one buffer."""
         self.tensors += len(weights)
         self.nbytes += sum(tensor.nbytes for _, tensor in weights)
-        self._load_plainly(weights, plainly)
+        self._load_plainly(weights)
 
     def knows(self, message: bytes) -> bool:
         """Whether a bucket's message need not be decoded: ``replay`` it."""
         return False
 
-    def replay(self, received: ReceivedBucket, plainly: Plainly) -> None:
+    def replay(self, received: ReceivedBucket) -> None:
         """Load a bucket whose message is known."""
         raise RuntimeError("only known messages can be replayed")
 
@@ -177,10 +166,13 @@ class ModelUpdate:
     def commit(self) -> None:
         """The update succeeded: keep what was learned."""
 
-    def _load_plainly(self, weights: NamedTensors, plainly: Plainly) -> None:
+    def _load_weights(self, weights: NamedTensors) -> Any:
+        return self._model.load_weights(weights)
+
+    def _load_plainly(self, weights: NamedTensors) -> None:
         if self._learned.keeps_tensors:
             weights = [(name, tensor.clone()) for name, tensor in weights]
-        loaded = plainly(weights)
+        loaded = self._load_weights(weights)
         if not isinstance(loaded, (set, frozenset)):  # not every engine's loader says
             self.loaded_plainly = None
         elif self.loaded_plainly is not None:
@@ -198,36 +190,32 @@ class _Learning(ModelUpdate):
         self._fingerprint = fingerprint
         self._recorder = Recorder(model.tensors(), every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
-        self._placed: dict[Hashable, list[Placed]] = {}
         self._buckets = 0
         self._recording: Recording | None = None
 
-    def load(
-        self, weights: NamedTensors, plainly: Plainly, received: ReceivedBucket | None = None
-    ) -> None:
+    def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
-        for key, buffer, placed in groups_of(weights, received):
-            self._placed[key] = placed
-            if self._before is not None:
-                self._comparison.expect(self._before.compile(placed), buffer)
+        if self._before is not None:
+            for group in groups_of(weights, received):
+                self._comparison.expect(self._before.program_for(group), group.buffer)
         if not self._model.is_persistent:
             self._recorder.rebind(self._model.tensors())
-        super().load(weights, lambda given: self._watched(given, plainly), received)
+        super().load(weights, received)
 
-    def _watched(self, weights: NamedTensors, plainly: Plainly) -> Any:
+    def _load_weights(self, weights: NamedTensors) -> Any:
         if self._recorder.failure:
-            return plainly(weights)
+            return self._model.load_weights(weights)
         try:
             offered = self._recorder.offer(weights)
         except (BufferError, NotImplementedError, RuntimeError, TypeError) as error:
             self._recorder.give_up(f"tensors of this device cannot be told apart: {error}")
-            return plainly(weights)
+            return self._model.load_weights(weights)
         with ExitStack() as around:
             if self._before is not None:
                 around.enter_context(self._model.checking(self._comparison.check))
             around.enter_context(self._model.watching(self._recorder))
             around.enter_context(self._recorder.watching())
-            return plainly(offered)
+            return self._model.load_weights(offered)
 
     def settle(self) -> list[str]:
         return self._recorder.settle()
@@ -237,14 +225,12 @@ class _Learning(ModelUpdate):
         return set() if recording is None else recording.unused(recording.entries)
 
     def finish(self) -> None:
-        try:
-            recording = self._recorder.finish(self._model.refuses)
-        except UnaccountableError as error:
-            self.reason = str(error)
+        recording = self._recorder.finish(self._model.refuses)
+        if recording is None:
+            self.reason = self._recorder.failure
             return
         recording.fingerprint, recording.buckets = self._fingerprint, self._buckets
         recording.loaded = self.loaded_plainly
-        recording.programs = {key: recording.compile(one) for key, one in self._placed.items()}
         if self._before is None or recording.does_as(self._before):
             self.reason = self._comparison.finish(recording)
         self._recording = recording
@@ -262,11 +248,7 @@ class _Replaying(ModelUpdate):
     how = "replayed"
 
     def __init__(
-        self,
-        learned: LearnedLoader,
-        model: ModelAdapter,
-        recording: Recording,
-        checked: int | None = None,
+        self, learned: LearnedLoader, model: ModelAdapter, recording: Recording, checked: int | None
     ) -> None:
         """``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, model)
@@ -286,33 +268,34 @@ class _Replaying(ModelUpdate):
     def knows(self, message: bytes) -> bool:
         if self._leaves_it or self._bucket == self._checked:
             return False
-        return digest_of(message) in self._recording.programs
+        return message in self._recording.programs
 
-    def replay(self, received: ReceivedBucket, plainly: Plainly) -> None:
+    def replay(self, received: ReceivedBucket) -> None:
         self._bucket += 1
-        key = received.digest
-        self._execute(key, self._recording.programs[key], received.buffer, plainly)
+        key = received.message
+        self._execute(key, self._recording.programs[key], received.buffer)
 
-    def load(
-        self, weights: NamedTensors, plainly: Plainly, received: ReceivedBucket | None = None
-    ) -> None:
-        programs = [(group, self._compiled(group)) for group in groups_of(weights, received)]
-        unknown = [placed for _, program in programs for placed in program.unknown]
+    def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
+        programs = [
+            (group, self._recording.program_for(group)) for group in groups_of(weights, received)
+        ]
+        unknown = {placed.source.name for _, program in programs for placed in program.unknown}
         if unknown and not self._leaves_it:
             self._meet_unknown(unknown)
         self._bucket += 1
         if self._leaves_it:
-            super().load(weights, plainly, received)
-        elif self._bucket - 1 == self._checked and not self._is_stale:
+            return super().load(weights, received)
+        if self._bucket - 1 == self._checked and not self._is_stale:
             self._used |= {group.key: program for group, program in programs}
             self._comparison = Comparison(self._model, self._recording, [p for _, p in programs])
             for group, program in programs:
                 self._comparison.expect(program, group.buffer)
             with self._model.checking(self._comparison.check):
-                super().load(weights, plainly, received)
-        else:
-            for group, program in programs:
-                self._execute(group.key, program, group.buffer, plainly)
+                return super().load(weights, received)
+        for group, program in programs:
+            self._execute(group.key, program, group.buffer)
+        if unknown:
+            self._load_plainly([one for one in weights if one[0] in unknown])
 
     def settle(self) -> list[str]:
         comparison, self._comparison = self._comparison, None
@@ -326,9 +309,7 @@ class _Replaying(ModelUpdate):
         if self._recording.together and not self._is_stale and absent:
             self._refuse_checkpoint(f"lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
-        self._recording.programs = {  # what other cuts need is compiled again
-            key: program for key, program in self._used.items() if not program.unknown
-        }
+        self._recording.programs = self._used  # what other cuts need is compiled again
         if self._is_stale:
             self._learned.forget()
 
@@ -345,19 +326,13 @@ class _Replaying(ModelUpdate):
     def _arrived(self) -> frozenset[Source]:
         return frozenset().union(*(program.sources for program in self._used.values()))
 
-    def _compiled(self, group: Group) -> Program:
-        programs = self._recording.programs
-        if group.key not in programs:
-            programs[group.key] = self._recording.compile(group.placed)
-        return programs[group.key]
-
-    def _meet_unknown(self, tensors: list[Placed]) -> None:
+    def _meet_unknown(self, names: set[str]) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""
         self._is_stale = True
         if self._used and self._recording.together:
+            count, first = len(names), min(names)
             self._refuse_checkpoint(
-                f"has {len(tensors)} tensors that it did not have before, as "
-                f"{tensors[0].source.name!r}"
+                f"has {count} tensors that it did not have before, as {first!r}"
             )
 
     def _refuse_checkpoint(self, difference: str) -> None:
@@ -367,23 +342,17 @@ class _Replaying(ModelUpdate):
             "it will be learned anew"
         )
 
-    def _execute(
-        self, key: Hashable, program: Program, buffer: torch.Tensor, plainly: Plainly
-    ) -> None:
+    def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor) -> None:
         self._used[key] = program
         self.tensors += program.tensors
         self.nbytes += program.nbytes
-        left = [*program.plain, *program.unknown]
-        self.replayed += program.tensors - len(left)
+        self.replayed += program.tensors - len(program.unknown)
         try:
             with torch.no_grad():
                 self._run(program, buffer)
         except Exception as error:
             self._learned.refuse(f"replaying failed: {type(error).__name__}: {error}")
             raise
-        if left:
-            weights = [(placed.source.name, placed.in_buffer(buffer)) for placed in left]
-            self._load_plainly(weights, plainly)
 
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
         for part in program.parts:
@@ -391,8 +360,7 @@ class _Replaying(ModelUpdate):
             if part.module not in self._filled:
                 self._fill(part.module)
             for move in part.moves:
-                memory = self._model.memory(move.slot)
-                move.execute(buffer, memory, self._model.is_persistent)
+                move.execute(buffer, self._model.memory(move.route.slot))
             is_complete = self._model.delivered(part.module, part.numel)
             if not (is_complete or self._model.is_persistent):
                 self.held_bytes += part.nbytes

@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from checkpoint_engine.loading.replay.canvas import (
-    Canvas,
-    Constant,
-    InexpressibleError,
-    Origin,
-    Source,
-)
+from checkpoint_engine.loading.replay.canvas import Canvas, Origin, Source
 from checkpoint_engine.loading.replay.geometry import Copy, View
 
 
@@ -70,7 +64,7 @@ class Known:
         is_numbers: it holds what Python had, and nothing of the checkpoint or the model.
     """
 
-    storage: StorageWeakRef | None = None
+    storage: Any = None
     source: Source | None = None
     traced: list[Traced] = field(default_factory=list)
     model: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
@@ -95,33 +89,22 @@ class KnownMemory:
         for slot, tensor in model:
             if key_of(tensor) is not None:
                 self._remember(tensor).model.append((slot, tensor))
-        everything = [(View.of(t), slot, t) for slot, t in tensors if key_of(t) is not None]
-        for view, slot, tensor in sorted(everything, key=lambda one: one[0].extent, reverse=True):
-            self._add_slot(view, slot, tensor)
+        slots = [(slot, tensor) for slot, tensor in tensors if key_of(tensor) is not None]
+        for slot, tensor in sorted(slots, key=lambda one: one[1].nbytes, reverse=True):
+            self._add_slot(slot, tensor)
 
     # ------------------------------------------------------------------ what operations do
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """``target`` was filled from ``source``, broadcast and converted."""
-        if not target.numel() or (self._is_numbers(target) and self._is_numbers(source)):
+    def copy(self, target: torch.Tensor, source: Any) -> None:
+        """``target`` was filled from a tensor, broadcast and converted, or with a number."""
+        is_number = not isinstance(source, torch.Tensor) or self._is_numbers(source)
+        if not target.numel() or (is_number and self._is_numbers(target)):
             return
-        into, view = self._require_traced(target), View.of(target)
-        out_of = View.of(source.expand(view.sizes))
-        copy = Copy(out_of.offset, view.offset, view.sizes, out_of.strides, view.strides)
-        for origin, one in self._origins_of(source, copy):
-            self._write(into, one, origin, target.dtype)
-
-    def fill(self, target: torch.Tensor, value: Any) -> None:
-        """``target`` was filled with a number, or a tensor that holds one."""
-        if isinstance(value, torch.Tensor):
-            if value.dim() or not self._is_numbers(value):
-                return self.copy(target, value)
-            value = value.item()
-        if target.numel() and not self._is_numbers(target):
-            view = View.of(target)
-            copy = Copy(0, view.offset, view.sizes, (0,) * len(view.sizes), view.strides)
-            constant = Constant.of(value, target.dtype)
-            self._write(self._require_traced(target), copy, constant, target.dtype)
+        traced, view = self._trace(target), View.of(target)
+        if traced is None:
+            raise ValueError("into memory that is no parameter or buffer")
+        for origin, copy in self._origins_of(source, view):
+            self._write(traced, copy, origin, target.dtype)
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -140,24 +123,27 @@ class KnownMemory:
             self.make(result)
             self.copy(result, source)
 
-    def _origins_of(self, source: torch.Tensor, copy: Copy) -> list[tuple[Origin | Constant, Copy]]:
-        given = self._find(source).source
-        if given is not None:
-            return [(Origin(given, source.dtype), copy)]
-        traced = self._trace(source)
-        if traced is None:
-            raise InexpressibleError("its values are neither constant nor from the checkpoint")
-        found = traced.canvas.read(copy, source.dtype)
-        sources = {origin.source for origin, _ in found if isinstance(origin, Origin)}
-        self._together |= len(sources) > 1
-        return found
+    def _origins_of(self, source: Any, into: View) -> list[tuple[Origin, Copy]]:
+        """Where what went ``into`` a view is from."""
+        number = Origin(None, into.dtype, (), source)
+        if isinstance(source, torch.Tensor):
+            given, traced = self._find(source).source, self._trace(source)
+            out_of = View.of(source.expand(into.sizes))
+            copy = Copy(out_of.offset, into.offset, into.sizes, out_of.strides, into.strides)
+            if given is not None:
+                return [(Origin(given, source.dtype), copy)]
+            if traced is not None:
+                found = traced.canvas.read(copy, source.dtype)
+                self._together |= len({origin.source for origin, _ in found} - {None}) > 1
+                return found
+            if source.dim() or not self._is_numbers(source):
+                raise ValueError("its values are neither constant nor from the checkpoint")
+            number = Origin(None, source.dtype, (), source.item())
+        return [(number, Copy(0, into.offset, into.sizes, (0,) * len(into.sizes), into.strides))]
 
-    def _write(
-        self, traced: Traced, copy: Copy, origin: Origin | Constant, dtype: torch.dtype
-    ) -> None:
+    def _write(self, traced: Traced, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
         replaced = traced.canvas.write(copy, origin, dtype)
-        if isinstance(origin, Origin):
-            source = origin.source
+        if (source := origin.source) is not None:
             replaced.discard(source)
             # Back after another tensor's turn, or kept from another bucket: it waited for others.
             is_back = source in self._copied and source != self._last_copied
@@ -173,11 +159,11 @@ class KnownMemory:
 
     # ------------------------------------------------------------------ whose memory it is
 
-    def _add_slot(self, view: View, slot: Slot, tensor: torch.Tensor) -> None:
-        known = self._remember(tensor)
+    def _add_slot(self, slot: Slot, tensor: torch.Tensor) -> None:
+        known, view = self._remember(tensor), View.of(tensor)
         try:
             traced = Traced(Canvas(view), [slot], tensor.is_meta)
-        except InexpressibleError:
+        except ValueError:
             return  # writes into it are then writes into unknown memory
         for other in known.traced:
             if other.canvas.view.overlaps(view):
@@ -196,17 +182,14 @@ class KnownMemory:
         as the weak reference exists."""
         storage = tensor.untyped_storage()
         known = self._known.get(storage._cdata)
-        if known is None or known.storage is None or known.storage.expired():
+        if known is None or known.storage.expired():
             known = self._known[storage._cdata] = Known(StorageWeakRef(storage))
         return known
 
     def _forget_the_dead(self) -> None:
         """Drop what is known of storages that are gone."""
-        self._known = {
-            key: known
-            for key, known in self._known.items()
-            if known.storage is not None and not known.storage.expired()
-        }
+        alive = (one for one in self._known.items() if not one[1].storage.expired())
+        self._known = dict(alive)
 
     def _find(self, tensor: torch.Tensor) -> Known:
         key = key_of(tensor)
@@ -219,12 +202,6 @@ class KnownMemory:
         view = View.of(tensor)
         every = self._find(tensor).traced
         return next((one for one in every if one.canvas.view.overlaps(view)), None)
-
-    def _require_traced(self, tensor: torch.Tensor) -> Traced:
-        traced = self._trace(tensor)
-        if traced is None:
-            raise InexpressibleError("into memory that is no parameter or buffer")
-        return traced
 
     def _called(self, tensor: torch.Tensor) -> str:
         known = self._find(tensor)

@@ -10,6 +10,8 @@ as ``torch.tensor([a_tensor])`` and ``tensor_split`` by a tensor do. So these ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,12 +19,8 @@ import torch
 from checkpoint_engine.loading.replay.memory import KnownMemory
 
 
-def _copied_into(memory: KnownMemory, _: Any, target: Any, source: Any, *__: Any) -> None:
+def _filled(memory: KnownMemory, _: Any, target: Any, source: Any = 0, *__: Any) -> None:
     memory.copy(target, source)
-
-
-def _filled(memory: KnownMemory, _: Any, target: Any, value: Any = 0) -> None:
-    memory.fill(target, value)
 
 
 def _lifted(memory: KnownMemory, result: torch.Tensor, *_: Any) -> None:
@@ -39,7 +37,7 @@ def _empty(memory: KnownMemory, result: torch.Tensor, *_: Any, **__: Any) -> Non
 
 def _zeros(memory: KnownMemory, result: torch.Tensor, *_: Any, **__: Any) -> None:
     memory.make(result)
-    memory.fill(result, 0)
+    memory.copy(result, 0)
 
 
 def _cat(memory: KnownMemory, result: torch.Tensor, tensors: Any, dim: int = 0) -> None:
@@ -57,25 +55,17 @@ def _stack(memory: KnownMemory, result: torch.Tensor, tensors: Any, dim: int = 0
 
 
 _aten = torch.ops.aten
-RULES: dict[Any, Any] = {
-    _aten.copy_.default: _copied_into,
-    _aten.fill_.Scalar: _filled,
-    _aten.fill_.Tensor: _filled,
-    _aten.zero_.default: _filled,
-    _aten.lift_fresh.default: _lifted,
-    _aten.clone.default: _cloned,
-    _aten._to_copy.default: _cloned,
-    _aten.cat.default: _cat,
-    _aten.stack.default: _stack,
-    _aten.empty.memory_format: _empty,
-    _aten.empty_like.default: _empty,
-    _aten.empty_strided.default: _empty,
-    _aten.new_empty.default: _empty,
-    _aten.new_empty_strided.default: _empty,
-    _aten.zeros.default: _zeros,
-    _aten.zeros_like.default: _zeros,
-    _aten.new_zeros.default: _zeros,
+_RULES: dict[Callable[..., None], str] = {
+    _filled: "copy_.default fill_.Scalar fill_.Tensor zero_.default",
+    _lifted: "lift_fresh.default",
+    _cloned: "clone.default _to_copy.default",
+    _cat: "cat.default",
+    _stack: "stack.default",
+    _empty: "empty.memory_format empty_like.default empty_strided.default "
+    "new_empty.default new_empty_strided.default",
+    _zeros: "zeros.default zeros_like.default new_zeros.default",
 }
+RULES = {attrgetter(name)(_aten): rule for rule, names in _RULES.items() for name in names.split()}
 _VIEWS = (
     "view _unsafe_view _reshape_alias slice select transpose t permute expand squeeze unsqueeze "
     "split split_with_sizes unbind diagonal as_strided detach alias"

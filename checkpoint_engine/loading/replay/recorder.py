@@ -15,7 +15,7 @@ import gc
 import sys
 import threading
 from _queue import SimpleQueue
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,24 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpoint_engine.loading.replay import operations
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import KnownMemory, Slot, SlotTensors, Traced, key_of
-from checkpoint_engine.loading.replay.operations import (
-    FUNCTIONS,
-    LOOK_AT_NO_VALUES,
-    LOOKS,
-    READ_A_NUMBER,
-    RULES,
-    VIEWS,
-)
-from checkpoint_engine.loading.replay.recording import Recording
-
-NamedTensors = list[tuple[str, torch.Tensor]]
-
-
-class UnaccountableError(Exception):
-    """There is no recording; says why."""
+from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Recording
 
 
 class Recorder(KnownMemory):
@@ -62,7 +49,7 @@ class Recorder(KnownMemory):
         super().__init__(tensors, model)
         self.failure = ""
         self._sources: dict[str, Source] = {}
-        self._counts: dict[Source, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._counts: dict[Source, Counter[str]] = defaultdict(Counter)
         self._constants: dict[Slot, torch.Tensor] = {}
         self._is_paused = False
 
@@ -135,11 +122,10 @@ class Recorder(KnownMemory):
             self._forget_the_dead()
         return [known.source.name for known in self._known.values() if known.source is not None]
 
-    def finish(self, refused: Callable[[Slot], str | None] = lambda _: None) -> Recording:
-        """What was seen. ``refused``: why a slot needs the engine's own loader, where it does.
+    def finish(self, refused: Callable[[Slot], str | None] = lambda _: None) -> Recording | None:
+        """What was seen; ``None`` if not everything that happened is known.
 
-        Raises:
-            UnaccountableError: not everything that happened is known.
+        ``refused``: why a slot that was written needs the engine's own loader, where it does.
         """
         gc.collect()
         for name in self.settle():
@@ -150,19 +136,15 @@ class Recorder(KnownMemory):
         fed = {module for traced in self._traced if traced.wrote for module in traced.modules}
         for traced in self._traced:
             self._judge(traced, fed)
+            for slot in traced.slots if traced.wrote else ():
+                if reason := refused(slot):
+                    self.give_up(f"{slot.qualified}: {reason}")
         if self.failure:
-            raise UnaccountableError(self.failure)
-        left = _left_to_the_engine(self._traced, refused)
-        recording = Recording(
-            entries={source: [] for source in self._sources.values()},
-            counts={one: dict(counts) for one, counts in self._counts.items() if one not in left},
-            plain={source: left[source] for source in self._sources.values() if source in left},
-            constants=self._constants,
-            together=self._together,
-        )
+            return None
+        entries: dict[Source, list[Entry]] = {source: [] for source in self._sources.values()}
+        recording = Recording(entries, self._counts, self._constants, self._together)
         for traced in self._traced:
-            if left.keys().isdisjoint(traced.modules):
-                recording.add(traced.slots[0], traced.canvas.contents())
+            recording.add(traced.slots[0], traced.canvas.contents())
         return recording
 
     def give_up(self, reason: str) -> None:
@@ -177,16 +159,16 @@ class Recorder(KnownMemory):
             return func(*args, **kwargs)
         with _unnoticed():
             is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
-            if not (self._is_paused or is_seen_later or func in FUNCTIONS):
+            if not (self._is_paused or is_seen_later or func in operations.FUNCTIONS):
                 with self.paused():
                     name = getattr(func, "__qualname__", func)
-                    self._look(func in LOOKS, name, _tensors_in((args, kwargs)))
+                    self._look(func in operations.LOOKS, name, _tensors_in((args, kwargs)))
             return func(*args, **kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what it did. The loader goes on whatever happens in here."""
         result = func(*args, **kwargs)
-        if self._is_paused or self.failure or func in VIEWS:
+        if self._is_paused or self.failure or func in operations.VIEWS:
             return result
         self._is_paused = True
         try:
@@ -199,12 +181,12 @@ class Recorder(KnownMemory):
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if func in RULES:
-            RULES[func](self, result, *args, **kwargs)
+        if func in operations.RULES:
+            operations.RULES[func](self, result, *args, **kwargs)
         elif func.namespace != "aten":
             self.give_up(f"{func} is no operation of torch's")
-        elif func not in LOOK_AT_NO_VALUES:
-            self._look(func is READ_A_NUMBER, func, _tensors_in((args, kwargs)))
+        elif func not in operations.LOOK_AT_NO_VALUES:
+            self._look(func is operations.READ_A_NUMBER, func, _tensors_in((args, kwargs)))
             if torch.Tag.nondeterministic_seeded not in func.tags:
                 for tensor in _tensors_in(result):
                     self.make_of_numbers(tensor)
@@ -238,26 +220,6 @@ class Recorder(KnownMemory):
             self.give_up(f"{name} was written, but from no tensor of the checkpoint")
         if not traced.is_meta and covered < total:
             self.give_up(f"{name}: only {covered} of its {total} elements were seen written")
-
-
-def _left_to_the_engine(
-    every: list[Traced], refused: Callable[[Slot], str | None]
-) -> dict[str | Source, str]:
-    """The modules and tensors that the engine loads itself, and why: a refused module, all the
-    tensors that go to it, every module that these reach, and so on."""
-    left: dict[str | Source, str] = {}
-    for traced in every:
-        for slot in traced.slots if traced.wrote else ():
-            if reason := refused(slot):
-                left |= dict.fromkeys(traced.modules, f"{slot.qualified}: {reason}")
-    groups = [traced.modules | traced.wrote for traced in every]
-    before = -1
-    while len(left) > before:
-        before = len(left)
-        for group in groups:
-            if reasons := [left[one] for one in group if one in left]:
-                left |= dict.fromkeys(group - left.keys(), reasons[0])
-    return left
 
 
 # ---------------------------------------------------------------------- how it sees what happens
