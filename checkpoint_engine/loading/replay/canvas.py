@@ -196,6 +196,7 @@ class Canvas:
 
     def _near(self, piece: Piece) -> list[Piece]:
         """The pieces that may overlap another one."""
+        # Stacked experts are hundreds of pieces of one row each: look at those of the row alone.
         if piece.row < 0:
             return list(self._pieces())
         return [*self._rows[piece.row], *self._rows[-1]]

@@ -24,12 +24,11 @@ from checkpoint_engine.loading.replay.recording import (
     Program,
     ReceivedBucket,
     Recording,
-    groups_of,
+    placements_of,
 )
 from checkpoint_engine.settings import replay_check, replay_mode
 
-_MOST_RESTARTS = 2
-"""How often a loader is learned anew without a replay in between; then it is left alone."""
+_MOST_RESTARTS = 2  # without a replay in between; then a loader is left alone
 
 KEEPS_TENSORS = (
     "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
@@ -196,8 +195,8 @@ class _Learning(ModelUpdate):
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
         if self._before is not None:
-            for group in groups_of(weights, received):
-                self._comparison.expect(self._before.program_for(group), group.buffer)
+            for placement in placements_of(weights, received):
+                self._comparison.expect(self._before.program_for(placement), placement.buffer)
         if not self._model.is_persistent:
             self._recorder.rebind(self._model.tensors())
         super().load(weights, received)
@@ -276,9 +275,8 @@ class _Replaying(ModelUpdate):
         self._execute(key, self._recording.programs[key], received.buffer)
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
-        programs = [
-            (group, self._recording.program_for(group)) for group in groups_of(weights, received)
-        ]
+        placements = placements_of(weights, received)
+        programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
         if unknown and not self._leaves_it:
             self._meet_unknown(unknown)
@@ -286,14 +284,14 @@ class _Replaying(ModelUpdate):
         if self._leaves_it:
             return super().load(weights, received)
         if self._bucket - 1 == self._checked and not self._is_stale:
-            self._used |= {group.key: program for group, program in programs}
+            self._used |= {placement.key: program for placement, program in programs}
             self._comparison = Comparison(self._model, self._recording, [p for _, p in programs])
-            for group, program in programs:
-                self._comparison.expect(program, group.buffer)
+            for placement, program in programs:
+                self._comparison.expect(program, placement.buffer)
             with self._model.checking(self._comparison.check):
                 return super().load(weights, received)
-        for group, program in programs:
-            self._execute(group.key, program, group.buffer)
+        for placement, program in programs:
+            self._execute(placement.key, program, placement.buffer)
         if unknown:
             self._load_plainly([one for one in weights if one[0] in unknown])
 
@@ -366,7 +364,7 @@ class _Replaying(ModelUpdate):
                 self.held_bytes += part.nbytes
 
     def _fill(self, module: str) -> None:
-        """Write the constants before anything else: the rest of a tensor is copied over."""
+        """Write a module's constants, where no copy of the recording goes."""
         self._filled.add(module)
         for fill in self._recording.fills.get(module, ()):
             storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)

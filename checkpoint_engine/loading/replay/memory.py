@@ -178,9 +178,9 @@ class KnownMemory:
         self._traced.append(traced)
 
     def _remember(self, tensor: torch.Tensor) -> Known:
-        """What is known of a tensor's storage from now on. No other storage gets its key as long
-        as the weak reference exists."""
+        """What is known of a tensor's storage, from now on if nothing was."""
         storage = tensor.untyped_storage()
+        # As long as the weak reference exists, no other storage gets this one's address.
         known = self._known.get(storage._cdata)
         if known is None or known.storage.expired():
             known = self._known[storage._cdata] = Known(StorageWeakRef(storage))

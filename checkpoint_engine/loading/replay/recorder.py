@@ -232,7 +232,7 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Loaders are not compiled. To be skipped costs seconds: torch imports its compiler."""
+        # Loaders are not compiled, and to be skipped costs seconds: torch imports its compiler.
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -251,8 +251,7 @@ class _Functions(TorchFunctionMode):
 @contextlib.contextmanager
 def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
     """Call ``give_up`` when this thread works with another one, or without torch's modes, where
-    nobody sees what is read. The interpreter's own profile hook tells: it is this thread's alone,
-    while ``ThreadPoolExecutor`` belongs to the whole program."""
+    nobody sees what is read."""
     held: set[int] = set()
 
     def notice(frame: Any, event: Any, function: Any) -> None:
@@ -267,6 +266,8 @@ def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
             ):
                 give_up(f"the loader calls {function.__qualname__} where nobody sees what it does")
 
+    # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would change
+    # them for the whole program.
     sys.setprofile(notice)
     try:
         yield
@@ -291,9 +292,9 @@ _GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
 
 
 def _meets_others(lock: int, name: str, held: set[int]) -> bool:
-    """Whether a thread waits for another one, or wakes it: takes a lock that it has, or lets one go
-    that it has not. A lock that a ``with`` takes is not told of."""
-    has_it = lock in held
+    """Whether a thread waits for another one, or wakes it: takes a lock that it has, or releases
+    one that it has not."""
+    has_it = lock in held  # the hook does not see a ``with``: such a lock is never in here
     if name == "acquire":
         held.add(lock)
         return has_it

@@ -39,29 +39,29 @@ class Placed(NamedTuple):
     offset: int
 
 
-class Group(NamedTuple):
-    """Tensors that lie in one buffer; ``key`` is the same for groups that lie alike."""
+class Placement(NamedTuple):
+    """Tensors of a bucket in one buffer; ``key`` is the same for tensors that lie alike."""
 
     key: Hashable
     buffer: torch.Tensor
     placed: list[Placed]
 
 
-def groups_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Group]:
+def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Placement]:
     """Where tensors lie: in the buffer that they were received in, or in storages of their own."""
-    groups: dict[int, Group] = {}
+    found: dict[int, Placement] = {}
     start = 0 if received is None else int(received.buffer.storage_offset())
     for name, tensor in weights:
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage()
-        if storage._cdata not in groups:
+        if storage._cdata not in found:
             buffer = whole_storage(tensor, torch.uint8) if received is None else received.buffer
-            groups[storage._cdata] = Group(None, buffer, [])
+            found[storage._cdata] = Placement(None, buffer, [])
         source = Source(name, tensor.dtype, tuple(tensor.shape))
         offset = int(tensor.storage_offset()) * tensor.itemsize - start
-        groups[storage._cdata].placed.append(Placed(source, offset))
+        found[storage._cdata].placed.append(Placed(source, offset))
     message = None if received is None else received.message
-    return [group._replace(key=message or tuple(group.placed)) for group in groups.values()]
+    return [one._replace(key=message or tuple(one.placed)) for one in found.values()]
 
 
 class Route(NamedTuple):
@@ -268,11 +268,11 @@ class Recording:
             self.loaded,
         )
 
-    def program_for(self, group: Group) -> Program:
+    def program_for(self, placement: Placement) -> Program:
         """What to do with tensors that lie as these do; compiled once if all are known."""
-        program = self.programs.get(group.key) or self.compile(group.placed)
+        program = self.programs.get(placement.key) or self.compile(placement.placed)
         if not program.unknown:
-            self.programs[group.key] = program
+            self.programs[placement.key] = program
         return program
 
     def compile(self, bucket: Sequence[Placed]) -> Program:
@@ -346,6 +346,7 @@ class Recording:
     @cached_property
     def memory(self) -> int:
         """About how many bytes of host memory it holds, as it was when first asked."""
+        # Every report asks, and the walk takes a while for a large model: it is done once.
         sizes: dict[int, int] = {}
         found = [vars(self)]
         while found:
