@@ -525,7 +525,7 @@ def _show_shares(kind: str, folder: Path, tp: int) -> None:
         print(
             f"{kind}, worker {rank} of {tp}: needs {report['needed_bytes']} bytes of "
             f"{report['needed_tensors']} tensors, {report['needed_share']:.3f} of the checkpoint; "
-            f"left to the loader {report['fallback_count']}; plan {report['plan_bytes']} bytes",
+            f"plan {report['plan_bytes']} bytes",
             flush=True,
         )
     engine.llm_engine.engine_core.shutdown()

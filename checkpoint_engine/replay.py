@@ -18,39 +18,36 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
-    Delivery,
-    InPlace,
     LearnedLoader,
-    Plainly,
-    Session,
+    ModelUpdate,
 )
-from checkpoint_engine.loading.replay.program import Plan
-from checkpoint_engine.loading.replay.recorder import NamedTensors
+from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket, Recording
 
-_SHOWN_NAMES = 20
+LoadWeights = Callable[[NamedTensors], Any]
 
 
 class Replayed:
     """A ``load_weights`` that learns; see ``replayed``."""
 
-    def __init__(self, load_weights: Plainly, model: torch.nn.Module, learned: LearnedLoader):
+    def __init__(self, load_weights: LoadWeights, model: torch.nn.Module, learned: LearnedLoader):
         self.report: dict[str, Any] = {}
         self._load_weights = load_weights
         self._model = model
         self._learned = learned
-        self._session: Session | None = None
+        self._update: ModelUpdate | None = None
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> Recording | None:
         """What was learned, if anything; replayed once two updates agree."""
-        return self._learned.plan
+        return self._learned.recording
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load some tensors of an update; the first one begins it."""
@@ -58,25 +55,25 @@ class Replayed:
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Called by ``worker.update_weights_from_ipc`` for a bucket that is new."""
-        self._load(weights, Delivery(message, buffer))
+        self._load(weights, ReceivedBucket(message, buffer))
 
     def knows(self, message: bytes) -> bool:
         return self._learned.recognises(message) and self._begun().knows(message)
 
     def replay(self, message: bytes, buffer: torch.Tensor) -> None:
-        self._begun().replay(Delivery(message, buffer), self._load_weights)
+        self._begun().replay(ReceivedBucket(message, buffer))
 
     def finish(self) -> None:
         """The update is complete: keep what was learned, and fill in ``report``."""
-        session = self._begun()
-        session.finish()
-        session.commit()
-        self.report = summary(session, self._learned)
-        self._session = None
+        update = self._begun()
+        update.finish()
+        update.commit()
+        self.report = summary(update, self._learned)
+        self._update = None
 
     def abandon(self) -> None:
         """The update failed: nothing is learned from it."""
-        self._session = None
+        self._update = None
 
     def __enter__(self) -> Replayed:
         return self
@@ -84,17 +81,18 @@ class Replayed:
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         self.finish() if exc is None else self.abandon()
 
-    def _begun(self) -> Session:
-        if self._session is None:
-            self._session = self._learned.begin(InPlace(self._model), version_of(self._model))
-        return self._session
+    def _begun(self) -> ModelUpdate:
+        if self._update is None:
+            adapter = InPlace(self._model, self._load_weights)
+            self._update = self._learned.begin(adapter, version_of(self._model))
+        return self._update
 
-    def _load(self, weights: NamedTensors, delivery: Delivery | None) -> None:
-        session = self._begun()
+    def _load(self, weights: NamedTensors, received: ReceivedBucket | None) -> None:
+        update = self._begun()
         with torch.no_grad():
-            session.load(weights, self._load_weights, delivery)
-        kept = session.settle()
-        if kept and delivery is not None and not self._learned.keeps_tensors:
+            update.load(weights, received)
+        kept = update.settle()
+        if kept and received is not None and not self._learned.keeps_tensors:
             self._learned.keeps_tensors = True
             raise RuntimeError(KEEPS_TENSORS)
 
@@ -103,7 +101,7 @@ _learned_loaders: weakref.WeakKeyDictionary[torch.nn.Module, LearnedLoader]
 _learned_loaders = weakref.WeakKeyDictionary()
 
 
-def replayed(load_weights: Plainly, model: torch.nn.Module | None = None) -> Replayed:
+def replayed(load_weights: LoadWeights, model: torch.nn.Module | None = None) -> Replayed:
     """``load_weights``, learned in the first two updates of a model and replayed in later ones.
 
     Pass it as ``run`` to ``worker.update_weights_from_ipc``, which says when an update ends. Other
@@ -128,25 +126,21 @@ def version_of(model: Any) -> str:
     return str(getattr(package, "__version__", ""))
 
 
-def summary(session: Session, learned: LearnedLoader) -> dict[str, Any]:
+def summary(update: ModelUpdate, learned: LearnedLoader) -> dict[str, Any]:
     """What an update made of a plan, as plain data with the first names of long lists."""
-    plan = learned.plan
+    recording = learned.recording
     report: dict[str, Any] = {
-        "loaded": session.how,
-        "replayed": session.replayed,
-        "reason": session.reason or learned.why_not,
+        "loaded": update.how,
+        "replayed": update.replayed,
+        "reason": update.reason or learned.why_not,
     }
-    if plan is None:
+    if recording is None:
         return report
-    recording = plan.recording
+    needed, total = recording.needed, sum(source.nbytes for source in recording.entries)
+    needed_bytes = sum(one.nbytes for one in needed)
     return report | {
-        "fallback_count": len(recording.plain),
-        "fallback": {
-            recording.sources[number].name: recording.plain[number]
-            for number in sorted(recording.plain)[:_SHOWN_NAMES]
-        },
-        "needed_tensors": len(plan.needed),
-        "needed_bytes": plan.needed_bytes,
-        "needed_share": plan.needed_bytes / max(1, plan.total_bytes),
-        "plan_bytes": plan.memory,
+        "needed_tensors": len(needed),
+        "needed_bytes": needed_bytes,
+        "needed_share": needed_bytes / max(1, total),
+        "plan_bytes": recording.memory,
     }

@@ -19,7 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
-from checkpoint_engine.loading.replay.learned_loader import _digest
+from checkpoint_engine.loading.replay.adapter import InPlace
+from checkpoint_engine.loading.replay.comparison import digest as _digest
+from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
+from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.replay import Replayed, replayed
 from hostile_loaders import draw_case, run_case
 
@@ -169,6 +172,11 @@ def fills_from_one(model: Model, name: str, tensor: torch.Tensor) -> None:
     model.w.data.fill_(tensor[0, 0])
 
 
+def copies_a_number(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.data[0].copy_(torch.tensor(2.7))  # 2.703125 in bfloat16
+    model.w.data[1:].copy_(tensor)
+
+
 def loads_a_buffer(model: Model, name: str, tensor: torch.Tensor) -> None:
     model.scale.copy_(tensor[0, :2].mT if tensor.dim() > 2 else tensor[0, :2])
     model.w.data.copy_(tensor)
@@ -187,6 +195,7 @@ REPLAYED: list[tuple[Load, Layout, tuple[torch.dtype, tuple[int, ...]]]] = [
     (joins, {"w": (BF16, (4, 6))}, (BF16, (4, 6))),
     (stacks, {"w": (BF16, (4, 6))}, (BF16, (4, 6))),
     (fills_from_one, {"w": (FP32, (4, 6))}, (BF16, (1, 1))),
+    (copies_a_number, {"w": (BF16, (5, 6))}, (BF16, (4, 6))),
     (loads_a_buffer, {"w": (BF16, (4, 6))}, (BF16, (4, 6))),
 ]
 
@@ -204,7 +213,7 @@ def test_copies_of_every_kind_are_replayed(
         return made[-1]
 
     last = same_as_plain(make, {"x": given})
-    assert last.report["fallback"] == {}
+    assert last.report["reason"] == ""
     assert last.report["replayed"] == 1
     assert made[0].calls == 2  # the first two updates'
 
@@ -291,6 +300,10 @@ def pads(model: Model, name: str, tensor: torch.Tensor) -> None:
     model.w.data.copy_(torch.nn.functional.pad(tensor[1:], (0, 0, 1, 0), value=3.0))
 
 
+def broadcasts_a_copy(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor[:1].clone().expand(4, 6))
+
+
 def draws(model: Model, name: str, tensor: torch.Tensor) -> None:
     model.w.data.copy_(tensor if torch.rand(1).item() < 2 else -tensor)
 
@@ -339,6 +352,7 @@ LEFT = [
     applies,
     picks,
     pads,
+    broadcasts_a_copy,
     draws,
     stashes,
     copies_in_a_pool,
@@ -377,6 +391,22 @@ def test_a_loader_that_does_more_than_copy_is_called_for_every_tensor(load: Load
     assert last.report["loaded"] == "plain"
     assert last.report["reason"]
     assert made[0].seen == ["plain", "odd"] * len(HOW)
+
+
+def test_a_slot_that_the_engine_must_load_itself_leaves_everything_to_its_loader() -> None:
+    class Attention(InPlace):
+        def refuses(self, slot: Slot) -> str | None:
+            return "attention is loaded last" if slot.name == "scale" else None
+
+    model = Model({"w": (BF16, (4, 6)), "scale": (FP32, (2,))}, loads_a_buffer)
+    learned = LearnedLoader()
+    for how in ("recorded", "plain"):
+        update = learned.begin(Attention(model, model.load_weights))
+        update.load(Bytes({"x": (BF16, (4, 6))}, 1).weights())
+        update.settle()
+        update.finish()
+        update.commit()
+        assert (update.how, update.reason) == (how, "scale: attention is loaded last")
 
 
 def test_a_write_that_was_not_seen_leaves_everything_to_the_loader() -> None:
@@ -625,8 +655,8 @@ def test_experts_at_equal_distances_are_moved_at_once() -> None:
     load = update(model, Bytes(STACKED, 2))
     assert load.plan is not None
     (program,) = load.plan.programs.values()
-    (step,) = program.steps
-    assert sorted(len(move.copies) for move in step.moves) == [1, 1]
+    (part,) = program.parts
+    assert sorted(len(move.copies) for move in part.moves) == [1, 1]
 
 
 def test_known_messages_are_replayed_out_of_the_buffer() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.loading.replay.learned_loader import InPlace
-from checkpoint_engine.loading.replay.recorder import Recorder, Slot
+from checkpoint_engine.loading.replay.adapter import InPlace
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
@@ -37,7 +38,7 @@ class LoadOver(InPlace):
 
     def __init__(self, model: Any, model_config: Any, device: torch.device) -> None:
         self.module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
-        super().__init__(self.module)
+        super().__init__(self.module, model.load_weights)
         self._model = model
         self._model_config = model_config
         self._device = device
@@ -129,7 +130,7 @@ class Layerwise(LoadOver):
                     yield Slot(self._names[layer], name), tensor
 
     def refuses(self, slot: Slot) -> str | None:
-        layer = self.modules[slot.owner]
+        layer = self.modules[slot.module]
         if _is_deferred(self._vllm, layer):
             return "vLLM loads attention last of all"
         if slot.name in layer._buffers:
@@ -169,17 +170,17 @@ class Layerwise(LoadOver):
         finally:
             vars(self._vllm).update(kept)
 
-    def open(self, owner: str) -> None:
-        layer = self.modules[owner]
+    def open(self, module: str) -> None:
+        layer = self.modules[module]
         self._vllm.materialize_layer(layer, self._infos[layer])
 
     def memory(self, slot: Slot) -> torch.Tensor:
-        memory = getattr(self.modules[slot.owner], slot.name)
+        memory = getattr(self.modules[slot.module], slot.name)
         return memory.data  # vLLM's own kinds of parameters are slow to look at
 
-    def delivered(self, owner: str, numel: int) -> bool:
+    def delivered(self, module: str, numel: int) -> bool:
         """What vLLM's wrapped loaders do once a tensor is in."""
-        layer = self.modules[owner]
+        layer = self.modules[module]
         info = self._infos[layer]
         info.load_numel_total = self._vllm.get_layer_size(layer)
         info.load_numel += numel

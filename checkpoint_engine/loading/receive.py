@@ -19,7 +19,7 @@ from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.handover.link import ServerLink
 from checkpoint_engine.loading.loaded import LoadedBuckets
 from checkpoint_engine.loading.parts import Parts
-from checkpoint_engine.loading.replay.recorder import NamedTensors
+from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.memory.checksum import FORMULA, check_bytes
 

@@ -20,11 +20,10 @@ import torch
 from checkpoint_engine.loading.adapters import adapter_for
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
-    Delivery,
     LearnedLoader,
-    Session,
+    ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recorder import NamedTensors
+from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
 from checkpoint_engine.replay import summary, version_of
 
 _SHOWN_NAMES = 20
@@ -60,7 +59,7 @@ class ModelReload:
         self._learned = habits.learned
         self._model_config = model_config
         self._adapter = adapter_for(self._model, model_config, device)
-        self._session: Session | None = None
+        self._session: ModelUpdate | None = None
         self._expected: set[str] = set()
         self._required: set[str] = set()
 
@@ -68,7 +67,7 @@ class ModelReload:
         """Whether a bucket with this message can be replayed as it is."""
         return self._learned.recognises(message) and self._begun().knows(message)
 
-    def load(self, weights: NamedTensors | None, delivery: Delivery | None) -> None:
+    def load(self, weights: NamedTensors | None, delivery: ReceivedBucket | None) -> None:
         """Load a bucket.
 
         Args:
@@ -78,9 +77,9 @@ class ModelReload:
         session = self._begun()
         with self._adapter.surroundings():
             if weights is not None:
-                session.load(weights, self._model.load_weights, delivery)
+                session.load(weights, delivery)
             elif delivery is not None:
-                session.replay(delivery, self._model.load_weights)
+                session.replay(delivery)
         self._held_bytes += self._adapter.after_bucket()
         session.settle()
 
@@ -116,12 +115,12 @@ class ModelReload:
             self._session = None
             self._adapter.abandon()
 
-    def _begun(self) -> Session:
+    def _begun(self) -> ModelUpdate:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
             tied = _tied(self._adapter.module)
             self._adapter.begin()
-            self._session = Session(self._learned, self._adapter)  # what close() needs
+            self._session = ModelUpdate(self._learned, self._adapter)  # what close() needs
             self._session = self._learned.begin(self._adapter, version_of(self._model))
             self._note_what_is_expected(tied)
         return self._session
@@ -178,7 +177,7 @@ class EngineReload:
                 habits[role] = LoaderHabits(model)
             self._models[role] = ModelReload(habits[role], model_config, worker.device)
 
-    def load(self, weights: NamedTensors, delivery: Delivery | None = None) -> None:
+    def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
 
         Raises:
@@ -199,14 +198,14 @@ class EngineReload:
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket, and remember its message."""
-        self.load(weights, Delivery(message, buffer))
+        self.load(weights, ReceivedBucket(message, buffer))
 
     def knows(self, message: bytes) -> bool:
         return all(self._each(lambda model: model.knows(message)))
 
     def replay(self, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket whose message is known."""
-        self._each(lambda model: model.load(None, Delivery(message, buffer)))
+        self._each(lambda model: model.load(None, ReceivedBucket(message, buffer)))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""

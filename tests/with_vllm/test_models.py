@@ -60,7 +60,7 @@ def test_tokens_are_those_of_a_fresh_start(
             assert worker["model"]["unused"] == []
             replay = worker["model"]["replay"]
             assert replay["loaded"] == loaded, replay
-            assert loaded == "plain" or replay["fallback"] == {}
+            assert loaded == "plain" or replay["reason"] == ""
 
 
 @pytest.mark.timeout(120)

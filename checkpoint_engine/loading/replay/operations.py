@@ -1,8 +1,8 @@
 """The operations and functions of torch that a recording may be made of. There are no others.
 
 Operations are what torch's dispatcher sees. A rule says what an operation does to the origins of
-elements: it gets the recorder, the operation's result and its arguments, and raises
-``InexpressibleError`` where the result is no copy of its arguments' elements.
+elements: it gets what is known of memory, the operation's result and its arguments, and raises an
+error where the result is no copy of its arguments' elements.
 
 Functions are what Python calls. Some look at values without an operation that the dispatcher sees,
 as ``torch.tensor([a_tensor])`` and ``tensor_split`` by a tensor do. So these are listed as well.
@@ -10,145 +10,70 @@ as ``torch.tensor([a_tensor])`` and ``tensor_split`` by a tensor do. So these ar
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
 
 import torch
 
-from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.memory import KnownMemory
 
 
-class Origins(Protocol):
-    """What rules tell: the recorder."""
-
-    def make(self, result: torch.Tensor) -> None:
-        """``result`` is new memory."""
-        ...
-
-    def make_of_numbers(self, result: torch.Tensor) -> None:
-        """``result`` holds what Python had."""
-        ...
-
-    def make_copy(self, result: torch.Tensor, source: torch.Tensor) -> None:
-        """``result`` is new memory, filled from ``source``."""
-        ...
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """``target`` was filled from ``source``, broadcast and converted."""
-        ...
-
-    def copy_region(
-        self, target: torch.Tensor, into: View, source: torch.Tensor, out_of: View
-    ) -> None:
-        """A view of the memory of one tensor was filled from a view of another's."""
-        ...
-
-    def fill(self, target: torch.Tensor, value: Any) -> None:
-        """``target`` was filled with a number, or a tensor that holds one."""
-        ...
+def _filled(memory: KnownMemory, _: Any, target: Any, source: Any = 0, *__: Any) -> None:
+    memory.copy(target, source)
 
 
-def _copy_(recorder: Origins, result: Any, target: Any, source: Any, *_: Any, **__: Any) -> None:
-    recorder.copy(target, source)
+def _lifted(memory: KnownMemory, result: torch.Tensor, *_: Any) -> None:
+    memory.make_of_numbers(result)
 
 
-def _filled(recorder: Origins, result: Any, target: Any, value: Any = 0) -> None:
-    recorder.fill(target, value)
+def _cloned(memory: KnownMemory, result: torch.Tensor, source: Any, *_: Any, **__: Any) -> None:
+    memory.make_copy(result, source)
 
 
-def _lifted(recorder: Origins, result: torch.Tensor, *_: Any) -> None:
-    recorder.make_of_numbers(result)
+def _empty(memory: KnownMemory, result: torch.Tensor, *_: Any, **__: Any) -> None:
+    memory.make(result)
 
 
-def _copied(recorder: Origins, result: torch.Tensor, source: Any, *_: Any, **__: Any) -> None:
-    recorder.make_copy(result, source)
+def _zeros(memory: KnownMemory, result: torch.Tensor, *_: Any, **__: Any) -> None:
+    memory.make(result)
+    memory.copy(result, 0)
 
 
-def _empty(recorder: Origins, result: torch.Tensor, *_: Any, **__: Any) -> None:
-    recorder.make(result)
+def _cat(memory: KnownMemory, result: torch.Tensor, tensors: Any, dim: int = 0) -> None:
+    memory.make(result)
+    given = [tensor for tensor in tensors if tensor.numel()]  # it may have fewer dimensions
+    lengths = [tensor.shape[dim] for tensor in given]
+    for part, tensor in zip(result.split(lengths, dim), given, strict=True):
+        memory.copy(part, tensor)
 
 
-def _zeros(recorder: Origins, result: torch.Tensor, *_: Any, **__: Any) -> None:
-    recorder.make(result)
-    recorder.fill(result, 0)
-
-
-def _cat(recorder: Origins, result: torch.Tensor, tensors: Any, dim: int = 0) -> None:
-    recorder.make(result)
-    begin = 0
-    for tensor in tensors:
-        if tensor.numel():
-            length = tensor.shape[dim]
-            recorder.copy_region(
-                result, _cut(View.of(result), dim, begin, length), tensor, View.of(tensor)
-            )
-            begin += length
-
-
-def _stack(recorder: Origins, result: torch.Tensor, tensors: Any, dim: int = 0) -> None:
-    recorder.make(result)
-    dim %= result.dim()
-    for index, tensor in enumerate(tensors):
-        view = View.of(tensor)
-        sizes = (*view.sizes[:dim], 1, *view.sizes[dim:])
-        strides = (*view.strides[:dim], 0, *view.strides[dim:])
-        recorder.copy_region(
-            result,
-            _cut(View.of(result), dim, index, 1),
-            tensor,
-            view._replace(sizes=sizes, strides=strides),
-        )
-
-
-def _cut(view: View, dim: int, begin: int, length: int) -> View:
-    """``narrow``."""
-    dim %= len(view.sizes)
-    sizes = (*view.sizes[:dim], length, *view.sizes[dim + 1 :])
-    return View(view.dtype, view.offset + begin * view.strides[dim], sizes, view.strides)
+def _stack(memory: KnownMemory, result: torch.Tensor, tensors: Any, dim: int = 0) -> None:
+    memory.make(result)
+    for part, tensor in zip(result.unbind(dim), tensors, strict=True):
+        memory.copy(part, tensor)
 
 
 _aten = torch.ops.aten
-RULES: dict[Any, Any] = {
-    _aten.copy_.default: _copy_,
-    _aten.fill_.Scalar: _filled,
-    _aten.fill_.Tensor: _filled,
-    _aten.zero_.default: _filled,
-    _aten.lift_fresh.default: _lifted,
-    _aten.clone.default: _copied,
-    _aten._to_copy.default: _copied,
-    _aten.cat.default: _cat,
-    _aten.stack.default: _stack,
-    _aten.empty.memory_format: _empty,
-    _aten.empty_like.default: _empty,
-    _aten.empty_strided.default: _empty,
-    _aten.new_empty.default: _empty,
-    _aten.new_empty_strided.default: _empty,
-    _aten.zeros.default: _zeros,
-    _aten.zeros_like.default: _zeros,
-    _aten.new_zeros.default: _zeros,
+_RULES: dict[Callable[..., None], str] = {
+    _filled: "copy_.default fill_.Scalar fill_.Tensor zero_.default",
+    _lifted: "lift_fresh.default",
+    _cloned: "clone.default _to_copy.default",
+    _cat: "cat.default",
+    _stack: "stack.default",
+    _empty: "empty.memory_format empty_like.default empty_strided.default "
+    "new_empty.default new_empty_strided.default",
+    _zeros: "zeros.default zeros_like.default new_zeros.default",
 }
+RULES = {attrgetter(name)(_aten): rule for rule, names in _RULES.items() for name in names.split()}
+_VIEWS = (
+    "view _unsafe_view _reshape_alias slice select transpose t permute expand squeeze unsqueeze "
+    "split split_with_sizes unbind diagonal as_strided detach alias"
+)
 VIEWS: set[Any] = {
-    getattr(packet, overload)
-    for packet in (
-        _aten.view,
-        _aten._unsafe_view,
-        _aten._reshape_alias,
-        _aten.slice,
-        _aten.select,
-        _aten.transpose,
-        _aten.t,
-        _aten.permute,
-        _aten.expand,
-        _aten.squeeze,
-        _aten.unsqueeze,
-        _aten.split,
-        _aten.split_with_sizes,
-        _aten.unbind,
-        _aten.diagonal,
-        _aten.as_strided,
-        _aten.detach,
-        _aten.alias,
-    )
-    for overload in packet.overloads()
+    getattr(getattr(_aten, name), overload)
+    for name in _VIEWS.split()
+    for overload in getattr(_aten, name).overloads()
     if overload != "out"
 }
 """They give nothing away. Not those that leave it to readers to change bits, as ``conj`` does."""

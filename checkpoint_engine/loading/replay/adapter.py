@@ -1,0 +1,91 @@
+"""What replay asks of a model, or of the engine that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import NamedTensors
+
+
+class ModelAdapter(Protocol):
+    """A model as replay sees it. The defaults suit an engine whose loader is all there is."""
+
+    is_persistent: bool
+    """Whether the memory of slots stays the same from update to update."""
+    modules: Mapping[str, torch.nn.Module]
+    """The model's, by name."""
+    load_weights: Callable[[NamedTensors], Any]
+    """The engine's own loader."""
+
+    def cannot(self) -> str:
+        """Why this engine cannot be watched; empty where it can."""
+        return ""
+
+    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """What the loader may write into, as it is now."""
+        ...
+
+    def refuses(self, slot: Slot) -> str | None:
+        """Why a slot that was written needs the engine's own loader."""
+        return None
+
+    def watching(self, recorder: Recorder) -> AbstractContextManager[Any]:
+        """Around the loader while it is recorded."""
+        return nullcontext()
+
+    def checking(self, check: Callable[[str], None]) -> AbstractContextManager[Any]:
+        """Around the loader while a recording is compared with it: call ``check`` with a module's
+        name before what was loaded into it is changed."""
+        return nullcontext()
+
+    def open(self, module: str) -> None:
+        """A module's tensors are about to be written, for the first time or again."""
+        return
+
+    def memory(self, slot: Slot) -> torch.Tensor:
+        """What to write into."""
+        ...
+
+    def delivered(self, module: str, numel: int) -> bool:
+        """So many elements were loaded. Returns whether the module is complete and processed."""
+        return False
+
+
+class InPlace(ModelAdapter):
+    """A model whose parameters stay where they are and as they are."""
+
+    is_persistent = True
+
+    def __init__(self, model: torch.nn.Module, load_weights: Callable[[NamedTensors], Any]) -> None:
+        self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
+        self.load_weights = load_weights
+
+    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        for name, module in self.modules.items():
+            for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield Slot(name, own), tensor
+
+    def memory(self, slot: Slot) -> torch.Tensor:
+        module = self.modules[slot.module]
+        tensor = (module._parameters | module._buffers)[slot.name]
+        if tensor is None:
+            raise RuntimeError(f"{slot.qualified} is gone")
+        return tensor
+
+
+def every_tensor(
+    modules: Mapping[str, torch.nn.Module],
+) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    for name, module in modules.items():
+        for named in (module._parameters, module._buffers, vars(module)):
+            for own, tensor in named.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield Slot(name, own), tensor

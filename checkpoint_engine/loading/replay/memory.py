@@ -1,0 +1,231 @@
+"""What the memory is that a loader works on, and where its contents came from.
+
+A storage belongs to the model, to a tensor of the checkpoint, to a copy that the loader made, or to
+numbers that it made. Anything else is unknown, and may not be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from checkpoint_engine.loading.replay.canvas import Canvas, Origin, Source
+from checkpoint_engine.loading.replay.geometry import Copy, View
+
+
+class Slot(NamedTuple):
+    """A tensor that a loader may write into: ``name`` of the module ``module``."""
+
+    module: str
+    name: str
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+SlotTensors = Iterable[tuple[Slot, torch.Tensor]]
+
+
+@dataclass(eq=False)
+class Traced:
+    """A tensor of the model, or one that the loader made, and what was copied into it.
+
+    Attributes:
+        slots: whose it is, several where weights are tied; empty if the loader made it.
+        is_meta: it has no memory: it was made for this update, and is filled as it was.
+        wrote: the sources that were copied into it.
+        broken: why what was done to it cannot be done again.
+    """
+
+    canvas: Canvas
+    slots: list[Slot] = field(default_factory=list)
+    is_meta: bool = False
+    wrote: set[Source] = field(default_factory=set)
+    broken: str = ""
+
+    @property
+    def modules(self) -> set[str]:
+        return {slot.module for slot in self.slots}
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of one storage.
+
+    Attributes:
+        source: the tensor of the checkpoint that it holds.
+        traced: the tensors in it that a loader may copy into.
+        model: the model's tensors in it, which a loader may look at until something is written.
+        is_numbers: it holds what Python had, and nothing of the checkpoint or the model.
+    """
+
+    storage: Any = None
+    source: Source | None = None
+    traced: list[Traced] = field(default_factory=list)
+    model: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
+    is_numbers: bool = False
+
+
+_UNKNOWN = Known()
+
+
+class KnownMemory:
+    """All storages that are known, and the copies between them."""
+
+    def __init__(self, tensors: SlotTensors, model: SlotTensors) -> None:
+        """As of ``Recorder``."""
+        self._known: dict[int, Known] = {}
+        self._traced: list[Traced] = []
+        self._bucket: set[Source] = set()
+        self._copied: set[Source] = set()
+        self._last_copied: Source | None = None
+        self._last_write: list[tuple[Source, str]] = []
+        self._together = False
+        for slot, tensor in model:
+            if key_of(tensor) is not None:
+                self._remember(tensor).model.append((slot, tensor))
+        slots = [(slot, tensor) for slot, tensor in tensors if key_of(tensor) is not None]
+        for slot, tensor in sorted(slots, key=lambda one: one[1].nbytes, reverse=True):
+            self._add_slot(slot, tensor)
+
+    # ------------------------------------------------------------------ what operations do
+
+    def copy(self, target: torch.Tensor, source: Any) -> None:
+        """``target`` was filled from a tensor, broadcast and converted, or with a number."""
+        is_number = not isinstance(source, torch.Tensor) or self._is_numbers(source)
+        if not target.numel() or (is_number and self._is_numbers(target)):
+            return
+        traced, view = self._trace(target), View.of(target)
+        if traced is None:
+            raise ValueError("into memory that is no parameter or buffer")
+        for origin, copy in self._origins_of(source, view):
+            self._write(traced, copy, origin, target.dtype)
+
+    def make(self, result: torch.Tensor) -> None:
+        """``result`` is new memory."""
+        self._remember(result).traced = [Traced(Canvas(View.of(result)))]
+
+    def make_of_numbers(self, result: torch.Tensor) -> None:
+        """``result`` holds what Python had, unless NumPy has its memory too."""
+        if self._find(result) is _UNKNOWN and result.untyped_storage().resizable():
+            self._remember(result).is_numbers = True
+
+    def make_copy(self, result: torch.Tensor, source: torch.Tensor) -> None:
+        """``result`` is new memory, filled from ``source``."""
+        if self._is_numbers(source):
+            self._remember(result).is_numbers = True
+        else:
+            self.make(result)
+            self.copy(result, source)
+
+    def _origins_of(self, source: Any, into: View) -> list[tuple[Origin, Copy]]:
+        """Where what went ``into`` a view is from."""
+        number = Origin(None, into.dtype, (), source)
+        if isinstance(source, torch.Tensor):
+            given, traced = self._find(source).source, self._trace(source)
+            out_of = View.of(source.expand(into.sizes))
+            copy = Copy(out_of.offset, into.offset, into.sizes, out_of.strides, into.strides)
+            if given is not None:
+                return [(Origin(given, source.dtype), copy)]
+            if traced is not None:
+                found = traced.canvas.read(copy, source.dtype)
+                self._together |= len({origin.source for origin, _ in found} - {None}) > 1
+                return found
+            if source.dim() or not self._is_numbers(source):
+                raise ValueError("its values are neither constant nor from the checkpoint")
+            number = Origin(None, source.dtype, (), source.item())
+        return [(number, Copy(0, into.offset, into.sizes, (0,) * len(into.sizes), into.strides))]
+
+    def _write(self, traced: Traced, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
+        replaced = traced.canvas.write(copy, origin, dtype)
+        if (source := origin.source) is not None:
+            replaced.discard(source)
+            # Back after another tensor's turn, or kept from another bucket: it waited for others.
+            is_back = source in self._copied and source != self._last_copied
+            self._together |= is_back or source not in self._bucket
+            self._copied.add(source)
+            self._last_copied = source
+            traced.wrote.add(source)
+            if traced.slots:
+                self._last_write = [(source, traced.slots[0].module)]
+        if replaced and traced.slots:
+            first = min(source.name for source in replaced)
+            traced.broken = traced.broken or f"what {first} wrote was written over"
+
+    # ------------------------------------------------------------------ whose memory it is
+
+    def _add_slot(self, slot: Slot, tensor: torch.Tensor) -> None:
+        known, view = self._remember(tensor), View.of(tensor)
+        try:
+            traced = Traced(Canvas(view), [slot], tensor.is_meta)
+        except ValueError:
+            return  # writes into it are then writes into unknown memory
+        for other in known.traced:
+            if other.canvas.view.overlaps(view):
+                other.slots.append(slot)
+                (a, b), (c, d) = other.canvas.view.span, view.span
+                if c < a or b < d:
+                    other.broken = f"its memory overlaps that of {slot.qualified}"
+                return
+        if not tensor.is_meta and _is_held_elsewhere(tensor, known):
+            traced.broken = "an array of NumPy's, or another process, has its memory"
+        known.traced.append(traced)
+        self._traced.append(traced)
+
+    def _remember(self, tensor: torch.Tensor) -> Known:
+        """What is known of a tensor's storage, from now on if nothing was."""
+        storage = tensor.untyped_storage()
+        # As long as the weak reference exists, no other storage gets this one's address.
+        known = self._known.get(storage._cdata)
+        if known is None or known.storage.expired():
+            known = self._known[storage._cdata] = Known(StorageWeakRef(storage))
+        return known
+
+    def _forget_the_dead(self) -> None:
+        """Drop what is known of storages that are gone."""
+        alive = (one for one in self._known.items() if not one[1].storage.expired())
+        self._known = dict(alive)
+
+    def _find(self, tensor: torch.Tensor) -> Known:
+        key = key_of(tensor)
+        return _UNKNOWN if key is None else self._known.get(key, _UNKNOWN)
+
+    def _is_numbers(self, tensor: torch.Tensor) -> bool:
+        return self._find(tensor).is_numbers
+
+    def _trace(self, tensor: torch.Tensor) -> Traced | None:
+        view = View.of(tensor)
+        every = self._find(tensor).traced
+        return next((one for one in every if one.canvas.view.overlaps(view)), None)
+
+    def _called(self, tensor: torch.Tensor) -> str:
+        known = self._find(tensor)
+        if known.source is not None:
+            return known.source.name
+        for traced in known.traced:
+            if traced.slots:
+                return traced.slots[0].qualified
+            for source in traced.canvas.sources:
+                return f"a copy of {source.name}"
+        return known.model[0][0].qualified if known.model else "a tensor"
+
+
+def key_of(tensor: torch.Tensor) -> int | None:
+    """Tells storages apart."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, not yet made, ...
+        return None
+
+
+def _is_held_elsewhere(tensor: torch.Tensor, known: Known) -> bool:
+    """Whether memory that torch has shared, and so never resizes, has holders that are no tensors
+    of the model."""
+    storage = tensor.untyped_storage()
+    holders = len({id(one) for _, one in known.model}) + 1  # Python's object for the storage
+    return not storage.resizable() and int(torch._C._storage_Use_Count(storage._cdata)) > holders

@@ -1,0 +1,365 @@
+"""What a loader was seen to do, as data: copies from a checkpoint's tensors to a model's.
+
+A ``Recording`` says it of whole tensors; a ``Program`` is the part of it that one bucket has,
+compiled for where the bucket's tensors lie, in as few copies as possible.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from checkpoint_engine.loading.replay import fused_copies
+from checkpoint_engine.loading.replay.canvas import Origin, Source
+from checkpoint_engine.loading.replay.geometry import UNITS, Copy, View, coalesced, whole_storage
+from checkpoint_engine.loading.replay.memory import Slot
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+
+class ReceivedBucket(NamedTuple):
+    """A bucket as it came: the server's message, and the buffer that its tensors are in."""
+
+    message: bytes
+    buffer: torch.Tensor
+
+
+class Placed(NamedTuple):
+    """A tensor of a bucket: ``offset`` in bytes from the start of the buffer."""
+
+    source: Source
+    offset: int
+
+
+class Placement(NamedTuple):
+    """Tensors of a bucket in one buffer; ``key`` is the same for tensors that lie alike."""
+
+    key: Hashable
+    buffer: torch.Tensor
+    placed: list[Placed]
+
+
+def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Placement]:
+    """Where tensors lie: in the buffer that they were received in, or in storages of their own."""
+    found: dict[int, Placement] = {}
+    start = 0 if received is None else int(received.buffer.storage_offset())
+    for name, tensor in weights:
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in found:
+            buffer = whole_storage(tensor, torch.uint8) if received is None else received.buffer
+            found[storage._cdata] = Placement(None, buffer, [])
+        source = Source(name, tensor.dtype, tuple(tensor.shape))
+        offset = int(tensor.storage_offset()) * tensor.itemsize - start
+        found[storage._cdata].placed.append(Placed(source, offset))
+    message = None if received is None else received.message
+    return [one._replace(key=message or tuple(one.placed)) for one in found.values()]
+
+
+class Route(NamedTuple):
+    """How elements get into a slot: read as ``dtype`` and converted to each of ``casts`` in order;
+    bits are moved where there are none."""
+
+    slot: Slot
+    dtype: torch.dtype
+    casts: tuple[torch.dtype, ...]
+
+    @property
+    def arrives_as(self) -> torch.dtype:
+        return (self.dtype, *self.casts)[-1]
+
+
+@dataclass(eq=False)
+class Move:
+    """Copies between a bucket and one slot, in elements of the route's dtype, from the buffer's
+    start and from the start of the slot's storage."""
+
+    route: Route
+    copies: list[Copy]
+    _table: fused_copies.Table | None = None
+
+    @staticmethod
+    def of(route: Route, copies: list[Copy]) -> Move:
+        """In as few copies as possible, and the largest units that fit where bits are moved."""
+        copies = coalesced(copies)
+        for size in () if route.casts else sorted(UNITS, reverse=True):
+            times = size // route.dtype.itemsize
+            units = [unit for copy in copies if times and (unit := copy.in_units(times))]
+            if len(units) == len(copies):
+                return Move(route._replace(dtype=UNITS[size]), units)
+        return Move(route, copies)
+
+    def sources(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """What it copies, of the dtype before the last."""
+        flat = _flat(buffer, self.route.dtype)
+        at = flat.storage_offset()
+        sources = [flat.as_strided(c.sizes, c.source_strides, at + c.source) for c in self.copies]
+        for dtype in self.route.casts[:-1]:
+            sources = [source.to(dtype) for source in sources]
+        return sources
+
+    def targets(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Where it copies to, in the slot's memory."""
+        storage = whole_storage(memory, self.route.arrives_as)
+        return [storage.as_strided(c.sizes, c.target_strides, c.target) for c in self.copies]
+
+    def execute(self, buffer: torch.Tensor, memory: torch.Tensor) -> None:
+        """Copy out of the bucket's buffer into the slot's memory."""
+        dtype, is_of_bits = self.route.dtype, not self.route.casts
+        if is_of_bits and dtype.itemsize in UNITS and fused_copies.fits(self.copies, buffer.device):
+            if self._table is None:
+                self._table = fused_copies.build_table(self.copies, buffer.device)
+            flat = whole_storage(memory, dtype)
+            return fused_copies.gather_scatter(flat, _flat(buffer, dtype), self._table)
+        targets, sources = self.targets(memory), self.sources(buffer)
+        if len(targets) == 1:
+            targets[0].copy_(sources[0])
+        else:
+            torch._foreach_copy_(targets, sources)
+
+
+@dataclass(eq=False)
+class ModulePart:
+    """What a bucket has for one module; ``numel`` as the engine counts."""
+
+    module: str
+    moves: list[Move]
+    nbytes: int
+    numel: int
+
+
+@dataclass(eq=False)
+class Program:
+    """What is done with a bucket.
+
+    Attributes:
+        tensors, nbytes: of the bucket.
+        sources: its tensors that the recording knows.
+        unknown: its tensors that the recording lacks; they go through the engine's loader.
+    """
+
+    tensors: int
+    nbytes: int
+    parts: list[ModulePart]
+    sources: frozenset[Source]
+    unknown: list[Placed]
+
+    @property
+    def moves(self) -> Iterator[Move]:
+        return (move for part in self.parts for move in part.moves)
+
+
+def _flat(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As many elements of ``dtype`` as are in the buffer."""
+    if buffer.storage_offset() % dtype.itemsize:  # no buffer of ours
+        buffer = buffer.clone()
+    return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+class Entry(NamedTuple):
+    """One copy out of a source; counts elements from the source's start."""
+
+    route: Route
+    copy: Copy
+
+    def region(self) -> Region:
+        """The bytes that it reads, in as few runs as possible."""
+        copy, itemsize = self.copy, self.route.dtype.itemsize
+        strides = copy.source_strides
+        simple = Copy(copy.source, 0, copy.sizes, strides, strides).simplified()
+        dims = [(n, s) for n, s in zip(simple.sizes, simple.source_strides, strict=True) if s]
+        length = dims.pop()[0] if dims and dims[-1][1] == 1 else 1
+        counts, distances = tuple(n for n, _ in dims), tuple(s * itemsize for _, s in dims)
+        return Region(simple.source * itemsize, length * itemsize, counts, distances)
+
+
+class Fill(NamedTuple):
+    """A constant that the loader wrote, as the padding of an embedding."""
+
+    slot: Slot
+    view: View
+    value: bool | int | float
+
+
+class Region(NamedTuple):
+    """Bytes of a tensor: ``length`` at ``offset``, repeated ``counts[i]`` times at ``strides[i]``
+    bytes."""
+
+    offset: int
+    length: int
+    counts: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Needed(NamedTuple):
+    """What a worker needs of one tensor of the checkpoint."""
+
+    name: str
+    nbytes: int
+    regions: list[Region]
+
+
+@dataclass(eq=False)
+class Recording:
+    """What a loader was seen to do with a checkpoint.
+
+    Attributes:
+        entries: by tensor that it was given, the copies that make up for the loader.
+        counts: by tensor and module, how many elements the engine counted as loaded.
+        constants: tensors of the model that the loader looked at, as they were.
+        together: whether what happens to a tensor may depend on which others there are.
+        fills: by module.
+        fingerprint: of the model's memory, which must stay the same.
+        loaded: the parameters that the loader says it loaded; ``None`` if it does not say.
+        buckets: how many calls of the loader an update was.
+        programs: compiled for the buckets of the last update, by what tells buckets apart.
+    """
+
+    entries: dict[Source, list[Entry]]
+    counts: dict[Source, Counter[str]]
+    constants: dict[Slot, torch.Tensor]
+    together: bool
+    fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
+    fingerprint: Hashable = None
+    loaded: set[str] | None = None
+    buckets: int = 0
+    programs: dict[Hashable, Program] = field(default_factory=dict)
+    _shared: dict[Any, Any] = field(default_factory=dict)
+
+    def add(self, slot: Slot, contents: Iterable[tuple[Origin, Copy]]) -> None:
+        """What was copied into a slot."""
+        for origin, copy in contents:
+            # Models repeat a few shapes thousands of times: hold each once.
+            copy = Copy(*(self._shared.setdefault(one, one) for one in copy.simplified()))
+            if origin.source is not None:
+                route = Route(slot, origin.dtype, origin.casts)
+                self.entries[origin.source].append(Entry(route, copy))
+            else:
+                view = View(origin.arrives_as, copy.target, copy.sizes, copy.target_strides)
+                self.fills[slot.module].append(Fill(slot, view, origin.number()))
+
+    def holds(self, fingerprint: Hashable, modules: Mapping[str, torch.nn.Module]) -> bool:
+        """Whether the model is as it was, where the loader looked at it."""
+        return self.fingerprint == fingerprint and all(
+            _is_still(getattr(modules.get(slot.module), slot.name, None), seen)
+            for slot, seen in self.constants.items()
+        )
+
+    def does_as(self, other: Recording) -> bool:
+        """Whether both are of the same deeds, whatever order the tensors came in."""
+        return self._deeds == other._deeds
+
+    @property
+    def _deeds(self) -> Any:
+        fills = (fill for some in self.fills.values() for fill in some)
+        return (
+            {source: frozenset(entries) for source, entries in self.entries.items()},
+            {(*fill[:2], repr(fill.value)) for fill in fills},  # a NaN is one, 0.0 is not -0.0
+            self.counts,
+            self.constants.keys(),
+            self.loaded,
+        )
+
+    def program_for(self, placement: Placement) -> Program:
+        """What to do with tensors that lie as these do; compiled once if all are known."""
+        program = self.programs.get(placement.key) or self.compile(placement.placed)
+        if not program.unknown:
+            self.programs[placement.key] = program
+        return program
+
+    def compile(self, bucket: Sequence[Placed]) -> Program:
+        """What to do with tensors that lie at these places.
+
+        Raises:
+            ValueError: a tensor lies between elements of its dtype.
+        """
+        known = [placed for placed in bucket if placed.source in self.entries]
+        copies: dict[str, dict[Route, list[Copy]]] = defaultdict(lambda: defaultdict(list))
+        nbytes, numel = Counter[str](), Counter[str]()
+        for source, offset in known:
+            for route, copy in self.entries[source]:
+                begin, odd = divmod(offset, route.dtype.itemsize)
+                if odd:
+                    raise ValueError(f"tensor {source.name!r} lies at {offset}")
+                moved = copy._replace(source=begin + copy.source)
+                copies[route.slot.module][route].append(moved)
+                nbytes[route.slot.module] += source.nbytes
+            numel.update(self.counts.get(source, {}))
+        parts = []
+        for module in {**numel, **nbytes}:
+            moves = [Move.of(route, some) for route, some in copies[module].items()]
+            parts.append(ModulePart(module, moves, nbytes[module], numel[module]))
+        return Program(
+            tensors=len(bucket),
+            nbytes=sum(placed.source.nbytes for placed in bucket),
+            parts=parts,
+            sources=frozenset(placed.source for placed in known),
+            unknown=[placed for placed in bucket if placed.source not in self.entries],
+        )
+
+    def written(self, bucket: list[Program] | None = None) -> set[Slot]:
+        """The slots that it copies or fills; ``bucket``: just with these programs."""
+        if bucket is None:
+            slots = {entry.route.slot for some in self.entries.values() for entry in some}
+            modules = set(self.fills)
+        else:
+            slots = {move.route.slot for program in bucket for move in program.moves}
+            modules = {part.module for program in bucket for part in program.parts}
+        return slots | {fill.slot for module in modules for fill in self.fills.get(module, ())}
+
+    def loaded_from(self, arrived: frozenset[Source]) -> set[str]:
+        """The parameters that the loader names as loaded, if just these tensors arrived."""
+        absent = self.entries.keys() - arrived
+        lost = {entry.route.slot for source in absent for entry in self.entries[source]}
+        for source in arrived if lost else ():
+            lost -= {entry.route.slot for entry in self.entries[source]}
+        return set(self.loaded or ()) - {slot.qualified for slot in lost}
+
+    @property
+    def copied(self) -> set[Source]:
+        """The tensors that are copied from."""
+        return {source for source, entries in self.entries.items() if entries}
+
+    def unused(self, arrived: Iterable[Source]) -> set[str]:
+        """Of those that arrived, the tensors that the loader does nothing with."""
+        return {one.name for one in arrived if not self.entries[one] and one.nbytes}
+
+    @cached_property
+    def needed(self) -> list[Needed]:
+        """Which bytes of which tensors the model needs; those that it does not are left out."""
+        needed = []
+        for source, entries in self.entries.items():
+            regions = list(dict.fromkeys(entry.region() for entry in entries))
+            total = sum(region.length * math.prod(region.counts) for region in regions)
+            if regions:
+                needed.append(Needed(source.name, min(total, source.nbytes), regions))
+        return needed
+
+    @cached_property
+    def memory(self) -> int:
+        """About how many bytes of host memory it holds, as it was when first asked."""
+        # Every report asks, and the walk takes a while for a large model: it is done once.
+        sizes: dict[int, int] = {}
+        found = [vars(self)]
+        while found:
+            one = found.pop()
+            if id(one) not in sizes and not isinstance(one, (type, torch.dtype, torch.Tensor)):
+                sizes[id(one)] = sys.getsizeof(one)
+                found += gc.get_referents(one)
+        return sum(sizes.values())
+
+
+def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and (tensor.dtype, tensor.device) == (seen.dtype, seen.device)
+        and torch.equal(tensor, seen)
+    )
