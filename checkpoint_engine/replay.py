@@ -127,20 +127,10 @@ def version_of(model: Any) -> str:
 
 
 def summary(update: ModelUpdate, learned: LearnedLoader) -> dict[str, Any]:
-    """What an update made of a plan, as plain data with the first names of long lists."""
-    recording = learned.recording
+    """What an update made of what is known of a loader, as plain data."""
     report: dict[str, Any] = {
         "loaded": update.how,
         "replayed": update.replayed,
         "reason": update.reason or learned.why_not,
     }
-    if recording is None:
-        return report
-    needed, total = recording.needed, sum(source.nbytes for source in recording.entries)
-    needed_bytes = sum(one.nbytes for one in needed)
-    return report | {
-        "needed_tensors": len(needed),
-        "needed_bytes": needed_bytes,
-        "needed_share": needed_bytes / max(1, total),
-        "plan_bytes": recording.memory,
-    }
+    return report if learned.recording is None else report | learned.recording.figures

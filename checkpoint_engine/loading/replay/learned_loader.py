@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
-from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.recorder import Recorder
@@ -220,8 +219,7 @@ class _Learning(ModelUpdate):
         return self._recorder.settle()
 
     def unused(self) -> set[str]:
-        recording = self._recording
-        return set() if recording is None else recording.unused(recording.entries)
+        return set() if self._recording is None else self._recording.unused
 
     def finish(self) -> None:
         recording = self._recorder.finish(self._model.refuses)
@@ -303,8 +301,8 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        absent = self._recording.copied - self._arrived()
-        if self._recording.together and not self._is_stale and absent:
+        is_bound = self._recording.together and not self._is_stale
+        if is_bound and (absent := self._recording.copied - self._arrived()):
             self._refuse_checkpoint(f"lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
         self._recording.programs = self._used  # what other cuts need is compiled again
@@ -319,10 +317,10 @@ class _Replaying(ModelUpdate):
         return self.loaded_plainly | self._recording.loaded_from(self._arrived())
 
     def unused(self) -> set[str]:
-        return self._recording.unused(self._arrived())
+        return self._recording.unused & self._arrived()
 
-    def _arrived(self) -> frozenset[Source]:
-        return frozenset().union(*(program.sources for program in self._used.values()))
+    def _arrived(self) -> set[str]:
+        return set().union(*(program.names for program in self._used.values()))
 
     def _meet_unknown(self, names: set[str]) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""

@@ -62,7 +62,7 @@ class Recorder(KnownMemory):
         for name, tensor in weights:
             if name in self._sources:
                 self.give_up(f"{name} came twice")
-            source = Source(name, tensor.dtype, tuple(tensor.shape))
+            source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
             alias = _alias(tensor)
             self._remember(alias).source = self._sources[name] = source
             self._bucket.add(source)
@@ -143,8 +143,9 @@ class Recorder(KnownMemory):
             return None
         entries: dict[Source, list[Entry]] = {source: [] for source in self._sources.values()}
         recording = Recording(entries, self._counts, self._constants, self._together)
+        shared: dict[Any, Any] = {}
         for traced in self._traced:
-            recording.add(traced.slots[0], traced.canvas.contents())
+            recording.add(traced, shared)
         return recording
 
     def give_up(self, reason: str) -> None:

@@ -10,7 +10,7 @@ import gc
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint_engine.loading.replay import fused_copies
-from checkpoint_engine.loading.replay.canvas import Origin, Source
+from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import UNITS, Copy, View, coalesced, whole_storage
-from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.memory import Slot, Traced
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -57,7 +57,7 @@ def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> lis
         if storage._cdata not in found:
             buffer = whole_storage(tensor, torch.uint8) if received is None else received.buffer
             found[storage._cdata] = Placement(None, buffer, [])
-        source = Source(name, tensor.dtype, tuple(tensor.shape))
+        source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
         offset = int(tensor.storage_offset()) * tensor.itemsize - start
         found[storage._cdata].placed.append(Placed(source, offset))
     message = None if received is None else received.message
@@ -142,14 +142,14 @@ class Program:
 
     Attributes:
         tensors, nbytes: of the bucket.
-        sources: its tensors that the recording knows.
+        names: of its tensors that the recording knows.
         unknown: its tensors that the recording lacks; they go through the engine's loader.
     """
 
     tensors: int
     nbytes: int
     parts: list[ModulePart]
-    sources: frozenset[Source]
+    names: frozenset[str]
     unknown: list[Placed]
 
     @property
@@ -232,16 +232,17 @@ class Recording:
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
-    _shared: dict[Any, Any] = field(default_factory=dict)
 
-    def add(self, slot: Slot, contents: Iterable[tuple[Origin, Copy]]) -> None:
-        """What was copied into a slot."""
-        for origin, copy in contents:
-            # Models repeat a few shapes thousands of times: hold each once.
-            copy = Copy(*(self._shared.setdefault(one, one) for one in copy.simplified()))
+    def add(self, traced: Traced, shared: dict[Any, Any]) -> None:
+        """What was copied into a slot. Models repeat a few shapes thousands of times: ``shared``
+        has each once."""
+        slot = traced.slots[0]  # tied weights: the others have the same memory
+        for origin, copy in traced.canvas.contents():
+            copy = Copy(*(shared.setdefault(one, one) for one in copy.simplified()))
             if origin.source is not None:
                 route = Route(slot, origin.dtype, origin.casts)
-                self.entries[origin.source].append(Entry(route, copy))
+                entry = Entry(shared.setdefault(route, route), copy)
+                self.entries[origin.source].append(entry)
             else:
                 view = View(origin.arrives_as, copy.target, copy.sizes, copy.target_strides)
                 self.fills[slot.module].append(Fill(slot, view, origin.number()))
@@ -301,7 +302,7 @@ class Recording:
             tensors=len(bucket),
             nbytes=sum(placed.source.nbytes for placed in bucket),
             parts=parts,
-            sources=frozenset(placed.source for placed in known),
+            names=frozenset(placed.source.name for placed in known),
             unknown=[placed for placed in bucket if placed.source not in self.entries],
         )
 
@@ -315,24 +316,26 @@ class Recording:
             modules = {part.module for program in bucket for part in program.parts}
         return slots | {fill.slot for module in modules for fill in self.fills.get(module, ())}
 
-    def loaded_from(self, arrived: frozenset[Source]) -> set[str]:
+    def loaded_from(self, arrived: set[str]) -> set[str]:
         """The parameters that the loader names as loaded, if just these tensors arrived."""
-        absent = self.entries.keys() - arrived
-        lost = {entry.route.slot for source in absent for entry in self.entries[source]}
-        for source in arrived if lost else ():
-            lost -= {entry.route.slot for entry in self.entries[source]}
-        return set(self.loaded or ()) - {slot.qualified for slot in lost}
-
-    @property
-    def copied(self) -> set[Source]:
-        """The tensors that are copied from."""
-        return {source for source, entries in self.entries.items() if entries}
-
-    def unused(self, arrived: Iterable[Source]) -> set[str]:
-        """Of those that arrived, the tensors that the loader does nothing with."""
-        return {one.name for one in arrived if not self.entries[one] and one.nbytes}
+        if self.copied <= arrived:
+            return set(self.loaded or ())
+        filled: dict[bool, set[str]] = {True: set(), False: set()}
+        for source, entries in self.entries.items():
+            filled[source.name in arrived] |= {entry.route.slot.qualified for entry in entries}
+        return set(self.loaded or ()) - (filled[False] - filled[True])
 
     @cached_property
+    def copied(self) -> set[str]:
+        """The tensors that are copied from."""
+        return {source.name for source, entries in self.entries.items() if entries}
+
+    @property
+    def unused(self) -> set[str]:
+        """The tensors that the loader does nothing with."""
+        return {one.name for one, entries in self.entries.items() if not entries and one.nbytes}
+
+    @property
     def needed(self) -> list[Needed]:
         """Which bytes of which tensors the model needs; those that it does not are left out."""
         needed = []
@@ -344,17 +347,28 @@ class Recording:
         return needed
 
     @cached_property
-    def memory(self) -> int:
-        """About how many bytes of host memory it holds, as it was when first asked."""
-        # Every report asks, and the walk takes a while for a large model: it is done once.
-        sizes: dict[int, int] = {}
-        found = [vars(self)]
-        while found:
-            one = found.pop()
-            if id(one) not in sizes and not isinstance(one, (type, torch.dtype, torch.Tensor)):
-                sizes[id(one)] = sys.getsizeof(one)
-                found += gc.get_referents(one)
-        return sum(sizes.values())
+    def figures(self) -> dict[str, Any]:
+        """For reports. Each asks, and large models take a while: they are worked out once."""
+        needed, total = self.needed, sum(source.nbytes for source in self.entries)
+        nbytes = sum(one.nbytes for one in needed)
+        return {
+            "needed_tensors": len(needed),
+            "needed_bytes": nbytes,
+            "needed_share": nbytes / max(1, total),
+            "plan_bytes": _memory_of(vars(self)),
+        }
+
+
+def _memory_of(thing: Any) -> int:
+    """About how many bytes of host memory a thing holds."""
+    sizes: dict[int, int] = {}
+    found = [thing]
+    while found:
+        one = found.pop()
+        if id(one) not in sizes and not isinstance(one, (type, torch.dtype, torch.Tensor)):
+            sizes[id(one)] = sys.getsizeof(one)
+            found += gc.get_referents(one)
+    return sum(sizes.values())
 
 
 def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
