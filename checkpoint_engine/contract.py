@@ -22,6 +22,7 @@ from checkpoint_engine.update.request import SocketPaths
 from checkpoint_engine.update.update import Server
 from checkpoint_engine.update.ways.base import bucket_size
 from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.gathered import Gathered, Metas
 from checkpoint_engine.world.hello import Hello
 
@@ -38,6 +39,7 @@ class Contract:
     _p2p: P2P
     _checkpoints: Checkpoints
     _gathered: Gathered
+    _control: ControlPlane
 
     def _begin(
         self,
@@ -46,7 +48,9 @@ class Contract:
         timeout: timedelta,
         members: Sequence[int] | None = None,
     ) -> contextlib.AbstractContextManager[Call]:
-        raise NotImplementedError
+        """One collective call at a time; ends with the same outcome on every rank."""
+        self._server.here.make_device_current()
+        return self._control.call(name, timeout, members, checkpoint_name)
 
     @property
     def _memory_pool(self) -> dict[str, list[MemoryBuffer]]:

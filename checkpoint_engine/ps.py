@@ -5,31 +5,29 @@ Also the home of the private helpers that programs written for the original impo
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from loguru import logger
 
 from checkpoint_engine import settings
-from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.client import request_inference_to_update as request_inference_to_update
 from checkpoint_engine.contract import Contract
-from checkpoint_engine.data_types import (
-    BucketRange,
-    DataToGather,
-    H2DBucket,
-    MemoryBuffer,
-    MemoryBufferMetaList,
-    MemoryBufferMetas,
-    ParameterMeta,
-    align_up,
-    tensor_nbytes,
-)
-from checkpoint_engine.errors import BusyError, UpdateError
+from checkpoint_engine.data_types import BucketRange as BucketRange
+from checkpoint_engine.data_types import DataToGather as DataToGather
+from checkpoint_engine.data_types import H2DBucket as H2DBucket
+from checkpoint_engine.data_types import MemoryBuffer as MemoryBuffer
+from checkpoint_engine.data_types import MemoryBufferMetaList as MemoryBufferMetaList
+from checkpoint_engine.data_types import MemoryBufferMetas as MemoryBufferMetas
+from checkpoint_engine.data_types import ParameterMeta as ParameterMeta
+from checkpoint_engine.data_types import align_up, tensor_nbytes
+from checkpoint_engine.errors import BusyError as BusyError
+from checkpoint_engine.errors import UpdateError as UpdateError
 from checkpoint_engine.ground import rdma
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.local_rank import LocalRank, find_local_rank
@@ -49,7 +47,6 @@ from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.update.ways.pull import Pull
 from checkpoint_engine.update.ways.shared_memory import SharedMemory
 from checkpoint_engine.world import control
-from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
 from checkpoint_engine.world.gathered import Gathered, Metas, gather, load
@@ -57,23 +54,6 @@ from checkpoint_engine.world.hello import Hello
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-__all__ = [
-    "BucketRange",
-    "BusyError",
-    "DataToGather",
-    "H2DBucket",
-    "MemoryBuffer",
-    "MemoryBufferMetaList",
-    "MemoryBufferMetas",
-    "P2PStore",
-    "ParameterMeta",
-    "ParameterServer",
-    "UpdateError",
-    "UpdateReport",
-    "request_inference_to_update",
-    "run_from_cli",
-]
 
 _TEN_MINUTES = timedelta(minutes=10)
 _LONGEST_READ = 120.0  # seconds that a P2P read of one bucket may take after its owner withdrew it
@@ -212,7 +192,7 @@ class ParameterServer(Contract):
             gathered = gather(call, self._p2p, source, self._gathered)
             if self._auto_pg:
                 self._default_group.create_within(call)
-            call.on_success = lambda: self._replace_gathered(gathered)
+            call.on_success = partial(setattr, self, "_gathered", gathered)
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last, by owner rank. This rank alone."""
@@ -325,7 +305,7 @@ class ParameterServer(Contract):
             ):
                 report, gathered = run_update(call, source, self._gathered, order, self._server)
                 if members is None:
-                    call.on_success = lambda: self._replace_gathered(gathered)
+                    call.on_success = partial(setattr, self, "_gathered", gathered)
         finally:
             if self._auto_pg:
                 self._default_group.leave()
@@ -352,20 +332,6 @@ class ParameterServer(Contract):
         return Snapshot.of(*holds, self.served, self.progress)
 
     # ------------------------------------------------------------------ parts of the above
-
-    def _begin(
-        self,
-        name: str,
-        checkpoint_name: str,
-        timeout: timedelta,
-        members: Sequence[int] | None = None,
-    ) -> contextlib.AbstractContextManager[Call]:
-        """One collective call at a time; ends with the same outcome on every rank."""
-        self._server.here.make_device_current()
-        return self._control.call(name, timeout, members, checkpoint_name)
-
-    def _replace_gathered(self, gathered: Gathered) -> None:
-        self._gathered = gathered
 
     def _await_update(
         self, checkpoint_name: str, members: Sequence[int], timeout: timedelta
@@ -402,9 +368,7 @@ def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:
 def _choose_nic(here: LocalRank) -> str:
     """A rank's RDMA NIC; empty where the machine has none that can be used."""
     devices = _get_rdma_devices()
-    usable, findings = rdma.usable_devices(devices)
-    for finding in findings:
-        logger.bind(rank=here.rank).warning(finding)
+    usable = _logged("WARNING", rdma.usable_devices(devices))
     if not usable:
         return ""
     choice = rdma.with_stand_ins(devices, usable, here.gpu_count)
@@ -427,24 +391,22 @@ def _get_physical_gpu_id(device_manager: Any = None, device_index: int | None = 
 
 def _ibv_get_device_list() -> list[str]:
     """The RDMA devices of this machine."""
-    devices, findings = rdma.list_devices()
-    for finding in findings:
-        logger.debug(finding)
-    return devices
+    return _logged("DEBUG", rdma.list_devices())
 
 
 def _get_rdma_devices() -> list[str]:
     """The RDMA devices that P2P may use."""
-    devices, findings = rdma.select_devices(_ibv_get_device_list())
-    for finding in findings:
-        logger.warning(finding)
-    return devices
+    return _logged("WARNING", rdma.select_devices(_ibv_get_device_list()))
 
 
 def _parse_NCCL_IB_HCA(value: str, available_devices: list[str]) -> list[str]:
-    devices, findings = rdma.parse_hca(value, available_devices)
+    return _logged("WARNING", rdma.parse_hca(value, available_devices))
+
+
+def _logged(level: str, found: tuple[list[str], list[str]]) -> list[str]:
+    devices, findings = found
     for finding in findings:
-        logger.warning(finding)
+        logger.log(level, finding)
     return devices
 
 
