@@ -120,7 +120,7 @@ class Instance(WorkerSession):
         now = time.monotonic()
         if self._is_shared and now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            if self._call.is_told(self._key):
+            if self._call.store.check([self._key]):
                 raise EngineError("another rank of this instance failed")
 
     def _fail(self, error: Exception) -> None:

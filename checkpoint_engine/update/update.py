@@ -235,8 +235,11 @@ def _collect_trace(
     if writer is None:
         return None
     call.begin("trace")
-    parts = call.gather_at(writer.rank, "trace", tracer.encode(call.clock.history))
-    return _write_trace(writer.trace, order, hellos, parts) if parts else None
+    call.tell(f"trace/{call.rank}", tracer.encode(call.clock.history))
+    if call.rank != writer.rank:
+        return None
+    parts = call.read([f"trace/{rank}" for rank in call.members])
+    return _write_trace(writer.trace, order, hellos, parts)
 
 
 def _write_trace(

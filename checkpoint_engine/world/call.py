@@ -72,8 +72,7 @@ class Call:
 
     @property
     def _is_shared(self) -> bool:
-        """Whether other ranks have a say in the outcome: also ranks in a call that excludes this
-        one, see ``Membership.check_apart``."""
+        """Whether others have a say in the outcome; see ``Membership.check_apart``, too."""
         return len(self.members) > 1 or self._announced
 
     def begin(self, phase: str) -> None:
@@ -131,23 +130,17 @@ class Call:
             self.tell(f"{what}/{self.rank}", value)
         if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
-        return self._read([f"{what}/{rank}" for rank in ranks])
-
-    def gather_at(self, reader: int, what: str, value: bytes) -> list[bytes]:
-        """On rank ``reader``, which waits for them, every member's ``value``; nothing elsewhere."""
-        self.tell(f"{what}/{self.rank}", value)
-        if self.rank != reader:
-            return []
-        return self._read([f"{what}/{rank}" for rank in self.members])
+        return self.read([f"{what}/{rank}" for rank in ranks])
 
     def tell(self, key: str, value: bytes) -> None:
         """Say something that other ranks may look for."""
         self.store.set(key, value)
         self._keys.append(key)
 
-    def is_told(self, key: str) -> bool:
-        """Whether some rank has said this."""
-        return bool(self.store.check([key]))
+    def read(self, keys: Sequence[str]) -> list[bytes]:
+        """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
+        self._wait_for(keys)
+        return list(self.store.multi_get(list(keys)))
 
     # ------------------------------------------------------------------ waiting
 
@@ -236,15 +229,11 @@ class Call:
             self._keys += ["done", "left"]
             self._membership.store.add("started", 1)
 
-    def _read(self, keys: list[str]) -> list[bytes]:
-        self._wait_for(keys)
-        return list(self.store.multi_get(keys))
-
-    def _wait_for(self, keys: list[str]) -> None:
+    def _wait_for(self, keys: Sequence[str]) -> None:
         """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
         pause = 0.0001
         looks_around_at = time.monotonic() + _LOOK_AROUND
-        while not self.store.check(keys):
+        while not self.store.check(list(keys)):
             if self._outcome is None:
                 self._look_for_outcome()
             if self.deadline.remaining() == 0.0:
@@ -258,7 +247,7 @@ class Call:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _missing(self, keys: list[str]) -> list[int]:
+    def _missing(self, keys: Sequence[str]) -> list[int]:
         return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
 
     def _look_for_outcome(self) -> None:
