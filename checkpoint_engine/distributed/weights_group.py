@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from checkpoint_engine import settings
 from checkpoint_engine.errors import GroupError
-from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.deadline import Deadline, in_thread
+from checkpoint_engine.ground.sockets import connections
 
 _MEETING_TIME = timedelta(seconds=30)
 """For what nothing ends: a peer that comes to the store, and then dies."""
@@ -133,32 +134,25 @@ def create_weights_group(
         local_ip: where gloo listens, unless GLOO_SOCKET_IFNAME says otherwise.
         check: called while waiting; ends that by raising.
     """
-    made: list[TorchGroup | BaseException] = []
     addresses = _Addresses(store)
 
-    def meet() -> None:
+    def meet() -> TorchGroup:
         between = addresses if backend == "gloo" else store  # NCCL and HCCL end their sockets
         place = ranks.index(rank), len(ranks)
         try:
             group = CREATE[backend](between, *place, _MEETING_TIME, local_ip)
             if device.type != "cpu":
                 _connect_now(group, device)
-            if hasattr(group, "set_timeout"):
-                group.set_timeout(_NO_TIMEOUT)
-            made.append(TorchGroup(ranks, group, _connections_among(addresses.told)))
         except BaseException as error:
-            # Its traceback leads back here, and to what a group holds.
-            made.append(error.with_traceback(None))
+            raise GroupError(f"the ranks cannot form a group: {error}") from error.with_traceback(
+                None
+            )
+        if hasattr(group, "set_timeout"):
+            group.set_timeout(_NO_TIMEOUT)
+        return TorchGroup(ranks, group, _connections_among(addresses.told))
 
-    # A thread, because nothing ends a meeting to which a member does not come. Not a daemon: Python
-    # kills those inside C++.
-    meeting = threading.Thread(target=meet, name="checkpoint-engine-meet")
-    meeting.start()
-    poll(lambda: not meeting.is_alive(), check)
-    found = made.pop()
-    if isinstance(found, BaseException):
-        raise GroupError(f"the ranks cannot form a group: {found}") from found
-    return found
+    # Nothing ends a meeting to which a member does not come. Python kills daemons inside C++.
+    return in_thread(meet, check, "checkpoint-engine-meet", daemon=False)
 
 
 class _Addresses(dist.Store):
@@ -188,25 +182,17 @@ def _connections_among(told: bytes) -> list[socket.socket]:
     Each has an address at one end where a member of the group listens, and that is in what the
     members told each other. So no connection of another part of the program is among them.
     """
-    found = []
-    for fd in os.listdir("/proc/self/fd") if told else ():
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                candidate = socket.socket(fileno=os.dup(int(fd)))
-                if _is_among(candidate, told):
-                    found.append(candidate)
-                else:
-                    candidate.close()
-    return found
+    # Not ``one.dup()``: that makes the connection wait, for gloo as well.
+    return [
+        socket.socket(fileno=os.dup(one.fileno()))
+        for one in (connections() if told else ())
+        if _is_among(one, told)
+    ]
 
 
 def _is_among(connection: socket.socket, told: bytes) -> bool:
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
-    with contextlib.suppress(OSError):  # it is not connected
-        ends = connection.getpeername(), connection.getsockname()
-        return any(_in_memory(connection.family, *end[:2]) in told for end in ends)
-    return False
+    ends = connection.getpeername(), connection.getsockname()
+    return any(_in_memory(connection.family, *end[:2]) in told for end in ends)
 
 
 def _in_memory(family: int, address: str, port: int) -> bytes:

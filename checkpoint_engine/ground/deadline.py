@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from checkpoint_engine.settings import LONGEST_UPDATE
+
+T = TypeVar("T")
 
 _LOOKS_PER_CHECK = 20
 
@@ -47,3 +51,30 @@ def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
         pause = 0.0 if looks < _LOOKS_PER_CHECK else min(max(waited / 20, 0.0002), 0.001)
         time.sleep(pause)
         waited += pause
+
+
+def in_thread(
+    action: Callable[[], T], check: Callable[[], None], name: str, daemon: bool = True
+) -> T:
+    """What ``action`` returns, in a thread of its own; raises what it raises. ``check()`` ends the
+    wait by raising, and leaves the thread behind.
+
+    Args:
+        daemon: whether the process may end while the thread is blocked.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            # Its traceback leads to this frame, which holds all that ``action`` refers to.
+            errors.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=run, name=name, daemon=daemon)
+    thread.start()
+    poll(lambda: not thread.is_alive(), check)
+    if errors:
+        raise errors.pop()
+    return results[0]

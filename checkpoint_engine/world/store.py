@@ -11,7 +11,6 @@ import os
 import random
 import secrets
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from loguru import logger
 
-from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer, start_thread
+from checkpoint_engine.ground.deadline import Deadline, in_thread
+from checkpoint_engine.ground.sockets import connections
+from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer
 
 T = TypeVar("T")
 
@@ -235,12 +235,9 @@ def _sockets_to(place: tuple[str, int]) -> Iterator[tuple[int, socket.socket]]:
     """This process's connections to an address: the inode of each, and a descriptor of it that
     is closed when the next one is taken."""
     wanted = place, (f"::ffff:{place[0]}", place[1])  # torch reaches IPv4 by IPv6 sockets, too
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError):  # not connected, or closed meanwhile
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.fromfd(fd, socket.AF_INET6, socket.SOCK_STREAM) as one:
-                    if one.getpeername()[:2] in wanted:
-                        yield os.fstat(one.fileno()).st_ino, one
+    for one in connections():
+        if one.getpeername()[:2] in wanted:
+            yield os.fstat(one.fileno()).st_ino, one
 
 
 def world_number(addr: str, port: int) -> int:
@@ -317,20 +314,5 @@ def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
 
 def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -> T:
     """What ``action`` returns. Another thread does it, which may be blocked for longer."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = start_thread(run, "checkpoint-engine-connect")
-    poll(
-        lambda: not thread.is_alive(),
-        lambda: deadline.check(f"rank 0 at {addr}:{port}, which listens but does not answer"),
-    )
-    if errors:
-        raise errors.pop()  # a frame that keeps what it raises keeps all that it refers to
-    return results[0]
+    waiting_for = f"rank 0 at {addr}:{port}, which listens but does not answer"
+    return in_thread(action, lambda: deadline.check(waiting_for), "checkpoint-engine-connect")
