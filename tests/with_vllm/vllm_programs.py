@@ -119,7 +119,7 @@ def _send_in_order(
         contextlib.closing(SharedBuffer(DeviceManager("cpu"), 0, 2 * bucket_bytes)) as buffer,
         contextlib.closing(Request(_request(url, results), [(identity, link.url)])) as request,
     ):
-        session = WorkerSession(link, request.check, version="")
+        session = WorkerSession(link, request, version="")
         session.hand_over(buffer, TIMEOUT.total_seconds())
         for number, bucket in enumerate(_buckets(tensors, bucket_bytes)):
             position, message = number % 2 * bucket_bytes, []
