@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 LOWEST_PYTHON ?= python3.10
 LOWEST_VENV ?= .venv-lowest
 LOWEST_TORCH := 2.5.0
-LOWEST := torch==$(LOWEST_TORCH) pyzmq==22.3.0 pydantic==2.8.0 click==8.1.0
+LOWEST := torch==$(LOWEST_TORCH) pyzmq==22.3.0 pydantic==2.9.0 click==8.1.0
 LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
 
 # So many tests side by side; those marked "alone" wait until nothing else runs.

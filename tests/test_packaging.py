@@ -98,7 +98,7 @@ def test_metadata(installed: Installed) -> None:
         "httpx",
         "loguru",
         "numpy",
-        "pydantic>=2.8",
+        "pydantic>=2.9",
         "pyzmq>=22",
         "safetensors",
         "torch>=2.5",
