@@ -69,10 +69,11 @@ FUZZ_COUNT ?= 100000
 fuzz: $(INSTALLED) ## everything that others send, with FUZZ_COUNT inputs for each target
 	@$(BIN)/python tests/fuzz/run.py --count $(FUZZ_COUNT)
 
-lint: $(INSTALLED) ## ruff, format check, mypy over the package
+lint: $(INSTALLED) ## ruff, format check, mypy over the package, imports between rooms
 	@$(BIN)/python -m ruff check --no-cache .
 	@$(BIN)/python -m ruff format --check --no-cache .
 	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	@$(BIN)/python -m ruff check --fix .

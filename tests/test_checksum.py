@@ -18,10 +18,11 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
     ParameterMeta,
 )
+from checkpoint_engine.ground.checksum import check_bytes, checksum
 from checkpoint_engine.memory import checksum as module
 from checkpoint_engine.memory import layout
 from checkpoint_engine.memory.checkpoints import Checkpoint
-from checkpoint_engine.memory.checksum import Checksums, add_sums, check_bytes, checksum
+from checkpoint_engine.memory.checksum import Checksums, add_sums
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.memory.sources import tensor_sources
 from checkpoint_engine.planning.plan import gen_h2d_buckets

@@ -20,6 +20,7 @@ import zmq
 from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
+from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
     DELIVERED,
@@ -30,7 +31,6 @@ from checkpoint_engine.handover.wire import (
     encode_handle,
 )
 from checkpoint_engine.loading.loaded import LoadedBuckets, digest
-from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, left_segments, mixed_tensors

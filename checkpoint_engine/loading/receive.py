@@ -13,6 +13,7 @@ import zmq
 
 from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.ground.checksum import FORMULA, check_bytes
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import open_buffer
@@ -21,7 +22,6 @@ from checkpoint_engine.loading.loaded import LoadedBuckets
 from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
-from checkpoint_engine.memory.checksum import FORMULA, check_bytes
 
 SERVER_TIMEOUT = 600.0
 """Seconds that a worker waits for the next message of a server that sets no deadline."""

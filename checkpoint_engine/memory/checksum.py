@@ -1,13 +1,5 @@
-"""Sums that show whether the bytes that a worker is about to load are those that were registered.
-
-Every 64-bit word is multiplied by a factor that is odd, random, and depends on its place among all
-that its owner registered; a tensor, or a bucket, counts as the sum of its words, modulo 2**64. So
-every changed bit changes the sum; so do, but by the rarest chance, bytes that are zeroed, stale,
-doubled or exchanged, unless they are a multiple of ``PERIOD`` words apart, when they have the same
-factors. Of changes to nothing but the topmost bits of words many go unnoticed. It guards against
-accidents, not against forgery. Words of the same factor can be added up first, row below row, which
-runs at the speed of memory.
-"""
+"""The sums of what a rank registers, and those of the buckets that owners send; the formula is in
+``ground.checksum``."""
 
 from __future__ import annotations
 
@@ -17,7 +9,6 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,67 +20,18 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
+from checkpoint_engine.ground.checksum import FACTORS, FORMULA, MASK, PERIOD, sum_words
 from checkpoint_engine.memory import threads
 
-FORMULA = "odd factors, 2047"
-"""Names what is below, between two ends that may be of different releases."""
-PERIOD = 2047
-"""Words in a row. Odd, so that blocks and pages are no multiple of it apart; its 16 KB of sums stay
-in the nearest cache."""
-_WORDS = ALIGNMENT // 8
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
 _BLOCK = 1 << 19
 """Words that are multiplied at a time; their products take as much memory beside the checkpoint."""
-_MASK = (1 << 64) - 1
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
 """A formula's name, and base64."""
 
 
-def _make_factors() -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014) of each place, made odd."""
-    z = np.arange(1, PERIOD + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
-
-
-_FACTORS = _make_factors()
-_REPEATED = np.resize(_FACTORS, _BLOCK + PERIOD)
-
-
-def checksum(memory: torch.Tensor, first_block: int) -> int:
-    """The sum of bytes whose first block of ``ALIGNMENT`` has this place. On the device that they
-    are on, for which it waits.
-
-    Args:
-        memory: contiguous uint8, of whole words.
-    """
-    first = first_block * _WORDS
-    if memory.device.type == "cpu":
-        words = memory.numpy().view(np.int64)
-        return int(_sum(words, first, np.zeros(PERIOD, np.int64), _FACTORS)) & _MASK
-    factors = torch.from_numpy(_FACTORS).to(memory.device)
-    return int(_sum(memory.view(torch.int64), first, torch.zeros_like(factors), factors)) & _MASK
-
-
-def _sum(words: Any, first: int, columns: Any, factors: Any) -> Any:
-    """Of words, the first of which has this place.
-
-    Args:
-        words: int64; these and the others are arrays of numpy, or tensors of one device.
-        columns: zeros, one for each of ``factors``.
-    """
-    head = min(-first % PERIOD, len(words))  # the rest of a row that began before
-    count = (len(words) - head) // PERIOD
-    body = head + count * PERIOD
-    columns[first % PERIOD :][:head] += words[:head]
-    columns += words[head:body].reshape(count, PERIOD).sum(0)
-    columns[: len(words) - body] += words[body:]
-    return (columns * factors).sum()
-
-
-# ---------------------------------------------------------------------- of what a rank registers
+_REPEATED = np.resize(FACTORS, _BLOCK + PERIOD)
 
 
 def add_sums(
@@ -149,7 +91,7 @@ class _TensorSums:
             tensors = slice(first, np.searchsorted(self._ends, stop) + 1)
             borders = np.maximum(self._starts[tensors] - begin, 0)
             if len(borders) == 1:  # without the products, at the speed of memory
-                sums = _sum(words, place, np.zeros(PERIOD, np.int64), _FACTORS)
+                sums = sum_words(words, place, np.zeros(PERIOD, np.int64), FACTORS)
             else:  # of all tensors at once: threads that call Python for each wait for each other
                 factors = _REPEATED[place % PERIOD :][: len(words)]
                 sums = np.add.reduceat(words * factors, borders)
@@ -165,23 +107,6 @@ class _TensorSums:
 
     def encode(self) -> str:
         return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
-
-
-# ---------------------------------------------------------------------- of a bucket on its way
-
-
-def check_bytes(memory: torch.Tensor, first_block: int, total: int, what: str) -> None:
-    """Raise ``ValueError`` unless ``memory`` adds up to ``total``, padding included.
-
-    ``first_block``: the place of its first block.
-    """
-    found = checksum(memory, first_block)
-    if found != total:
-        raise ValueError(
-            f"the bytes of {what} are not those that were registered: their checksum is "
-            f"{found:016x}, not {total:016x}; something wrote into host memory, or into a "
-            "buffer on their way"
-        )
 
 
 def check_sums(sums: str | None, whose: str) -> None:
@@ -220,7 +145,7 @@ class Checksums:
         index_of, firsts, running = self._tables[owner]
         index = index_of[bucket.items[0].name]
         total = int(running[index + len(bucket.items)]) - int(running[index])
-        return int(firsts[index]), total & _MASK
+        return int(firsts[index]), total & MASK
 
 
 def clear_gaps(target: torch.Tensor, position: int, size: int) -> None:

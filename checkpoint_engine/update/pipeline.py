@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from checkpoint_engine.data_types import TensorPart
+from checkpoint_engine.ground.checksum import check_bytes
 from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
-from checkpoint_engine.memory.checksum import check_bytes
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.update.messages import Messages
 from checkpoint_engine.update.session import WorkerSession

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from checkpoint_engine.errors import EngineError, WireError
+from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -25,7 +26,6 @@ from checkpoint_engine.handover.wire import (
     encode_extensions,
     encode_handle,
 )
-from checkpoint_engine.memory.checksum import FORMULA
 from checkpoint_engine.update.messages import BucketEncoder
 from checkpoint_engine.update.request import Request
 from checkpoint_engine.world.call import Call

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from checkpoint_engine import ps as server
-from checkpoint_engine import worker
+from checkpoint_engine.loading import receive
 from checkpoint_engine.memory import host_memory
 from checkpoint_engine.transfer import remote_loader
 from checkpoint_engine.update import session, update
@@ -32,11 +32,11 @@ STEPS: dict[str, tuple[Any, str]] = {
 """Of a server rank: the function at whose call the step begins."""
 
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
-    "handshake": (worker, "open_buffer"),
-    "bucket": (worker, "_check_bytes"),
-    "load": (worker, "_load"),
-    "release": (worker, "_release_device_memory"),
-    "post hook": (worker, "_finish"),
+    "handshake": (receive, "open_buffer"),
+    "bucket": (receive, "_check_bytes"),
+    "load": (receive, "_load"),
+    "release": (receive, "_release_device_memory"),
+    "post hook": (receive, "_finish"),
 }
 
 
