@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from checkpoint_engine import ps as server
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.loading import receive
 from checkpoint_engine.memory import host_memory
 from checkpoint_engine.transfer import remote_loader
@@ -34,9 +35,9 @@ STEPS: dict[str, tuple[Any, str]] = {
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (receive, "open_buffer"),
     "bucket": (receive, "_check_bytes"),
-    "load": (receive, "_load"),
-    "release": (receive, "_release_device_memory"),
-    "post hook": (receive, "_finish"),
+    "load": (receive._Reception, "_load"),
+    "release": (DeviceManager, "release_cached_memory"),
+    "post hook": (receive._Reception, "_finish"),
 }
 
 
