@@ -230,13 +230,8 @@ class Checkpoints:
             with self._lock:
                 self._registered = {**self._registered, name: checkpoint}
                 self._pool = offered if pooled else self._pool
-        self._log.info(
-            "registered {}: {} tensors, {:.3f} GB in {} buffers",
-            name,
-            checkpoint.tensor_count,
-            checkpoint.nbytes / 1e9,
-            len(buffers),
-        )
+        size = f"{checkpoint.tensor_count} tensors, {checkpoint.nbytes / 1e9:.3f} GB"
+        self._log.info("registered {}: {} in {} buffers", name, size, len(buffers))
 
     def unregister(self, name: str, force: bool) -> None:
         """See ``ParameterServer.unregister_checkpoint``."""

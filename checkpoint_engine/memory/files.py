@@ -14,13 +14,7 @@ import torch
 from loguru import logger
 from safetensors import safe_open
 
-from checkpoint_engine.memory.folder import (
-    Folders,
-    Path,
-    assigned_tensors,
-    expand_folders,
-    short,
-)
+from checkpoint_engine.memory.folder import Folders, Path, assigned_tensors, expand_folders, short
 from checkpoint_engine.memory.npy_files import npy_sources
 from checkpoint_engine.memory.safetensors_files import safetensors_sources
 from checkpoint_engine.memory.sources import Reader, TensorSource, file_of

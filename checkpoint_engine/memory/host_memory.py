@@ -47,10 +47,7 @@ class HostMemory:
     """
 
     def __init__(
-        self,
-        device_type: str,
-        retain_bytes: int | None = 0,
-        cpus: Set[int] | None = None,
+        self, device_type: str, retain_bytes: int | None = 0, cpus: Set[int] | None = None
     ) -> None:
         self._arenas = Arenas(device_type)
         self._retain_bytes = retain_bytes

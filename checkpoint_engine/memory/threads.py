@@ -23,9 +23,7 @@ Task = tuple[_Key, Callable[[], None]]
 
 
 def run_tasks(
-    tasks: Sequence[Task[_Key]],
-    on_done: Callable[[_Key], None],
-    cpus: Set[int] | None = None,
+    tasks: Sequence[Task[_Key]], on_done: Callable[[_Key], None], cpus: Set[int] | None = None
 ) -> None:
     """Run all tasks, several at a time, and in this thread call ``on_done`` with the key of each.
 

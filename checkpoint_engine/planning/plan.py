@@ -102,6 +102,10 @@ class TransferPlan:
             if not isinstance(step.bucket, TensorPart) or step.bucket.is_last
         )
 
+    def __str__(self) -> str:
+        size = f"{self.total_bytes / 1e9:.3f} GB in {len(self.steps)} buckets"
+        return f"{self.tensor_count} tensors, {size} of up to {self.bucket_bytes / 1e6:.1f} MB"
+
     @property
     def cuts_tensors(self) -> bool:
         """Whether workers have to put tensors together."""

@@ -30,12 +30,7 @@ class Instance(WorkerSession):
     """
 
     def __init__(
-        self,
-        link: WorkerLink,
-        request: Request,
-        call: Call,
-        instances: Sequence[str],
-        version: str,
+        self, link: WorkerLink, request: Request, call: Call, instances: Sequence[str], version: str
     ) -> None:
         """``instances``: the name of each member's instance."""
         self._instances = dict(zip(call.members, instances, strict=True))

@@ -201,14 +201,7 @@ def _show_progress(
     if show is not None:
         shown = show
         call.clock.on_advance = lambda: shown(call.clock.progress)
-    logger.bind(rank=call.rank).debug(
-        "updating {}: {} tensors, {:.3f} GB in {} buckets of up to {:.1f} MB",
-        order.checkpoint,
-        plan.tensor_count,
-        plan.total_bytes / 1e9,
-        len(plan.steps),
-        plan.bucket_bytes / 1e6,
-    )
+    logger.bind(rank=call.rank).debug("updating {}: {}", order.checkpoint, plan)
 
 
 def _trace(
@@ -258,9 +251,7 @@ def _write_trace(
         return None
 
 
-def _compare_ranks(
-    call: Call,
-) -> tuple[dict[int, dict[str, float]], dict[int, dict[int, float]]]:
+def _compare_ranks(call: Call) -> tuple[dict[int, dict[str, float]], dict[int, dict[int, float]]]:
     """What every rank spent its time with so far: by phase, and by the rank that it waited for."""
     call.begin("comparison")
     mine = json.dumps([call.clock.seconds, call.clock.waited_for]).encode()

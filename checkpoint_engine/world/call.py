@@ -15,13 +15,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
-from checkpoint_engine.world.outcome import (
-    SUCCESS,
-    Failure,
-    MemberError,
-    gone,
-    missing,
-)
+from checkpoint_engine.world.outcome import SUCCESS, Failure, MemberError, gone, missing
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead

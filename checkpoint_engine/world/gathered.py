@@ -88,17 +88,10 @@ class Gathered:
         """What every owner's tensors add up to."""
         return Checksums(self.metas)
 
-    @property
-    def tensor_count(self) -> int:
-        return sum(len(buffer.metas) for buffer in self._buffers())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.size for buffer in self._buffers())
-
-    def _buffers(self) -> Iterable:
-        for owned in self.metas.values():
-            yield from owned.memory_buffer_metas_list
+    def __str__(self) -> str:
+        buffers = [b for owned in self.metas.values() for b in owned.memory_buffer_metas_list]
+        tensors, nbytes = sum(len(b.metas) for b in buffers), sum(b.size for b in buffers)
+        return f"{tensors} tensors, {nbytes / 1e9:.3f} GB, of {len(self.metas)} ranks"
 
     def check_usable(self, source: Checkpoint, remote: bool) -> None:
         """Raise unless this is of the checkpoint ``source``, and of what is registered here.
@@ -251,15 +244,8 @@ def gather(call: Call, readers: Readers, source: Checkpoint, before: Gathered) -
         duplicates=duplicates,
         seconds=call.clock.elapsed,
     )
-    logger.bind(rank=call.rank).log(
-        "INFO" if call.leads else "DEBUG",
-        "gathered {}: {} tensors, {:.3f} GB, of {} of {} ranks",
-        source.name,
-        gathered.tensor_count,
-        gathered.nbytes / 1e9,
-        len(owners),
-        len(found),
-    )
+    level = "INFO" if call.leads else "DEBUG"
+    logger.bind(rank=call.rank).log(level, "gathered {}: {}", source.name, gathered)
     return gathered
 
 
@@ -334,9 +320,7 @@ def _find_duplicates(owners: Mapping[int, MemoryBufferMetaList]) -> dict[str, li
     return {name: [rank for rank, _ in found] for name, found in kinds.items()}
 
 
-def _tensors(
-    owners: Mapping[int, MemoryBufferMetaList],
-) -> Iterable[tuple[int, ParameterMeta]]:
+def _tensors(owners: Mapping[int, MemoryBufferMetaList]) -> Iterable[tuple[int, ParameterMeta]]:
     return (
         (rank, meta)
         for rank, owned in owners.items()

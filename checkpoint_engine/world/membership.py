@@ -15,11 +15,7 @@ from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.hello import Hello, disagreement
-from checkpoint_engine.world.outcome import (
-    SUCCESS,
-    Failure,
-    gone,
-)
+from checkpoint_engine.world.outcome import SUCCESS, Failure, gone
 from checkpoint_engine.world.store import World
 
 _RETURN_SECONDS = 2.0  # for a rank that was lost to be there again

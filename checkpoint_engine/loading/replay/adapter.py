@@ -80,9 +80,7 @@ class InPlace(ModelAdapter):
         return tensor
 
 
-def every_tensor(
-    modules: Mapping[str, torch.nn.Module],
-) -> Iterator[tuple[Slot, torch.Tensor]]:
+def every_tensor(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[Slot, torch.Tensor]]:
     """Parameters, buffers, and tensors that are plain attributes."""
     for name, module in modules.items():
         for named in (module._parameters, module._buffers, vars(module)):

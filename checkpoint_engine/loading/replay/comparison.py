@@ -20,10 +20,7 @@ class Comparison:
     soon as nothing more will be done to it. Tensors that it does not write must not change."""
 
     def __init__(
-        self,
-        model: ModelAdapter,
-        recording: Recording | None,
-        bucket: list[Program] | None = None,
+        self, model: ModelAdapter, recording: Recording | None, bucket: list[Program] | None = None
     ) -> None:
         """
         Args:
