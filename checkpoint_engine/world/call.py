@@ -205,7 +205,7 @@ class Call:
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
-        error = _cause_of(error, self._look_around)
+        error = _cause_of(error, self)
         mine = Failure.of(
             error, self.rank, self.clock.phase, self._membership.world.why_lost
         ).encode()
@@ -247,10 +247,6 @@ class Call:
     def _look_for_outcome(self) -> None:
         if self.store.check(["outcome"]):
             self._outcome = self.store.get("outcome")
-
-    def _look_around(self) -> None:
-        self._look_for_outcome()
-        self.check()
 
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
@@ -325,12 +321,13 @@ class Call:
                 self._keys.append("outcome")  # otherwise it stays for those that come late
 
 
-def _cause_of(error: BaseException, look: Callable[[], None]) -> BaseException:
-    """Where a broadcast fails, another rank knows why, or is gone itself: ``look`` raises then."""
+def _cause_of(error: BaseException, call: Call) -> BaseException:
+    """Where a broadcast fails, another rank knows why, or is gone itself."""
     soon = Deadline(_FAREWELL / 2)
     try:
         while isinstance(error, GroupError) and soon.remaining() > 0.0:
-            look()
+            call._look_for_outcome()
+            call.check()
             time.sleep(_LONGEST_PAUSE)
     except (RuntimeError, TimeoutError) as cause:
         return cause.with_traceback(None)  # which leads to the frame that will hold it

@@ -96,13 +96,12 @@ class Hello:
         return f"{self.call}({', '.join(arguments)})"
 
     def differs_from(self, other: Hello) -> bool:
-        """Whether the two are not the same collective call."""
-        pairs = [(getattr(self, name), getattr(other, name)) for name in _MUST_AGREE[3:]]
-        return (self.call, self.checkpoint, self.ranks) != (
-            other.call,
-            other.checkpoint,
-            other.ranks,
-        ) or any(mine != theirs for mine, theirs in pairs if None not in (mine, theirs))
+        """Whether the two are not the same collective call. Options that one leaves out agree."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in _MUST_AGREE)
+        return any(
+            mine != theirs and (name == "ranks" or None not in (mine, theirs))
+            for name, mine, theirs in pairs
+        )
 
 
 def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> MemberError:
