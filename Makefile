@@ -24,9 +24,9 @@ LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
 TEST_PROCESSES ?= 2
 SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile
 # Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
-FAST := access api checkpoint_files checkpoint_folder checksum client contract crew device_utils \
-	doctor gather ipc metas_file pin_memory plain_pickle plan progress ps_unit rdma reload report \
-	store wire worker
+FAST := access api checkpoint_files checkpoint_folder checksum client contract device_utils \
+	doctor gather ipc metas_file pin_memory plain_pickle plan progress ps_unit rdma reload report settings \
+	store threads wire worker
 FAST_TESTS := $(FAST:%=tests/test_%.py)
 SOAK_UPDATES ?= 200
 

@@ -157,6 +157,15 @@ def test_a_part_that_cannot_be(part: Any) -> None:
         Parts().add(b"", part, torch.zeros(100, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("second", [[0, 6, 2, 8, 0], [0, 2, 0, 8, 0], [0, 1, 3, 8, 0]])
+def test_parts_that_overlap_are_refused(second: list[int]) -> None:
+    """Their sizes would add up to the tensor's, and leave a hole in it."""
+    parts, buffer = Parts(), torch.zeros(16, dtype=torch.uint8)
+    assert parts.add(b"t", [0, 4, 0, 8, 0], buffer) is None
+    with pytest.raises(WireError, match="came before"):
+        parts.add(b"t", second, buffer)
+
+
 def test_a_part_that_comes_twice_or_never() -> None:
     parts, buffer = Parts(), torch.zeros(100, dtype=torch.uint8)
     assert parts.add(b"a", [0, 10, 0, 30, 0], buffer) is None

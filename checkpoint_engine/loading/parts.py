@@ -43,7 +43,8 @@ class Parts:
             whole = torch.empty(total, dtype=torch.uint8, device=buffer.device)
             self._tensors[tensor] = whole, {}
         whole, seen = self._tensors[tensor]
-        if begin in seen or total != whole.numel():
+        overlaps = any(at < begin + nbytes and begin < at + size for at, size in seen.items())
+        if overlaps or total != whole.numel():
             raise WireError(f"the part at {begin} of {total} bytes came before, or is another's")
         whole[begin : begin + nbytes].copy_(buffer[start : start + nbytes])
         seen[begin] = nbytes

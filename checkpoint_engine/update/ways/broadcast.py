@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -26,6 +26,8 @@ from checkpoint_engine.world.hello import Hello
 class Broadcast(Way):
     """Works everywhere. Owns the group, which is kept for the next update."""
 
+    keeps_group = True
+
     def __init__(self, here: LocalRank) -> None:
         super().__init__(here)
         self._group: TorchGroup | None = None
@@ -47,54 +49,40 @@ class Broadcast(Way):
         held.callback(streams.close)
         # Only copies to an accelerator go on beside a broadcast.
         staging = make_staging(job, self.here) if streams.are_queues else None
-        group = None
-        if len(hellos) > 1:
-            job.call.begin("process group")
-            group = self._join_group(job.call, hellos)
-            held.push(self._leave_group)
-        return GroupMover(job, streams, staging, group)
+        return GroupMover(job, streams, staging, self.join_group(job.call, hellos, held))
 
     def release(self) -> None:
-        group, self._group, self._group_id = self._group, None, ""
-        if group is not None:
-            group.close()
+        self._leave(TorchGroup.close)
 
-    def _join_group(self, call: Call, hellos: Sequence[Hello]) -> TorchGroup:
+    def join_group(self, call: Call, hellos: Sequence[Hello], held: ExitStack) -> TorchGroup | None:
         """The group kept from the last update, if every rank has kept it: a rank that was started
-        again has not."""
+        again has not. ``None`` for a rank alone. Called by all members."""
+        if len(hellos) == 1:
+            return None
+        call.begin("process group")
         if len({hello.group for hello in hellos}) > 1:
-            self._abort()
+            self._leave(TorchGroup.abort)
         if self._group is None:
-            self._group = make_group(call, self.here)
+            backend, here = self.here.device_manager.backend, self.here
+            place = list(call.members), call.rank, here.group_ip, here.device
+            with call.store_to_block() as store:
+                store = dist.PrefixStore("weights", store)
+                self._group = create_weights_group(backend, store, *place, call.check)
             self._group_id = hellos[0].nonce
         self._group.expect_end(call.deadline.remaining())
+        held.push(self._leave_update)
         return self._group
 
-    def _leave_group(self, exc_type: object, exc: object, traceback: object) -> None:
-        """After a failure nothing in flight survives."""
-        if exc_type is not None:
-            self._abort()
-        elif not keeps_groups():
+    def _leave_update(self, exc_type: object, exc: object, traceback: object) -> None:
+        if exc_type is not None:  # nothing in flight survives
+            self._leave(TorchGroup.abort)
+        elif not (self.keeps_group and keeps_groups()):
             self.release()
 
-    def _abort(self) -> None:
+    def _leave(self, how: Callable[[TorchGroup], None]) -> None:
         group, self._group, self._group_id = self._group, None, ""
         if group is not None:
-            group.abort()
-
-
-def make_group(call: Call, here: LocalRank) -> TorchGroup:
-    """A group of the members of ``call``. Called by all of them."""
-    with call.store_to_block() as store:
-        return create_weights_group(
-            here.device_manager.backend,
-            dist.PrefixStore("weights", store),
-            list(call.members),
-            call.rank,
-            here.group_ip,
-            here.device,
-            call.check,
-        )
+            how(group)
 
 
 def make_staging(job: Job, here: LocalRank) -> torch.Tensor | None:

@@ -15,15 +15,16 @@ from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
-from checkpoint_engine.update.ways.base import Job, Mover, Way
-from checkpoint_engine.update.ways.broadcast import GroupMover, make_group, make_staging
+from checkpoint_engine.update.ways.base import Job, Mover
+from checkpoint_engine.update.ways.broadcast import Broadcast, GroupMover, make_staging
 from checkpoint_engine.world.hello import Hello
 
 
-class Pull(Way):
+class Pull(Broadcast):
     """The receivers share the reading, and broadcast among themselves what each has read."""
 
     joins_parts = False  # the parts of several owners' tensors would arrive at once
+    keeps_group = False  # the next one may have other members
 
     def __init__(self, here: LocalRank, p2p: P2P) -> None:
         super().__init__(here)
@@ -52,18 +53,10 @@ class Pull(Way):
             targets = {name: tensor for name, tensor in named.items() if tensor is not None}
             store.register_named_tensors(targets)
             held.callback(store.unregister_named_tensors, list(targets))
-        here = self.here
-        remote = RemoteLoader(
-            store, job.gathered.metas, here.device_manager, here.device, job.tracer
-        )
+        metas, here = job.gathered.metas, self.here
+        remote = RemoteLoader(store, metas, here.device_manager, here.device, job.tracer)
         held.callback(remote.close)
-        group = None
-        if len(hellos) > 1:
-            job.call.begin("process group")
-            group = made = make_group(job.call, here)
-            group.expect_end(job.call.deadline.remaining())
-            held.push(lambda exc_type, *_: made.abort() if exc_type else made.close())
-        return PullMover(job, streams, staging, group, remote)
+        return PullMover(job, streams, staging, self.join_group(job.call, hellos, held), remote)
 
 
 class PullMover(GroupMover):
