@@ -31,7 +31,7 @@ from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.service.jobs import Jobs, status_of
 from checkpoint_engine.service.metrics import Metrics
 from checkpoint_engine.update import update as update_module
-from checkpoint_engine.update.profile import EngineProfile
+from checkpoint_engine.update.session import EngineProfile
 from checkpoint_engine.world.clock import Clock
 from update import NAME, RANK, WORLD_SIZE, Engine, make_tensors
 

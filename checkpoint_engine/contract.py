@@ -18,7 +18,7 @@ from checkpoint_engine.settings import max_bucket_bytes
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.p2p_store import P2PStore
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
-from checkpoint_engine.update.request import SocketPaths
+from checkpoint_engine.update.order import SocketPaths
 from checkpoint_engine.update.update import Server
 from checkpoint_engine.update.ways.base import bucket_size
 from checkpoint_engine.world.call import Call

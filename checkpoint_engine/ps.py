@@ -38,9 +38,8 @@ from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.planning import plan
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.p2p_store import P2PStore
-from checkpoint_engine.update.order import Order, members_of
-from checkpoint_engine.update.profile import EngineProfile
-from checkpoint_engine.update.request import RequestFunction
+from checkpoint_engine.update.order import Order, RequestFunction, members_of
+from checkpoint_engine.update.session import EngineProfile
 from checkpoint_engine.update.snapshot import Snapshot
 from checkpoint_engine.update.update import Server, run_update
 from checkpoint_engine.update.ways.broadcast import Broadcast

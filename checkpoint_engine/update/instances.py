@@ -14,7 +14,7 @@ from checkpoint_engine.errors import EngineError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.link import WorkerLink
-from checkpoint_engine.update.request import Request
+from checkpoint_engine.update.order import Request
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.outcome import MemberError

@@ -16,9 +16,8 @@ from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.checksum import check_bytes
 from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
 from checkpoint_engine.planning.plan import Step
-from checkpoint_engine.update.messages import Messages
 from checkpoint_engine.update.session import WorkerSession
-from checkpoint_engine.update.ways.base import Job, Mover
+from checkpoint_engine.update.ways.base import Job, Messages, Mover
 
 _HALVES = 2  # of the double buffer
 

@@ -1,7 +1,8 @@
-"""What a server rank tells its worker in one update, and what the worker holds by then."""
+"""What a server rank tells its worker in one update, and what the worker holds then."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import wraps
@@ -10,24 +11,11 @@ from typing import Any, Concatenate, ParamSpec
 from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.ground.report import InstanceFailure
+from checkpoint_engine.ground.report import InstanceFailure, LoadedCheckpoint
+from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import WorkerLink
-from checkpoint_engine.handover.wire import (
-    ACK,
-    CHECKSUM,
-    DELIVERED,
-    JSON_BUCKETS,
-    NOTHING_MORE,
-    PART,
-    decode_acceptance,
-    encode_bucket,
-    encode_bucket_as_json,
-    encode_extensions,
-    encode_handle,
-)
-from checkpoint_engine.update.messages import BucketEncoder
-from checkpoint_engine.update.request import Request
+from checkpoint_engine.update.order import Request
 from checkpoint_engine.world.call import Call
 
 _FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
@@ -96,11 +84,11 @@ class WorkerSession:
         Args:
             in_parts: whether some tensors are going to come in parts.
         """
-        offered = {"timeout": seconds_left, "weight_version": self._version, JSON_BUCKETS: True}
-        handle = encode_handle(*buffer.handle(), offered)
+        offered = {"timeout": seconds_left, "weight_version": self._version}
+        handle = wire.encode_handle(*buffer.handle(), offered | {wire.JSON_BUCKETS: True})
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
-        extensions = decode_acceptance(reply)
+        extensions = wire.decode_acceptance(reply)
         if extensions is None:
             raise _failed("the handshake", reply)
         self._extensions = extensions
@@ -112,19 +100,20 @@ class WorkerSession:
             )
 
     @property
-    def encode_bucket(self) -> BucketEncoder:
+    def encode_bucket(self) -> Callable[[list[dict[str, Any]]], bytes]:
         """How this worker reads buckets."""
-        return encode_bucket_as_json if self._extensions.get(JSON_BUCKETS) else encode_bucket
+        as_json = self._extensions.get(wire.JSON_BUCKETS)
+        return wire.encode_bucket_as_json if as_json else wire.encode_bucket
 
     @property
     def worker_checks_sums(self) -> bool:
         """Whether the worker looks at checksums itself, right before it loads."""
-        return bool(self._extensions.get(CHECKSUM) == FORMULA)
+        return bool(self._extensions.get(wire.CHECKSUM) == FORMULA)
 
     @property
     def worker_joins_parts(self) -> bool | None:
         """Whether the worker takes tensors in parts; ``None`` if it has not said."""
-        return bool(self._extensions.get(PART)) if self._accepted else None
+        return bool(self._extensions.get(wire.PART)) if self._accepted else None
 
     def check(self) -> None:
         """Raise if this rank's engine is gone. A guard of the call, see ``Call.guarded``."""
@@ -143,7 +132,7 @@ class WorkerSession:
 
     def _await_ack(self, what: str) -> None:
         reply = self._link.receive(self._check)
-        if reply != ACK:
+        if reply != wire.ACK:
             raise _failed(what, reply)
 
     @_step
@@ -157,19 +146,19 @@ class WorkerSession:
         """
         if self._extensions:
             told = b""
-            if self._extensions.get(DELIVERED):
-                told = encode_extensions({DELIVERED: planned})
-            self._link.send(NOTHING_MORE + told, self._check)
+            if self._extensions.get(wire.DELIVERED):
+                told = wire.encode_extensions({wire.DELIVERED: planned})
+            self._link.send(wire.NOTHING_MORE + told, self._check)
             self._told_to_release = True
             if go_on:
-                self._link.send(NOTHING_MORE, self._check)
+                self._link.send(wire.NOTHING_MORE, self._check)
                 self._told_to_finish = True
 
     @_step
     def release(self) -> None:
         """Have the worker drop the double buffer."""
         if not self._told_to_release:
-            self._link.send(NOTHING_MORE, self._check)
+            self._link.send(wire.NOTHING_MORE, self._check)
         self._await_ack("the release of the buffer")
         self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
@@ -184,7 +173,7 @@ class WorkerSession:
         self._may_leave = True
         try:
             if not self._told_to_finish:
-                self._link.send(NOTHING_MORE, self._check)
+                self._link.send(wire.NOTHING_MORE, self._check)
             self._await_ack("its post hook")
         except WireError:
             if self._extensions:
@@ -195,6 +184,31 @@ class WorkerSession:
                 raise
         request.join(self._check)
         self.state = EngineState.HOLDS
+
+
+class EngineProfile:
+    """Written at the end of each update.
+
+    Attributes:
+        joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
+            before a worker is there to be asked.
+        served: what the engine holds; ``None`` before the first update, and while the weights are
+            partly written.
+    """
+
+    def __init__(self) -> None:
+        self.joins_parts = False
+        self.served: LoadedCheckpoint | None = None
+
+    def learn(self, session: WorkerSession, rank: int, served: LoadedCheckpoint) -> None:
+        """However the update ended. ``served``: what the engine holds if it succeeded."""
+        if session.worker_joins_parts is not None:
+            self.joins_parts = session.worker_joins_parts
+        failed = any(rank in one.ranks for one in session.failed)
+        if session.state is EngineState.HOLDS and not failed:
+            self.served = served.model_copy(update={"since": time.time()})
+        elif session.state is not EngineState.UNTOUCHED:
+            self.served = None
 
 
 def _failed(what: str, reply: bytes) -> EngineError:

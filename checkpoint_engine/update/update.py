@@ -21,11 +21,9 @@ from checkpoint_engine.planning.layouts import encode_place
 from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
-from checkpoint_engine.update.order import Order
+from checkpoint_engine.update.order import Order, Request, SocketPaths
 from checkpoint_engine.update.pipeline import Pipeline
-from checkpoint_engine.update.profile import EngineProfile
-from checkpoint_engine.update.request import Request, SocketPaths
-from checkpoint_engine.update.session import WorkerSession
+from checkpoint_engine.update.session import EngineProfile, WorkerSession
 from checkpoint_engine.update.trace import write_trace
 from checkpoint_engine.update.ways.base import Job, Mover, Way
 from checkpoint_engine.world.call import Call

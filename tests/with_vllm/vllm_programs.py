@@ -26,7 +26,7 @@ from checkpoint_engine.handover.link import Address, WorkerLink, open_context
 from checkpoint_engine.handover.wire import encode_bucket
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.ps import ParameterServer, UpdateError
-from checkpoint_engine.update.request import Request
+from checkpoint_engine.update.order import Request
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 

@@ -1,24 +1,58 @@
-"""The interface of a way, and of the mover that executes its plan on one rank."""
+"""The interface of a way, what it tells workers, and the mover that executes its plan on a rank."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning import plan
-from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan, to_named_tensor
 from checkpoint_engine.transfer.tracer import RankTracer
-from checkpoint_engine.update.messages import Messages
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered, topology
 from checkpoint_engine.world.hello import Hello
+
+BucketEncoder = Callable[[list[dict[str, Any]]], bytes]
+
+
+class Messages:
+    """What workers are told of a plan's buckets, each encoded once, however often it is sent."""
+
+    def __init__(self, plan: TransferPlan) -> None:
+        self.plan = plan
+        self._encoded: dict[tuple[BucketEncoder, int], tuple[bytes, str]] = {}
+
+    def of(self, index: int, encode: BucketEncoder) -> bytes:
+        """The message of the plan's step ``index``."""
+        return self._message(index, encode)[0]
+
+    def planned(self, encode: BucketEncoder) -> list[str | None]:
+        """The digest of each step's message, ``None`` for a part that does not end its tensor."""
+        return [
+            None
+            if isinstance(step.bucket, TensorPart) and not step.bucket.is_last
+            else self._message(index, encode)[1]
+            for index, step in enumerate(self.plan.steps)
+        ]
+
+    def _message(self, index: int, encode: BucketEncoder) -> tuple[bytes, str]:
+        if (encode, index) not in self._encoded:
+            step = self.plan.steps[index]
+            start = step.slot * self.plan.bucket_bytes
+            if isinstance(step.bucket, TensorPart):
+                start = 0  # of the tensor that the worker puts together
+            message = encode(to_named_tensor(step.bucket.items, start))
+            self._encoded[encode, index] = message, digest(message)
+        return self._encoded[encode, index]
 
 
 def bucket_size(hellos: Sequence[Hello], gathered: Gathered, may_cut: bool) -> plan.BucketSize:
