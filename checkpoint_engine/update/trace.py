@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -48,25 +47,19 @@ def write_trace(
         name += f"-failed-rank{ranks[0]['rank']}"
     trace = {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
     folder.mkdir(parents=True, exist_ok=True)
-    path = _reserve(folder, re.sub(r"[^\w.-]+", "_", name))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(trace))
-        beside.rename(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return _write_new(folder, re.sub(r"[^\w.-]+", "_", name), json.dumps(trace))
 
 
-def _reserve(folder: Path, name: str) -> Path:
-    """A file that was not there: updates may have the same version."""
+def _write_new(folder: Path, name: str, text: str) -> Path:
+    """Into a file that was not there: updates may have the same version."""
     for number in itertools.count(1):
         path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
-        with contextlib.suppress(FileExistsError):
-            path.touch(exist_ok=False)
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
+            try:
+                file.write(text)
+            except BaseException:
+                path.unlink()
+                raise
             return path
     raise AssertionError
 

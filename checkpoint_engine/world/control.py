@@ -38,14 +38,11 @@ def master_port(port: int | None = None) -> int:
         RuntimeError: neither is given.
         ValueError: ``MASTER_PORT`` is no port with one behind it.
     """
-    if port is not None:
-        return port
-    launcher = settings.master_port()
-    if launcher is None:
-        raise RuntimeError(
-            "give master_port=, or set MASTER_PORT: the ranks meet at MASTER_PORT + 1"
-        )
-    return launcher + 1
+    if port is None and (launcher := settings.master_port()) is not None:
+        port = launcher + 1
+    if port is None:
+        raise RuntimeError("give master_port=, or set MASTER_PORT: the ranks meet at the next one")
+    return port
 
 
 def master_addr(addr: str | None = None) -> str:
