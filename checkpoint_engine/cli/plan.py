@@ -59,7 +59,9 @@ def plan(
     from checkpoint_engine.tools.simulate.update import make_plan, predict, read_headers, share_out
 
     per_node = min(gpus_per_node, world_size)
-    described: dict[str, Any] = {name: rates.pop(name) for name in [*rates] if name in vars(Cluster)}
+    described: dict[str, Any] = {
+        name: rates.pop(name) for name in [*rates] if name in vars(Cluster)
+    }
     cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **described)
     costs = Costs(**rates)
     metas = share_out(read_headers(checkpoint), range(world_size))
