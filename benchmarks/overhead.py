@@ -28,7 +28,7 @@ from worker_process import WorkerProcess
 
 from checkpoint_engine.ground.report import Stage
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.service.jobs import Jobs, status_of
+from checkpoint_engine.service.jobs import Jobs, Status
 from checkpoint_engine.service.metrics import Metrics
 from checkpoint_engine.update import update as update_module
 from checkpoint_engine.update.session import EngineProfile
@@ -89,7 +89,9 @@ class Overhead:
         options = {"auto_pg": True} if WORLD_SIZE > 1 else {}
         self._ps = ParameterServer(rank=RANK, world_size=WORLD_SIZE, **options)
         self._jobs = Jobs()
-        self._metrics = Metrics(lambda: status_of(self._ps.snapshot(), self._jobs), self._jobs)
+        self._metrics = Metrics(
+            lambda: Status(**dict(self._ps.snapshot()), jobs=self._jobs.all()), self._jobs
+        )
         mine = range(layers * RANK // WORLD_SIZE, layers * (RANK + 1) // WORLD_SIZE)
         self._ps.register_checkpoint(NAME, named_tensors=make_tensors(mine, seed=1))
         self._ps.gather_metas(NAME)

@@ -127,7 +127,7 @@ def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version_of", lambda *names: None)
+    monkeypatch.setattr(doctor, "_installed", lambda *names: None)
     (finding,) = findings_of(doctor._mooncake)
     assert finding.level == "warning"
     wheel = "mooncake-transfer-engine" + ("" if torch.cuda.is_available() else "-non-cuda")
@@ -135,7 +135,7 @@ def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_slow_copy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_rate", lambda action: 1.5)
+    monkeypatch.setattr(doctor, "_copy_rate", lambda device: 1.5)
     (finding,) = findings_of(doctor._copy_rates)
     assert (finding.level, finding.seen.split()[0]) == ("warning", "1.5")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,29 +17,16 @@ from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 if TYPE_CHECKING:
     from checkpoint_engine.tools.simulate.update import Prediction
 
-_CLUSTER = {
-    "host_to_device": "GB/s of pinned memory to one device (PCIe)",
-    "host_memory": "GB/s that a node's devices together can read of host memory",
-    "nvlink": "GB/s of a broadcast within a node",
-    "nic": "GB/s of one NIC",
-    "device_memory": "GB/s of a copy within a device",
-    "hop": "seconds that each further node adds to a broadcast",
-}
-_COSTS = {
-    "per_tensor": "seconds of the engine's loader for a tensor: 60e-6 for vLLM's, 5e-6 replayed",
-    "per_bucket": "seconds between two buckets",
-    "check": "GB/s at which workers check the sums of a bucket",
-    "per_update": "seconds of what happens once",
-}
+_DESCRIBED = [one for of in (Cluster, Costs) for one in fields(of) if "text" in one.metadata]
 _gib = partial(click.option, type=Positive(1 << 30), show_default=True)
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each rate and cost, with the default of ``Cluster`` or ``Costs``."""
-    defaults = vars(Cluster()) | vars(Costs())
-    for name, text in reversed([*_CLUSTER.items(), *_COSTS.items()]):
-        option = {"type": float, "default": defaults[name], "show_default": True, "help": text}
-        function = click.option(f"--{name.replace('_', '-')}", **option)(function)
+    """An option for each rate and cost that ``Cluster`` and ``Costs`` describe."""
+    for one in reversed(_DESCRIBED):
+        option = {"type": float, "default": one.default, "help": one.metadata["text"]}
+        name = f"--{one.name.replace('_', '-')}"
+        function = click.option(name, show_default=True, **option)(function)
     return function
 
 
@@ -72,9 +59,11 @@ def plan(
     from checkpoint_engine.tools.simulate.update import make_plan, predict, read_headers, share_out
 
     per_node = min(gpus_per_node, world_size)
-    described: dict[str, Any] = {name: rates[name] for name in _CLUSTER}
+    described: dict[str, Any] = {
+        name: rates.pop(name) for name in [*rates] if name in vars(Cluster)
+    }
     cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **described)
-    costs = Costs(**{name: rates[name] for name in _COSTS})
+    costs = Costs(**rates)
     metas = share_out(read_headers(checkpoint), range(world_size))
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
     free, cap = int(free_gb * GIB), int(bucket_gb * GIB)

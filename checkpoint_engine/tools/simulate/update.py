@@ -25,7 +25,7 @@ from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
-from checkpoint_engine.tools.simulate.engine import Simulation, Span, critical_path
+from checkpoint_engine.tools.simulate.engine import Simulation, Task, critical_path
 from checkpoint_engine.world.gathered import topology
 
 Metas = dict[int, MemoryBufferMetaList]
@@ -112,14 +112,14 @@ class Prediction:
             ``once``.
         device_bytes: double buffer, staging and the tensor that is put together on a receiver's
             device.
-        spans: when each stage of each bucket ran.
+        tasks: when each stage of each bucket ran.
     """
 
     plan: TransferPlan = field(repr=False)
     seconds: float
     device_bytes: int
     critical: dict[str, float]
-    spans: tuple[Span, ...] = field(repr=False)
+    tasks: Sequence[Task] = field(repr=False)
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -149,14 +149,14 @@ def predict(
     """
     model = Model(plan, cluster, costs, members)
     (order or Model.add_steps)(model)
-    spans = model.simulation.run()
+    tasks = model.simulation.run()
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
     critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
-    for span in critical_path(spans):
-        critical[span.kind] += span.end - span.begin
+    for task in critical_path(tasks):
+        critical[task.kind] += task.end - task.begin
     parts = [step.bucket.total for step in plan.steps if isinstance(step.bucket, TensorPart)]
     device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + max(parts, default=0)
-    return Prediction(plan, sum(critical.values()), device_bytes, critical, tuple(spans))
+    return Prediction(plan, sum(critical.values()), device_bytes, critical, tasks)
 
 
 class Model:
@@ -176,8 +176,9 @@ class Model:
         # A receiver's NIC that reads by P2P broadcasts meanwhile, where there are several nodes.
         share = 0.5 if reads and self._nodes > 1 else 1.0
         self._cluster = replace(cluster, nic=cluster.nic * share)
+        self._owners_nic = cluster.nic
         self.is_staged = plan.staging and not self._is_alone
-        self.simulation = Simulation(self._links(owners_nic=cluster.nic))
+        self.simulation = Simulation()
 
     def add_steps(self) -> None:
         """All steps, each stage after those that it waits for in this library."""
@@ -188,9 +189,10 @@ class Model:
             slot_free = reloads[-2]  # two buckets are in the double buffer
             if self.is_staged:
                 fetched = self.fetch(step, [arrived[step.receiver]])
-                staged = {f"device {step.receiver}": step.bucket.size / GB}
+                seconds = step.bucket.size / GB / self._cluster.device_memory
+                busy = {f"device {step.receiver}": seconds}
                 before = [fetched, slot_free, broadcast]
-                ready = self.simulation.task("deliver", amounts=staged, after=before)
+                ready = self.simulation.task("deliver", busy=busy, after=before)
             else:
                 ready = self.fetch(step, [slot_free, broadcast])
             arrived[step.receiver] = ready
@@ -201,18 +203,20 @@ class Model:
         """Into staging, or into the double buffer where there is none."""
         cluster = self._cluster
         if self._p2p and step.owner != step.receiver:
-            links = [f"out {cluster.nic_of(step.owner)}", f"in {cluster.nic_of(step.receiver)}"]
+            out, into = cluster.nic_of(step.owner), cluster.nic_of(step.receiver)
+            rates = {f"out {out}": self._owners_nic, f"in {into}": cluster.nic}
         else:
-            links = [f"memory {cluster.node_of(step.receiver)}", f"pcie {step.receiver}"]
-        amounts = dict.fromkeys(links, step.bucket.size / GB)
-        return self.simulation.task("fetch", amounts=amounts, after=after)
+            memory = f"memory {cluster.node_of(step.receiver)}"
+            rates = {memory: cluster.host_memory, f"pcie {step.receiver}": cluster.host_to_device}
+        busy = {link: step.bucket.size / GB / rate for link, rate in rates.items()}
+        return self.simulation.task("fetch", busy=busy, after=after)
 
     def broadcast(self, step: Step, after: list[int | None]) -> int:
         if self._is_alone or not step.bucket.size:
             return self.simulation.task("broadcast", after=after)
-        amounts = {"fabric": step.bucket.size / GB}
+        busy = {"fabric": step.bucket.size / GB / self._cluster.broadcast(self._nodes)}
         fixed = self._cluster.hop * (self._nodes - 1)
-        return self.simulation.task("broadcast", fixed=fixed, amounts=amounts, after=after)
+        return self.simulation.task("broadcast", fixed=fixed, busy=busy, after=after)
 
     def reload(self, step: Step, after: list[int | None]) -> int:
         """All workers load a bucket: messages, its checksum, Python for each tensor, then the
@@ -233,15 +237,3 @@ class Model:
         checking = 0.0 if self._costs.check is None else nbytes / GB / self._costs.check
         copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
         return joining + checking + python + copying
-
-    def _links(self, owners_nic: float) -> dict[str, float]:
-        """GB/s of every link that a step may use."""
-        cluster = self._cluster
-        links = {"fabric": cluster.broadcast(self._nodes)}
-        for step in self.plan.steps:
-            links[f"pcie {step.receiver}"] = cluster.host_to_device
-            links[f"device {step.receiver}"] = cluster.device_memory
-            links[f"memory {cluster.node_of(step.receiver)}"] = cluster.host_memory
-            links[f"out {cluster.nic_of(step.owner)}"] = owners_nic
-            links[f"in {cluster.nic_of(step.receiver)}"] = cluster.nic
-        return links
