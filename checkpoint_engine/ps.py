@@ -367,7 +367,9 @@ def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:
 def _choose_nic(here: LocalRank) -> str:
     """A rank's RDMA NIC; empty where the machine has none that can be used."""
     devices = _get_rdma_devices()
-    usable = _logged("WARNING", rdma.usable_devices(devices))
+    usable, findings = rdma.usable_devices(devices)
+    for finding in findings:
+        logger.warning(finding)
     if not usable:
         return ""
     choice = rdma.with_stand_ins(devices, usable, here.gpu_count)
@@ -388,29 +390,9 @@ def _get_physical_gpu_id(device_manager: Any = None, device_index: int | None = 
     return device_manager.identity(device_index)
 
 
-def _ibv_get_device_list() -> list[str]:
-    """The RDMA devices of this machine."""
-    return _logged("DEBUG", rdma.list_devices())
-
-
-def _get_rdma_devices() -> list[str]:
-    """The RDMA devices that P2P may use."""
-    return _logged("WARNING", rdma.select_devices(_ibv_get_device_list()))
-
-
-def _parse_NCCL_IB_HCA(value: str, available_devices: list[str]) -> list[str]:
-    return _logged("WARNING", rdma.parse_hca(value, available_devices))
-
-
-def _logged(level: str, found: tuple[list[str], list[str]]) -> list[str]:
-    devices, findings = found
-    for finding in findings:
-        logger.log(level, finding)
-    return devices
-
-
-def _get_my_rdma_device(local_rank: int, gpu_count: int, devices: list[str]) -> str:
-    return rdma.device_for_rank(local_rank, gpu_count, devices)
+_ibv_get_device_list, _get_rdma_devices, _parse_NCCL_IB_HCA, _get_my_rdma_device = rdma.names_for(
+    globals()
+)
 
 
 def _get_master_port(master_port: int | None = None) -> int:

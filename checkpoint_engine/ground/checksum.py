@@ -47,21 +47,15 @@ def checksum(memory: torch.Tensor, first_block: int) -> int:
     """
     first = first_block * _WORDS
     if memory.device.type == "cpu":
-        words = memory.numpy().view(np.int64)
-        return int(sum_words(words, first, np.zeros(PERIOD, np.int64), FACTORS)) & MASK
+        return int(sum_words(memory.numpy().view(np.int64), first, FACTORS)) & MASK
     factors = torch.from_numpy(FACTORS).to(memory.device)
-    return (
-        int(sum_words(memory.view(torch.int64), first, torch.zeros_like(factors), factors)) & MASK
-    )
+    return int(sum_words(memory.view(torch.int64), first, factors)) & MASK
 
 
-def sum_words(words: Any, first: int, columns: Any, factors: Any) -> Any:
-    """Of words, the first of which has this place.
-
-    Args:
-        words: int64; these and the others are arrays of numpy, or tensors of one device.
-        columns: zeros, one for each of ``factors``.
-    """
+def sum_words(words: Any, first: int, factors: Any) -> Any:
+    """Of int64 words, the first of which has this place. Arrays of numpy, or tensors of one
+    device."""
+    columns = factors * 0
     head = min(-first % PERIOD, len(words))  # the rest of a row that began before
     count = (len(words) - head) // PERIOD
     body = head + count * PERIOD

@@ -25,6 +25,7 @@ from checkpoint_engine.memory import threads
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
+_LARGE = 1 << 15  # words of a tensor that is worth a call of its own
 _BLOCK = 1 << 19
 """Words that are multiplied at a time; their products take as much memory beside the checkpoint."""
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
@@ -90,11 +91,12 @@ class _TensorSums:
             first = np.searchsorted(self._ends, begin, side="right")
             tensors = slice(first, np.searchsorted(self._ends, stop) + 1)
             borders = np.maximum(self._starts[tensors] - begin, 0)
-            if len(borders) == 1:  # without the products, at the speed of memory
-                sums = sum_words(words, place, np.zeros(PERIOD, np.int64), FACTORS)
+            if len(words) >= _LARGE * len(borders):  # without products, at the speed of memory
+                pieces = zip(borders, [*borders[1:], len(words)], strict=True)
+                sums = [sum_words(words[a:b], place + a, FACTORS) for a, b in pieces]
             else:  # of all tensors at once: threads that call Python for each wait for each other
-                factors = _REPEATED[place % PERIOD :][: len(words)]
-                sums = np.add.reduceat(words * factors, borders)
+                products = words * _REPEATED[place % PERIOD :][: len(words)]
+                sums = np.add.reduceat(products, borders).tolist()
             with self._lock:
                 self._sums[self._with_bytes[tensors]] += sums
 

@@ -22,12 +22,11 @@ from checkpoint_engine.errors import BusyError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.world.call import Call
-from checkpoint_engine.world.membership import Membership
+from checkpoint_engine.world.membership import RETURN_SECONDS, Membership
 from checkpoint_engine.world.outcome import MemberError, describe
 from checkpoint_engine.world.store import NO_ANSWER, ConnectedWorld, World, world_number
 
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
-_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 _CLEANING_UP = 1.5  # seconds that a rank may need after its deadline before it says so
 
 
@@ -179,7 +178,7 @@ class ControlPlane:
         self._number = self._number or world_number(addr, port)
         lost = self._world
         if lost is not None:  # whoever calls may try again; nobody shall wait for one that is dead
-            deadline = Deadline(max(min(deadline.remaining(), _RETURN_SECONDS), 0.001))
+            deadline = Deadline(max(min(deadline.remaining(), RETURN_SECONDS), 0.001))
         try:
             world = ConnectedWorld(self.rank, self.world_size, addr, port, self._number, deadline)
         except (RuntimeError, TimeoutError) as error:

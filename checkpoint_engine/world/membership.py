@@ -18,7 +18,7 @@ from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import SUCCESS, Failure, gone
 from checkpoint_engine.world.store import World
 
-_RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 _REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
 
 
@@ -69,7 +69,7 @@ class Membership:
         if self._has_announced:  # the store did not answer when that call ended
             self.withdraw()
         self._absent = self.gone()
-        self._awaits_return_until = time.monotonic() + _RETURN_SECONDS
+        self._awaits_return_until = time.monotonic() + RETURN_SECONDS
         self._count += 1
         while self.rank in self._missed_by():
             self._count += 1
