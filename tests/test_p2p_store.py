@@ -79,6 +79,8 @@ class Source:
 
     def pause(self) -> None:
         os.kill(self._pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{self._pid}/stat")  # its threads stop a moment later
+        settles(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
     def go_on(self) -> None:
         os.kill(self._pid, signal.SIGCONT)

@@ -34,9 +34,9 @@ def free_port_pair() -> int:
     processes that run side by side have ports of their own."""
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 2 * 2
-    first = 20_000 + number * share
+    lowest = 20_000 + number * share
     while True:
-        port = random.SystemRandom().randrange(first, first + share, 2)
+        port = random.SystemRandom().randrange(lowest, lowest + share, 2)
         with socket.socket() as first, socket.socket() as second:
             try:
                 first.bind(("127.0.0.1", port))

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from loguru import logger
 
 from checkpoint_engine import distributed
 from checkpoint_engine.world.call import Call
@@ -30,7 +29,6 @@ class DefaultGroup:
     ) -> None:
         """Called by each of ``ranks``. Does nothing if there is a default group."""
         if distributed.is_initialized():
-            logger.bind(rank=self._control.rank).debug("the default process group exists already")
             return
         members = tuple(ranks)
         self._made[members] += 1

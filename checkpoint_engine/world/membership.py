@@ -135,11 +135,12 @@ class Membership:
 
     def _end(self, checkpoint: str, outcome: bytes) -> None:
         """Tell visitors, and processes that take another one's place. The first member alone."""
-        number = self.store.add("finished", 0) + 1
         self.store.set("last", str(self._count))
-        self.store.set(f"ended/{number}", json.dumps([checkpoint, outcome.decode()]))
+        if len(self.members) < self.world_size:  # others may visit
+            number = self.store.add("finished", 0) + 1
+            self.store.set(f"ended/{number}", json.dumps([checkpoint, outcome.decode()]))
+            self.store.delete_key(f"ended/{number - _REMEMBERED}")
         self.store.add("finished", 1)
-        self.store.delete_key(f"ended/{number - _REMEMBERED}")
 
     def forget(self) -> None:
         """Drop what this rank wrote in calls that every member has left."""
