@@ -80,8 +80,9 @@ def decode_layout(blob: bytes) -> Layout:
         _check_layout(names, kind_of, counts, len(kinds))
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a layout: {error!r:.100}") from error
-    metas = iter(make_metas(names, kinds, kind_of))
-    return [list(itertools.islice(metas, count)) for count in counts]
+    metas = make_metas(names, kinds, kind_of)
+    ends = itertools.accumulate(counts)
+    return [metas[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _decompress(blob: bytes) -> bytes:
