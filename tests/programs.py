@@ -6,6 +6,7 @@ Each runs on every rank and writes what it saw to ``OUTPUT_FOLDER/<rank>.json``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -72,9 +73,7 @@ class Rank:
         """What an update must not leave behind."""
         folder = Path(os.environ["PS_IPC_DIR"])
         return {
-            "files": sorted(
-                os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()
-            ),
+            "files": sorted(_open_files()),
             "sockets": len(list(folder.iterdir())),
             "shared": left_segments(),
         }
@@ -89,7 +88,11 @@ def _settled(rank: Rank, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_files() -> list[str]:
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    files = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
+            files.append(os.readlink(f"/proc/self/fd/{fd}").split(":")[0])
+    return files
 
 
 def updates(steps: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
