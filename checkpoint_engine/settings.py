@@ -161,11 +161,9 @@ def from_launcher(value: int | None, name: str) -> int:
     Raises:
         ValueError: neither is given, or the variable is no integer.
     """
-    if value is not None:
-        return value
-    if name not in os.environ:
+    if value is None and name not in os.environ:
         raise ValueError(f"give {name.lower()}=, or set {name} as torchrun does")
-    return integer(name, 0)
+    return integer(name, 0) if value is None else value
 
 
 def set_unless_set(name: str, value: str) -> None:

@@ -253,10 +253,8 @@ def _compare_ranks(call: Call) -> tuple[dict[int, dict[str, float]], dict[int, d
     """What every rank spent its time with so far: by phase, and by the rank that it waited for."""
     call.begin("comparison")
     mine = json.dumps([call.clock.seconds, call.clock.waited_for]).encode()
-    spent = {
-        rank: json.loads(blob)
-        for rank, blob in zip(call.members, call.all_gather("phases", mine), strict=True)
-    }
+    every = map(json.loads, call.all_gather("phases", mine))
+    spent = dict(zip(call.members, every, strict=True))
     phases = {rank: of_rank for rank, (of_rank, _) in spent.items()}
     waits = {rank: {int(of): s for of, s in waited.items()} for rank, (_, waited) in spent.items()}
     return phases, waits

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from loguru import logger
 
-from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList, ParameterMeta
+from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
 from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
 from checkpoint_engine.memory.checksum import Checksums, check_sums
 from checkpoint_engine.planning.layouts import (
@@ -299,12 +299,18 @@ def _find_duplicates(owners: Mapping[int, MemoryBufferMetaList]) -> dict[str, li
     Raises:
         ValueError: they have different dtypes or shapes of it, or one owner has it twice.
     """
-    names = [meta.name for _, meta in _tensors(owners)]
+    tensors = [
+        (rank, meta)
+        for rank, owned in owners.items()
+        for buffer in owned.memory_buffer_metas_list
+        for meta in buffer.metas
+    ]
+    names = [meta.name for _, meta in tensors]
     if len(set(names)) == len(names):
         return {}
     several = {name for name, count in Counter(names).items() if count > 1}
     kinds: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
-    for rank, meta in _tensors(owners):
+    for rank, meta in tensors:
         if meta.name in several:
             kinds[meta.name].append((rank, f"{meta.dtype} {list(meta.shape)}"))
     for name, found in kinds.items():
@@ -318,15 +324,6 @@ def _find_duplicates(owners: Mapping[int, MemoryBufferMetaList]) -> dict[str, li
                     f"{other_kind}; let one rank register it"
                 )
     return {name: [rank for rank, _ in found] for name, found in kinds.items()}
-
-
-def _tensors(owners: Mapping[int, MemoryBufferMetaList]) -> Iterable[tuple[int, ParameterMeta]]:
-    return (
-        (rank, meta)
-        for rank, owned in owners.items()
-        for buffer in owned.memory_buffer_metas_list
-        for meta in buffer.metas
-    )
 
 
 def _agree_on_duplicates(

@@ -6,6 +6,7 @@ numbers that it made. Anything else is unknown, and may not be written.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -188,8 +189,7 @@ class KnownMemory:
 
     def _forget_the_dead(self) -> None:
         """Drop what is known of storages that are gone."""
-        alive = (one for one in self._known.items() if not one[1].storage.expired())
-        self._known = dict(alive)
+        self._known = {key: one for key, one in self._known.items() if not one.storage.expired()}
 
     def _find(self, tensor: torch.Tensor) -> Known:
         key = key_of(tensor)
@@ -228,4 +228,11 @@ def _is_held_elsewhere(tensor: torch.Tensor, known: Known) -> bool:
     of the model."""
     storage = tensor.untyped_storage()
     holders = len({id(one) for _, one in known.model}) + 1  # Python's object for the storage
-    return not storage.resizable() and int(torch._C._storage_Use_Count(storage._cdata)) > holders
+
+    def is_held() -> bool:
+        return int(torch._C._storage_Use_Count(storage._cdata)) > holders
+
+    if storage.resizable() or not is_held():
+        return False
+    gc.collect()  # an array that nobody refers to any more
+    return is_held()
