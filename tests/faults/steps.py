@@ -72,8 +72,9 @@ def act(action: str, note: Path) -> None:
         fill_shared_memory(leave=1 << 16)
     if action in ACTIONS:
         os.kill(os.getpid(), ACTIONS[action])
-        if action in ("interrupt", "terminate"):
-            time.sleep(0.01)  # the signal is handled here
+        ends = time.monotonic() + 5.0
+        while action in ("interrupt", "terminate") and time.monotonic() < ends:
+            time.sleep(0.01)  # the signal is handled here; the kernel may give it to any thread
 
 
 def await_file(path: Path) -> None:
