@@ -30,7 +30,7 @@ _TEN_MINUTES = timedelta(minutes=10)
 
 
 class Contract:
-    """What clients reach into; the owners of the state hold it. No program of ours uses it."""
+    """What clients reach into, and what it needs of the server; the owners of the state hold it."""
 
     _rank: int
     _device_uuid: str

@@ -330,16 +330,14 @@ def test_another_user_cannot_connect_to_a_ranks_socket(
 
 @needs_root
 def test_another_user_cannot_enter_the_default_folder(
-    monkeypatch: pytest.MonkeyPatch,
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PS_IPC_DIR", raising=False)
-    with tempfile.TemporaryDirectory() as base:  # pytest's own paths may be too long for a socket
-        os.chmod(base, 0o777)
-        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
-        address = Address()
-        folder = Path(address.url.removeprefix("ipc://")).parent
-        assert as_nobody(lambda: os.listdir(folder)).startswith("PermissionError")
-        address.close()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(open_folder))
+    address = Address()
+    folder = Path(address.url.removeprefix("ipc://")).parent
+    assert as_nobody(lambda: os.listdir(folder)).startswith("PermissionError")
+    address.close()
 
 
 def connect_in_abstract(address: str) -> int:

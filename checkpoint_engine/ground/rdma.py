@@ -199,23 +199,23 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)]
 
 
-def names_for(door: Mapping[str, Any]) -> tuple[Callable, Callable, Callable, Callable]:
+def names_for(module: Mapping[str, Any]) -> tuple[Callable, Callable, Callable, Callable]:
     """``_ibv_get_device_list``, ``_get_rdma_devices``, ``_parse_NCCL_IB_HCA`` and
     ``_get_my_rdma_device`` for one of the original's modules.
 
     Args:
-        door: the module's ``globals()``. Its callers patch ``logger`` and ``_ibv_get_device_list``
+        module: its ``globals()``. Its callers patch ``logger`` and ``_ibv_get_device_list``
             there, so both are looked up in it at every call.
     """
 
     def report(devices: list[str], findings: list[str], level: str = "warning") -> list[str]:
         for finding in findings:
-            getattr(door["logger"], level)(finding)
+            getattr(module["logger"], level)(finding)
         return devices
 
     return (
         lambda: report(*list_devices(), level="debug"),
-        lambda: report(*select_devices(door["_ibv_get_device_list"]())),
+        lambda: report(*select_devices(module["_ibv_get_device_list"]())),
         lambda value, available_devices: report(*parse_hca(value, available_devices)),
         device_for_rank,
     )

@@ -140,7 +140,7 @@ class P2PStore:
         return len(known)
 
     def names(self) -> list[str]:
-        """Of the tensors whose memory others may read."""
+        """The names of the tensors whose memory others may read."""
         return [*self._registered]
 
     def grant(self) -> Lease:

@@ -271,7 +271,7 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self.store.compare_set("outcome", "", SUCCESS.decode())
+                self._membership.publish(SUCCESS)
             self.wait(lambda: self.store.check(["outcome"]))
             self._outcome = self.store.get("outcome")
             self._raise_failure()

@@ -97,10 +97,10 @@ class Hello:
 
     def differs_from(self, other: Hello) -> bool:
         """Whether the two are not the same collective call. Options that one leaves out agree."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in _MUST_AGREE)
         return any(
             mine != theirs and (name == "ranks" or None not in (mine, theirs))
-            for name, mine, theirs in pairs
+            for name in _MUST_AGREE
+            for mine, theirs in [(getattr(self, name), getattr(other, name))]
         )
 
 

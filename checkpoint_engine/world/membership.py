@@ -100,7 +100,7 @@ class Membership:
         if not begun:
             return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
         failure = Failure.of(gone(begun, "this call"), begun[0], "start", self.world.why_lost)
-        return bytes(store.compare_set("outcome", "", failure.encode().decode()))
+        return publish(store, failure.encode())
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
         """What the engine of each member holds; of those that say so in ``seconds``."""
@@ -228,8 +228,7 @@ class Membership:
 
     def publish(self, outcome: bytes) -> bytes:
         """Make this the running call's outcome unless there is one; returns the outcome."""
-        store = self.part_of(self.world.store)
-        return bytes(store.compare_set("outcome", "", outcome.decode()))
+        return publish(self.part_of(self.world.store), outcome)
 
     # ------------------------------------------------------------------ calls of other ranks
 
@@ -272,7 +271,7 @@ class Membership:
         ]
         error = disagreement(mine, theirs, not_in_theirs)
         failure = Failure.of(error, self.rank, "start", self.world.why_lost)
-        if part.compare_set("outcome", "", failure.encode().decode()) == SUCCESS:
+        if publish(part, failure.encode()) == SUCCESS:
             return  # it has just ended
         not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
         raise disagreement(mine, theirs, not_in_mine)
@@ -316,6 +315,11 @@ class Membership:
             return []
         of, outcome = json.loads(self.store.get(f"ended/{self._visits}"))
         return [outcome.encode()] if of in ("", checkpoint) else []
+
+
+def publish(store: Any, outcome: bytes) -> bytes:
+    """Make this the outcome of the call that a store is of, unless it has one; returns that."""
+    return bytes(store.compare_set("outcome", "", outcome.decode()))
 
 
 def _overlap(one: Hello, other: Hello) -> bool:
