@@ -15,7 +15,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
-from checkpoint_engine.world.outcome import SUCCESS, Failure, MemberError, gone, missing
+from checkpoint_engine.world.outcome import SUCCESS, Failure, MemberError, gone, missing, publish
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
@@ -211,7 +211,7 @@ class Call:
         ).encode()
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return self._membership.publish(mine)
+                return publish(self.store, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -271,7 +271,7 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self._membership.publish(SUCCESS)
+                publish(self.store, SUCCESS)
             self.wait(lambda: self.store.check(["outcome"]))
             self._outcome = self.store.get("outcome")
             self._raise_failure()

@@ -15,7 +15,7 @@ from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.hello import Hello, disagreement
-from checkpoint_engine.world.outcome import SUCCESS, Failure, gone
+from checkpoint_engine.world.outcome import SUCCESS, Failure, gone, publish
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
@@ -213,7 +213,7 @@ class Membership:
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])
-            self.publish(Failure.of(behind, first.rank, "start", self.world.why_lost).encode())
+            publish(store, Failure.of(behind, first.rank, "start", self.world.why_lost).encode())
             self.begin()
 
     def agreed(self) -> None:
@@ -225,10 +225,6 @@ class Membership:
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
             self._left_by_others += [call for call in failure.calls if call != mine.wish]
-
-    def publish(self, outcome: bytes) -> bytes:
-        """Make this the running call's outcome unless there is one; returns the outcome."""
-        return publish(self.part_of(self.world.store), outcome)
 
     # ------------------------------------------------------------------ calls of other ranks
 
@@ -315,11 +311,6 @@ class Membership:
             return []
         of, outcome = json.loads(self.store.get(f"ended/{self._visits}"))
         return [outcome.encode()] if of in ("", checkpoint) else []
-
-
-def publish(store: Any, outcome: bytes) -> bytes:
-    """Make this the outcome of the call that a store is of, unless it has one; returns that."""
-    return bytes(store.compare_set("outcome", "", outcome.decode()))
 
 
 def _overlap(one: Hello, other: Hello) -> bool:
