@@ -191,9 +191,12 @@ SIZES = [70_000, 5, 0, 300_000, 256, 16, 500_000, 3, 8192, 2047 * 256, 0]
 
 @pytest.mark.parametrize("piece", [32, 512, 2047, 1 << 14, 1 << 22])
 @pytest.mark.parametrize("block", [32, 4000, 1 << 19])
+@pytest.mark.parametrize("large", [1, 1 << 15])
 def test_tensors_of_any_size_in_pieces_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, piece: int, block: int
+    monkeypatch: pytest.MonkeyPatch, piece: int, block: int, large: int
 ) -> None:
+    """``large``: summed one by one, or all at once."""
+    monkeypatch.setattr(module, "_LARGE", large)
     monkeypatch.setattr(module, "_BLOCK", block)
     monkeypatch.setattr(module, "_SMALLEST_PIECE", piece)
     monkeypatch.setattr(module, "_LARGEST_PIECE", piece)
