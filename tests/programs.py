@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -88,10 +89,12 @@ def _settled(rank: Rank, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_files() -> list[str]:
+    """Without what is another for each new group, pipe or socket."""
     files = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
-            files.append(os.readlink(f"/proc/self/fd/{fd}").split(":")[0])
+            target = os.readlink(f"/proc/self/fd/{fd}")
+            files.append(re.sub(r"(?<=^/dev/shm/nccl-).*|:.*", "", target))
     return files
 
 

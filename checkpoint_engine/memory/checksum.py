@@ -20,12 +20,12 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetaList,
     align_up,
 )
-from checkpoint_engine.ground.checksum import FACTORS, FORMULA, MASK, PERIOD, sum_words
+from checkpoint_engine.ground.checksum import FACTORS, FORMULA, MASK, PERIOD
 from checkpoint_engine.memory import threads
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2 << 20, 16 << 20
 """Words that a thread sums at a time. With less, threads wait for Python more than for memory."""
-_LARGE = 1 << 15  # words of a tensor that is worth a call of its own
+_LARGE = 1 << 15  # words of a tensor of many rows
 _BLOCK = 1 << 19
 """Words that are multiplied at a time; their products take as much memory beside the checkpoint."""
 _SUMS = re.compile(r"[\w ,.-]+:[A-Za-z0-9+/]*={0,2}")
@@ -85,18 +85,16 @@ class _TensorSums:
 
     def add(self, start: int, end: int) -> None:
         """Add the words from ``start`` to ``end``. Any thread."""
-        for begin in range(start, end, _BLOCK):
-            stop = min(begin + _BLOCK, end)
-            words, place = self._words(begin, stop), self._first + begin
+        first, last = np.searchsorted(self._ends, [start, end])
+        large = end - start >= _LARGE * (last - first + 1)
+        step = end - start if large else _BLOCK
+        for begin in range(start, end, step):
+            stop = min(begin + step, end)
             first = np.searchsorted(self._ends, begin, side="right")
             tensors = slice(first, np.searchsorted(self._ends, stop) + 1)
             borders = np.maximum(self._starts[tensors] - begin, 0)
-            if len(words) >= _LARGE * len(borders):  # without products, at the speed of memory
-                pieces = zip(borders, [*borders[1:], len(words)], strict=True)
-                sums = [sum_words(words[a:b], place + a, FACTORS) for a, b in pieces]
-            else:  # of all tensors at once: threads that call Python for each wait for each other
-                products = words * _REPEATED[place % PERIOD :][: len(words)]
-                sums = np.add.reduceat(products, borders).tolist()
+            factors = _REPEATED[(self._first + begin) % PERIOD :]
+            sums = (_sums_by_row if large else _sums)(self._words(begin, stop), borders, factors)
             with self._lock:
                 self._sums[self._with_bytes[tensors]] += sums
 
@@ -109,6 +107,30 @@ class _TensorSums:
 
     def encode(self) -> str:
         return f"{FORMULA}:{base64.b64encode(self._sums.astype('<i8').tobytes()).decode()}"
+
+
+# Threads that come back from numpy wait for each other: both take few calls, for many tensors.
+
+
+def _sums(words: np.ndarray, borders: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Of tensors that lie one behind the other and begin at ``borders``, the first of them 0."""
+    return np.add.reduceat(words * factors[: len(words)], borders)
+
+
+def _sums_by_row(words: np.ndarray, borders: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """The same for tensors of many rows, whose products are never in memory: a sum is that of all
+    words before a tensor's end, less that of those before its beginning."""
+    factors = factors[:PERIOD]
+    rows, columns = np.divmod(np.append(borders, len(words)), PERIOD)
+    whole = words[: len(words) // PERIOD * PERIOD].reshape(-1, PERIOD)
+    before = np.zeros(len(whole) + 1, dtype=np.int64)
+    np.cumsum(np.einsum("rp,p->r", whole, factors), out=before[1:])
+    begun = np.zeros((len(rows), PERIOD), dtype=np.int64)
+    inside = rows < len(whole)
+    begun[inside] = whole[rows[inside]]
+    begun[~inside, : len(words) % PERIOD] = words[whole.size :]
+    begun *= np.arange(PERIOD) < columns[:, None]
+    return np.diff(before[rows] + np.einsum("rp,p->r", begun, factors))
 
 
 def check_sums(sums: str | None, whose: str) -> None:
