@@ -31,7 +31,6 @@ from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.service.jobs import Jobs, Status
 from checkpoint_engine.service.metrics import Metrics
 from checkpoint_engine.update import update as update_module
-from checkpoint_engine.update.session import EngineProfile
 from checkpoint_engine.world.clock import Clock
 from update import NAME, RANK, WORLD_SIZE, Engine, make_tensors
 
@@ -72,7 +71,7 @@ def unobserved() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(update_module, "RankTracer", Unobserving))
         stack.enter_context(mock.patch.object(update_module, "_show_progress", nothing))
-        stack.enter_context(mock.patch.object(EngineProfile, "learn", nothing))
+        stack.enter_context(mock.patch.object(update_module.Server, "learn", nothing))
         stack.enter_context(mock.patch.object(Clock, "arrived", nothing))
         logger.disable("checkpoint_engine")
         try:

@@ -12,7 +12,7 @@ import zmq
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBuffer
 from checkpoint_engine.ground.devices import DeviceManager
-from checkpoint_engine.handover.link import Address
+from checkpoint_engine.handover.link import new_address
 from checkpoint_engine.memory.checkpoints import Checkpoints
 from checkpoint_engine.settings import max_bucket_bytes
 from checkpoint_engine.transfer.p2p import P2P
@@ -110,7 +110,7 @@ class Contract:
 
         For programs that drive the worker's protocol themselves; the caller closes the socket.
         """
-        address = Address().url  # its file goes with this process, not before
+        address, _, _ = new_address()  # its file goes with this process, not before
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
         socket.bind(address)
         mine = Hello(self._rank, "_bind_zmq_socket", device=self._device_uuid, address=address)

@@ -95,15 +95,13 @@ _ALL_FIELDS = {"name", "dtype", "shape", "aligned_size"}
 _SLOTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
 
 
-class _Stored(BaseModel):
-    """Programs store these as pickles. Their states come from other releases, which lack newer
-    fields, or from anybody."""
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(type(self).model_validate(state["__dict__"]).__getstate__())
+def _set_valid_state(self: BaseModel, state: dict[Any, Any]) -> None:
+    """Programs store some of these as pickles. Their states come from other releases, which lack
+    newer fields, or from anybody."""
+    BaseModel.__setstate__(self, type(self).model_validate(state["__dict__"]).__getstate__())
 
 
-class ParameterMeta(_Stored):
+class ParameterMeta(BaseModel):
     """One tensor of a checkpoint. ``aligned_size`` is its size in bytes with padding (0.2 metas
     lack it)."""
 
@@ -111,6 +109,7 @@ class ParameterMeta(_Stored):
     dtype: TorchDtype
     shape: TorchSize
     aligned_size: int = -1
+    __setstate__ = _set_valid_state
 
     @model_validator(mode="after")
     def _fill_aligned_size(self) -> ParameterMeta:
@@ -183,7 +182,7 @@ class TensorPart(H2DBucket):
         return self.begin + self.size == self.total
 
 
-class MemoryBufferMetas(_Stored):
+class MemoryBufferMetas(BaseModel):
     """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
     process.
 
@@ -194,6 +193,7 @@ class MemoryBufferMetas(_Stored):
     ptr: NonNegativeInt
     size: NonNegativeInt
     checksums: str | None = None
+    __setstate__ = _set_valid_state
 
 
 class MemoryBuffer(BaseModel):
@@ -211,14 +211,13 @@ class MemoryBuffer(BaseModel):
     checksums: str | None = None
 
 
-class Lease(_Stored):
+class Lease(BaseModel, frozen=True):
     """Proof that an owner still holds a checkpoint: ``id``, hexadecimal, stands at address
     ``ptr``."""
 
-    model_config = ConfigDict(frozen=True)
-
     ptr: int
     id: str
+    __setstate__ = _set_valid_state
 
     @property
     def is_whole(self) -> bool:
@@ -226,7 +225,7 @@ class Lease(_Stored):
         return _LEASE_ID.fullmatch(self.id) is not None
 
 
-class MemoryBufferMetaList(_Stored):
+class MemoryBufferMetaList(BaseModel):
     """Everything one rank owns of a checkpoint, and how to read it by P2P.
 
     ``lease`` is this library's; metas of the original have none.
@@ -236,6 +235,7 @@ class MemoryBufferMetaList(_Stored):
     memory_buffer_metas_list: list[MemoryBufferMetas]
     rdma_device: Annotated[str, BeforeValidator(lambda v: "" if v is None else v)]
     lease: Lease | None = None
+    __setstate__ = _set_valid_state
 
 
 class DataToGather(MemoryBufferMetaList):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -76,15 +77,40 @@ class UpdateError(RuntimeError):
         return type(self), made_of, self.__dict__
 
 
-class GroupError(RuntimeError):
-    """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
+class CallError(RuntimeError):
+    """Why a collective call fails, raised within it and told to the other ranks. Callers get an
+    ``UpdateError``.
 
-    kind = "broadcast_failed"
+    Attributes:
+        kind: one of ``KINDS``.
+        missing: the ranks that do not make this call; their next call is the one after it.
+        rank: which is to blame, if it is not the one that raises this.
+        calls: of a disagreement, the calls that do not go together, as their ranks made them.
+        phase: what the rank was doing.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        kind: str,
+        missing: Sequence[int] = (),
+        rank: int | None = None,
+        calls: Sequence[str] = (),
+        phase: str = "",
+    ) -> None:
+        super().__init__(cause)
+        self.cause, self.kind, self.phase, self.rank = cause, kind, phase, rank
+        self.missing, self.calls = list(missing), list(calls)
+
+
+def broadcast_failed(cause: str) -> CallError:
+    """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
+    return CallError(cause, "broadcast_failed")
 
 
 class EngineError(RuntimeError):
     """An inference engine cannot be updated: its worker reported a failure, whose traceback is in
-    the text, or a class below says why.
+    the text, or ``kind`` says why.
 
     Control characters in it are escaped, and its middle is left out where it is very long: it goes
     into logs, terminals and HTTP answers.
@@ -92,16 +118,11 @@ class EngineError(RuntimeError):
 
     kind = "worker_failed"
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kind: str | None = None) -> None:
+        self.kind = kind or self.kind
         if len(text) > _LONGEST_TEXT:
             text = f"{text[:_HEAD]}\n[...]\n{text[_HEAD + 7 - _LONGEST_TEXT :]}"
         super().__init__(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
-
-
-class RequestError(EngineError):
-    """``req_func`` raised; the text says what."""
-
-    kind = "request_failed"
 
 
 class WireError(EngineError):

@@ -39,7 +39,6 @@ from checkpoint_engine.planning import plan
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.p2p_store import P2PStore
 from checkpoint_engine.update.order import Order, RequestFunction, members_of
-from checkpoint_engine.update.session import EngineProfile
 from checkpoint_engine.update.snapshot import Snapshot
 from checkpoint_engine.update.update import Server, run_update
 from checkpoint_engine.update.ways.broadcast import Broadcast
@@ -115,7 +114,7 @@ class ParameterServer(Contract):
         self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, here)
         self._gathered = Gathered()
         ways = (SharedMemory(here), Pull(here, p2p), Broadcast(here))
-        self._server = Server(here, p2p, ways, EngineProfile())
+        self._server = Server(here, ways)
 
     # ------------------------------------------------------------------ checkpoints on this rank
 
@@ -188,7 +187,7 @@ class ParameterServer(Contract):
             self._begin("gather_metas", checkpoint_name, timeout) as call,
             self._checkpoints.pin(checkpoint_name) as source,
         ):
-            gathered = gather(call, self._p2p, source, self._gathered)
+            gathered = gather(call, source, self._gathered)
             if self._auto_pg:
                 self._default_group.create_within(call)
             call.on_success = partial(setattr, self, "_gathered", gathered)
@@ -302,6 +301,7 @@ class ParameterServer(Contract):
                 self._begin("update", checkpoint_name, timeout, members) as call,
                 self._checkpoints.pin(checkpoint_name) as source,
             ):
+                self._p2p.release_finished()  # before it is counted what memory is free
                 report, gathered = run_update(call, source, self._gathered, order, self._server)
                 if members is None:
                     call.on_success = partial(setattr, self, "_gathered", gathered)
@@ -316,7 +316,7 @@ class ParameterServer(Contract):
     def served(self) -> LoadedCheckpoint | None:
         """What this rank's engine holds; ``None`` before the first update, and while the weights
         are partly written. Any thread."""
-        return self._server.profile.served
+        return self._server.served
 
     @property
     def progress(self) -> Progress | None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.errors import CallError, UpdateError
 from checkpoint_engine.world.hello import Hello, check_agreement
-from checkpoint_engine.world.outcome import MemberError
 from test_control import LONG, Rank, run_world
 
 SOON = 8.0  # seconds; far below LONG, the timeout of every call here
@@ -234,7 +233,7 @@ def test_a_version_goes_with_none() -> None:
 def test_versions_of_two_later_ranks_are_compared_too() -> None:
     hellos = [Hello(rank, "update", "a", version=[None, "7", "8"][rank]) for rank in range(3)]
     check_agreement(hellos[:2])
-    with pytest.raises(MemberError, match=r"version='8'.*version='7'"):
+    with pytest.raises(CallError, match=r"version='8'.*version='7'"):
         check_agreement(hellos)
 
 

@@ -26,7 +26,7 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.ipc import SharedBuffer
-from checkpoint_engine.handover.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.handover.link import ServerLink, WorkerLink, open_context
 from checkpoint_engine.handover.stale_files import stale_files
 from checkpoint_engine.service.serve import listen
 
@@ -86,7 +86,7 @@ def server(
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     if request.param == "abstract":
         monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as made:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as made:
         yield made
 
 
@@ -205,7 +205,7 @@ def test_a_second_connection_of_the_worker_is_refused_once_it_has_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         with working(server.url, ours=True) as done:
             exchange(server, b"handle")
             with receiving(server.url) as told:
@@ -262,7 +262,7 @@ def test_a_refused_process_is_warned_about_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
     warnings: list[str] = []
     sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         first = Intruder("REP", server.url)
         look_until(server, lambda: server._authenticator.worker_is_connected)
         for _ in range(2):
@@ -323,7 +323,7 @@ def test_another_user_cannot_connect_to_a_ranks_socket(
     open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(open_folder))
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         told = as_nobody(lambda: try_to_connect(server.url.removeprefix("ipc://")))
         assert told.startswith("PermissionError")
 
@@ -334,10 +334,9 @@ def test_another_user_cannot_enter_the_default_folder(
 ) -> None:
     monkeypatch.delenv("PS_IPC_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(open_folder))
-    address = Address()
-    folder = Path(address.url.removeprefix("ipc://")).parent
-    assert as_nobody(lambda: os.listdir(folder)).startswith("PermissionError")
-    address.close()
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
+        folder = Path(server.url.removeprefix("ipc://")).parent
+        assert as_nobody(lambda: os.listdir(folder)).startswith("PermissionError")
 
 
 def connect_in_abstract(address: str) -> int:
@@ -357,7 +356,7 @@ def test_another_user_gets_nothing_in_the_abstract_namespace(
 ) -> None:
     """Where no file keeps it out."""
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         told: list[Any] = []
         thread = threading.Thread(
             target=lambda: told.append(as_nobody(lambda: connect_in_abstract(server.url)))
@@ -374,7 +373,7 @@ def test_another_user_gets_nothing_in_the_abstract_namespace(
 def test_another_user_is_let_in_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
     monkeypatch.setenv("PS_IPC_UIDS", str(NOBODY))
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         told: list[Any] = []
         thread = threading.Thread(
             target=lambda: told.append(as_nobody(lambda: foreign_exchange(server.url)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from checkpoint_engine.ground.checksum import check_bytes, checksum
 from checkpoint_engine.memory import checksum as module
 from checkpoint_engine.memory import layout
 from checkpoint_engine.memory.checkpoints import Checkpoint
-from checkpoint_engine.memory.checksum import Checksums, add_sums
+from checkpoint_engine.memory.checksum import add_sums, sum_of, sums_of
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.memory.sources import tensor_sources
 from checkpoint_engine.planning.plan import gen_h2d_buckets
@@ -119,9 +120,9 @@ def test_buckets_of_a_checkpoint_add_up(sizes: list[int], bucket: int) -> None:
     metas = {
         0: MemoryBufferMetaList(p2p_store_addr="", memory_buffer_metas_list=owned, rdma_device="")
     }
-    known = Checksums(metas)
-    for _, owner, one in gen_h2d_buckets(metas, bucket * 256, {"": {0}}, {"": {0}}):
-        expected = known.of(owner, one)
+    sums = sums_of(0, metas[0])
+    for _, _, one in gen_h2d_buckets(metas, bucket * 256, {"": {0}}, {"": {0}}):
+        expected = sum_of(sums, one)
         memory = torch.cat(
             [buffers[index].buffer[at : at + count] for index, at, count in one.ranges]
             or [torch.empty(0, dtype=torch.uint8)]
@@ -144,7 +145,8 @@ def test_gaps_between_ranges_are_zero_in_a_bucket() -> None:
     buffers = [MemoryBuffer(buffer=memory[:n], size=n, metas=[META]) for n in (200, 300)]
     ranges = [BucketRange(0, 0, 200), BucketRange(1, 0, 300)]
     target = torch.full((768,), 255, dtype=torch.uint8)
-    Checkpoint("c", buffers).copy(H2DBucket(size=768, ranges=ranges, items=[META, META]), target)
+    checkpoint = Checkpoint("c", buffers, describe=Mock())
+    checkpoint.copy(H2DBucket(size=768, ranges=ranges, items=[META, META]), target)
     assert torch.equal(target, torch.tensor([7] * 200 + [0] * 56 + [7] * 300 + [0] * 212).byte())
 
 
@@ -160,7 +162,7 @@ def test_sums_of_fewer_tensors_than_there_are_is_an_error() -> None:
         p2p_store_addr="", memory_buffer_metas_list=[metas], rdma_device=""
     )
     with pytest.raises(ValueError, match="owner 0 has 1 sums of 2 tensors"):
-        Checksums({0: owner})
+        sums_of(0, owner)
 
 
 def splitmix(place: int) -> int:

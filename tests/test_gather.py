@@ -31,8 +31,8 @@ from checkpoint_engine.planning.layouts import (
     decode_place,
     encode_layout,
     encode_place,
-    join_place,
     known_digest,
+    layout_digest,
     missing_layouts,
 )
 
@@ -62,8 +62,7 @@ def buffer_of(*metas: ParameterMeta, ptr: int = 0) -> MemoryBufferMetas:
 
 def sent_and_received(data: DataToGather) -> DataToGather:
     layout = encode_layout([buffer.metas for buffer in data.memory_buffer_metas_list])
-    place = decode_place(encode_place(data, layout.digest, "nothing"))
-    return join_place(place, decode_layout(layout.blob))
+    return decode_place(encode_place(data), decode_layout(layout))
 
 
 names = st.one_of(
@@ -137,14 +136,14 @@ def test_a_large_model_is_compact() -> None:
         for i in range(10_000)
         for kind, dtype, shape in [kinds[i % 3]]
     ]
-    blob = encode_layout([listed]).blob
+    blob = encode_layout([listed])
     assert len(blob) < 12 * len(listed)
     assert len(blob) < len(pickle.dumps(gathered(buffer_of(*listed)))) / 8
     assert decode_layout(blob) == [listed]
 
 
 def test_decoding_leaves_garbage_collection_as_it_was() -> None:
-    blob = encode_layout([[ParameterMeta(name="w", dtype=torch.int8, shape=())]]).blob
+    blob = encode_layout([[ParameterMeta(name="w", dtype=torch.int8, shape=())]])
     decode_layout(blob)
     assert gc.isenabled()
     gc.disable()
@@ -212,18 +211,14 @@ class World:
     def gather(self, names: list[str]) -> list[int]:
         """The ranks whose layouts were sent; every rank's tensor has one of ``names``."""
         layouts = [encode_layout([[meta(name)]]) for name in names]
-        places = [
-            decode_place(
-                encode_place(gathered(buffer_of(meta(name))), layout.digest, known_digest(known))
-            )
-            for name, layout, known in zip(names, layouts, self.known, strict=True)
-        ]
-        missing = [missing_layouts(places, known) for known in self.known]
+        digests = [layout_digest(layout) for layout in layouts]
+        known_to = [known_digest(known) for known in self.known]
+        missing = [missing_layouts(digests, known_to, known) for known in self.known]
         assert all(ranks == missing[0] for ranks in missing)  # or they would wait for each other
-        received = {rank: layouts[rank].blob for rank in missing[0]}
+        received = {rank: layouts[rank] for rank in missing[0]}
         for rank, known in enumerate(self.known):
-            self.known[rank] = decode_layouts(places, known, received)
-            found = [self.known[rank][place["layout"]] for place in places]
+            self.known[rank] = decode_layouts(digests, known, received)
+            found = [self.known[rank][digest] for digest in digests]
             assert found == [[[meta(name)]] for name in names]
         return missing[0]
 
@@ -352,7 +347,7 @@ def test_metas_that_make_no_sense(field: str, value: Any) -> None:
 @given(metas)
 def test_metas_that_came_are_like_any_other(meta: ParameterMeta) -> None:
     """They are made without validation."""
-    ((made,),) = decode_layout(encode_layout([[meta]]).blob)
+    ((made,),) = decode_layout(encode_layout([[meta]]))
     assert made == meta
     assert made.model_dump_json() == meta.model_dump_json()
     assert pickle.loads(pickle.dumps(made)) == made.model_copy() == meta

@@ -25,7 +25,7 @@ from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.handover import ipc, link
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory, open_buffer
-from checkpoint_engine.handover.link import Address, ServerLink, WorkerLink, open_context
+from checkpoint_engine.handover.link import ServerLink, WorkerLink, open_context
 from checkpoint_engine.handover.wire import ACK
 
 SHM = Path("/dev/shm")
@@ -257,9 +257,8 @@ def no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def new_address() -> str:
     """One that nobody uses."""
-    address = Address()
-    address.close()
-    return address.url
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
+        return server.url
 
 
 def folder_of(address: str) -> Path:
@@ -320,11 +319,10 @@ def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_the_abstract_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / "unused"))
     monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
-    first, second = Address(), Address()
-    assert first.url != second.url
-    assert first.url.startswith("ipc://@")
+    first, second = new_address(), exchange_once()
+    assert first != second
+    assert second.startswith("ipc://@")
     assert not (tmp_path / "unused").exists()
-    exchange_once(first)
 
 
 def test_a_folder_that_others_may_enter_is_refused(no_choice: Path) -> None:
@@ -353,7 +351,7 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) 
     child = os.fork()
     if child == 0:
         try:
-            WorkerLink(zmq.Context(), Address())
+            WorkerLink(zmq.Context())
         finally:
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
@@ -362,7 +360,7 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) 
     plain = no_choice / "ps-4567.sock.txt"
     plain.touch()
     with zmq.Context() as context:
-        live = WorkerLink(context, Address())
+        live = WorkerLink(context)
         try:
             new_address()
             name = Path(live.url).stem
@@ -377,13 +375,14 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(no_choice: Path) 
 
 def test_an_address_that_nobody_listens_at_yet_is_kept(no_choice: Path) -> None:
     """Ranks come up together: one looks around while another is between bind and listen."""
-    starting = Address()
-    path = Path(starting.url.removeprefix("ipc://"))
+    _, path, lock = link.new_address()
+    assert path is not None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         new_address()
         assert path.exists()
-    starting.close()
+    os.close(lock)
+    new_address()
     assert list(no_choice.iterdir()) == []
 
 
@@ -395,14 +394,17 @@ def bounded() -> Callable[[], None]:
     return lambda: deadline.check("the test")
 
 
-def exchange_once(address: Address) -> None:
+def exchange_once() -> str:
+    """Returns the address."""
     with open_context() as context:
-        server, worker = WorkerLink(context, address), ServerLink(context, address.url, SOON)
+        server = WorkerLink(context)
+        worker = ServerLink(context, server.url, SOON)
         try:
             server.send(b"ping", bounded())
             assert worker.receive() == b"ping"
             worker.reply(b"pong")
             assert server.receive(bounded()) == b"pong"
+            return server.url
         finally:
             worker.close()
             server.close()
@@ -415,7 +417,7 @@ Pair = tuple[WorkerLink, ServerLink]
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pair]:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     with open_context() as context:
-        server = WorkerLink(context, Address())
+        server = WorkerLink(context)
         worker = ServerLink(context, server.url, SOON)
         try:
             yield server, worker
@@ -503,7 +505,7 @@ def test_an_abort_overtakes_no_message_and_needs_no_reply(pair: Pair) -> None:
 def talker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[WorkerLink, Any]]:
     """A server, and a socket that replies whenever it wants to."""
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
-    with open_context() as context, contextlib.closing(WorkerLink(context, Address())) as server:
+    with open_context() as context, contextlib.closing(WorkerLink(context)) as server:
         socket = context.socket(zmq.DEALER)
         socket.connect(server.url)
         yield server, socket
@@ -548,7 +550,7 @@ def test_a_peer_that_sends_more_than_a_message_may_have_is_cut_off(
     monkeypatch.setattr(link, "_MAX_REPLY", 1000)
     with (
         open_context() as context,
-        contextlib.closing(WorkerLink(context, Address())) as server,
+        contextlib.closing(WorkerLink(context)) as server,
         contextlib.closing(ServerLink(context, server.url, SOON)) as worker,
     ):
         server.send(b"handle", bounded())
@@ -571,7 +573,7 @@ def test_a_wait_ends_when_its_check_raises(pair: Pair) -> None:
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     with open_context() as context:
-        server = WorkerLink(context, Address())
+        server = WorkerLink(context)
         worker = ServerLink(context, server.url, 0.2)
         with pytest.raises(TimeoutError, match=r"gave up after 0\.2 s"):
             worker.receive()
@@ -594,10 +596,13 @@ def test_what_is_no_address(address: str) -> None:
         ServerLink(context, address, SOON)
 
 
-def test_an_address_that_is_taken(pair: Pair) -> None:
-    address = Address()
-    taken = Path(address.url.removeprefix("ipc://"))
-    taken.touch()
-    address.url = f"ipc://{taken}/below-a-file.sock"
+def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    url, path, lock = link.new_address()
+    assert path is not None
+    path.touch()
+    below = f"{url}/below-a-file.sock"
+    monkeypatch.setattr(link, "new_address", lambda: (below, path, lock))
     with open_context() as context, pytest.raises(RuntimeError, match="cannot listen at"):
-        WorkerLink(context, address)
+        WorkerLink(context)
+    assert list(tmp_path.iterdir()) == []  # it gives up the address, too

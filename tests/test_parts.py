@@ -203,7 +203,7 @@ def test_a_worker_that_cannot_join_parts_is_said_so_and_gets_whole_tensors_next(
     """It follows one that could."""
     monkeypatch.setattr(plan, "SMALLEST_CUT", 1 << 10)
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(2**-16))  # 16 KiB
-    server._server.profile.joins_parts = True
+    server._server.joins_parts = True
     seconds = timedelta(seconds=20)
 
     def refuse(paths: list[tuple[str, str]]) -> None:
@@ -211,7 +211,7 @@ def test_a_worker_that_cannot_join_parts_is_said_so_and_gets_whole_tensors_next(
 
     with pytest.raises(UpdateError, match="no engine"):
         server.update("c", refuse, timeout=seconds)
-    assert server._server.profile.joins_parts
+    assert server._server.joins_parts
     with pytest.raises(UpdateError, match="update again"):
         server.update("c", OtherWorker(), timeout=seconds)
     other = OtherWorker()

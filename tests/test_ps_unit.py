@@ -24,6 +24,7 @@ from checkpoint_engine import ps
 from checkpoint_engine.data_types import Lease, MemoryBufferMetaList, align_up
 from checkpoint_engine.errors import BusyError, UpdateError
 from checkpoint_engine.memory import checksum
+from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 
@@ -685,11 +686,10 @@ def test_damaged_proofs_are_refused(
 
 def test_a_damaged_proof_of_a_rank_of_this_world_is_refused(server: ParameterServer) -> None:
     server.register_checkpoint("c", named_tensors=some(1))
-    readers = server._server.p2p
-    damaged = readers.place(server._checkpoints.all()[0])
+    damaged = server._checkpoints.all()[0].owned
     damaged.memory_buffer_metas_list[0].checksums = "!!!"
     with (
-        patch.object(readers, "place", return_value=damaged),
+        patch.object(Checkpoint, "owned", damaged),
         pytest.raises(UpdateError, match="owner 0 hold damaged checksums: '!!!'"),
     ):
         server.gather_metas("c")

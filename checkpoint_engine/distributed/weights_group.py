@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine import settings
-from checkpoint_engine.errors import GroupError
+from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.deadline import Deadline, in_thread
 from checkpoint_engine.ground.sockets import connections
 
@@ -144,9 +144,9 @@ def create_weights_group(
             if device.type != "cpu":
                 _connect_now(group, device)
         except BaseException as error:
-            raise GroupError(f"the ranks cannot form a group: {error}") from error.with_traceback(
-                None
-            )
+            raise broadcast_failed(
+                f"the ranks cannot form a group: {error}"
+            ) from error.with_traceback(None)
         if hasattr(group, "set_timeout"):
             group.set_timeout(_NO_TIMEOUT)
         return TorchGroup(ranks, group, _connections_among(addresses.told))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 PHASES = (
     *("start", "plan", "buffers", "process group", "handshake", "transfer", "reload", "release"),
@@ -15,11 +15,7 @@ PHASES = (
 ``service/page.html``."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class InstanceFailure(_Frozen):
+class InstanceFailure(BaseModel, frozen=True):
     """An engine instance that an update went on without.
 
     ``rank`` of its ``ranks`` failed first, in ``phase``, with ``error``.
@@ -32,7 +28,7 @@ class InstanceFailure(_Frozen):
     error: str
 
 
-class LoadedCheckpoint(_Frozen):
+class LoadedCheckpoint(BaseModel, frozen=True):
     """What a rank's engine holds."""
 
     checkpoint: str
@@ -41,7 +37,7 @@ class LoadedCheckpoint(_Frozen):
     since: float = Field(description="Unix time.")
 
 
-class Stage(_Frozen):
+class Stage(BaseModel, frozen=True):
     """What a stage moved, and for how long there was a bucket in it."""
 
     bytes: int
@@ -56,7 +52,7 @@ _MOVING = ("transfer", "reload")
 """Phases that wait for all bytes: their rate is a lower bound, since they overlap."""
 
 
-class UpdateReport(_Frozen):
+class UpdateReport(BaseModel, frozen=True):
     """One update as one rank saw it; ``ParameterServer.update`` returns it.
 
     ``version`` is the id that the updated workers now hold; ``None`` on a rank that had no part in

@@ -37,38 +37,29 @@ _CLOSED = "the inference worker closed its connection before the update was over
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
-class Address:
+def new_address() -> tuple[str, Path | None, int]:
     """An address for one update, which nobody can guess and no earlier update used.
 
     A socket file in a folder that only this user can enter: ``PS_IPC_DIR``, else one of ours below
     ``XDG_RUNTIME_DIR`` or the temporary folder. ``PS_IPC_ABSTRACT=1``: the abstract namespace.
+
+    Returns the address, its file, and the descriptor of a lock, to be held as long as it is used.
+    Raises ``RuntimeError`` if the folder is another user's, or its path is too long.
     """
-
-    def __init__(self) -> None:
-        """Raises ``RuntimeError`` if the folder is another user's, or its path is too long."""
-        self.path: Path | None = None
-        name = f"{_PREFIX}{secrets.token_hex(8)}.sock"
-        if settings.ipc_abstract():
-            self.url = f"ipc://@checkpoint-engine-{name}"
-            return
-        folder = _socket_folder()
-        for lock in stale_files(folder, f"{_PREFIX}*.lock"):
-            _remove_files(lock)
-        if len(os.fsencode(folder / name)) > _MAX_PATH:
-            raise RuntimeError(
-                f"the socket path {folder / name} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR "
-                "to a shorter folder, or PS_IPC_ABSTRACT=1"
-            )
-        lock, self._lock = create_locked(folder, _PREFIX, ".lock")
-        self.path = lock.with_suffix(".sock")
-        self.url = f"ipc://{self.path}"
-
-    def close(self) -> None:
-        """Remove the socket's file, which zmq leaves."""
-        if self.path is not None:
-            _remove_files(self.path)
-            os.close(self._lock)
-            self.path = None
+    name = f"{_PREFIX}{secrets.token_hex(8)}.sock"
+    if settings.ipc_abstract():
+        return f"ipc://@checkpoint-engine-{name}", None, -1
+    folder = _socket_folder()
+    for stale in stale_files(folder, f"{_PREFIX}*.lock"):
+        _remove_files(stale)
+    if len(os.fsencode(folder / name)) > _MAX_PATH:
+        raise RuntimeError(
+            f"the socket path {folder / name} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR "
+            "to a shorter folder, or PS_IPC_ABSTRACT=1"
+        )
+    lock, descriptor = create_locked(folder, _PREFIX, ".lock")
+    path = lock.with_suffix(".sock")
+    return f"ipc://{path}", path, descriptor
 
 
 def _remove_files(path: Path) -> None:
@@ -107,13 +98,9 @@ class WorkerLink:
     A worker that leaves before it was sent a message may come again, or another one may come.
     """
 
-    def __init__(self, context: zmq.Context, address: Address) -> None:
-        """Takes ``address`` over, and gives it up when closed.
-
-        ``context``: of this update alone.
-        """
-        self._address = address
-        self.url = address.url
+    def __init__(self, context: zmq.Context) -> None:
+        """Listen at a new address. ``context``: of this update alone."""
+        self.url, self._path, self._lock = new_address()
         self._unanswered = 0
         # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
         self._socket = _new_socket(context, zmq.DEALER, _MAX_REPLY)
@@ -121,11 +108,11 @@ class WorkerLink:
         self._authenticator = Authenticator(context, self._socket, self._poller)
         try:
             self._socket.bind(self.url)
-            if self._address.path is not None:
-                os.chmod(self._address.path, 0o666 if settings.admitted_users() else 0o600)
+            if self._path is not None:
+                os.chmod(self._path, 0o666 if settings.admitted_users() else 0o600)
         except (zmq.ZMQError, OSError) as error:
             self.close()
-            raise RuntimeError(f"cannot listen at {address.url}: {error}") from error
+            raise RuntimeError(f"cannot listen at {self.url}: {error}") from error
 
     def send(self, message: bytes, check: Callable[[], None]) -> None:
         """Send, once the worker is connected; ``check`` ends the wait by raising.
@@ -171,7 +158,10 @@ class WorkerLink:
         """Stop listening."""
         self._authenticator.close()
         self._socket.close()
-        self._address.close()
+        if self._path is not None:  # zmq leaves the file
+            _remove_files(self._path)
+            os.close(self._lock)
+            self._path = None
 
     def _wait(self, event: int, timeout_ms: int = _LOOK_MS) -> bool:
         """Whether the socket is ready for ``event`` (POLLIN, POLLOUT) by then; answers who asks to
@@ -188,8 +178,8 @@ class WorkerLink:
         except zmq.Again:
             return False
         self._authenticator.closed = True
-        if self._address.path is not None:  # zmq cannot stop listening without ending connections
-            self._address.path.unlink(missing_ok=True)
+        if self._path is not None:  # zmq cannot stop listening without ending connections
+            self._path.unlink(missing_ok=True)
         return True
 
     def _worker_kept_turn(self) -> bool:

@@ -34,7 +34,7 @@ from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import expand_folders
 from checkpoint_engine.memory.host_memory import HostMemory, can_be_pinned
 from checkpoint_engine.memory.sources import file_of, tensor_sources
-from checkpoint_engine.planning.layouts import EncodedLayout, encode_layout
+from checkpoint_engine.planning.layouts import encode_layout, layout_digest
 
 POOL = "__shared_memory_pool__"
 """The memory that checkpoints with ``use_shared_memory_pool`` occupy one after the other."""
@@ -49,6 +49,7 @@ class Checkpoint:
 
     Attributes:
         buffers: host buffers, in the order of bucket ranges; those without tensors come last.
+        describe: ``Readers.place``.
         lease: what other ranks check when they read it by P2P; ``None``: they cannot.
         pooled: whether its memory is the shared memory pool.
         serial: tells this registration from others of the same name; 0: of none.
@@ -57,6 +58,7 @@ class Checkpoint:
 
     name: str
     buffers: list[MemoryBuffer]
+    describe: Callable[[Checkpoint], DataToGather]
     lease: Lease | None = None
     pooled: bool = False
     serial: int = field(default_factory=lambda: next(_serials))
@@ -68,9 +70,18 @@ class Checkpoint:
         return [buffer for buffer in self.buffers if buffer.metas]
 
     @cached_property
-    def layout(self) -> EncodedLayout:
+    def layout(self) -> bytes:
         """Names, dtypes and shapes, as the ranks exchange them."""
         return encode_layout([buffer.metas for buffer in self.filled])
+
+    @cached_property
+    def layout_digest(self) -> str:
+        return layout_digest(self.layout)
+
+    @property
+    def owned(self) -> DataToGather:
+        """What this rank owns, and how others read it."""
+        return self.describe(self)
 
     @property
     def tensor_count(self) -> int:
@@ -124,9 +135,6 @@ class Readers(Protocol):
     def place(self, checkpoint: Checkpoint) -> DataToGather:
         """What this rank owns of a checkpoint, and how others read it."""
 
-    def release_finished(self) -> None:
-        """Let go of memory that reads of earlier updates might have written into."""
-
     def withdraw(self, place: str) -> None:
         """The buffers of ``place`` are about to be freed."""
 
@@ -170,7 +178,9 @@ class Checkpoints:
     def pin(self, name: str) -> Iterator[Checkpoint]:
         """Keep a checkpoint from being unregistered; an empty one if there is none of that name."""
         with self._lock:
-            checkpoint = self._registered.get(name) or Checkpoint(name, [], serial=0)
+            checkpoint = self._registered.get(name) or Checkpoint(
+                name, [], self._readers.place, serial=0
+            )
             checkpoint.uses += 1
         try:
             yield checkpoint
@@ -225,7 +235,7 @@ class Checkpoints:
             if reused is None:
                 undo.callback(self._readers.withdraw, place)
             lease = self._readers.offer(place, offered) if buffers else None
-            checkpoint = Checkpoint(name, buffers, lease, pooled)
+            checkpoint = Checkpoint(name, buffers, self._readers.place, lease, pooled)
             undo.pop_all()
             with self._lock:
                 self._registered = {**self._registered, name: checkpoint}

@@ -7,7 +7,7 @@ import base64
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -139,37 +139,38 @@ def check_sums(sums: str | None, whose: str) -> None:
         raise ValueError(f"{whose} hold damaged checksums: {sums!r:.80}")
 
 
-class Checksums:
-    """What every owner's tensors add up to, from the metas that were gathered or loaded."""
+Sums = tuple[dict[str, int], np.ndarray, np.ndarray]
+"""Of one owner: the index of each tensor, the place of its first block, and the sum of all before
+it, and of all."""
 
-    def __init__(self, owners: Mapping[int, MemoryBufferMetaList]) -> None:
-        """Owners whose metas have no sums of this formula are not checked: the original's, or with
-        ``PS_CHECKSUM=off``."""
-        self._tables: dict[int, tuple[dict[str, int], np.ndarray, np.ndarray]] = {}
-        for owner, owned in owners.items():
-            buffers = owned.memory_buffer_metas_list
-            parts = [(buffer.checksums or "").rpartition(":") for buffer in buffers]
-            if any(formula != FORMULA for formula, _, _ in parts):
-                continue
-            metas = [meta for buffer in buffers for meta in buffer.metas]
-            raw = b"".join(base64.b64decode(text, validate=True) for _, _, text in parts)
-            sums = np.frombuffer(raw, dtype="<u8")
-            if len(sums) != len(metas):
-                raise ValueError(f"owner {owner} has {len(sums)} sums of {len(metas)} tensors")
-            sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
-            index_of = {meta.name: index for index, meta in enumerate(metas)}
-            running = np.cumsum(np.concatenate([np.zeros(1, np.uint64), sums]), dtype=np.uint64)
-            self._tables[owner] = index_of, np.cumsum(sizes) - sizes, running
 
-    def of(self, owner: int, bucket: H2DBucket) -> tuple[int, int] | None:
-        """Of one bucket: the place of its first block, and the sum. ``None`` if its owner gave no
-        sums, or it has no bytes."""
-        if owner not in self._tables or not bucket.size:
-            return None
-        index_of, firsts, running = self._tables[owner]
-        index = index_of[bucket.items[0].name]
-        total = int(running[index + len(bucket.items)]) - int(running[index])
-        return int(firsts[index]), total & MASK
+def sums_of(owner: int, owned: MemoryBufferMetaList) -> Sums | None:
+    """What an owner's metas say of its tensors' sums. ``None``: they have none of this formula, as
+    the original's, or with ``PS_CHECKSUM=off``, and are not checked."""
+    buffers = owned.memory_buffer_metas_list
+    parts = [(buffer.checksums or "").rpartition(":") for buffer in buffers]
+    if any(formula != FORMULA for formula, _, _ in parts):
+        return None
+    metas = [meta for buffer in buffers for meta in buffer.metas]
+    raw = b"".join(base64.b64decode(text, validate=True) for _, _, text in parts)
+    sums = np.frombuffer(raw, dtype="<u8")
+    if len(sums) != len(metas):
+        raise ValueError(f"owner {owner} has {len(sums)} sums of {len(metas)} tensors")
+    sizes = np.array([meta.aligned_size // ALIGNMENT for meta in metas], dtype=np.int64)
+    index_of = {meta.name: index for index, meta in enumerate(metas)}
+    before = np.cumsum(np.concatenate([np.zeros(1, np.uint64), sums]), dtype=np.uint64)
+    return index_of, np.cumsum(sizes) - sizes, before
+
+
+def sum_of(sums: Sums | None, bucket: H2DBucket) -> tuple[int, int] | None:
+    """Of one bucket: the place of its first block, and the sum. ``None`` if its owner gave no
+    sums, or it has no bytes."""
+    if sums is None or not bucket.size:
+        return None
+    index_of, firsts, before = sums
+    index = index_of[bucket.items[0].name]
+    total = int(before[index + len(bucket.items)]) - int(before[index])
+    return int(firsts[index]), total & MASK
 
 
 def clear_gaps(target: torch.Tensor, position: int, size: int) -> None:

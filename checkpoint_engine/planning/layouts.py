@@ -15,12 +15,10 @@ import reprlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # typing's own: from Python 3.12 on
+from pydantic import ValidationError
 
 from checkpoint_engine.data_types import (
     DataToGather,
@@ -38,15 +36,7 @@ Layout = list[list[ParameterMeta]]
 """The tensors of each host buffer."""
 
 
-@dataclass(frozen=True)
-class EncodedLayout:
-    """A layout as it is sent."""
-
-    blob: bytes
-    digest: str
-
-
-def encode_layout(buffers: Sequence[Sequence[ParameterMeta]]) -> EncodedLayout:
+def encode_layout(buffers: Sequence[Sequence[ParameterMeta]]) -> bytes:
     """One rank's layout, for ``decode_layout``."""
     kinds: dict[tuple[Any, ...], int] = {}
     names: list[str] = []
@@ -63,8 +53,7 @@ def encode_layout(buffers: Sequence[Sequence[ParameterMeta]]) -> EncodedLayout:
         "names": names,
         "kind_of": kind_of,
     }
-    blob = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=1)
-    return EncodedLayout(blob, hashlib.sha256(blob).hexdigest())
+    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=1)
 
 
 def decode_layout(blob: bytes) -> Layout:
@@ -126,49 +115,22 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Place(TypedDict):
-    """A rank's part of a checkpoint without its layout.
-
-    Attributes:
-        owned: its buffers list no tensors.
-        layout: digest of the layout.
-        known: digest of the layouts that the rank has from its last gather.
-    """
-
-    owned: DataToGather
-    layout: str
-    known: str
+def encode_place(data: DataToGather) -> str:
+    """A rank's part without its layout, for ``decode_place``."""
+    return _with_layout(data, [[] for _ in data.memory_buffer_metas_list]).model_dump_json()
 
 
-_PLACE = TypeAdapter(Place)
-
-
-def encode_place(data: DataToGather, layout_digest: str, known: str) -> bytes:
-    """A rank's ``Place``, for ``decode_place``."""
-    empty: Layout = [[] for _ in data.memory_buffer_metas_list]
-    place = Place(owned=_with_layout(data, empty), layout=layout_digest, known=known)
-    return _PLACE.dump_json(place)
-
-
-def decode_place(data: bytes) -> Place:
-    """What ``encode_place`` sent.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        return _PLACE.validate_json(data, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"not a rank's part of a checkpoint: {error}") from error
-
-
-def join_place(place: Place, layout: Layout) -> DataToGather:
+def decode_place(place: str, layout: Layout) -> DataToGather:
     """A rank's whole part.
 
     Raises:
-        ValueError: place and layout do not belong together.
+        ValueError: ``encode_place`` did not make it, or it does not belong to this layout.
     """
-    return _with_layout(place["owned"], layout)
+    try:
+        data = DataToGather.model_validate_json(place, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"not a rank's part of a checkpoint: {error}") from error
+    return _with_layout(data, layout)
 
 
 def _with_layout(data: DataToGather, layout: Layout) -> DataToGather:
@@ -177,28 +139,36 @@ def _with_layout(data: DataToGather, layout: Layout) -> DataToGather:
     return data.model_copy(update={"memory_buffer_metas_list": listed})
 
 
+def layout_digest(blob: bytes) -> str:
+    """Names an encoded layout."""
+    return hashlib.sha256(blob).hexdigest()
+
+
 def known_digest(layouts: Mapping[str, Layout]) -> str:
     """Equal on ranks that know the same layouts."""
     return hashlib.sha256("".join(sorted(layouts)).encode()).hexdigest()
 
 
-def missing_layouts(places: Sequence[Place], known: Mapping[str, Layout]) -> list[int]:
-    """The places in the list whose layout has to be sent; the same on every rank.
+def missing_layouts(
+    digests: Sequence[str], known_to: Sequence[str], known: Mapping[str, Layout]
+) -> list[int]:
+    """The ranks whose layout has to be sent; the same on every rank.
 
     Args:
+        digests: of each rank's layout.
+        known_to: each rank's ``known_digest``.
         known: the layouts that this rank has from its last gather, by digest.
     """
-    digest = known_digest(known)
-    if any(place["known"] != digest for place in places):
-        return list(range(len(places)))
-    return [i for i, place in enumerate(places) if place["layout"] not in known]
+    if any(digest != known_digest(known) for digest in known_to):
+        return list(range(len(digests)))
+    return [rank for rank, digest in enumerate(digests) if digest not in known]
 
 
 def decode_layouts(
-    places: Sequence[Place], known: Mapping[str, Layout], received: Mapping[int, bytes]
+    digests: Sequence[str], known: Mapping[str, Layout], received: Mapping[int, bytes]
 ) -> dict[str, Layout]:
-    """The layouts of all places by digest: ``known`` ones, and those that were ``received``."""
+    """The layouts of all ranks by digest: ``known`` ones, and those that were ``received``."""
     with _without_garbage_collection():
-        fresh = {places[i]["layout"]: decode_layout(blob) for i, blob in received.items()}
+        fresh = {digests[rank]: decode_layout(blob) for rank, blob in received.items()}
     both = {**known, **fresh}
-    return {place["layout"]: both[place["layout"]] for place in places}
+    return {digest: both[digest] for digest in digests}

@@ -9,7 +9,7 @@ import bisect
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from checkpoint_engine.data_types import (
@@ -45,28 +45,17 @@ class BucketSize:
     staging: bool
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Bytes between which a bucket is best chosen, if memory allows.
+Pace = tuple[int, int]
+"""The smallest and the largest number of bytes that a bucket is best given, if memory allows.
 
-    Nothing overlaps with the way of the first bucket and with the loading of the last, so buckets
-    should be many; but each costs a round trip to the workers.
-    """
-
-    smallest: int
-    largest: int
-
-    def bucket(self, total: int) -> int:
-        """Bytes of a bucket for an update of ``total`` bytes."""
-        share = align_up(total // _BUCKETS_OF_AN_UPDATE)
-        return min(max(share, self.smallest), self.largest)
-
-
-DEVICE_PACE = Pace(256 << 20, 1 << 30)
+Nothing overlaps with the way of the first bucket and with the loading of the last, so buckets
+should be many; but each costs a round trip to the workers.
+"""
+DEVICE_PACE: Pace = (256 << 20, 1 << 30)
 """At 50 GB/s to the device, 256 MiB take 5 ms, and a round trip to a worker a fraction of one."""
-HOST_PACE = Pace(16 << 20, 16 << 20)
+HOST_PACE: Pace = (16 << 20, 16 << 20)
 """Shared memory is zeroed for every update, and small buckets stay in the processor's caches."""
-READ_PACE = Pace(32 << 20, 1 << 30)
+READ_PACE: Pace = (32 << 20, 1 << 30)
 """P2P reads over a network."""
 
 
@@ -83,12 +72,17 @@ class Step:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """What one update moves, in order. ``bucket_bytes`` is the size of each half of the double
-    buffer."""
+    """What one update moves, in order.
+
+    Attributes:
+        bucket_bytes: the size of each half of the double buffer.
+        messages: what workers are told of its buckets, once that has been encoded.
+    """
 
     steps: tuple[Step, ...]
     bucket_bytes: int
     staging: bool
+    messages: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -188,9 +182,12 @@ def plan_transfer(
 
 def paced(size: BucketSize, pace: Pace, metas: Metas, may_cut: bool) -> BucketSize:
     """The best bucket that ``size`` allows."""
-    largest = largest_tensor(metas)
-    largest = min(largest, LARGEST_WHOLE) if may_cut else largest
-    return replace(size, bytes=min(size.bytes, max(pace.bucket(total_bytes(metas)), largest)))
+    smallest, largest = pace
+    share = align_up(total_bytes(metas) // _BUCKETS_OF_AN_UPDATE)
+    tensor = largest_tensor(metas)
+    tensor = min(tensor, LARGEST_WHOLE) if may_cut else tensor
+    best = max(min(max(share, smallest), largest), tensor)
+    return replace(size, bytes=min(size.bytes, best))
 
 
 def gen_h2d_buckets(

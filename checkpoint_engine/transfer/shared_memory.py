@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from checkpoint_engine.errors import GroupError
+from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.handover.ipc import SharedBuffer, map_descriptor
 
 _AT_ONCE = 1.0  # seconds for what the kernel does by itself
@@ -71,7 +71,7 @@ class HostPeers:
         reached all.
 
         Raises:
-            GroupError: a rank is not there any more.
+            CallError: a rank is not there any more.
             RuntimeError: this rank cannot take them, as it has too many open files.
         """
         while missing := sorted(set(self._others) - set(self.memory)):
@@ -79,7 +79,9 @@ class HostPeers:
                 connection, _ = self._listener.accept()
                 self._take_in(connection)
             except (TimeoutError, ConnectionError, ValueError) as error:
-                raise GroupError(f"ranks {missing}, on this host, are not there: {error}") from None
+                raise broadcast_failed(
+                    f"ranks {missing}, on this host, are not there: {error}"
+                ) from None
             except OSError as error:
                 raise RuntimeError(f"cannot share memory with ranks {missing}: {error}") from error
 
@@ -107,13 +109,13 @@ class HostPeers:
         """Copy the next bucket of ``sender`` into ``target``, and tell it so.
 
         Raises:
-            GroupError: it does not come in ``seconds``, or is another one.
+            CallError: it does not come in ``seconds``, or is another one.
         """
         connection = self.incoming[sender]
         connection.settimeout(max(0.001, seconds))
         start, nbytes = _PLACE.unpack(_receive(connection, _PLACE.size, sender))
         if nbytes != target.nbytes:
-            raise GroupError(f"rank {sender} sent {nbytes} bytes, not {target.nbytes}")
+            raise broadcast_failed(f"rank {sender} sent {nbytes} bytes, not {target.nbytes}")
         target.copy_(self.memory[sender][start : start + nbytes])
         _send(connection, _TAKEN, sender)
 
@@ -167,7 +169,7 @@ def _send(connection: socket.socket, message: bytes, rank: int) -> None:
     try:
         connection.send(message)
     except OSError as error:
-        raise GroupError(f"rank {rank} does not listen any more: {error}") from None
+        raise broadcast_failed(f"rank {rank} does not listen any more: {error}") from None
 
 
 def _receive(connection: socket.socket, size: int, rank: int) -> bytes:
@@ -178,7 +180,7 @@ def _receive(connection: socket.socket, size: int, rank: int) -> bytes:
     except OSError as error:
         if isinstance(error, BlockingIOError):
             raise
-        raise GroupError(f"rank {rank} does not answer: {error}") from None
+        raise broadcast_failed(f"rank {rank} does not answer: {error}") from None
     if len(message) != size:
-        raise GroupError(f"rank {rank} has left")
+        raise broadcast_failed(f"rank {rank} has left")
     return message

@@ -59,9 +59,13 @@ class RankTracer:
         self._rank = rank
         self._steps = {id(step): number for number, step in enumerate(plan.steps, 1)}
         self._spans: list[TracedSpan] = []
-        self._clock: _DeviceClock | None = None
-        if device_manager.is_accelerator:
-            self._clock = _DeviceClock(device_manager.device_module)
+        self._device = device_manager.device_module if device_manager.is_accelerator else None
+        if self._device is not None:
+            self._aside = self._device.Stream()  # that nothing else waits for
+            with self._device.stream(self._aside):  # the caller's may be waiting for something
+                self._zero = self._mark()
+            self._zero.synchronize()
+            self._zero_on_host = time.monotonic()
 
     def begin(self, lane: str, step: Step) -> TracedSpan:
         """A span of the host. Without ``end`` it was broken off."""
@@ -85,7 +89,7 @@ class RankTracer:
     def copying(self, step: Step) -> Iterator[None]:
         span = self._begin_in_order(COPY, step)
         yield
-        span.ended = time.monotonic() if self._clock is None else self._clock.mark()
+        span.ended = self._mark()
 
     def broadcasting(self, step: Step) -> TracedSpan:
         """Called right before a broadcast begins; returns what ``broadcast`` wants."""
@@ -93,19 +97,19 @@ class RankTracer:
 
     def broadcast(self, span: TracedSpan, work: Any) -> None:
         """The broadcast has begun. A device runs it on a stream of the communicator; another
-        stream, of the clock, waits for it and notes its end."""
-        if self._clock is None:
+        stream waits for it and notes its end."""
+        if self._device is None:
             if self.exact:
                 work.get_future().then(lambda _: self.end(span, time.monotonic()))
             return
-        with self._clock.aside():
+        with self._device.stream(self._aside):
             with contextlib.suppress(RuntimeError):  # the update will see what is wrong with it
                 work.wait()
-            span.ended = self._clock.mark()
+            span.ended = self._mark()
 
     def broadcast_seen(self, span: TracedSpan) -> None:
         """The update has seen that the broadcast is over."""
-        if self._clock is None and not self.exact:
+        if self._device is None and not self.exact:
             self.end(span, time.monotonic())
 
     def stages(self) -> dict[str, Stage]:
@@ -148,16 +152,27 @@ class RankTracer:
     def _begin_in_order(self, lane: str, step: Step) -> TracedSpan:
         """A span of what the device does in order, where there is a device."""
         span = self.begin(lane, step)
-        if self._clock is not None:
-            span.began = self._clock.mark()
+        span.began = self._mark()
         return span
 
+    def _mark(self) -> Any:
+        """The point that the device's current stream has reached; without a device, the time."""
+        if self._device is None:
+            return time.monotonic()
+        event = self._device.Event(enable_timing=True)
+        event.record()
+        return event
+
     def _read_marks(self) -> None:
-        """Make times of the device's marks."""
-        if self._clock is not None:
-            for span in self._spans:
-                span.began = self._clock.seconds(span.began)
-                span.ended = self._clock.seconds(span.ended)
+        """Make times of the host of the device's marks."""
+        for span in self._spans:
+            span.began, span.ended = self._seconds(span.began), self._seconds(span.ended)
+
+    def _seconds(self, mark: Any) -> float:
+        if isinstance(mark, float):
+            return mark
+        mark.synchronize()
+        return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))
 
 
 def _if_happened(mark: Any) -> Any:
@@ -191,31 +206,3 @@ def _one_at_a_time(spans: list[TracedSpan]) -> list[TracedSpan]:
         span.began = min(max(span.began, free[span.lane]), span.ended)
         free[span.lane] = span.ended
     return ordered
-
-
-class _DeviceClock:
-    """Times of the device's streams as times of the host."""
-
-    def __init__(self, device_module: Any) -> None:
-        self._module = device_module
-        self._aside = device_module.Stream()
-        with self.aside():  # the caller's stream may be waiting for something
-            self._zero = self.mark()
-        self._zero.synchronize()
-        self._zero_on_host = time.monotonic()
-
-    def mark(self) -> Any:
-        """The point that the current stream has reached."""
-        event = self._module.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def aside(self) -> contextlib.AbstractContextManager[Any]:
-        """A stream that nothing else waits for."""
-        return self._module.stream(self._aside)
-
-    def seconds(self, mark: Any) -> float:
-        if isinstance(mark, float):  # of the host
-            return mark
-        mark.synchronize()
-        return self._zero_on_host + 1e-3 * float(self._zero.elapsed_time(mark))

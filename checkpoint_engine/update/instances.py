@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
-from checkpoint_engine.errors import EngineError
+from checkpoint_engine.errors import CallError, EngineError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.link import WorkerLink
-from checkpoint_engine.update.order import Request
+from checkpoint_engine.update.order import check_request
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.call import Call
-from checkpoint_engine.world.outcome import MemberError
 
 _LOOK_SECONDS = 0.05  # between two looks at what other ranks of the instance wrote
 
@@ -30,7 +30,12 @@ class Instance(WorkerSession):
     """
 
     def __init__(
-        self, link: WorkerLink, request: Request, call: Call, instances: Sequence[str], version: str
+        self,
+        link: WorkerLink,
+        request: Future[None],
+        call: Call,
+        instances: Sequence[str],
+        version: str,
     ) -> None:
         """``instances``: the name of each member's instance."""
         self._instances = dict(zip(call.members, instances, strict=True))
@@ -62,11 +67,11 @@ class Instance(WorkerSession):
         """The post hook has to wait for the other ranks of this instance."""
         super().announce_end(planned, go_on=False)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Future[None]) -> None:
         """Have the post hook run, unless another rank of this instance failed.
 
         Raises:
-            MemberError: none is updated.
+            CallError: none is updated.
         """
         self._settle("loaded")
         super().finish(request)
@@ -83,7 +88,7 @@ class Instance(WorkerSession):
         if first.keys() == set(self._instances.values()):
             cause = self.failed[0]
             text = f"no engine could be updated; the first: {cause.error}"
-            raise MemberError(text, "no_engine_left", rank_at_fault=cause.rank)
+            raise CallError(text, "no_engine_left", rank=cause.rank)
         if self._name in first and self._failure is None:
             self._fail(EngineError(f"rank {first[self._name].rank} of this instance failed"))
 
@@ -106,7 +111,7 @@ class Instance(WorkerSession):
 
     def _check_engine(self) -> None:
         """Raise if this rank's engine cannot be updated any more."""
-        self._request.check()
+        check_request(self._request)
         if self._patience is not None and self._patience.remaining() == 0.0:
             raise EngineError(
                 f"the engine took more than {self._patience.seconds:.3g} s, half of the time that "

@@ -6,17 +6,15 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint_engine.errors import RequestError
-from checkpoint_engine.ground.deadline import poll
+from checkpoint_engine.errors import EngineError
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.settings import max_bucket_bytes, trace_folder
 from checkpoint_engine.world.hello import Hello
-
-_FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 
 SocketPaths = list[tuple[str, str]]
 RequestFunction = Callable[[SocketPaths], Any]
@@ -86,44 +84,30 @@ def members_of(ranks: Sequence[int] | None, world_size: int) -> tuple[int, ...] 
     return tuple(sorted(set(ranks)))
 
 
-class Request:
-    """The caller's ``req_func``, running in a thread of its own while the update goes on."""
+def ask(req_func: RequestFunction, socket_paths: SocketPaths) -> Future[None]:
+    """Have the caller's ``req_func`` run beside the update."""
+    request: Future[None] = Future()
+    threading.Thread(
+        target=_run,
+        args=(request, req_func, socket_paths),
+        name="checkpoint-engine-request",
+        daemon=True,  # a request that never returns must not keep the process
+    ).start()
+    return request
 
-    def __init__(self, req_func: RequestFunction, socket_paths: SocketPaths) -> None:
-        self._error: BaseException | None = None
-        self._closed = False
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(req_func, socket_paths),
-            name="checkpoint-engine-request",
-            daemon=True,  # a request that never returns must not keep the process
-        )
-        self._thread.start()
 
-    def _run(self, req_func: RequestFunction, socket_paths: SocketPaths) -> None:
-        try:
-            req_func(socket_paths)
-        except BaseException as error:
-            if not self._closed:  # nobody asks any more, and its traceback leads back here
-                self._error = error
+def _run(request: Future[None], req_func: RequestFunction, socket_paths: SocketPaths) -> None:
+    try:
+        req_func(socket_paths)
+        request.set_result(None)
+    except BaseException as error:
+        request.set_exception(error)
+    finally:
+        del request  # the error's traceback leads here, and must not lead back to it
 
-    def check(self) -> None:
-        """Raise what ``req_func`` raised."""
-        if self._error is not None:
-            error = self._error
-            raise RequestError(f"req_func raised {type(error).__name__}: {error}") from error
 
-    def close(self) -> None:
-        """After a failure: let the engine answer before the next update asks it again."""
-        self._thread.join(_FAREWELL)
-        self._closed = True
-        self._error = None
-
-    @property
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
-
-    def join(self, check: Callable[[], None]) -> None:
-        """Wait for ``req_func`` to return; ``check`` ends the wait by raising."""
-        poll(lambda: self.is_over, check)
-        self.check()
+def check_request(request: Future[None]) -> None:
+    """Raise what ``req_func`` has raised."""
+    if request.done() and (error := request.exception()) is not None:
+        text = f"req_func raised {type(error).__name__}: {error}"
+        raise EngineError(text, "request_failed") from error

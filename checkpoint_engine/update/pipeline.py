@@ -15,9 +15,10 @@ from typing import Any
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.checksum import check_bytes
 from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
-from checkpoint_engine.planning.plan import Step
+from checkpoint_engine.loading.loaded import digest
+from checkpoint_engine.planning.plan import Step, to_named_tensor
 from checkpoint_engine.update.session import WorkerSession
-from checkpoint_engine.update.ways.base import Job, Messages, Mover
+from checkpoint_engine.update.ways.base import Job, Mover
 
 _HALVES = 2  # of the double buffer
 
@@ -25,9 +26,8 @@ _HALVES = 2  # of the double buffer
 class Pipeline:
     """One rank's execution of a plan. Made for one update."""
 
-    def __init__(self, job: Job, messages: Messages, mover: Mover, session: WorkerSession) -> None:
+    def __init__(self, job: Job, mover: Mover, session: WorkerSession) -> None:
         self._job = job
-        self._messages = messages
         self._mover = mover
         self._session = session
         self._waiting = deque(job.plan.steps)
@@ -60,16 +60,16 @@ class Pipeline:
                 self._start_next()
 
     def _reload(self, index: int, step: Step) -> None:
-        count, encode = len(self._job.plan.steps), self._session.encode_bucket
-        message = self._messages.of(index, encode) + self._extensions(step)
+        count = len(self._job.plan.steps)
+        message = self._message(index)[0] + self._extensions(step)
         with self._job.tracer.reloading(step):
             self._session.begin_reload(message)
             if index + 1 == count:
-                self._session.announce_end(self._messages.planned(encode))
+                self._session.announce_end(self._planned())
             if not self._mover.never_waits:
                 self._start_next()
             if index + 1 < count:
-                self._messages.of(index + 1, encode)  # while the worker loads
+                self._message(index + 1)  # while the worker loads
             self._session.await_reload(f"bucket {index + 1} of {count}")
 
     def _start_next(self) -> None:
@@ -77,6 +77,25 @@ class Pipeline:
             step = self._waiting.popleft()
             with self._naming_source(step):
                 self._mover.start(step)
+
+    def _message(self, index: int) -> tuple[bytes, str]:
+        """What the worker is told of a bucket, and the digest of that; encoded once for a plan."""
+        plan, encode = self._job.plan, self._session.encode_bucket
+        if (encode, index) not in plan.messages:
+            step = plan.steps[index]
+            start = step.slot * plan.bucket_bytes
+            if isinstance(step.bucket, TensorPart):
+                start = 0  # of the tensor that the worker puts together
+            message = encode(to_named_tensor(step.bucket.items, start))
+            plan.messages[encode, index] = message, digest(message)
+        found: tuple[bytes, str] = plan.messages[encode, index]
+        return found
+
+    def _planned(self) -> list[str | None]:
+        """The digest of each message, ``None`` for a part that does not end its tensor."""
+        buckets = (step.bucket for step in self._job.plan.steps)
+        ends = [not isinstance(bucket, TensorPart) or bucket.is_last for bucket in buckets]
+        return [self._message(index)[1] if end else None for index, end in enumerate(ends)]
 
     def _extensions(self, step: Step) -> bytes:
         """What follows the message of a bucket, for workers of ours: its sum, for those that check
@@ -90,7 +109,7 @@ class Pipeline:
         if isinstance(bucket, TensorPart):
             extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
             lies_at, nbytes = 0, bucket.total  # once it has been put together
-        expected = self._job.gathered.checksums.of(step.owner, bucket)
+        expected = self._job.gathered.sum_of(step.owner, bucket)
         if expected is not None and self._session.worker_checks_sums:
             extensions[CHECKSUM] = [lies_at, nbytes, *expected]
         elif expected is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from enum import Enum
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
@@ -11,11 +11,11 @@ from typing import Any, Concatenate, ParamSpec
 from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.ground.report import InstanceFailure, LoadedCheckpoint
+from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import WorkerLink
-from checkpoint_engine.update.order import Request
+from checkpoint_engine.update.order import check_request
 from checkpoint_engine.world.call import Call
 
 _FAREWELL_OF_0_2 = 30.0  # seconds for req_func where a worker of 0.2 has left, perhaps in order
@@ -141,7 +141,8 @@ class WorkerSession:
         last one; it does not go on after a failure. Workers of other releases wait to be told.
 
         Args:
-            planned: as ``Messages.planned`` gives them.
+            planned: the digest of each bucket's message; ``None`` for a part that does not end its
+                tensor.
             go_on: to its post hook; otherwise only until it has dropped the double buffer.
         """
         if self._extensions:
@@ -163,7 +164,7 @@ class WorkerSession:
         self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
     @_step
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Future[None]) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.
 
         Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then
@@ -179,36 +180,12 @@ class WorkerSession:
             if self._extensions:
                 raise
             grace = Deadline(_FAREWELL_OF_0_2)
-            poll(lambda: request.is_over or grace.remaining() == 0.0, self._check)
-            if not request.is_over:
+            poll(lambda: request.done() or grace.remaining() == 0.0, self._check)
+            if not request.done():
                 raise
-        request.join(self._check)
+        poll(request.done, self._check)
+        check_request(request)
         self.state = EngineState.HOLDS
-
-
-class EngineProfile:
-    """Written at the end of each update.
-
-    Attributes:
-        joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
-            before a worker is there to be asked.
-        served: what the engine holds; ``None`` before the first update, and while the weights are
-            partly written.
-    """
-
-    def __init__(self) -> None:
-        self.joins_parts = False
-        self.served: LoadedCheckpoint | None = None
-
-    def learn(self, session: WorkerSession, rank: int, served: LoadedCheckpoint) -> None:
-        """However the update ended. ``served``: what the engine holds if it succeeded."""
-        if session.worker_joins_parts is not None:
-            self.joins_parts = session.worker_joins_parts
-        failed = any(rank in one.ranks for one in session.failed)
-        if session.state is EngineState.HOLDS and not failed:
-            self.served = served.model_copy(update={"since": time.time()})
-        elif session.state is not EngineState.UNTOUCHED:
-            self.served = None
 
 
 def _failed(what: str, reply: bytes) -> EngineError:

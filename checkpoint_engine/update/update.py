@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
@@ -15,34 +18,50 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
 from checkpoint_engine.handover.ipc import SharedBuffer
-from checkpoint_engine.handover.link import Address, WorkerLink, open_context
-from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
+from checkpoint_engine.handover.link import WorkerLink, open_context
+from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning.layouts import encode_place
 from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
-from checkpoint_engine.update.order import Order, Request, SocketPaths
+from checkpoint_engine.update.order import Order, SocketPaths, ask, check_request
 from checkpoint_engine.update.pipeline import Pipeline
-from checkpoint_engine.update.session import EngineProfile, WorkerSession
+from checkpoint_engine.update.session import EngineState, WorkerSession
 from checkpoint_engine.update.trace import write_trace
 from checkpoint_engine.update.ways.base import Job, Mover, Way
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
 
+_FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 
-@dataclass(frozen=True)
+
+@dataclass
 class Server:
-    """What one rank keeps for its updates.
+    """What one rank keeps between its updates.
 
     Attributes:
         ways: in the order of preference; the first that serves all ranks is taken.
+        joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
+            before a worker is there to be asked.
+        served: what the engine holds; ``None`` before the first update, and while the weights are
+            partly written.
     """
 
     here: LocalRank
-    p2p: Readers
     ways: Sequence[Way]
-    profile: EngineProfile
+    joins_parts: bool = False
+    served: LoadedCheckpoint | None = None
+
+    def learn(self, session: WorkerSession, loaded: LoadedCheckpoint) -> None:
+        """However an update ended. ``loaded``: what the engine holds if it succeeded."""
+        if session.worker_joins_parts is not None:
+            self.joins_parts = session.worker_joins_parts
+        failed = any(self.here.rank in one.ranks for one in session.failed)
+        if session.state is EngineState.HOLDS and not failed:
+            self.served = loaded.model_copy(update={"since": time.time()})
+        elif session.state is not EngineState.UNTOUCHED:
+            self.served = None
 
 
 def run_update(
@@ -60,8 +79,7 @@ def run_update(
         call.watch()
         gathered = gathered.renewed(call, hellos, source)
         usable = [way for way in server.ways if way.serves(hellos)]
-        messages = usable[0].plan(gathered, hellos)
-        plan = messages.plan
+        plan = usable[0].plan(gathered, hellos)
         _show_progress(call, plan, order, server, held)
         tracer = _trace(call, plan, hellos, order, server)
 
@@ -73,7 +91,7 @@ def run_update(
         call.begin("handshake")
         request = _ask(call, order, hellos, gathered, server.here, held)
         session = _open_session(call, link, request, order, hellos, server, held)
-        pipeline = Pipeline(job, messages, mover, session)
+        pipeline = Pipeline(job, mover, session)
         pipeline.begin()
         session.hand_over(job.buffer, call.deadline.remaining(), plan.cuts_tensors)
         job.buffer.unlink()
@@ -94,7 +112,7 @@ def run_update(
 
 def _listen(held: ExitStack) -> WorkerLink:
     context = held.enter_context(open_context())
-    return held.enter_context(closing(WorkerLink(context, Address())))
+    return held.enter_context(closing(WorkerLink(context)))
 
 
 def _agree(
@@ -108,16 +126,14 @@ def _agree(
 ) -> list[Hello]:
     """What every member says; raises if they do not want the same."""
     call.begin("plan")
-    server.p2p.release_finished()  # before it is counted what memory is free
     mine = order.hello(server.here, link.url, gathered.digest)
-    mine = replace(mine, joins_parts=server.profile.joins_parts)
+    mine = replace(mine, joins_parts=server.joins_parts)
     call.claim(mine)
     for way in server.ways:
         mine = way.introduce(mine, held)
     gathered.check_usable(source, remote=order.ranks is not None)
     if source.serial != gathered.serial and not gathered.is_loaded:
-        place = encode_place(server.p2p.place(source), gathered.layout, known="")
-        mine = replace(mine, place=place.decode())
+        mine = replace(mine, place=encode_place(source.owned), layout=gathered.layout)
     return call.exchange(mine)
 
 
@@ -143,18 +159,20 @@ def _ask(
     gathered: Gathered,
     here: LocalRank,
     held: ExitStack,
-) -> Request:
-    """Run the caller's ``req_func`` beside the update."""
+) -> Future[None]:
+    """Run the caller's ``req_func``; after a failure it may answer before the next one asks."""
     paths: SocketPaths = [(gathered.devices.get(rank, ""), "") for rank in range(here.world_size)]
     for hello in hellos:
         paths[hello.rank] = hello.device, hello.address
-    return held.enter_context(closing(Request(order.req_func, paths)))
+    request = ask(order.req_func, paths)
+    held.callback(wait, [request], _FAREWELL)
+    return request
 
 
 def _open_session(
     call: Call,
     link: WorkerLink,
-    request: Request,
+    request: Future[None],
     order: Order,
     hellos: Sequence[Hello],
     server: Server,
@@ -175,14 +193,14 @@ def _open_session(
         session = Instance(link, request, call, [one.instance for one in hellos], version)
     else:
         session = WorkerSession(link, call, version)
-        held.enter_context(call.guarded(request.check))
+        held.enter_context(call.guarded(partial(check_request, request)))
     held.enter_context(call.guarded(session.check))
     call.state = session.describe_state
     mine = next(one for one in hellos if one.rank == call.rank)
-    served = LoadedCheckpoint(
+    loaded = LoadedCheckpoint(
         checkpoint=order.checkpoint, version=version, engine=mine.instance, since=0.0
     )
-    held.callback(server.profile.learn, session, call.rank, served)
+    held.callback(server.learn, session, loaded)
     return session
 
 

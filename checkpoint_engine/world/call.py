@@ -10,12 +10,20 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from checkpoint_engine.errors import GroupError, UpdateError
+from checkpoint_engine.errors import CallError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
-from checkpoint_engine.world.outcome import SUCCESS, Failure, MemberError, gone, missing, publish
+from checkpoint_engine.world.outcome import (
+    SUCCESS,
+    decode_failure,
+    encode_failure,
+    error_of,
+    gone,
+    missing,
+    publish,
+)
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
@@ -79,7 +87,7 @@ class Call:
         """Every member's hello, in rank order. The first exchange of a call, by all members.
 
         Raises:
-            MemberError: ranks make different calls (at once), or do not come; names them.
+            CallError: ranks make different calls (at once), or do not come; names them.
             ValueError: two ranks are on one device.
         """
         if self._hello is None:
@@ -93,14 +101,14 @@ class Call:
         """Say which call this is, before anything is exchanged. ``exchange`` does it otherwise.
 
         Raises:
-            MemberError: another rank makes a call that does not go together with it.
+            CallError: another rank makes a call that does not go together with it.
         """
         self._hello = mine
         try:
             if len(self.members) > 1 and self._membership.claim(mine.terms()):
                 self._keys.append("call")
-        except MemberError as error:
-            self._stays_out = self.rank in error.missing_ranks
+        except CallError as error:
+            self._stays_out = self.rank in error.missing
             raise
         finally:  # it may be another number now
             self.store = self._membership.part_of(self._membership.world.store)
@@ -206,9 +214,8 @@ class Call:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
         error = _cause_of(error, self)
-        mine = Failure.of(
-            error, self.rank, self.clock.phase, self._membership.world.why_lost
-        ).encode()
+        lost = self._membership.world.why_lost
+        mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
                 return publish(self.store, mine)
@@ -250,7 +257,7 @@ class Call:
 
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
-            raise Failure.decode(self._outcome).error(self.name)
+            raise error_of(self._outcome, self.name)
 
     def _succeed(self) -> None:
         """Return only once every rank has done its part."""
@@ -289,9 +296,8 @@ class Call:
         if outcome == SUCCESS:  # all ranks had succeeded when this one was interrupted
             self._end_in_success(Deadline(_FAREWELL))
             return
-        failed = Failure.decode(outcome)
         if not self._stays_out:
-            self._membership.learn(failed, self._hello)
+            self._membership.learn(decode_failure(outcome), self._hello)
         self.clock.on_phase = None
         self.begin("failed")
         states: dict[int, str] = {}
@@ -300,7 +306,7 @@ class Call:
                 self._keys.append(f"state/{self.rank}")
                 states = self._membership.exchange_states(self.state(), _FAREWELL / 2)
             self._leave(outcome, Deadline(_FAREWELL))
-        failure = error if isinstance(error, UpdateError) else failed.error(self.name)
+        failure = error if isinstance(error, UpdateError) else error_of(outcome, self.name)
         failure.engines, failure.seconds = states, dict(self.clock.seconds)
         if self.on_failure is not None:
             self.on_failure(failure)
@@ -325,7 +331,7 @@ def _cause_of(error: BaseException, call: Call) -> BaseException:
     """Where a broadcast fails, another rank knows why, or is gone itself."""
     soon = Deadline(_FAREWELL / 2)
     try:
-        while isinstance(error, GroupError) and soon.remaining() > 0.0:
+        while kind_of(error) == "broadcast_failed" and soon.remaining() > 0.0:
             call._look_for_outcome()
             call.check()
             time.sleep(_LONGEST_PAUSE)

@@ -18,12 +18,12 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint_engine import settings
-from checkpoint_engine.errors import BusyError, UpdateError, kind_of
+from checkpoint_engine.errors import BusyError, CallError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.membership import RETURN_SECONDS, Membership
-from checkpoint_engine.world.outcome import MemberError, describe
+from checkpoint_engine.world.outcome import describe
 from checkpoint_engine.world.store import NO_ANSWER, ConnectedWorld, World, world_number
 
 _MEETING_SECONDS = 300.0  # for the ranks to meet where the caller sets no time
@@ -151,7 +151,7 @@ class ControlPlane:
         except BaseException as error:
             if self._world is not None:
                 self._world.liveness.expect_end(None)
-            if not isinstance(error, (dist.DistError, MemberError, TimeoutError)):
+            if not isinstance(error, (dist.DistError, CallError, TimeoutError)):
                 raise
             lost = NO_ANSWER if self._world is None else self._world.why_lost
             cause = describe(error, lost)

@@ -11,15 +11,14 @@ from functools import cached_property
 
 from loguru import logger
 
-from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
-from checkpoint_engine.memory.checkpoints import Checkpoint, Readers
-from checkpoint_engine.memory.checksum import Checksums, check_sums
+from checkpoint_engine.data_types import DataToGather, H2DBucket, MemoryBufferMetaList
+from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.memory.checksum import Sums, check_sums, sum_of, sums_of
 from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layouts,
     decode_place,
     encode_place,
-    join_place,
     known_digest,
     missing_layouts,
 )
@@ -84,9 +83,12 @@ class Gathered:
         return (self.owner_layouts, sizes, self.owner_nics, self.duplicates)
 
     @cached_property
-    def checksums(self) -> Checksums:
-        """What every owner's tensors add up to."""
-        return Checksums(self.metas)
+    def _sums(self) -> dict[int, Sums | None]:
+        return {rank: sums_of(rank, owned) for rank, owned in self.metas.items()}
+
+    def sum_of(self, owner: int, bucket: H2DBucket) -> tuple[int, int] | None:
+        """What a bucket's bytes must add up to; see ``memory.checksum.sum_of``."""
+        return sum_of(self._sums.get(owner), bucket)
 
     def __str__(self) -> str:
         buffers = [b for owned in self.metas.values() for b in owned.memory_buffer_metas_list]
@@ -117,7 +119,7 @@ class Gathered:
                 f"the metas of {source.name!r} have not been gathered (last: {last}): call "
                 f"gather_metas({source.name!r}) on all ranks"
             )
-        if source.layout.digest != self.layout:
+        if source.layout_digest != self.layout:
             raise RuntimeError(
                 f"checkpoint {source.name!r} changed on this rank since its metas were gathered: "
                 "call gather_metas() again on all ranks"
@@ -141,12 +143,12 @@ class Gathered:
             ValueError: a tensor that several ranks own is not the same on them any more.
             RuntimeError: it cannot be compared, or the new values cannot be read by P2P.
         """
-        news = {hello.rank: decode_place(hello.place.encode()) for hello in hellos if hello.place}
+        news = {hello.rank: hello for hello in hellos if hello.place}
         if not news:
             return self
         renewed = {
-            rank: _as_owner(join_place(place, self.layouts[place["layout"]]))
-            for rank, place in news.items()
+            rank: _as_owner(decode_place(hello.place, self.layouts[hello.layout]))
+            for rank, hello in news.items()
             if rank in self.metas
         }
         said = json.dumps([self.digest, *(hello.place for hello in hellos)])
@@ -201,7 +203,7 @@ def load(metas: Metas) -> Gathered:
     )
 
 
-def gather(call: Call, readers: Readers, source: Checkpoint, before: Gathered) -> Gathered:
+def gather(call: Call, source: Checkpoint, before: Gathered) -> Gathered:
     """Learn what every rank owns. Called by all ranks.
 
     Args:
@@ -212,34 +214,37 @@ def gather(call: Call, readers: Readers, source: Checkpoint, before: Gathered) -
         ValueError: no rank has registered the checkpoint, and none could join another world; or
             two ranks own different tensors of one name.
     """
-    place = encode_place(readers.place(source), source.layout.digest, known_digest(before.layouts))
-    mine = Hello(call.rank, call.name, source.name, place=place.decode())
+    mine = Hello(
+        call.rank,
+        call.name,
+        source.name,
+        place=encode_place(source.owned),
+        layout=source.layout_digest,
+        known=known_digest(before.layouts),
+    )
     hellos = call.exchange(mine)
-    places = [decode_place(hello.place.encode()) for hello in hellos]
-    missing = missing_layouts(places, before.layouts)
-    blobs = call.gather_from(missing, "layouts", source.layout.blob)
-    layouts = decode_layouts(places, before.layouts, dict(zip(missing, blobs, strict=True)))
-    found = {
-        hello.rank: join_place(place, layouts[place["layout"]])
-        for hello, place in zip(hellos, places, strict=True)
-    }
+    digests = tuple(hello.layout for hello in hellos)
+    missing = missing_layouts(digests, [hello.known for hello in hellos], before.layouts)
+    blobs = call.gather_from(missing, "layouts", source.layout)
+    layouts = decode_layouts(digests, before.layouts, dict(zip(missing, blobs, strict=True)))
+    found = {hello.rank: decode_place(hello.place, layouts[hello.layout]) for hello in hellos}
     owners = {rank: one for rank, one in found.items() if one.memory_buffer_metas_list}
     for rank, owned in owners.items():
         _check_proofs(rank, owned)
-    owner_layouts = tuple(place["layout"] for place in places)
     duplicates = before.duplicates
-    if duplicates or owner_layouts != before.owner_layouts:  # otherwise there are none again
+    if duplicates or digests != before.owner_layouts:  # otherwise there are none again
         duplicates = _agree_on_duplicates(call, source, owners)
+    places = [hello.place + hello.layout for hello in hellos]
     gathered = Gathered(
         name=source.name,
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
-        digest=hashlib.sha256(b"".join(hello.place.encode() for hello in hellos)).hexdigest(),
+        digest=hashlib.sha256("".join(places).encode()).hexdigest(),
         nics=topology((rank, one.rdma_device, one.host_ip) for rank, one in found.items()),
         devices={rank: one.device_uuid for rank, one in found.items()},
         is_registered=bool(owners) or _is_registered(call, source, found),
         serial=source.serial,
-        layout=source.layout.digest,
-        owner_layouts=owner_layouts,
+        layout=source.layout_digest,
+        owner_layouts=digests,
         layouts=layouts,
         duplicates=duplicates,
         seconds=call.clock.elapsed,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint_engine.world.outcome import MemberError
+from checkpoint_engine.errors import CallError
 
 _MUST_AGREE = (
     "call",
@@ -33,7 +33,8 @@ class Hello:
             which goes with any value.
         metas: digest of what this rank gathered or loaded.
         device: identity of this rank's device.
-        place: of a gather, what this rank owns and where, as ``gather.encode_place`` made it.
+        place: what this rank owns and where, as ``layouts.encode_place`` made it.
+        layout, known: digests of the layout of that, and of the layouts that this rank knows.
         address: of an update, where this rank's worker connects.
         free_bytes: device memory that the buffers of an update may take.
         bucket_cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
@@ -56,6 +57,8 @@ class Hello:
     metas: str | None = None
     device: str = ""
     place: str = ""
+    layout: str = ""
+    known: str = ""
     address: str = ""
     free_bytes: int = 0
     bucket_cap: int = 0
@@ -104,7 +107,7 @@ class Hello:
         )
 
 
-def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> MemberError:
+def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CallError:
     """The error of two ranks whose calls do not go together; names who wants what."""
     first, second = sorted((one, other), key=lambda hello: hello.rank, reverse=True)
     if first.wish != second.wish:
@@ -118,14 +121,14 @@ def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> Membe
             f"ranks {second.rank} and {first.rank} gathered other metas for {first.wish}: call "
             f"gather_metas({first.checkpoint!r}), or load_metas(), on all ranks"
         )
-    return MemberError(text, "disagreement", missing, calls=[one.wish, other.wish])
+    return CallError(text, "disagreement", missing, calls=[one.wish, other.wish])
 
 
 def check_agreement(hellos: Sequence[Hello]) -> None:
     """Compare what all ranks of a call said.
 
     Raises:
-        MemberError: two of them make different calls.
+        CallError: two of them make different calls.
         ValueError: two of them are on one device.
     """
     for one in hellos:

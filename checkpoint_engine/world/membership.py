@@ -13,9 +13,17 @@ from typing import Any
 import torch.distributed as dist
 from loguru import logger
 
+from checkpoint_engine.errors import CallError
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.hello import Hello, disagreement
-from checkpoint_engine.world.outcome import SUCCESS, Failure, gone, publish
+from checkpoint_engine.world.outcome import (
+    SUCCESS,
+    decode_failure,
+    encode_failure,
+    error_of,
+    gone,
+    publish,
+)
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
@@ -99,8 +107,7 @@ class Membership:
         begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
         if not begun:
             return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
-        failure = Failure.of(gone(begun, "this call"), begun[0], "start", self.world.why_lost)
-        return publish(store, failure.encode())
+        return publish(store, self._failure(gone(begun, "this call"), begun[0]))
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
         """What the engine of each member holds; of those that say so in ``seconds``."""
@@ -191,7 +198,11 @@ class Membership:
         """The members that the others gave up waiting for in the call of this number."""
         key = f"{self.prefix}/outcome"
         outcome = self.store.get(key) if self.store.check([key]) else SUCCESS
-        return [] if outcome == SUCCESS else list(Failure.decode(outcome).missing)
+        return [] if outcome == SUCCESS else decode_failure(outcome).missing
+
+    def _failure(self, error: CallError, rank: int) -> bytes:
+        """The outcome of a call that has not begun."""
+        return encode_failure(error, rank, "start", self.world.why_lost)
 
     # ------------------------------------------------------------------ which call it is
 
@@ -200,7 +211,7 @@ class Membership:
         make, too. Returns whether this one was the first.
 
         Raises:
-            MemberError: it makes another one. ``missing_ranks`` holds this rank if only this
+            CallError: it makes another one. ``missing`` holds this rank if only this
                 rank fails.
         """
         while True:
@@ -213,14 +224,14 @@ class Membership:
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])
-            publish(store, Failure.of(behind, first.rank, "start", self.world.why_lost).encode())
+            publish(store, self._failure(behind, first.rank))
             self.begin()
 
     def agreed(self) -> None:
         """All members make the same call: what was left before does not matter any more."""
         self._left_by_me, self._left_by_others = [], []
 
-    def learn(self, failure: Failure, mine: Hello | None) -> None:
+    def learn(self, failure: CallError, mine: Hello | None) -> None:
         """The running call of this rank failed."""
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
@@ -243,7 +254,7 @@ class Membership:
         """Compare this rank's update with those that ``others`` have announced.
 
         Raises:
-            MemberError: one of them updates from the same checkpoint, but not the same
+            CallError: one of them updates from the same checkpoint, but not the same
                 ranks, and there are ranks in both. That call fails, too.
         """
         store = self.world.store
@@ -266,8 +277,7 @@ class Membership:
             if theirs.ranks is None or rank in theirs.ranks
         ]
         error = disagreement(mine, theirs, not_in_theirs)
-        failure = Failure.of(error, self.rank, "start", self.world.why_lost)
-        if publish(part, failure.encode()) == SUCCESS:
+        if publish(part, self._failure(error, self.rank)) == SUCCESS:
             return  # it has just ended
         not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
         raise disagreement(mine, theirs, not_in_mine)
@@ -302,7 +312,7 @@ class Membership:
             self._visits = max(self._visits, min(finished + 1, self.store.add("started", 0)))
             raise
         if ended[0] != SUCCESS:
-            raise Failure.decode(ended[0]).error(name)
+            raise error_of(ended[0], name)
 
     def _outcome_of(self, checkpoint: str, finished: int) -> list[bytes]:
         """How the call ended that is visited now, if it had this checkpoint. A call whose first

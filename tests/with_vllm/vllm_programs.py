@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,11 +23,11 @@ from checkpoint_engine.client import vllm_request
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.handover.ipc import SharedBuffer
-from checkpoint_engine.handover.link import Address, WorkerLink, open_context
+from checkpoint_engine.handover.link import WorkerLink, open_context
 from checkpoint_engine.handover.wire import encode_bucket
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.ps import ParameterServer, UpdateError
-from checkpoint_engine.update.order import Request
+from checkpoint_engine.update.order import ask, check_request
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
@@ -115,11 +116,12 @@ def _send_in_order(
     identity = DeviceManager("cpu").identity(0)
     with (
         open_context() as context,
-        contextlib.closing(WorkerLink(context, Address())) as link,
+        contextlib.closing(WorkerLink(context)) as link,
         contextlib.closing(SharedBuffer(DeviceManager("cpu"), 0, 2 * bucket_bytes)) as buffer,
-        contextlib.closing(Request(_request(url, results), [(identity, link.url)])) as request,
     ):
-        session = WorkerSession(link, request, version="")
+        request = ask(_request(url, results), [(identity, link.url)])
+        call = SimpleNamespace(check=lambda: check_request(request))
+        session = WorkerSession(link, call, version="")  # type: ignore[arg-type]  # all it needs
         session.hand_over(buffer, TIMEOUT.total_seconds())
         for number, bucket in enumerate(_buckets(tensors, bucket_bytes)):
             position, message = number % 2 * bucket_bytes, []

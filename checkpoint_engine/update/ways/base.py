@@ -1,58 +1,23 @@
-"""The interface of a way, what it tells workers, and the mover that executes its plan on a rank."""
+"""The interface of a way, and of the mover that executes its plan on a rank."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.handover.ipc import SharedBuffer
-from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning import plan
-from checkpoint_engine.planning.plan import Pace, Step, TransferPlan, to_named_tensor
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered, topology
 from checkpoint_engine.world.hello import Hello
-
-BucketEncoder = Callable[[list[dict[str, Any]]], bytes]
-
-
-class Messages:
-    """What workers are told of a plan's buckets, each encoded once, however often it is sent."""
-
-    def __init__(self, plan: TransferPlan) -> None:
-        self.plan = plan
-        self._encoded: dict[tuple[BucketEncoder, int], tuple[bytes, str]] = {}
-
-    def of(self, index: int, encode: BucketEncoder) -> bytes:
-        """The message of the plan's step ``index``."""
-        return self._message(index, encode)[0]
-
-    def planned(self, encode: BucketEncoder) -> list[str | None]:
-        """The digest of each step's message, ``None`` for a part that does not end its tensor."""
-        return [
-            None
-            if isinstance(step.bucket, TensorPart) and not step.bucket.is_last
-            else self._message(index, encode)[1]
-            for index, step in enumerate(self.plan.steps)
-        ]
-
-    def _message(self, index: int, encode: BucketEncoder) -> tuple[bytes, str]:
-        if (encode, index) not in self._encoded:
-            step = self.plan.steps[index]
-            start = step.slot * self.plan.bucket_bytes
-            if isinstance(step.bucket, TensorPart):
-                start = 0  # of the tensor that the worker puts together
-            message = encode(to_named_tensor(step.bucket.items, start))
-            self._encoded[encode, index] = message, digest(message)
-        return self._encoded[encode, index]
 
 
 def bucket_size(hellos: Sequence[Hello], gathered: Gathered, may_cut: bool) -> plan.BucketSize:
@@ -71,7 +36,9 @@ class Way(ABC):
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
-        self._planned: tuple[object, Messages] | None = None  # what the plan was made from, and it
+        self._planned: tuple[object, TransferPlan] | None = (
+            None  # what the plan was made from, and it
+        )
 
     # ------------------------------------------------------------------ whether it can be taken
 
@@ -99,8 +66,8 @@ class Way(ABC):
         """Whether a tensor may travel in parts, where all workers put them together."""
         return True
 
-    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> Messages:
-        """What the update moves, and what workers are told of it.
+    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> TransferPlan:
+        """What the update moves.
 
         Equal inputs give an equal plan, so all ranks have the same. The plan of the last update is
         taken if nothing that it depends on has changed.
@@ -129,7 +96,7 @@ class Way(ABC):
                     f"checkpoint {hellos[0].checkpoint!r} holds no tensors on any rank: there is "
                     "nothing to update"
                 )
-            self._planned = basis, Messages(transfer)
+            self._planned = basis, transfer
         return self._planned[1]
 
     # ------------------------------------------------------------------ moving it

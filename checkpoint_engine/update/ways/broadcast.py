@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.distributed.weights_group import TorchGroup, create_weights_group
-from checkpoint_engine.errors import GroupError
+from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
@@ -204,6 +204,6 @@ class _Broadcast:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise GroupError(f"a broadcast failed: {error}") from error
+            raise broadcast_failed(f"a broadcast failed: {error}") from error
         self._job.tracer.broadcast_seen(self._traced)
         return True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from checkpoint_engine.errors import GroupError
+from checkpoint_engine.errors import CallError, broadcast_failed
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
@@ -86,10 +86,10 @@ class SharedMemoryMover(Mover):
         on_thread, number = self._begun[id(step)]
         try:
             arrived = bool(on_thread.query()) and self._neighbours.have_taken(number)
-        except GroupError:
+        except CallError:
             raise
         except RuntimeError as error:  # most often because another rank failed, and says why
-            raise GroupError(str(error)) from error
+            raise broadcast_failed(str(error)) from error
         if arrived and number:
             self._job.tracer.end(self._traced.pop(id(step)), time.monotonic())
         return arrived
