@@ -77,7 +77,7 @@ class UpdateError(RuntimeError):
         return type(self), made_of, self.__dict__
 
 
-class CallError(RuntimeError):
+class CollectiveError(RuntimeError):
     """Why a collective call fails, raised within it and told to the other ranks. Callers get an
     ``UpdateError``.
 
@@ -103,9 +103,9 @@ class CallError(RuntimeError):
         self.missing, self.calls = list(missing), list(calls)
 
 
-def broadcast_failed(cause: str) -> CallError:
+def broadcast_failed(cause: str) -> CollectiveError:
     """The ranks cannot broadcast: most often because one of them failed, and says why itself."""
-    return CallError(cause, "broadcast_failed")
+    return CollectiveError(cause, "broadcast_failed")
 
 
 class EngineError(RuntimeError):

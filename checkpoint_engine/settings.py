@@ -122,11 +122,6 @@ master_port = Variable(
     "MASTER_PORT", None, _port, "a port from 1 to 65534: the ranks meet at the next one"
 )
 
-_OF_A_SERVER = (
-    *(max_bucket_bytes, retain_host_memory, keeps_groups, cpu_transport, checksum),
-    *(ipc_abstract, admitted_users, p2p_protocol),
-)
-
 
 def check_server() -> None:
     """Read all variables of a server once, so that a mistake shows before the first update.
@@ -134,7 +129,16 @@ def check_server() -> None:
     Raises:
         ValueError: one is not allowed.
     """
-    for variable in _OF_A_SERVER:
+    for variable in (
+        max_bucket_bytes,
+        retain_host_memory,
+        keeps_groups,
+        cpu_transport,
+        checksum,
+        ipc_abstract,
+        admitted_users,
+        p2p_protocol,
+    ):
         variable()
 
 

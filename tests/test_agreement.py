@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint_engine.errors import CallError, UpdateError
+from checkpoint_engine.errors import CollectiveError, UpdateError
 from checkpoint_engine.world.hello import Hello, check_agreement
 from test_control import LONG, Rank, run_world
 
@@ -233,7 +233,7 @@ def test_a_version_goes_with_none() -> None:
 def test_versions_of_two_later_ranks_are_compared_too() -> None:
     hellos = [Hello(rank, "update", "a", version=[None, "7", "8"][rank]) for rank in range(3)]
     check_agreement(hellos[:2])
-    with pytest.raises(CallError, match=r"version='8'.*version='7'"):
+    with pytest.raises(CollectiveError, match=r"version='8'.*version='7'"):
         check_agreement(hellos)
 
 

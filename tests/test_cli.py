@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.cli import commands, main, servers
-from checkpoint_engine.cli.servers import Server, ServiceError, ask, find_servers, refusal
+from checkpoint_engine.cli.servers import RankService, ServiceError, ask, find_servers, refusal
 from checkpoint_engine.cli.service import parse_ranks
 from checkpoint_engine.client import wait_until_ready
 from engines import serve_http
@@ -371,7 +371,7 @@ def test_a_failure_does_not_wait_long_for_the_other_ranks(monkeypatch: pytest.Mo
     with serve_http(routes[0]) as slow, serve_http(routes[1]) as busy:
         try:
             with pytest.raises(ServiceError, match="an update is running"):
-                ask([Server(slow), Server(busy)], "GET", "/x", 20, collective=True)
+                ask([RankService(slow), RankService(busy)], "GET", "/x", 20, collective=True)
             assert not answered.is_set()
         finally:
             go_on.set()
@@ -390,7 +390,7 @@ def test_the_first_failure_counts_also_if_others_follow() -> None:
 
     with serve_http({"GET /x": late}) as one, serve_http({"GET /x": early}) as other:
         with pytest.raises(ServiceError, match=r"no room|because of") as failure:
-            ask([Server(one), Server(other)], "GET", "/x", 20, collective=True)
+            ask([RankService(one), RankService(other)], "GET", "/x", 20, collective=True)
         assert failure.value.status == 500
 
 

@@ -30,7 +30,7 @@ from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.transfer.shared_memory import HostPeers
 from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer
-from checkpoint_engine.update.ways.base import Job
+from checkpoint_engine.update.ways.base import Move
 from checkpoint_engine.update.ways.shared_memory import SharedMemoryMover
 from torchrun import forkserver
 
@@ -107,10 +107,10 @@ class SharedMemoryBroadcasts:
         source = SimpleNamespace(copy=lambda bucket, target: None)
         tracer = RankTracer(me.rank, plan, DeviceManager("cpu"), exact=False)
         tracer._steps = defaultdict(int)
-        job = Job(call, plan, source, None, me.buffer, tracer)
+        move = Move(call, plan, source, None, me.buffer, tracer)
         self._neighbours = neighbours
         self._start = me.buffer.tensor.data_ptr()
-        self._mover = SharedMemoryMover(job, neighbours, me.streams)
+        self._mover = SharedMemoryMover(move, neighbours, me.streams)
 
     def expect_end(self, seconds: float) -> None:
         self._mover._end = time.monotonic() + seconds

@@ -43,7 +43,7 @@ class ServiceError(Failure):
 
 
 @dataclass(frozen=True)
-class Server:
+class RankService:
     """One rank's service: a Unix socket's path, or a URL."""
 
     place: str
@@ -102,7 +102,7 @@ def refusal(place: str, status: int, text: str) -> ServiceError:
 # ---------------------------------------------------------------------- which servers there are
 
 
-def find_servers(places: Sequence[str], token: str | None) -> list[Server]:
+def find_servers(places: Sequence[str], token: str | None) -> list[RankService]:
     """The servers that these stand for. ``{rank}`` in the path of a Unix socket stands for every
     rank whose socket is there.
 
@@ -110,7 +110,7 @@ def find_servers(places: Sequence[str], token: str | None) -> list[Server]:
         click.UsageError: an address makes no sense.
         ServiceError: no socket is there.
     """
-    found = [Server(place, token) for pattern in places for place in _expand(pattern)]
+    found = [RankService(place, token) for pattern in places for place in _expand(pattern)]
     if not found:
         raise ServiceError(", ".join(places), None, "no socket is there", _START)
     return found
@@ -144,7 +144,7 @@ def plain_url(text: str) -> str:
     return text.rstrip("/")
 
 
-class World:
+class WorldService:
     """All ranks of a service, in their order.
 
     Attributes:
@@ -153,7 +153,7 @@ class World:
         has_loaded_metas: whether all ranks know owners of another world.
     """
 
-    def __init__(self, servers: Sequence[Server]) -> None:
+    def __init__(self, servers: Sequence[RankService]) -> None:
         """Learns from the servers which ranks they are.
 
         Raises:
@@ -179,7 +179,7 @@ class World:
 
 
 def ask(
-    servers: Sequence[Server],
+    servers: Sequence[RankService],
     method: str,
     route: str,
     timeout: float = SHORT,
@@ -210,7 +210,7 @@ def ask(
     return [one.exception() or one.result() for one in futures]
 
 
-def _ask_one(answer: Future[Any], server: Server, *call: Any) -> None:
+def _ask_one(answer: Future[Any], server: RankService, *call: Any) -> None:
     try:
         answer.set_result(server.ask(*call))
     except Exception as error:

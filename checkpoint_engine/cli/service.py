@@ -14,7 +14,14 @@ from urllib.parse import quote
 import click
 
 from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
-from checkpoint_engine.cli.servers import Server, ServiceError, World, ask, find_servers, plain_url
+from checkpoint_engine.cli.servers import (
+    RankService,
+    ServiceError,
+    WorldService,
+    ask,
+    find_servers,
+    plain_url,
+)
 from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
@@ -68,13 +75,13 @@ def _route_of(name: str) -> str:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_timeout(default=3600.0, help="Seconds.")
 @service_command
-def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: float) -> Shown:
+def register(servers: list[RankService], name: str, paths: Sequence[Path], timeout: float) -> Shown:
     """Register checkpoint NAME: the ranks share the files, or those in a folder, among them.
 
     Of a folder with an index (*.safetensors.index.json) only what the index names is registered.
     If one rank cannot, none keeps it.
     """
-    world = World(servers)
+    world = WorldService(servers)
     if holders := [rank for rank, names in enumerate(world.held) if name in names]:
         raise Failure(
             f"checkpoint {name!r} is registered already, on ranks {holders}",
@@ -92,7 +99,7 @@ def register(servers: list[Server], name: str, paths: Sequence[Path], timeout: f
     return Shown({"checkpoint": name, "seconds": seconds, "files": shared}, text)
 
 
-def _undo_unless_all_did(world: World, name: str, answers: Sequence[Any]) -> None:
+def _undo_unless_all_did(world: WorldService, name: str, answers: Sequence[Any]) -> None:
     """Raise the first failure, once the ranks that succeeded have freed the checkpoint."""
     failures = _failures(answers)
     if not failures:
@@ -117,9 +124,9 @@ def _failures(answers: Sequence[Any]) -> dict[int, ServiceError]:
 @click.command()
 @click.argument("name", type=_name)
 @service_command
-def unregister(servers: list[Server], name: str) -> Shown:
+def unregister(servers: list[RankService], name: str) -> Shown:
     """Free checkpoint NAME on every rank."""
-    world = World(servers)
+    world = WorldService(servers)
     _check_registered(world, name)
     _raise_first(ask(world.servers, "DELETE", _route_of(name)))
     return Shown({"checkpoint": name}, f"unregistered {name}")
@@ -134,7 +141,7 @@ def _raise_first(answers: Sequence[Any]) -> None:
         raise first
 
 
-def _check_registered(world: World, name: str) -> None:
+def _check_registered(world: WorldService, name: str) -> None:
     if name not in world.registered:
         text = f"no rank has registered {name!r}; registered: "
         text += ", ".join(world.registered) or "nothing"
@@ -162,7 +169,7 @@ def _check_registered(world: World, name: str) -> None:
 @_timeout(default=300.0, help="Seconds for the update.")
 @service_command
 def update(
-    servers: list[Server],
+    servers: list[RankService],
     name: str,
     engines: Sequence[str],
     sockets: Sequence[str],
@@ -173,7 +180,7 @@ def update(
 ) -> Shown:
     """Send checkpoint NAME to the engines of all ranks, or of --ranks."""
     members = parse_ranks(ranks)
-    world = World(servers)
+    world = WorldService(servers)
     size = len(world.servers)
     if members and max(members) >= size:
         raise click.UsageError(f"--ranks names rank {max(members)}; the last one is {size - 1}")
@@ -222,7 +229,7 @@ def _requests(
     return requests
 
 
-def _gather(world: World, name: str, timeout: float) -> None:
+def _gather(world: WorldService, name: str, timeout: float) -> None:
     """Have all ranks learn who owns what of checkpoint ``name``."""
     _check_registered(world, name)
     route = f"{_route_of(name)}/gather-metas?timeout={timeout!r}"
@@ -257,21 +264,25 @@ def parse_ranks(text: str) -> list[int]:
 @_timeout(default=60.0, help="Seconds for all ranks to meet.")
 @service_command
 def metas(
-    servers: list[Server], name: str | None, load: Path | None, output: Path | None, timeout: float
+    servers: list[RankService],
+    name: str | None,
+    load: Path | None,
+    output: Path | None,
+    timeout: float,
 ) -> Shown:
     """Show, write or load who owns what: of checkpoint NAME, which is gathered for that, or of the
     one that was gathered last."""
     if name is not None and load is not None:
         raise click.UsageError("give either NAME or --load")
     if name is not None:
-        _gather(World(servers), name, timeout)
+        _gather(WorldService(servers), name, timeout)
     if load is not None:
         try:
             content = json.loads(load.read_bytes())
         except ValueError as error:
             raise Failure(f"{load} holds no metas as --output writes them: {error}") from error
         bodies = [content] * len(servers)
-        _raise_first(ask(World(servers).servers, "POST", "/v1/metas", bodies=bodies))
+        _raise_first(ask(WorldService(servers).servers, "POST", "/v1/metas", bodies=bodies))
     found: dict[str, Any] = servers[0].ask("GET", "/v1/metas") or {}
     if output is not None:
         if not found:
@@ -291,7 +302,7 @@ def _describe(rank: str, owned: dict[str, Any]) -> str:
 
 @click.command()
 @service_command
-def status(servers: list[Server]) -> Shown:
+def status(servers: list[RankService]) -> Shown:
     """What every rank's server holds and does. Ends with 3 if one does not answer."""
     answers = ask(servers, "GET", "/v1/status")
     states = [_state(server, one) for server, one in zip(servers, answers, strict=True)]
@@ -306,7 +317,7 @@ def status(servers: list[Server]) -> Shown:
     return Shown({"servers": states, "missing_ranks": missing}, "\n".join(lines), code)
 
 
-def _state(server: Server, answer: Any) -> dict[str, Any]:
+def _state(server: RankService, answer: Any) -> dict[str, Any]:
     if not isinstance(answer, ServiceError):
         return {"server": server.place, "up": True, **answer}
     up = answer.status is not None

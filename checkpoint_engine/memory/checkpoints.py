@@ -178,9 +178,8 @@ class Checkpoints:
     def pin(self, name: str) -> Iterator[Checkpoint]:
         """Keep a checkpoint from being unregistered; an empty one if there is none of that name."""
         with self._lock:
-            checkpoint = self._registered.get(name) or Checkpoint(
-                name, [], self._readers.place, serial=0
-            )
+            nothing = Checkpoint(name, [], self._readers.place, serial=0)
+            checkpoint = self._registered.get(name) or nothing
             checkpoint.uses += 1
         try:
             yield checkpoint

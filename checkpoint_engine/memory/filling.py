@@ -22,7 +22,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: a dtype that every dtype of this size can be copied as, bit for bit."""
 
 
-class _Piece(NamedTuple):
+class _Write(NamedTuple):
     """``nbytes`` bytes at ``at`` of an arena that one thread sees to.
 
     Attributes:
@@ -83,7 +83,7 @@ def _begin_copy(
 
 
 def _work(
-    pieces: Mapping[Arena, Iterable[_Piece]],
+    pieces: Mapping[Arena, Iterable[_Write]],
     finish: Callable[[Arena], None],
     cpus: Set[int] | None,
     on_progress: Callable[[float], None] | None = None,
@@ -110,7 +110,7 @@ def _work(
 # What is to be written
 
 
-def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> Iterator[_Piece]:
+def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> Iterator[_Write]:
     for at, meta in placed(metas):
         source = sources[meta.name]
         if not source.nbytes:
@@ -119,18 +119,18 @@ def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> 
             yield from _file_pieces(source.name, source.data, at)
         elif source.data.device.type == "cpu":
             for part in _split(source.data):
-                yield _Piece(at, part.nbytes, partial(_copy, part))
+                yield _Write(at, part.nbytes, partial(_copy, part))
                 at += part.nbytes
         else:
             yield from _chunks(at, source.nbytes)
 
 
-def _chunks(at: int, nbytes: int) -> Iterator[_Piece]:
+def _chunks(at: int, nbytes: int) -> Iterator[_Write]:
     for offset in range(0, nbytes, CHUNK_BYTES):
-        yield _Piece(at + offset, min(CHUNK_BYTES, nbytes - offset))
+        yield _Write(at + offset, min(CHUNK_BYTES, nbytes - offset))
 
 
-def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
+def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Write]:
     """In the order of the tensor's bytes: as many rows as a chunk has room for, or parts of one."""
     stride = sum(part.nbytes for part in data.parts) // data.rows
     block = max(1, CHUNK_BYTES // stride)
@@ -140,10 +140,10 @@ def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Piece]:
             if rows == 1:
                 for run in part.chunks(CHUNK_BYTES):
                     start = at + column + run.offset - part.offset
-                    yield _Piece(start, run.nbytes, partial(_read, run, name))
+                    yield _Write(start, run.nbytes, partial(_read, run, name))
             elif part.nbytes > 0:
                 write = partial(_read_columns, part, name, rows, column)
-                yield _Piece(at, rows * stride, write)
+                yield _Write(at, rows * stride, write)
             column += part.nbytes // rows
         at += rows * stride
 
@@ -161,9 +161,9 @@ def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from torch.split(tensor, max(1, CHUNK_BYTES * tensor.size(0) // tensor.nbytes))
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Write]) -> Iterator[list[_Write]]:
     """Adjacent pieces together until they have ``CHUNK_BYTES``. At least one batch, maybe empty."""
-    batch: list[_Piece] = []
+    batch: list[_Write] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
@@ -177,7 +177,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 # Writing, in threads
 
 
-def _write_batch(arena: Arena, batch: list[_Piece]) -> None:
+def _write_batch(arena: Arena, batch: list[_Write]) -> None:
     if arena.fresh and batch:
         end = batch[-1].at + batch[-1].nbytes
         populate(arena.memory.data_ptr() + batch[0].at, end - batch[0].at)

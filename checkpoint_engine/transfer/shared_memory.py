@@ -71,7 +71,7 @@ class HostPeers:
         reached all.
 
         Raises:
-            CallError: a rank is not there any more.
+            CollectiveError: a rank is not there any more.
             RuntimeError: this rank cannot take them, as it has too many open files.
         """
         while missing := sorted(set(self._others) - set(self.memory)):
@@ -109,7 +109,7 @@ class HostPeers:
         """Copy the next bucket of ``sender`` into ``target``, and tell it so.
 
         Raises:
-            CallError: it does not come in ``seconds``, or is another one.
+            CollectiveError: it does not come in ``seconds``, or is another one.
         """
         connection = self.incoming[sender]
         connection.settimeout(max(0.001, seconds))

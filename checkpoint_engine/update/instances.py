@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from checkpoint_engine.errors import CallError, EngineError
+from checkpoint_engine.errors import CollectiveError, EngineError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover.link import WorkerLink
@@ -71,7 +71,7 @@ class Instance(WorkerSession):
         """Have the post hook run, unless another rank of this instance failed.
 
         Raises:
-            CallError: none is updated.
+            CollectiveError: none is updated.
         """
         self._settle("loaded")
         super().finish(request)
@@ -88,7 +88,7 @@ class Instance(WorkerSession):
         if first.keys() == set(self._instances.values()):
             cause = self.failed[0]
             text = f"no engine could be updated; the first: {cause.error}"
-            raise CallError(text, "no_engine_left", rank=cause.rank)
+            raise CollectiveError(text, "no_engine_left", rank=cause.rank)
         if self._name in first and self._failure is None:
             self._fail(EngineError(f"rank {first[self._name].rank} of this instance failed"))
 

@@ -18,7 +18,7 @@ from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
 from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.planning.plan import Step, to_named_tensor
 from checkpoint_engine.update.session import WorkerSession
-from checkpoint_engine.update.ways.base import Job, Mover
+from checkpoint_engine.update.ways.base import Move, Mover
 
 _HALVES = 2  # of the double buffer
 
@@ -26,11 +26,11 @@ _HALVES = 2  # of the double buffer
 class Pipeline:
     """One rank's execution of a plan. Made for one update."""
 
-    def __init__(self, job: Job, mover: Mover, session: WorkerSession) -> None:
-        self._job = job
+    def __init__(self, move: Move, mover: Mover, session: WorkerSession) -> None:
+        self._move = move
         self._mover = mover
         self._session = session
-        self._waiting = deque(job.plan.steps)
+        self._waiting = deque(move.plan.steps)
 
     def begin(self) -> None:
         """Send the first buckets on their way, where that takes no waiting."""
@@ -45,13 +45,13 @@ class Pipeline:
         queues work, that is the moment to start the next in it; where it takes waiting, the worker
         is first given what has arrived, to load it meanwhile.
         """
-        clock, steps = self._job.call.clock, self._job.plan.steps
+        clock, steps = self._move.call.clock, self._move.plan.steps
         if len(self._waiting) == len(steps):
             self._start_next()
         for index, step in enumerate(steps):
             clock.begin("transfer")
             with self._naming_source(step):
-                self._job.call.wait(partial(self._mover.has_arrived, step))
+                self._move.call.wait(partial(self._mover.has_arrived, step))
             clock.arrived(step.receiver)
             clock.begin("reload")
             self._reload(index, step)
@@ -60,9 +60,9 @@ class Pipeline:
                 self._start_next()
 
     def _reload(self, index: int, step: Step) -> None:
-        count = len(self._job.plan.steps)
+        count = len(self._move.plan.steps)
         message = self._message(index)[0] + self._extensions(step)
-        with self._job.tracer.reloading(step):
+        with self._move.tracer.reloading(step):
             self._session.begin_reload(message)
             if index + 1 == count:
                 self._session.announce_end(self._planned())
@@ -80,7 +80,7 @@ class Pipeline:
 
     def _message(self, index: int) -> tuple[bytes, str]:
         """What the worker is told of a bucket, and the digest of that; encoded once for a plan."""
-        plan, encode = self._job.plan, self._session.encode_bucket
+        plan, encode = self._move.plan, self._session.encode_bucket
         if (encode, index) not in plan.messages:
             step = plan.steps[index]
             start = step.slot * plan.bucket_bytes
@@ -93,7 +93,7 @@ class Pipeline:
 
     def _planned(self) -> list[str | None]:
         """The digest of each message, ``None`` for a part that does not end its tensor."""
-        buckets = (step.bucket for step in self._job.plan.steps)
+        buckets = (step.bucket for step in self._move.plan.steps)
         ends = [not isinstance(bucket, TensorPart) or bucket.is_last for bucket in buckets]
         return [self._message(index)[1] if end else None for index, end in enumerate(ends)]
 
@@ -104,17 +104,17 @@ class Pipeline:
         The bytes are checked here for workers that do not check them, such as the original's.
         """
         extensions: dict[str, Any] = {}
-        bucket, start = step.bucket, step.slot * self._job.plan.bucket_bytes
+        bucket, start = step.bucket, step.slot * self._move.plan.bucket_bytes
         lies_at, nbytes = start, bucket.size
         if isinstance(bucket, TensorPart):
             extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
             lies_at, nbytes = 0, bucket.total  # once it has been put together
-        expected = self._job.gathered.sum_of(step.owner, bucket)
+        expected = self._move.gathered.sum_of(step.owner, bucket)
         if expected is not None and self._session.worker_checks_sums:
             extensions[CHECKSUM] = [lies_at, nbytes, *expected]
         elif expected is not None:
             where = f"a bucket from {self._mover.source_of(step)}"
-            check_bytes(self._job.slot(step), *expected, where)
+            check_bytes(self._move.slot(step), *expected, where)
         return encode_extensions(extensions) if extensions else b""
 
     @contextlib.contextmanager

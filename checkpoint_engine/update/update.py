@@ -28,7 +28,7 @@ from checkpoint_engine.update.order import Order, SocketPaths, ask, check_reques
 from checkpoint_engine.update.pipeline import Pipeline
 from checkpoint_engine.update.session import EngineState, WorkerSession
 from checkpoint_engine.update.trace import write_trace
-from checkpoint_engine.update.ways.base import Job, Mover, Way
+from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
@@ -84,27 +84,27 @@ def run_update(
         tracer = _trace(call, plan, hellos, order, server)
 
         call.begin("buffers")
-        job = Job(call, plan, source, gathered, _share_buffer(plan, server.here, held), tracer)
+        move = Move(call, plan, source, gathered, _share_buffer(plan, server.here, held), tracer)
         moving = held.enter_context(ExitStack())
-        mover = _connect(usable, job, hellos, moving)
+        mover = _connect(usable, move, hellos, moving)
 
         call.begin("handshake")
         request = _ask(call, order, hellos, gathered, server.here, held)
         session = _open_session(call, link, request, order, hellos, server, held)
-        pipeline = Pipeline(job, mover, session)
+        pipeline = Pipeline(move, mover, session)
         pipeline.begin()
-        session.hand_over(job.buffer, call.deadline.remaining(), plan.cuts_tensors)
-        job.buffer.unlink()
+        session.hand_over(move.buffer, call.deadline.remaining(), plan.cuts_tensors)
+        move.buffer.unlink()
         pipeline.run()
 
         call.begin("release")
         session.release()
         moving.close()  # NICs and neighbours let go of the memory before it is given back
         del pipeline, mover  # and so does staging
-        job.buffer.close()
+        move.buffer.close()
         call.begin("post hook")
         session.finish(request)
-        return _report(call, job, session, hellos, order, server.here), gathered
+        return _report(call, move, session, hellos, order, server.here), gathered
 
 
 # ---------------------------------------------------------------------- agreeing
@@ -137,9 +137,9 @@ def _agree(
     return call.exchange(mine)
 
 
-def _connect(usable: Sequence[Way], job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover:
+def _connect(usable: Sequence[Way], move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover:
     """By the first way that turns out to connect all ranks; the last one always does."""
-    movers = (way.connect(job, hellos, held) for way in usable)
+    movers = (way.connect(move, hellos, held) for way in usable)
     return next(mover for mover in movers if mover is not None)
 
 
@@ -280,7 +280,7 @@ def _compare_ranks(call: Call) -> tuple[dict[int, dict[str, float]], dict[int, d
 
 def _report(
     call: Call,
-    job: Job,
+    move: Move,
     session: WorkerSession,
     hellos: Sequence[Hello],
     order: Order,
@@ -291,16 +291,16 @@ def _report(
         checkpoint_name=order.checkpoint,
         rank=call.rank,
         world_size=here.world_size,
-        tensors=job.plan.tensor_count,
-        buckets=len(job.plan.steps),
-        bucket_bytes=job.plan.bucket_bytes,
-        bytes=job.plan.total_bytes,
+        tensors=move.plan.tensor_count,
+        buckets=len(move.plan.steps),
+        bucket_bytes=move.plan.bucket_bytes,
+        bytes=move.plan.total_bytes,
         version=agreed_version(hellos),
         failed_instances=list(session.failed),
-        gather_seconds=job.gathered.seconds,
+        gather_seconds=move.gathered.seconds,
         waited_for=call.clock.waited_for,
-        stages=job.tracer.stages(),
+        stages=move.tracer.stages(),
         by_rank=by_rank,
         waited_for_by_rank=waited_for_by_rank,
-        trace=_collect_trace(call, job.tracer, hellos, order),
+        trace=_collect_trace(call, move.tracer, hellos, order),
     )

@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from checkpoint_engine.errors import CallError, UpdateError, kind_of
+from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
@@ -87,7 +87,7 @@ class Call:
         """Every member's hello, in rank order. The first exchange of a call, by all members.
 
         Raises:
-            CallError: ranks make different calls (at once), or do not come; names them.
+            CollectiveError: ranks make different calls (at once), or do not come; names them.
             ValueError: two ranks are on one device.
         """
         if self._hello is None:
@@ -101,13 +101,13 @@ class Call:
         """Say which call this is, before anything is exchanged. ``exchange`` does it otherwise.
 
         Raises:
-            CallError: another rank makes a call that does not go together with it.
+            CollectiveError: another rank makes a call that does not go together with it.
         """
         self._hello = mine
         try:
             if len(self.members) > 1 and self._membership.claim(mine.terms()):
                 self._keys.append("call")
-        except CallError as error:
+        except CollectiveError as error:
             self._stays_out = self.rank in error.missing
             raise
         finally:  # it may be another number now

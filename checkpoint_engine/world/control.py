@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint_engine import settings
-from checkpoint_engine.errors import BusyError, CallError, UpdateError, kind_of
+from checkpoint_engine.errors import BusyError, CollectiveError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.devices import get_ip
 from checkpoint_engine.world.call import Call
@@ -151,7 +151,7 @@ class ControlPlane:
         except BaseException as error:
             if self._world is not None:
                 self._world.liveness.expect_end(None)
-            if not isinstance(error, (dist.DistError, CallError, TimeoutError)):
+            if not isinstance(error, (dist.DistError, CollectiveError, TimeoutError)):
                 raise
             lost = NO_ANSWER if self._world is None else self._world.why_lost
             cause = describe(error, lost)

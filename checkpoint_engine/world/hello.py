@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint_engine.errors import CallError
+from checkpoint_engine.errors import CollectiveError
 
 _MUST_AGREE = (
     "call",
@@ -107,7 +107,7 @@ class Hello:
         )
 
 
-def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CallError:
+def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CollectiveError:
     """The error of two ranks whose calls do not go together; names who wants what."""
     first, second = sorted((one, other), key=lambda hello: hello.rank, reverse=True)
     if first.wish != second.wish:
@@ -121,14 +121,14 @@ def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CallE
             f"ranks {second.rank} and {first.rank} gathered other metas for {first.wish}: call "
             f"gather_metas({first.checkpoint!r}), or load_metas(), on all ranks"
         )
-    return CallError(text, "disagreement", missing, calls=[one.wish, other.wish])
+    return CollectiveError(text, "disagreement", missing, calls=[one.wish, other.wish])
 
 
 def check_agreement(hellos: Sequence[Hello]) -> None:
     """Compare what all ranks of a call said.
 
     Raises:
-        CallError: two of them make different calls.
+        CollectiveError: two of them make different calls.
         ValueError: two of them are on one device.
     """
     for one in hellos:

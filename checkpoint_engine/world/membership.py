@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from loguru import logger
 
-from checkpoint_engine.errors import CallError
+from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
@@ -200,7 +200,7 @@ class Membership:
         outcome = self.store.get(key) if self.store.check([key]) else SUCCESS
         return [] if outcome == SUCCESS else decode_failure(outcome).missing
 
-    def _failure(self, error: CallError, rank: int) -> bytes:
+    def _failure(self, error: CollectiveError, rank: int) -> bytes:
         """The outcome of a call that has not begun."""
         return encode_failure(error, rank, "start", self.world.why_lost)
 
@@ -211,7 +211,7 @@ class Membership:
         make, too. Returns whether this one was the first.
 
         Raises:
-            CallError: it makes another one. ``missing`` holds this rank if only this
+            CollectiveError: it makes another one. ``missing`` holds this rank if only this
                 rank fails.
         """
         while True:
@@ -231,7 +231,7 @@ class Membership:
         """All members make the same call: what was left before does not matter any more."""
         self._left_by_me, self._left_by_others = [], []
 
-    def learn(self, failure: CallError, mine: Hello | None) -> None:
+    def learn(self, failure: CollectiveError, mine: Hello | None) -> None:
         """The running call of this rank failed."""
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
@@ -254,7 +254,7 @@ class Membership:
         """Compare this rank's update with those that ``others`` have announced.
 
         Raises:
-            CallError: one of them updates from the same checkpoint, but not the same
+            CollectiveError: one of them updates from the same checkpoint, but not the same
                 ranks, and there are ranks in both. That call fails, too.
         """
         store = self.world.store

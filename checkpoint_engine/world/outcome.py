@@ -8,25 +8,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpoint_engine.errors import CallError, UpdateError, kind_of
+from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 
 SUCCESS = b"ok"
 _FIELDS = ("cause", "kind", "missing", "rank", "calls", "phase")
 
 
-def missing(why: str, call: str, ranks: Sequence[int]) -> CallError:
+def missing(why: str, call: str, ranks: Sequence[int]) -> CollectiveError:
     """Ranks did not make a call before its deadline."""
-    return CallError(f"{why}: ranks {list(ranks)} did not join {call}", "rank_missing", ranks)
+    return CollectiveError(f"{why}: ranks {list(ranks)} did not join {call}", "rank_missing", ranks)
 
 
-def gone(ranks: Sequence[int], call: str) -> CallError:
+def gone(ranks: Sequence[int], call: str) -> CollectiveError:
     """The processes of ranks have ended, or their hosts are cut off."""
     one = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {list(ranks)} are"
     text = (
         f"{one} gone before {call} was over: its process has ended, or its host is cut off; "
         "start it again"
     )
-    return CallError(text, "rank_gone", ranks, ranks[0])
+    return CollectiveError(text, "rank_gone", ranks, ranks[0])
 
 
 def encode_failure(error: BaseException, rank: int, phase: str, lost: str) -> bytes:
@@ -36,14 +36,14 @@ def encode_failure(error: BaseException, rank: int, phase: str, lost: str) -> by
         lost: what is wrong where the store is what failed.
     """
     failure = error
-    if not isinstance(failure, CallError):
-        failure = CallError(describe(error, lost), kind_of(error))
+    if not isinstance(failure, CollectiveError):
+        failure = CollectiveError(describe(error, lost), kind_of(error))
     said = vars(failure) | {"phase": phase, "rank": rank if failure.rank is None else failure.rank}
     return json.dumps({name: said[name] for name in _FIELDS}).encode()
 
 
-def decode_failure(outcome: bytes) -> CallError:
-    return CallError(**json.loads(outcome))
+def decode_failure(outcome: bytes) -> CollectiveError:
+    return CollectiveError(**json.loads(outcome))
 
 
 def error_of(outcome: bytes, call: str) -> UpdateError:

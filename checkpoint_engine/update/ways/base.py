@@ -36,9 +36,7 @@ class Way(ABC):
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
-        self._planned: tuple[object, TransferPlan] | None = (
-            None  # what the plan was made from, and it
-        )
+        self._planned: tuple[object, TransferPlan] | None = None  # the basis of a plan, and it
 
     # ------------------------------------------------------------------ whether it can be taken
 
@@ -102,7 +100,7 @@ class Way(ABC):
     # ------------------------------------------------------------------ moving it
 
     @abstractmethod
-    def connect(self, job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover | None:
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | None:
         """Called by all ranks: connect them. ``None`` on all of them if they cannot, after all.
 
         Args:
@@ -113,7 +111,7 @@ class Way(ABC):
         """Give back what is kept between updates."""
 
 
-class Job(NamedTuple):
+class Move(NamedTuple):
     """What a way moves in one update, and into what.
 
     Attributes:

@@ -18,7 +18,7 @@ from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.settings import keeps_groups
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.transfer.tracer import TracedSpan
-from checkpoint_engine.update.ways.base import Job, Mover, Way
+from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 
@@ -44,12 +44,12 @@ class Broadcast(Way):
         on_device = self.here.device_manager.is_accelerator
         return plan.DEVICE_PACE if on_device else plan.HOST_PACE
 
-    def connect(self, job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover:
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover:
         streams = make_streams(self.here.device_manager)
         held.callback(streams.close)
         # Only copies to an accelerator go on beside a broadcast.
-        staging = make_staging(job, self.here) if streams.are_queues else None
-        return GroupMover(job, streams, staging, self.join_group(job.call, hellos, held))
+        staging = make_staging(move, self.here) if streams.are_queues else None
+        return GroupMover(move, streams, staging, self.join_group(move.call, hellos, held))
 
     def release(self) -> None:
         self._leave(TorchGroup.close)
@@ -85,11 +85,11 @@ class Broadcast(Way):
             how(group)
 
 
-def make_staging(job: Job, here: LocalRank) -> torch.Tensor | None:
+def make_staging(move: Move, here: LocalRank) -> torch.Tensor | None:
     """Memory for the largest bucket that this rank fetches; ``None`` where there is no room, or
     nothing to fetch beside a broadcast."""
-    loads = job.plan.loads_of(here.rank)
-    if not (job.plan.staging and loads and len(job.call.members) > 1):
+    loads = move.plan.loads_of(here.rank)
+    if not (move.plan.staging and loads and len(move.call.members) > 1):
         return None
     nbytes = max(step.bucket.size for step in loads)
     return torch.empty(nbytes, dtype=torch.uint8, device=here.device)
@@ -102,15 +102,15 @@ class GroupMover(Mover):
     """
 
     def __init__(
-        self, job: Job, streams: Streams, staging: torch.Tensor | None, group: TorchGroup | None
+        self, move: Move, streams: Streams, staging: torch.Tensor | None, group: TorchGroup | None
     ) -> None:
         """``group``: ``None`` where this rank is the only one."""
-        self.job = job
+        self.move = move
         self.streams = streams
-        self._rank = job.call.rank
+        self._rank = move.call.rank
         self._group = group
         self._staging = staging
-        self._loads = deque(job.plan.loads_of(self._rank))
+        self._loads = deque(move.plan.loads_of(self._rank))
         self._arrivals: dict[int, list[Event]] = {}
         if staging is not None:
             self._filled = self._fetch_next(staging, after=streams.event())
@@ -123,8 +123,8 @@ class GroupMover(Mover):
         """Copy it out of this rank's own host memory."""
 
         def copy() -> None:
-            with self.job.tracer.copying(step):
-                self.job.source.copy(step.bucket, target)
+            with self.move.tracer.copying(step):
+                self.move.source.copy(step.bucket, target)
 
         return self.streams.copy(copy, after)
 
@@ -135,20 +135,20 @@ class GroupMover(Mover):
 
     def in_one_piece(self, step: Step) -> torch.Tensor | None:
         """The bucket where it lies in host memory, if it can be broadcast from there."""
-        return self.job.source.in_one_piece(step.bucket)
+        return self.move.source.in_one_piece(step.bucket)
 
     def start(self, step: Step) -> None:
-        target = self.job.slot(step)
+        target = self.move.slot(step)
         arrivals: list[Event] = []
         with self.streams.broadcasting():
             payload = target
             if step.receiver == self._rank:
                 payload = self._receive(step, target, arrivals)
             if self._group is not None and step.bucket.size:
-                traced = self.job.tracer.broadcasting(step)
+                traced = self.move.tracer.broadcasting(step)
                 work = self._group.broadcast(payload, step.receiver)
-                self.job.tracer.broadcast(traced, work)
-                arrivals.append(_Broadcast(work, self.job, traced))
+                self.move.tracer.broadcast(traced, work)
+                arrivals.append(_BroadcastEvent(work, self.move, traced))
             arrivals.append(self.streams.event())
         self._arrivals[id(step)] = arrivals
 
@@ -169,7 +169,7 @@ class GroupMover(Mover):
             return target
         piece = self.in_one_piece(step)
         if piece is None:
-            self.job.call.wait(arrival.query)  # only then may it be broadcast
+            self.move.call.wait(arrival.query)  # only then may it be broadcast
             return target
         return piece
 
@@ -178,7 +178,7 @@ class GroupMover(Mover):
         if self.fetches_in_order:
             self.streams.wait(self._filled)
         else:
-            self.job.call.wait(self._filled.query)
+            self.move.call.wait(self._filled.query)
         target.copy_(staging[: step.bucket.size])
         self._filled = self._fetch_next(staging, after=self.streams.event())
 
@@ -190,12 +190,12 @@ class GroupMover(Mover):
             return self.fetch(step, staging[: step.bucket.size], after)
 
 
-class _Broadcast:
+class _BroadcastEvent:
     """The event of a broadcast that has begun."""
 
-    def __init__(self, work: dist.Work, job: Job, traced: TracedSpan) -> None:
+    def __init__(self, work: dist.Work, move: Move, traced: TracedSpan) -> None:
         self._work = work
-        self._job = job
+        self._move = move
         self._traced = traced
 
     def query(self) -> bool:
@@ -205,5 +205,5 @@ class _Broadcast:
             self._work.wait()
         except RuntimeError as error:
             raise broadcast_failed(f"a broadcast failed: {error}") from error
-        self._job.tracer.broadcast_seen(self._traced)
+        self._move.tracer.broadcast_seen(self._traced)
         return True

@@ -15,7 +15,7 @@ from checkpoint_engine.planning.plan import Pace, Step
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
-from checkpoint_engine.update.ways.base import Job, Mover
+from checkpoint_engine.update.ways.base import Move, Mover
 from checkpoint_engine.update.ways.broadcast import Broadcast, GroupMover, make_staging
 from checkpoint_engine.world.hello import Hello
 
@@ -43,20 +43,20 @@ class Pull(Broadcast):
     def pace(self) -> Pace:
         return plan.READ_PACE
 
-    def connect(self, job: Job, hellos: Sequence[Hello], held: ExitStack) -> Mover:
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover:
         store = self._p2p.require("update(ranks=...)")
         streams = make_streams(self.here.device_manager)
         held.callback(streams.close)
-        staging = make_staging(job, self.here)
+        staging = make_staging(move, self.here)
         if store.needs_registered_targets:
-            named = {"__buffer__": job.buffer.tensor, "__staging__": staging}
+            named = {"__buffer__": move.buffer.tensor, "__staging__": staging}
             targets = {name: tensor for name, tensor in named.items() if tensor is not None}
             store.register_named_tensors(targets)
             held.callback(store.unregister_named_tensors, list(targets))
-        metas, here = job.gathered.metas, self.here
-        remote = RemoteLoader(store, metas, here.device_manager, here.device, job.tracer)
+        metas, here = move.gathered.metas, self.here
+        remote = RemoteLoader(store, metas, here.device_manager, here.device, move.tracer)
         held.callback(remote.close)
-        return PullMover(job, streams, staging, self.join_group(job.call, hellos, held), remote)
+        return PullMover(move, streams, staging, self.join_group(move.call, hellos, held), remote)
 
 
 class PullMover(GroupMover):
@@ -66,7 +66,7 @@ class PullMover(GroupMover):
 
     def __init__(
         self,
-        job: Job,
+        move: Move,
         streams: Streams,
         staging: torch.Tensor | None,
         group: TorchGroup | None,
@@ -74,7 +74,7 @@ class PullMover(GroupMover):
     ) -> None:
         self._remote = remote
         self.never_waits = group is None
-        super().__init__(job, streams, staging, group)
+        super().__init__(move, streams, staging, group)
 
     def fetch(self, step: Step, target: torch.Tensor, after: Event) -> Event:
         if self._is_mine(step):
@@ -89,4 +89,4 @@ class PullMover(GroupMover):
 
     def _is_mine(self, step: Step) -> bool:
         """Owners of loaded metas are ranks of another world."""
-        return step.owner == self.job.call.rank and not self.job.gathered.is_loaded
+        return step.owner == self.move.call.rank and not self.move.gathered.is_loaded
