@@ -33,6 +33,7 @@ def vllm_request(
     inference_parallel_size: int = 1,
     rank: int | None = None,
     pause: Literal["abort", "wait", "keep"] | None = None,
+    resume_after_failure: bool = False,
     reset_prefix_cache: bool = False,
     timeout: float = 300.0,
     uds: str | None = None,
@@ -43,8 +44,10 @@ def vllm_request(
         url: the engine, as ``http://localhost:8000``.
         inference_parallel_size: its workers, each with a rank of its own.
         rank: of the server that calls ``update``. Default: ``RANK``.
-        pause: stop generation before the update and resume it after, also if it fails. Requests
-            in flight are aborted, waited for, or kept and continued with the new weights.
+        pause: stop generation before the update and resume it after. Requests in flight are
+            aborted, waited for, or kept and continued with the new weights. If the update fails,
+            the engine stays paused, for its weights may be partly written, until the next one.
+        resume_after_failure: let it serve all the same.
         reset_prefix_cache: after the update, forget what was computed with the old weights.
             Requests in flight are not lost, but computed anew.
         timeout: seconds for all of it.
@@ -61,7 +64,7 @@ def vllm_request(
             remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
             return send("POST", f"{url}{route}", remaining, uds)
 
-        with nullcontext() if pause is None else _paused(post, pause):
+        with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
             request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             if reset_prefix_cache:
@@ -142,19 +145,28 @@ def _for_engine(
 
 
 @contextmanager
-def _paused(post: Callable[[str], Any], mode: str) -> Iterator[None]:
-    """Generation stands still. A pause without an answer may still happen, so that is resumed
-    too."""
+def _paused(post: Callable[[str], Any], mode: str, resumes_always: bool) -> Iterator[None]:
+    """Generation stands still, also after a failure, unless it ``resumes_always``."""
+    may_resume = True  # a pause without an answer may still happen
     try:
         post(f"/pause?mode={mode}")
+        may_resume = resumes_always
         yield
-    except BaseException:
-        try:
-            post("/resume")
-        except Exception as error:
-            logger.error("the engine may stay paused, it could not be resumed: {}", error)
+    except Exception as error:
+        if may_resume:
+            _try_to_resume(post)
+        else:
+            advice = "the next update resumes it, or POST /resume"
+            error.args = (f"{error}\nThe engine stays paused, perhaps half updated: {advice}",)
         raise
     post("/resume")
+
+
+def _try_to_resume(post: Callable[[str], Any]) -> None:
+    try:
+        post("/resume")
+    except Exception as error:
+        logger.error("the engine may stay paused, it could not be resumed: {}", error)
 
 
 def _check_success(response: httpx.Response) -> None:

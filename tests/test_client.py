@@ -211,12 +211,26 @@ def test_vllm_pauses_forgets_and_resumes(engine: Engine, url: str) -> None:
     ]
 
 
+def test_vllm_stays_paused_over_weights_that_may_be_half_written(engine: Engine, url: str) -> None:
+    engine.statuses = [200, 500]
+    engine.text = "layer 3 is missing"
+    says = r"(?s)/collective_rpc: layer 3 is missing.*stays paused.*the next update resumes it"
+    with pytest.raises(httpx.HTTPStatusError, match=says):
+        vllm_request(url, rank=0, pause="abort", reset_prefix_cache=True)(WORLD)
+    assert paths_of(engine) == ["/pause?mode=abort", "/collective_rpc"]
+    vllm_request(url, rank=0, pause="abort")(WORLD)
+    assert paths_of(engine)[2:] == ["/pause?mode=abort", "/collective_rpc", "/resume"]
+
+
 @pytest.mark.parametrize("resumes", [True, False])
-def test_vllm_is_resumed_after_a_failure(engine: Engine, url: str, resumes: bool) -> None:
+def test_vllm_is_resumed_after_a_failure_where_that_is_wished(
+    engine: Engine, url: str, resumes: bool
+) -> None:
     engine.statuses = [200, 500, 200 if resumes else 500]
     engine.text = "layer 3 is missing"
-    with pytest.raises(httpx.HTTPStatusError, match="/collective_rpc: layer 3 is missing"):
-        vllm_request(url, rank=0, pause="abort", reset_prefix_cache=True)(WORLD)
+    ask = vllm_request(url, rank=0, pause="abort", resume_after_failure=True)
+    with pytest.raises(httpx.HTTPStatusError, match=r"/collective_rpc: layer 3 is missing$"):
+        ask(WORLD)
     assert paths_of(engine) == ["/pause?mode=abort", "/collective_rpc", "/resume"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -719,6 +720,84 @@ def test_our_server_tells_our_worker_what_there_was_to_load(
     monkeypatch.setattr(LoadedBuckets, "note", forget_the_first)
     with pytest.raises(UpdateError, match=r"bucket 1 of .* was loaded 0 times, not 1"):
         update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
+
+
+def asleep(monkeypatch: pytest.MonkeyPatch, worker: EngineWorker, tag: str = "weights") -> None:
+    """As vLLM's allocator for GPUs says it, which cannot be imported here."""
+    blocks = {1: SimpleNamespace(tag="kv_cache", is_asleep=True, cpu_backup_tensor=None)}
+    blocks[2] = SimpleNamespace(tag=tag, is_asleep=True, cpu_backup_tensor=None)
+    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=blocks))
+    module = SimpleNamespace(CuMemAllocator=allocator)
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)  # type: ignore[misc]
+
+
+def asleep_by_an_older_allocator(monkeypatch: pytest.MonkeyPatch, worker: EngineWorker) -> None:
+    blocks = {1: SimpleNamespace(tag="weights", cpu_backup_tensor=torch.empty(1))}
+    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=blocks))
+    module = SimpleNamespace(CuMemAllocator=allocator)
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)  # type: ignore[misc]
+
+
+def asleep_at_level_2(monkeypatch: pytest.MonkeyPatch, worker: EngineWorker) -> None:
+    worker._sleep_saved_buffers = {"rotary.cos": torch.ones(1)}  # type: ignore[attr-defined]
+
+
+def moving_experts(monkeypatch: pytest.MonkeyPatch, worker: EngineWorker) -> None:
+    parallel = SimpleNamespace(enable_eplb=True)
+    worker.vllm_config = SimpleNamespace(parallel_config=parallel)  # type: ignore[attr-defined]
+
+
+def merged_with_an_adapter(monkeypatch: pytest.MonkeyPatch, worker: EngineWorker) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.load_weights = Model().load_weights  # type: ignore[assignment]
+    model[0].merged_adapters = ["tuned"]  # type: ignore[assignment]
+    worker.model_runner.model = model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (asleep, "this engine is asleep.*wake it up first"),
+        (asleep_by_an_older_allocator, "this engine is asleep"),
+        (asleep_at_level_2, "this engine is asleep"),
+        (moving_experts, "moves experts .*start it without that"),
+        (merged_with_an_adapter, "a LoRA adapter is merged into '0'.*unmerge it"),
+    ],
+)
+def test_an_engine_that_would_lose_new_weights_refuses_them(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch, spoil: Any, says: str
+) -> None:
+    """Before the first byte, and with the reason."""
+    engine_worker = EngineWorker()
+    spoil(monkeypatch, engine_worker)
+    with pytest.raises(UpdateError, match=f"(?s)failed in the handshake.*{says}") as caught:
+        update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
+    assert caught.value.engines == {0: "untouched"}
+    assert engine_worker.weight_version()["state"] == "initial"
+
+
+def test_an_engine_whose_weights_alone_are_awake_is_updated(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in reinforcement learning, where the KV cache has no room beside the old weights."""
+    engine_worker = EngineWorker()
+    asleep(monkeypatch, engine_worker, tag="kv_cache")
+    update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
+    assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+
+
+def test_a_second_model_at_the_same_address_is_refused_at_once(server: ParameterServer) -> None:
+    """SGLang's scheduler updates its target, and then calls again for its draft model."""
+    target, draft = EngineWorker(), EngineWorker()
+
+    def ask(paths: list[tuple[str, str]]) -> None:
+        target.update_weights_from_ipc(dict(paths))
+        with pytest.raises(RuntimeError, match="a draft model its weights in the same call"):
+            draft.update_weights_from_ipc(dict(paths))
+
+    update_from(server, ask)
+    assert draft.weight_version()["state"] == "initial"
+    assert digests(target.model_runner.model.weights) == digests(tensors())
 
 
 def test_the_extension_looks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

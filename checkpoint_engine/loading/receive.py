@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -31,6 +32,9 @@ PATIENCE_WITH_0_2 = 30.0
 
 _Result = TypeVar("_Result")
 
+_received: deque[str] = deque(maxlen=64)
+"""The addresses of updates that are over. SGLang calls a second time, for its draft model."""
+
 
 @runtime_checkable
 class BucketLoader(Protocol):
@@ -42,6 +46,10 @@ class BucketLoader(Protocol):
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket; nothing may refer to the tensors afterwards."""
         ...
+
+    def check(self) -> None:
+        """Raise if no bucket can be loaded. Called before the worker accepts the update."""
+        return
 
     def knows(self, message: bytes) -> bool:
         """Whether a bucket with this message can be replayed."""
@@ -97,11 +105,18 @@ def update_weights_from_ipc(
         Exception: what ``run`` or ``post_hook`` raised, or the server's reason to abort. The
             weights are then partly written; another update repairs them.
     """
+    if zmq_handle in _received:
+        raise RuntimeError(
+            f"this process has received the update at {zmq_handle} already, and gets it once: give "
+            "a draft model its weights in the same call, by a run= that loads both, or in an "
+            "update of its own"
+        )
     version = version or WeightVersion()
     loader = run if isinstance(run, BucketLoader) else _DecodedBuckets(run)
     with contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link:
         try:
             _Reception(link, loader, version).run(device_id, post_hook)
+            _received.append(zmq_handle)
         except BaseException:
             loader.abandon()
             raise
@@ -150,6 +165,7 @@ class _Reception:
         try:
             handle = wire.decode_handle(message)
             if isinstance(handle, wire.Handle):
+                self._loader.check()
                 self._buffer = open_buffer(handle.rebuild, handle.args, device_id)
         except Exception:
             self._link.reply(wire.encode_failure(traceback.format_exc()))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.loading.adapters import adapter_for
+from checkpoint_engine.loading.refusals import refuse_unfit
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
     LearnedLoader,
@@ -168,6 +169,7 @@ class EngineReload:
             habits: kept by the worker, from update to update.
         """
         runner = worker.model_runner
+        self._worker = worker
         self._runner = runner
         self._config = getattr(worker, "vllm_config", None)
         self._habits = habits
@@ -176,6 +178,10 @@ class EngineReload:
             if role not in habits or habits[role].model is not model:
                 habits[role] = LoaderHabits(model)
             self._models[role] = ModelReload(habits[role], model_config, worker.device)
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` if the engine cannot take weights now."""
+        refuse_unfit(self._worker)
 
     def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
