@@ -50,8 +50,8 @@ else:
     if kind == "DEALER":
         peer.send_multipart([b"", b"not your worker"])
 print("there", flush=True)
-sys.stdin.read()
-got = peer.poll(0) if kind != "raw" else 0
+seconds = float(sys.stdin.read())
+got = peer.poll(1000 * seconds) if kind != "raw" else 0
 print(got, flush=True)
 """
 
@@ -73,9 +73,9 @@ class Intruder:
         assert self._process.stdout.readline() == "there\n"
         time.sleep(0.1)  # for its handshake, which it cannot see
 
-    def leave(self) -> int:
-        """What it got."""
-        got, _ = self._process.communicate("", timeout=SOON)
+    def leave(self, seconds: float = 0) -> int:
+        """What it got; ``seconds``: for that to arrive."""
+        got, _ = self._process.communicate(str(seconds), timeout=seconds + SOON)
         return int(got)
 
 
@@ -196,7 +196,7 @@ def test_a_process_that_comes_second_is_told(server: WorkerLink) -> None:
         look_until(server, lambda: told)
     assert "refused this worker: it serves another" in told[0]
     server.send(b"handle", bounded())
-    assert first.leave() == 1
+    assert first.leave(SOON) == 1
     with pytest.raises(WireError, match="closed its connection"):
         server.receive(bounded())
 
