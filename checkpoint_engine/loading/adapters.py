@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.direct_writes import DirectWrites
 from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 
+_ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -95,6 +98,9 @@ class Layerwise(LoadOver):
         self._held: dict[torch.nn.Module, int] = {}
         self._loads_early = _keeps_what_is_there(vllm)
         self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
+        self._direct = DirectWrites(self._memory_for)
+        if self._loads_early:
+            self.load_weights = self._load_and_look
 
     def surroundings(self) -> AbstractContextManager[Any]:
         return nullcontext() if _knows_the_device(self._vllm) else self._device
@@ -102,6 +108,7 @@ class Layerwise(LoadOver):
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
+        self._direct.forget()
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -137,7 +144,8 @@ class Layerwise(LoadOver):
             return "vLLM recognises loaded buffers by the calls that it keeps"
         return None
 
-    def watching(self, recorder: Recorder) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def watching(self, recorder: Recorder) -> Iterator[None]:
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
 
@@ -148,7 +156,34 @@ class Layerwise(LoadOver):
             with recorder.paused():
                 process(layer, info)
 
-        return self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen)
+        self._direct.recorder = recorder
+        try:
+            with self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen):
+                yield
+        finally:
+            self._direct.recorder = None
+
+    def _load_and_look(self, weights: NamedTensors) -> Any:
+        """The engine's loader, some of whose writes vLLM does not see."""
+        self._direct.look_at(self.tensors())
+        names = ("get_numel_loaded", "_layerwise_process")
+        theirs = {name: self._direct.aside(getattr(self._vllm, name)) for name in names}
+        with self._replacing(**theirs), self._direct:
+            loaded = self._model.load_weights(weights)
+        for module, numel in self._direct.take().items():
+            self.delivered(module, numel)
+        return loaded
+
+    def _memory_for(self, slot: Slot) -> torch.Tensor:
+        """Of a layer that a loader writes into by itself."""
+        layer = self.modules[slot.module]
+        if self._infos[layer].load_numel_total is None or _is_deferred(self._vllm, layer):
+            raise RuntimeError(
+                f"the model's loader writes {slot.qualified} by itself, which vLLM cannot take up "
+                "in an update: start the engine again with the new weights"
+            )
+        self.open(slot.module)
+        return self.memory(slot)
 
     def checking(self, check: Callable[[str], None]) -> AbstractContextManager[None]:
         process = self._vllm._layerwise_process
@@ -198,6 +233,7 @@ class Layerwise(LoadOver):
         }
 
     def finish(self) -> None:
+        self._reset_scales()
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
         self._repairs.pack_tied()
         self._repairs.end()
@@ -213,6 +249,19 @@ class Layerwise(LoadOver):
             info.reset()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _reset_scales(self) -> None:
+        """Where a checkpoint has no scales for attention, a start sets them to their defaults;
+        vLLM's reload leaves what is there, as the random values of a start with dummy weights."""
+        for layer, info in self._infos.items():
+            method = getattr(layer, "quant_method", None)
+            if info.kernel_tensors is None or not hasattr(method, "create_weights"):
+                continue
+            if _is_deferred(self._vllm, layer):
+                _, buffers = info.kernel_tensors
+                for name in _ATTENTION_SCALES & buffers.keys():
+                    buffers[name].fill_(1.0)
+                info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
 
     def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
         """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
