@@ -616,6 +616,9 @@ def test_no_failure_of_a_worker_goes_unnoticed(server: ParameterServer, fault: s
     assert (error.rank, error.phase) == (0, FAULTS[fault])
     assert f"ValueError: this worker failed at {other.fault}" in error.cause
     assert error.cause in str(error)
+    is_untouched = fault == "handle"
+    assert error.engines == {0: "untouched" if is_untouched else "partly written"}
+    assert (server.served is not None) == is_untouched
     if fault != "second None":
         assert other.fault in str(other.raised)  # the server told it why it gave up
     again = OtherWorker()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ class DirectWrites(TorchDispatchMode):
 
     def look_at(self, tensors: SlotTensors) -> None:
         """What the loader may write into, as it is now."""
-        found = list(tensors)
-        self._kept = [tensor for _, tensor in found]
-        self._slots = {key_of(tensor): slot for slot, tensor in found}
+        with self._unrecorded():
+            found = list(tensors)
+            self._kept = [tensor for _, tensor in found]
+            self._slots = {key_of(tensor): slot for slot, tensor in found}
 
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, what it writes being none of the loader's own writes."""
@@ -77,19 +79,25 @@ class DirectWrites(TorchDispatchMode):
         is_write = func._schema.is_mutable and not self._is_aside
         if not (is_write and isinstance(target, torch.Tensor)):
             return run(*args)
-        slot = self._slots.get(key_of(target))
+        with self._unrecorded():
+            slot, numel = self._slots.get(key_of(target)), target.numel()
         if slot is None:
             return run(*args)
-        view, numel = View.of(target), target.numel()
         if self.recorder is None:
             result = run(*args)
         else:
             _, result = self.recorder.count(lambda: (numel, run(*args)))
+        with self._unrecorded(), _disable_current_modes():
+            self._note(slot, target, lambda memory: run(memory, *args[1:]))
+        return result
+
+    def _note(self, slot: Slot, target: torch.Tensor, write: Callable[[torch.Tensor], Any]) -> None:
+        view = View.of(target)
         if target.is_meta:
-            with _disable_current_modes():
-                memory = whole_storage(self._memory_of(slot), target.dtype)
-                run(view.in_storage(memory), *args[1:])
+            write(view.in_storage(whole_storage(self._memory_of(slot), view.dtype)))
         if (slot, view) not in self._seen:  # what is written twice counts once
             self._seen.add((slot, view))
-            self._fresh[slot.module] += numel
-        return result
+            self._fresh[slot.module] += target.numel()
+
+    def _unrecorded(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.paused()

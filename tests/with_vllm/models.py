@@ -13,7 +13,7 @@ HIDDEN, INNER, VOCAB, LAYERS = 128, 256, 512, 4
 HEADS, KV_HEADS = 4, 2
 EXPERTS, EXPERT_INNER = 8, 64
 
-KINDS = ("dense", "tied", "moe", "int8")
+KINDS = ("dense", "tied", "moe", "int8", "gptoss")
 
 
 def write_model(kind: str, folder: Path, seed: int) -> Path:
@@ -47,7 +47,7 @@ def _config(kind: str) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "intermediate_size": EXPERT_INNER if kind == "gptoss" else INNER,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
@@ -70,6 +70,17 @@ def _config(kind: str) -> dict[str, Any]:
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+        }
+    if kind == "gptoss":  # its loader writes into the parameters of experts and sinks itself
+        return common | {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            "attention_bias": True,
+            "swiglu_limit": 7.0,
         }
     config = common | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     if kind == "int8":
@@ -110,6 +121,18 @@ def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
         layer["mlp.gate.weight"] = (EXPERTS, HIDDEN)
         for expert in range(EXPERTS):
             layer |= _mlp(f"mlp.experts.{expert}", EXPERT_INNER)
+    elif kind == "gptoss":
+        widths = {"q": HIDDEN, "k": kv, "v": kv, "o": HIDDEN}
+        layer |= {f"self_attn.{x}_proj.bias": (width,) for x, width in widths.items()}
+        layer |= {
+            "self_attn.sinks": (HEADS,),
+            "mlp.router.weight": (EXPERTS, HIDDEN),
+            "mlp.router.bias": (EXPERTS,),
+            "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * EXPERT_INNER),
+            "mlp.experts.gate_up_proj_bias": (EXPERTS, 2 * EXPERT_INNER),
+            "mlp.experts.down_proj": (EXPERTS, EXPERT_INNER, HIDDEN),
+            "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
+        }
     else:
         widths = {"q": HIDDEN, "k": kv, "v": kv}
         layer |= {f"self_attn.{x}_proj.bias": (width,) for x, width in widths.items()}
