@@ -128,6 +128,47 @@ def test_a_loader_that_keeps_tensors_gets_copies_from_then_on() -> None:
     assert model.b.tolist() == [2.0] * 4
 
 
+class Joining(torch.nn.Module):
+    """Writes a parameter once both of its tensors are there, within one call."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.wk = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.other = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        self._names = names
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        there = dict(weights)
+        if "other" in there:
+            self.other.copy_(there["other"])
+        if all(name in there for name in self._names):
+            self.wk.copy_(torch.stack([there[name] for name in self._names]).sum(0))
+
+
+def test_what_a_loader_joins_is_given_to_it_in_one_call() -> None:
+    model, habits = Joining(("wk.weight", "wk.scale")), dict[str, LoaderHabits]()
+    first, second = {"wk.weight": 2.0, "other": 1.0}, {"wk.scale": 3.0}
+    says = r"1 parameters got nothing, as \['wk'\].*left over, as \['wk.scale', 'wk.weight'\]"
+    with pytest.raises(RuntimeError, match=says):
+        update(worker_of(model), habits, first, second)
+    for _ in range(2):
+        model.wk.zero_()
+        taken = update(worker_of(model), habits, first, second)
+        assert model.wk.tolist() == [5.0] * 4
+        assert model.other.tolist() == [1.0] * 4
+        assert taken["tensors"] == 3
+
+
+def test_what_a_loader_leaves_alone_in_one_call_too_is_left_over() -> None:
+    """As it would be at a start from the same files."""
+    model, habits = Joining(("something else",)), dict[str, LoaderHabits]()
+    buckets: list[dict[str, float]] = [{"wk.weight": 2.0, "other": 1.0}, {"wk.scale": 3.0}]
+    with pytest.raises(RuntimeError, match="Update again"):
+        update(worker_of(model), habits, *buckets)
+    for _ in range(3):
+        update(worker_of(model), habits, *buckets)
+
+
 class Wrapper:
     """As vLLM's for CUDA graphs: no module, but it passes everything on."""
 

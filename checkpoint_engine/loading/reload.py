@@ -32,10 +32,15 @@ _SHOWN_NAMES = 20
 
 @dataclass
 class LoaderHabits:
-    """What one model's loader was seen to do; kept from update to update."""
+    """What one model's loader was seen to do; kept from update to update.
+
+    Attributes:
+        joined: tensors of different buckets that it has to be given in one call.
+    """
 
     model: Any
     learned: LearnedLoader = field(default_factory=LearnedLoader)
+    joined: set[str] = field(default_factory=set)
 
 
 class ModelReload:
@@ -57,7 +62,8 @@ class ModelReload:
         self.report: dict[str, Any] = {}
         self._held_bytes = 0
         self._model = habits.model
-        self._learned = habits.learned
+        self._habits, self._learned = habits, habits.learned
+        self._together: NamedTensors = []
         self._model_config = model_config
         self._adapter = adapter_for(self._model, model_config, device)
         self._session: ModelUpdate | None = None
@@ -75,6 +81,9 @@ class ModelReload:
             weights: ``None`` if its message is known, so that it is replayed.
             delivery: where its tensors lie.
         """
+        if weights is not None and (joined := self._habits.joined):
+            self._together += [(name, t.clone()) for name, t in weights if name in joined]
+            weights = [one for one in weights if one[0] not in joined]
         session = self._begun()
         with self._adapter.surroundings():
             if weights is not None:
@@ -90,10 +99,15 @@ class ModelReload:
         Raises:
             ValueError: the engine would not have started from such a checkpoint.
         """
+        if self._together:
+            weights, self._habits.joined, joined = self._together, set(), self._habits.joined
+            self.load(weights, None)
+            self._habits.joined, self._together = joined, []
         session = self._begun()
         session.finish()
         loaded = session.loaded()
         missing = set() if loaded is None else self._expected - loaded
+        self._check_left_over(missing, session.unused())
         if lacking := missing & self._required:
             raise ValueError(
                 f"the checkpoint lacks {len(lacking)} parameters without which this model would "
@@ -109,6 +123,20 @@ class ModelReload:
         for kind, names in {"missing": missing, "partial": partial, "unused": unused}.items():
             self.report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
         self.report["replay"] = summary(session, self._learned)
+
+    def _check_left_over(self, missing: set[str], unused: set[str]) -> None:
+        """A loader that joins tensors within a call misses those that buckets part. What it leaves
+        alone also when it has all of them in one call, a start leaves alone, too."""
+        layers = {name.rpartition(".")[0].rpartition(".")[0] or name for name in missing}
+        parted = {name for name in unused if any(name.startswith(f"{one}.") for one in layers)}
+        if parted - self._habits.joined:
+            self._habits.joined |= parted
+            self._learned.refuse("its loader joins tensors of different buckets")
+            raise RuntimeError(
+                f"{len(missing)} parameters got nothing, as {sorted(missing)[:_SHOWN_NAMES]}, and "
+                f"tensors were left over, as {sorted(parted)[:_SHOWN_NAMES]}. Update again: the "
+                "loader will be given those in one call"
+            )
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
@@ -131,8 +159,8 @@ class ModelReload:
         names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - tied
         quantised = getattr(self._model_config, "quantization", None) is not None
         exempt = _may_be_missing(model, quantised)
-        self._expected = names - exempt if quantised else names
-        self._required = set() if quantised else names - exempt
+        self._expected = names - (exempt or set()) if quantised else names
+        self._required = set() if quantised or exempt is None else names - exempt
 
 
 def _tied(model: torch.nn.Module) -> set[str]:
@@ -141,12 +169,13 @@ def _tied(model: torch.nn.Module) -> set[str]:
     return every - {name for name, _ in model.named_parameters()}
 
 
-def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str]:
-    """The parameters that vLLM's own loader does without, at start-up."""
+def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str] | None:
+    """The parameters that vLLM's own loader does without, at start-up; ``None``: another engine,
+    which has not said."""
     try:
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    except ImportError:  # another engine, which has not said
-        return {name for name, _ in model.named_parameters()}
+    except ImportError:
+        return None
     exempt: set[str] = set()
     track = getattr(DefaultModelLoader, "track_weights_loading", None)
     if track is not None:

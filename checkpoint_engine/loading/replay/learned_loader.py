@@ -151,7 +151,8 @@ class ModelUpdate:
         return []
 
     def loaded(self) -> set[str] | None:
-        """The parameters that were loaded, as the loader names them; ``None`` if it does not."""
+        """The parameters that were loaded: that something was seen to be written into, or else as
+        the loader names them; ``None`` if it does not."""
         return self.loaded_plainly
 
     def unused(self) -> set[str]:
@@ -218,6 +219,10 @@ class _Learning(ModelUpdate):
     def settle(self) -> list[str]:
         return self._recorder.settle()
 
+    def loaded(self) -> set[str] | None:
+        written = self._recorder.written
+        return super().loaded() if written is None else written
+
     def unused(self) -> set[str]:
         return set() if self._recording is None else self._recording.unused
 
@@ -227,7 +232,7 @@ class _Learning(ModelUpdate):
             self.reason = self._recorder.failure
             return
         recording.fingerprint, recording.buckets = self._fingerprint, self._buckets
-        recording.loaded = self.loaded_plainly
+        recording.loaded = self.loaded()
         if self._before is None or recording.does_as(self._before):
             self.reason = self._comparison.finish(recording)
         self._recording = recording

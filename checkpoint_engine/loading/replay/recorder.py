@@ -148,6 +148,14 @@ class Recorder(KnownMemory):
             recording.add(traced, shared)
         return recording
 
+    @property
+    def written(self) -> set[str] | None:
+        """The tensors of the model that something was written into; ``None``: it is not known."""
+        written = (
+            slot for traced in self._traced if traced.canvas.covered for slot in traced.slots
+        )
+        return None if self.failure else {slot.qualified for slot in written}
+
     def give_up(self, reason: str) -> None:
         """There will be no recording; ``finish`` says why."""
         self.failure = self.failure or reason

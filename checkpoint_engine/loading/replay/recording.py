@@ -218,7 +218,7 @@ class Recording:
         together: whether what happens to a tensor may depend on which others there are.
         fills: by module.
         fingerprint: of the model's memory, which must stay the same.
-        loaded: the parameters that the loader says it loaded; ``None`` if it does not say.
+        loaded: the parameters that were written; ``None`` if it is not known.
         buckets: how many calls of the loader an update was.
         programs: compiled for the buckets of the last update, by what tells buckets apart.
     """
@@ -317,7 +317,7 @@ class Recording:
         return slots | {fill.slot for module in modules for fill in self.fills.get(module, ())}
 
     def loaded_from(self, arrived: set[str]) -> set[str]:
-        """The parameters that the loader names as loaded, if just these tensors arrived."""
+        """The parameters that are written if just these tensors arrive."""
         if self.copied <= arrived:
             return set(self.loaded or ())
         filled: dict[bool, set[str]] = {True: set(), False: set()}
