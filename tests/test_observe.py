@@ -23,7 +23,7 @@ from checkpoint_engine.errors import KINDS, AccessError, BusyError, UpdateError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.report import PHASES, UpdateReport
 from checkpoint_engine.service.app import make_app
-from checkpoint_engine.service.jobs import CollectiveError, Jobs
+from checkpoint_engine.service.jobs import CallError, Jobs
 from test_service import (  # noqa: F401
     RANKS,
     ROOT,
@@ -117,7 +117,7 @@ def until(look: Callable[[], Any], condition: Callable[[Any], bool], seconds: fl
     ],
 )
 def test_codes_of_errors(error: Exception, code: str) -> None:
-    failure = CollectiveError.of(error)
+    failure = CallError.of(error)
     assert failure.code == code
     assert failure.hint or code == "failed"
     assert failure.cause in KINDS
@@ -126,7 +126,7 @@ def test_codes_of_errors(error: Exception, code: str) -> None:
 def test_an_exception_of_others_with_a_kind_of_its_own_is_no_new_kind() -> None:
     error = RuntimeError("x")
     error.kind = ["of theirs"]  # type: ignore[attr-defined]
-    assert CollectiveError.of(error).cause == "failed"
+    assert CallError.of(error).cause == "failed"
 
 
 def test_an_update_error_reaches_another_process_whole() -> None:
