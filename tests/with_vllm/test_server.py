@@ -29,6 +29,7 @@ def running(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmServer
     path = os.pathsep.join([ENGINE_ENV["PYTHONPATH"], str(Path(__file__).parent)])
     for name, value in (ENGINE_ENV | {"PYTHONPATH": path}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(demo_vllm, "PROGRAM", [str(Path(__file__).parent / "forking_server.py")])
     with VllmServer(model) as server:
         server.wait_until_healthy()
         yield server
