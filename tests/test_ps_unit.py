@@ -27,7 +27,7 @@ from checkpoint_engine.memory import checksum
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 
-SOON = 4.0
+SOON = 15.0
 GIB = 1 << 30
 
 Weights = dict[str, torch.Tensor]

@@ -1,7 +1,7 @@
 """vLLM's API server, whose processes are forked, as they are on GPUs.
 
-On CPUs vLLM spawns them: the engine and each of its workers import vLLM anew, which takes longer than
-all that the tests do with them.
+On CPUs vLLM spawns them: the engine and each of its workers import vLLM anew, which takes longer
+than all that the tests do with them.
 """
 
 from __future__ import annotations
