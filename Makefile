@@ -51,7 +51,7 @@ test-lowest: $(LOWEST_INSTALLED) ## with the lowest versions of Python, torch an
 		$(FAST_TESTS) tests/test_update.py tests/test_service.py $(PYTEST_ARGS)
 
 test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
-	@$(BIN)/python -m pytest tests/faults -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## updates with random faults: SOAK_UPDATES of them
 	@$(BIN)/python tests/faults/soak.py --updates $(SOAK_UPDATES)

@@ -13,12 +13,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from fault_fleet import Fleets  # noqa: E402  (found by the line above)
+from run_case import Verdict  # noqa: E402
 
+if not any("faults" in argument for argument in sys.argv):
+    collect_ignore_glob = ["test_*.py"]  # minutes, and root: only where they are asked for
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """They take minutes, and need root: only where they are asked for."""
-    asked_for = any("faults" in argument for argument in config.args)
-    return None if asked_for or collection_path.suffix != ".py" else True
+VERDICTS: dict[str, Verdict] = {}
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +29,13 @@ def fleets() -> Iterator[Fleets]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Of reports, which come from other processes too where cases run side by side."""
-    reports = [one for of in terminalreporter.stats.values() for one in of]
-    cases = [dict(one.user_properties) for one in reports if getattr(one, "when", "") == "call"]
-    cases = [case for case in cases if "case" in case]
-    if not cases:
+    if not VERDICTS:
         return
-    slowest = max(cases, key=lambda case: case["seconds"])
+    slowest = max(VERDICTS, key=lambda name: VERDICTS[name].seconds)
     terminalreporter.write_line(
-        f"fault table: {len(cases)} cases, {sum(case['hangs'] for case in cases)} hangs, "
-        f"{sum(case['leaks'] for case in cases)} leaks, "
-        f"{sum(case['wrong'] for case in cases)} wrong answers; "
-        f"longest time to an error {slowest['seconds']:.2f} s ({slowest['case']})"
+        f"fault table: {len(VERDICTS)} cases, "
+        f"{sum(bool(one.hangs) for one in VERDICTS.values())} hangs, "
+        f"{sum(bool(one.leaks) for one in VERDICTS.values())} leaks, "
+        f"{sum(bool(one.wrong) for one in VERDICTS.values())} wrong answers; "
+        f"longest time to an error {VERDICTS[slowest].seconds:.2f} s ({slowest})"
     )

@@ -1,27 +1,18 @@
-"""Every case of the table, on one fleet of processes that outlives them all (one in each pytest
-process, where several run side by side)."""
+"""Every case of the table, on one fleet of processes that outlives them all."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 from fault_fleet import Fleets
 from run_case import run_case
 from table import TABLE, Case
 
+from conftest import VERDICTS
+
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_fault(fleets: Fleets, case: Case, record_property: Callable[[str, object], None]) -> None:
-    verdict = run_case(fleets.get(), case)
-    for name, value in {
-        "case": case.name,
-        "seconds": verdict.seconds,
-        "hangs": bool(verdict.hangs),
-        "leaks": bool(verdict.leaks),
-        "wrong": bool(verdict.wrong),
-    }.items():
-        record_property(name, value)
+def test_fault(fleets: Fleets, case: Case) -> None:
+    verdict = VERDICTS[case.name] = run_case(fleets.get(), case)
     if verdict.faults:
         fleets.drop()
         pytest.fail("\n".join(verdict.faults), pytrace=False)
