@@ -22,7 +22,7 @@ LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
 
 # So many tests side by side; those marked "alone" wait until nothing else runs.
 TEST_PROCESSES ?= 2
-SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile
+SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
 FAST := access api checkpoint_files checkpoint_folder checksum client contract device_utils \
 	doctor gather ipc metas_file pin_memory plain_pickle plan progress ps_unit rdma reload report settings \

@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
+PROGRAM = ["-m", "vllm.entrypoints.openai.api_server"]
 EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
 
 
@@ -51,7 +52,7 @@ class VllmServer:
         self._segments = set(SHARED_MEMORY.iterdir())
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
+        command = [sys.executable, *PROGRAM, "--port", str(port)]
         command += ["--host=127.0.0.1", f"--model={model}", f"--tensor-parallel-size={TP}"]
         command += [f"--load-format={load_format}", f"--worker-extension-cls={EXTENSION}"]
         command += ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=256"]

@@ -11,6 +11,33 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+LONG_FILES = [
+    f"test_{name}.py"
+    for name in (
+        "mini_engine",
+        "join_example",
+        "hosts",
+        "docs",
+        "p2p_store",
+        "weights_group",
+        "control",
+        "p2p",
+        "update",
+        "clients",
+        "trace",
+        "cli",
+        "ray_example",
+        "kubernetes",
+        "instances",
+        "parts",
+        "packaging",
+        "owners",
+        "benchmarks",
+        "service",
+    )
+]
+"""Those whose tests take ten seconds or more together. They begin first, so that no process has a
+long one left when there is nothing else to do."""
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # torch's store looks up who connects
 
 
@@ -29,6 +56,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             return (yield)
         finally:
             fcntl.flock(running, fcntl.LOCK_UN)  # also where a forked process has the file open
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1091,6 +1091,13 @@ def test_hostile_loaders_are_loaded_as_plainly(
     assert sum(replayed_of_copies) >= 0.9 * len(replayed_of_copies)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_is_not_collected() -> None:
+    """To learn a loader is to collect garbage several times: as much as tests before these made."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _with_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PS_REPLAY", raising=False)

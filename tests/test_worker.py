@@ -36,7 +36,7 @@ from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, left_segments, mixed_tensors
 
-SOON = 4.0  # seconds
+SOON = 15.0  # seconds
 HALF = 4096  # bytes of a bucket
 
 Weights = dict[str, torch.Tensor]

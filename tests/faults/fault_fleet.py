@@ -194,7 +194,7 @@ class Fleet:
         await_file(self.folder / "fault")
 
     def forget_fault(self) -> None:
-        for name in ("fault", "go"):
+        for name in ("fault", "go", "awake"):
             (self.folder / name).unlink(missing_ok=True)
 
     def fault_time(self) -> float:
@@ -279,6 +279,7 @@ class Fleet:
 
     def wake(self) -> None:
         """Let everything that was stopped go on."""
+        (self.folder / "awake").touch()
         for process in [*(server.process for server in self.servers), *self.workers]:
             if process.is_alive():
                 os.kill(int(process.pid or 0), signal.SIGCONT)

@@ -75,6 +75,8 @@ def act(action: str, note: Path) -> None:
         ends = time.monotonic() + 5.0
         while action in ("interrupt", "terminate") and time.monotonic() < ends:
             time.sleep(0.01)  # the signal is handled here; the kernel may give it to any thread
+    if action == "stop":  # the kernel may be late to stop this thread
+        await_file(note.with_name("awake"))
 
 
 def await_file(path: Path) -> None:

@@ -28,6 +28,7 @@ ENGINE_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # small helpers of vLLM, which each worker would compile anew
     "PS_DEVICE": "cpu",
     "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]),
 }

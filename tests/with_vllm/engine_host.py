@@ -17,11 +17,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import frozen_imports  # noqa: F401
+
 PROMPTS = [[3, 5, 7, 9], [11, 22, 33, 44, 55, 66]]
 EXTENSION = "engine_worker.TestedWorker"
-
-
-IMPORTED = ["vllm.v1.worker.cpu_worker", "vllm.model_executor.models", EXTENSION.split(".")[0]]
 
 
 def fork_workers() -> None:
@@ -29,7 +28,7 @@ def fork_workers() -> None:
     from vllm.v1.executor import multiproc_executor
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["frozen_imports"])
     multiproc_executor.get_mp_context = lambda: context
 
 
@@ -51,6 +50,7 @@ class Host:
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=256,
+            num_gpu_blocks_override=16,  # not a gigabyte to fill with zeros
             worker_extension_cls=EXTENSION,
             disable_log_stats=True,
             **options,
