@@ -169,6 +169,18 @@ def test_a_sender_of_release_0_4(sender: Sender, engine: Engine, update: Future[
     assert digests(engine.weights) == all_weights()
 
 
+def test_an_address_of_the_original_is_used_again(
+    sender: Sender, engine: Engine, pool: ThreadPoolExecutor
+) -> None:
+    """Its servers count their updates, and begin anew when they are restarted."""
+    for number in (1, 2):
+        update = pool.submit(receive, sender.address, engine)
+        stream(sender)
+        assert [sender.say(None), sender.say(None)] == [b"", b""]
+        update.result(SOON)
+        assert engine.hooks == number
+
+
 def test_a_sender_of_release_0_2(sender: Sender, engine: Engine, update: Future[None]) -> None:
     """It says ``None`` once and leaves."""
     stream(sender)

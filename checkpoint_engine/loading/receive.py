@@ -33,7 +33,8 @@ PATIENCE_WITH_0_2 = 30.0
 _Result = TypeVar("_Result")
 
 _received: deque[str] = deque(maxlen=64)
-"""The addresses of updates that are over. SGLang calls a second time, for its draft model."""
+"""The addresses of updates of our servers that are over. SGLang calls a second time, for its draft
+model."""
 
 
 @runtime_checkable
@@ -116,7 +117,6 @@ def update_weights_from_ipc(
     with contextlib.closing(ServerLink(zmq_ctx, zmq_handle, SERVER_TIMEOUT)) as link:
         try:
             _Reception(link, loader, version).run(device_id, post_hook)
-            _received.append(zmq_handle)
         except BaseException:
             loader.abandon()
             raise
@@ -151,6 +151,8 @@ class _Reception:
         self._attempt(partial(self._finish, post_hook))
         if self._failure is None:
             self._version.complete()
+            if extensions:  # servers of the original use an address again after a restart
+                _received.append(self._link.address)
         if server_waits:
             self._acknowledge()
         if self._failure is not None:
