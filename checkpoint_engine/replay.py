@@ -39,6 +39,7 @@ class Replayed:
 
     def __init__(self, load_weights: LoadWeights, model: torch.nn.Module, learned: LearnedLoader):
         self.report: dict[str, Any] = {}
+        self._taken: dict[str, int] = {}
         self._load_weights = load_weights
         self._model = model
         self._learned = learned
@@ -67,12 +68,31 @@ class Replayed:
         self._begun().replay(ReceivedBucket(message, buffer))
 
     def finish(self) -> None:
-        """The update is complete: keep what was learned, and fill in ``report``."""
+        """The update is complete: keep what was learned, and fill in ``report``.
+
+        Raises:
+            RuntimeError: nothing was written, or tensors that were needed before did not come.
+        """
         update = self._begun()
         update.finish()
+        written = update.loaded()
+        if update.tensors and written is not None and not written:
+            raise RuntimeError(
+                f"none of {update.tensors} tensors was written into the model, as "
+                f"{sorted(update.unused())[:3]}: are these the names that its loader knows?"
+            )
+        if absent := update.absent():
+            raise RuntimeError(
+                f"{len(absent)} tensors did not come that the model needs, as {sorted(absent)[:3]}"
+            )
         update.commit()
         self.report = summary(update, self._learned)
+        self._taken = {"tensors": update.tensors, "left_over": len(update.unused())}
         self._update = None
+
+    def statement(self) -> dict[str, dict[str, int]]:
+        """As of ``BucketLoader``."""
+        return {"model": self._taken}
 
     def abandon(self) -> None:
         """The update failed: nothing is learned from it."""

@@ -33,6 +33,7 @@ from checkpoint_engine.handover.wire import (
 )
 from checkpoint_engine.loading.loaded import LoadedBuckets, digest
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.replay import replayed
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, left_segments, mixed_tensors
 
@@ -173,12 +174,16 @@ def test_an_address_of_the_original_is_used_again(
     sender: Sender, engine: Engine, pool: ThreadPoolExecutor
 ) -> None:
     """Its servers count their updates, and begin anew when they are restarted."""
-    for number in (1, 2):
-        update = pool.submit(receive, sender.address, engine)
-        stream(sender)
-        assert [sender.say(None), sender.say(None)] == [b"", b""]
-        update.result(SOON)
-        assert engine.hooks == number
+    with zmq.Context() as context:
+        for number in (1, 2):
+            update = pool.submit(receive, sender.address, engine)
+            stream(sender)
+            assert [sender.say(None), sender.say(None)] == [b"", b""]
+            update.result(SOON)
+            assert engine.hooks == number
+            sender.leave()
+            sender = Sender(context, sender.address, sender.buffer)
+        sender.leave()
 
 
 def test_a_sender_of_release_0_2(sender: Sender, engine: Engine, update: Future[None]) -> None:
@@ -696,8 +701,25 @@ class EngineWorker(VllmColocateWorkerExtension):
 
 def test_the_extension_loads(server: ParameterServer) -> None:
     engine_worker = EngineWorker()
-    update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
+    report = update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
     assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+    nothing = {"left_over": 0, "missing": 0, "partial": 0}
+    assert report.engines == {0: {"model": {"tensors": len(tensors()), **nothing}}}
+    assert f"rank 0's engine: model {len(tensors())} tensors" in str(report)
+
+
+def test_what_a_plain_function_wrote_is_unknown(server: ParameterServer) -> None:
+    held: Weights = {}
+
+    def ask(paths: list[tuple[str, str]]) -> None:
+        with zmq.Context() as context:
+            run = lambda weights: held.update((name, t.clone()) for name, t in weights)  # noqa: E731
+            update_weights_from_ipc(context, paths[0][1], None, run=run)
+
+    report = update_from(server, ask)
+    assert digests(held) == digests(tensors())
+    assert report.engines == {0: {}}
+    assert "rank 0's engine: unknown what it wrote" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -799,6 +821,59 @@ def test_an_engine_whose_weights_alone_are_awake_is_updated(
     asleep(monkeypatch, engine_worker, tag="kv_cache")
     update_from(server, lambda paths: engine_worker.update_weights_from_ipc(dict(paths)))
     assert digests(engine_worker.model_runner.model.weights) == digests(tensors())
+
+
+class Named(torch.nn.Module):
+    """Knows a few names, and passes over all others, as vLLM's loaders do."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        shapes = {name: tensor.shape for name, tensor in tensors().items() if name in names}
+        for name, shape in shapes.items():
+            empty = torch.zeros(shape, dtype=tensors()[name].dtype)
+            self.register_buffer(name.replace(".", "_"), empty)
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name.replace(".", "_") in self._buffers:
+                getattr(self, name.replace(".", "_")).copy_(tensor)
+
+
+def receive_with(run: Any) -> Any:
+    def ask(paths: list[tuple[str, str]]) -> None:
+        with zmq.Context() as context:
+            update_weights_from_ipc(context, paths[0][1], None, run=run)
+
+    return ask
+
+
+def test_a_learned_loader_states_what_it_left_over(server: ParameterServer) -> None:
+    name = next(name for name, tensor in tensors().items() if tensor.numel())
+    run = replayed(Named(name).load_weights)
+    for _ in range(3):
+        report = update_from(server, receive_with(run))
+        left_over = sum(tensor.numel() > 0 for tensor in tensors().values()) - 1
+        stated = {"tensors": len(tensors()), "left_over": left_over}
+        assert report.engines == {0: {"model": stated}}
+
+
+def test_names_that_match_nothing_are_an_error(server: ParameterServer) -> None:
+    run = replayed(Named("of another model").load_weights)
+    with pytest.raises(UpdateError, match=r"none of .* tensors was written into the model"):
+        update_from(server, receive_with(run))
+
+
+def test_tensors_that_are_needed_and_do_not_come_are_an_error(server: ParameterServer) -> None:
+    names = [name for name, tensor in tensors().items() if tensor.numel()]
+    run = replayed(Named(*names[:2]).load_weights)
+    for _ in range(3):
+        update_from(server, receive_with(run))
+    server.unregister_checkpoint("c")
+    rest = {name: tensor for name, tensor in tensors().items() if name != names[0]}
+    server.register_checkpoint("c", named_tensors=rest)
+    server.gather_metas("c")
+    with pytest.raises(UpdateError, match="1 tensors did not come that the model needs"):
+        update_from(server, receive_with(run))
 
 
 def test_a_second_model_at_the_same_address_is_refused_at_once(server: ParameterServer) -> None:

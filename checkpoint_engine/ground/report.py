@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 
 from pydantic import BaseModel, Field
 
@@ -71,6 +72,12 @@ class UpdateReport(BaseModel, frozen=True):
     rank that took part, up to when its engine was done; a rank waits for the slower ones under
     "comparison".
 
+    ``engines`` says of this rank's engine, and if ranks were to be compared of every rank's, what
+    its worker states that the update wrote, by model: ``tensors`` that arrived, those of them that
+    were ``left_over``, and how many parameters are ``missing`` (nothing was written into them) or
+    ``partial``. Empty where that is unknown: of the original's workers, and with a ``run`` that is
+    a plain function.
+
     ``checkpoint_memory`` and ``retained_memory`` are bytes of host memory that this rank's server
     holds at the end: for checkpoints, and kept for later ones. ``trace`` is the trace's file, on
     the rank that wrote it.
@@ -92,6 +99,7 @@ class UpdateReport(BaseModel, frozen=True):
     stages: dict[str, Stage] = {}
     by_rank: dict[int, dict[str, float]] = {}
     waited_for_by_rank: dict[int, dict[int, float]] = {}
+    engines: dict[int, dict[str, dict[str, int]]] = {}
     checkpoint_memory: int = 0
     retained_memory: int = 0
     trace: str | None = None
@@ -174,9 +182,19 @@ class UpdateReport(BaseModel, frozen=True):
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases.items())
+        told = [f"; {_statement(rank, models)}" for rank, models in self.engines.items()]
         failed = [f"; FAILED on ranks {one.ranks}: {one.error}" for one in self.failed_instances]
         return (
             f"{self.checkpoint_name}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors and "
             f"{self.buckets} buckets, {self.seconds:.3f} s, {self.gigabytes_per_second:.2f} GB/s "
-            f"({phases}){''.join(failed)}"
+            f"({phases}){''.join(told)}{''.join(failed)}"
         )
+
+
+def _statement(rank: int, models: Mapping[str, Mapping[str, int]]) -> str:
+    """What a worker states, for people."""
+    said = [
+        f"{role} {', '.join(f'{count} {what}' for what, count in taken.items() if count)}"
+        for role, taken in models.items()
+    ]
+    return f"rank {rank}'s engine: {'; '.join(said) or 'unknown what it wrote'}"

@@ -48,6 +48,9 @@ DELIVERED = "delivered"
 """An extension: a worker that accepts it is told with the first ``None`` which buckets there were,
 and fails if it loaded others; see ``loading.loaded``."""
 
+STATEMENT = "statement"
+"""An extension: a worker that knows it states with its last answer what the update wrote."""
+
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
 

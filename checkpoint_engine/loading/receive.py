@@ -64,6 +64,10 @@ class BucketLoader(Protocol):
         """All buckets are loaded, and the buffer is gone."""
         return
 
+    def statement(self) -> dict[str, dict[str, int]]:
+        """What a finished update wrote, of each model; see ``UpdateReport.engines``."""
+        return {}
+
     def abandon(self) -> None:
         """The update failed. Also called after ``finish``, when something later fails."""
         return
@@ -153,7 +157,9 @@ class _Reception:
             self._version.complete()
             if extensions:  # servers of the original use an address again after a restart
                 _received.append(self._link.address)
-        if server_waits:
+        if server_waits and self._failure is None and wire.STATEMENT in extensions:
+            self._link.reply(wire.encode_extensions({wire.STATEMENT: self._loader.statement()}))
+        elif server_waits:
             self._acknowledge()
         if self._failure is not None:
             try:

@@ -248,6 +248,19 @@ class EngineReload:
         for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             getattr(self._runner, cache, lambda: None)()  # not every engine has it
 
+    def statement(self) -> dict[str, dict[str, int]]:
+        """Of each model, how many tensors arrived and were left over, and how many parameters got
+        a part or nothing."""
+        return {
+            role: {
+                "tensors": model.report["tensors"],
+                "left_over": model.report["unused_count"],
+                "missing": model.report["missing_count"],
+                "partial": model.report["partial_count"],
+            }
+            for role, model in self._models.items()
+        }
+
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
         self._each(ModelReload.close)

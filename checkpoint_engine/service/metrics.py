@@ -13,11 +13,14 @@ from checkpoint_engine.transfer.tracer import BROADCAST, COPY, READ, RELOAD
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _STAGES: dict[str, tuple[str, ...]] = {"stage": (COPY, READ, BROADCAST, RELOAD)}
+_STATED: dict[str, tuple[str, ...]] = {"state": ("left_over", "missing", "partial")}
 _COUNTERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "calls": ("Calls that ended.", {"call": CALLS, "outcome": ("done", "failed")}),
     "failures": ("Calls that failed.", {"call": CALLS, "cause": KINDS}),
     "updated_bytes": ("Bytes of successful updates.", {}),
     "updated_tensors": ("Tensors of successful updates.", {}),
+    "engine_tensors": ("Tensors that workers state they left over, and parameters that got nothing "
+                       "or a part, in successful updates.", _STATED),
     "phase_seconds": ("Seconds of successful updates by phase.", {"phase": PHASES}),
     "stage_seconds": ("Seconds of successful updates in which there was a bucket in a stage.",
                       _STAGES),
@@ -64,6 +67,9 @@ class Metrics:
         if (report := job.report) is not None:
             self._rise("updated_bytes", report.bytes)
             self._rise("updated_tensors", report.tensors)
+            stated = report.engines.get(report.rank, {}).values()
+            for state, said in product(_STATED["state"], stated):
+                self._rise("engine_tensors", said.get(state, 0), state)
             for phase, seconds in report.phases.items():
                 self._rise("phase_seconds", seconds, phase)
             for name, stage in report.stages.items():

@@ -49,6 +49,7 @@ class WorkerSession:
 
     Attributes:
         state: what the worker's model holds by now.
+        statement: what it says that the update wrote; see ``UpdateReport.engines``.
         failed: engine instances that were not updated; none, for a session that fails raises.
     """
 
@@ -62,6 +63,7 @@ class WorkerSession:
         self._accepted = False
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
+        self.statement: dict[str, Any] = {}
 
     def attempt(self, action: Callable[[], None]) -> None:
         """Run a step; what it raises fails the update."""
@@ -84,8 +86,9 @@ class WorkerSession:
         Args:
             in_parts: whether some tensors are going to come in parts.
         """
-        offered = {"timeout": seconds_left, "weight_version": self._version}
-        handle = wire.encode_handle(*buffer.handle(), offered | {wire.JSON_BUCKETS: True})
+        offered: dict[str, Any] = {"timeout": seconds_left, "weight_version": self._version}
+        offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True}
+        handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
         extensions = wire.decode_acceptance(reply)
@@ -135,6 +138,14 @@ class WorkerSession:
         if reply != wire.ACK:
             raise _failed(what, reply)
 
+    def _await_statement(self) -> dict[str, Any]:
+        reply = self._link.receive(self._check)
+        said = wire.decode_acceptance(reply)
+        if said is None:
+            raise _failed("its post hook", reply)
+        found = said.get(wire.STATEMENT, {})
+        return found if isinstance(found, dict) else {}
+
     @_step
     def announce_end(self, planned: Sequence[str | None], go_on: bool = True) -> None:
         """Tell a worker of ours which buckets it was to load, and let it go on by itself after the
@@ -175,7 +186,7 @@ class WorkerSession:
         try:
             if not self._told_to_finish:
                 self._link.send(wire.NOTHING_MORE, self._check)
-            self._await_ack("its post hook")
+            self.statement = self._await_statement()
         except WireError:
             if self._extensions:
                 raise

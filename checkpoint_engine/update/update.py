@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
@@ -267,15 +268,15 @@ def _write_trace(
         return None
 
 
-def _compare_ranks(call: Call) -> tuple[dict[int, dict[str, float]], dict[int, dict[int, float]]]:
-    """What every rank spent its time with so far: by phase, and by the rank that it waited for."""
+def _compare_ranks(call: Call, statement: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """What every rank spent its time with so far, by phase and by the rank that it waited for; and
+    what every engine states."""
     call.begin("comparison")
-    mine = json.dumps([call.clock.seconds, call.clock.waited_for]).encode()
-    every = map(json.loads, call.all_gather("phases", mine))
-    spent = dict(zip(call.members, every, strict=True))
-    phases = {rank: of_rank for rank, (of_rank, _) in spent.items()}
-    waits = {rank: {int(of): s for of, s in waited.items()} for rank, (_, waited) in spent.items()}
-    return phases, waits
+    mine = json.dumps([call.clock.seconds, call.clock.waited_for, statement]).encode()
+    told = [json.loads(one) for one in call.all_gather("phases", mine)]
+    names = ("by_rank", "waited_for_by_rank", "engines")
+    columns = zip(*told, strict=True)
+    return {n: dict(zip(call.members, c, strict=True)) for n, c in zip(names, columns, strict=True)}
 
 
 def _report(
@@ -286,7 +287,9 @@ def _report(
     order: Order,
     here: LocalRank,
 ) -> UpdateReport:
-    by_rank, waited_for_by_rank = _compare_ranks(call) if order.compare_ranks else ({}, {})
+    compared: dict[str, Any] = {"engines": {call.rank: session.statement}}
+    if order.compare_ranks:
+        compared = _compare_ranks(call, session.statement)
     return UpdateReport(
         checkpoint_name=order.checkpoint,
         rank=call.rank,
@@ -300,7 +303,6 @@ def _report(
         gather_seconds=move.gathered.seconds,
         waited_for=call.clock.waited_for,
         stages=move.tracer.stages(),
-        by_rank=by_rank,
-        waited_for_by_rank=waited_for_by_rank,
         trace=_collect_trace(call, move.tracer, hellos, order),
+        **compared,
     )

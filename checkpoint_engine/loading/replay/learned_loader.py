@@ -159,6 +159,10 @@ class ModelUpdate:
         """The tensors that the loader did nothing with, as far as is known."""
         return set()
 
+    def absent(self) -> set[str]:
+        """The tensors that are known to be needed, and did not come."""
+        return set()
+
     def finish(self) -> None:
         """Every bucket has been loaded."""
 
@@ -306,8 +310,7 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        is_bound = self._recording.together and not self._is_stale
-        if is_bound and (absent := self._recording.copied - self._arrived()):
+        if self._recording.together and (absent := self.absent()):
             self._refuse_checkpoint(f"lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
         self._recording.programs = self._used  # what other cuts need is compiled again
@@ -323,6 +326,9 @@ class _Replaying(ModelUpdate):
 
     def unused(self) -> set[str]:
         return self._recording.unused & self._arrived()
+
+    def absent(self) -> set[str]:
+        return set() if self._is_stale else self._recording.copied - self._arrived()
 
     def _arrived(self) -> set[str]:
         return set().union(*(program.names for program in self._used.values()))
