@@ -152,12 +152,15 @@ def _paused(post: Callable[[str], Any], mode: str, resumes_always: bool) -> Iter
         post(f"/pause?mode={mode}")
         may_resume = resumes_always
         yield
-    except Exception as error:
+    except BaseException as error:
         if may_resume:
             _try_to_resume(post)
-        else:
-            advice = "the next update resumes it, or POST /resume"
-            error.args = (f"{error}\nThe engine stays paused, perhaps half updated: {advice}",)
+            raise
+        advice = "the next update resumes it, or POST /resume"
+        text = f"{error}\nThe engine stays paused, perhaps half updated: {advice}"
+        error.args = (text,)
+        if str(error) != text and isinstance(error, Exception):  # made of something else
+            raise RuntimeError(text) from error
         raise
     post("/resume")
 

@@ -54,9 +54,6 @@ class Replayed:
         """Load some tensors of an update; the first one begins it."""
         self._load(list(weights), None)
 
-    def check(self) -> None:
-        """There is nothing that it could not load."""
-
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Called by ``worker.update_weights_from_ipc`` for a bucket that is new."""
         self._load(weights, ReceivedBucket(message, buffer))

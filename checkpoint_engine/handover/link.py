@@ -102,10 +102,14 @@ class WorkerLink:
         """Listen at a new address. ``context``: of this update alone."""
         self.url, self._path, self._lock = new_address()
         self._unanswered = 0
-        # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
-        self._socket = _new_socket(context, zmq.DEALER, _MAX_REPLY)
         self._poller = zmq.Poller()
-        self._authenticator = Authenticator(context, self._socket, self._poller)
+        try:
+            # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
+            self._socket = _new_socket(context, zmq.DEALER, _MAX_REPLY)
+            self._authenticator = Authenticator(context, self._socket, self._poller)
+        except BaseException:
+            self._give_up_address()
+            raise
         try:
             self._socket.bind(self.url)
             if self._path is not None:
@@ -158,6 +162,9 @@ class WorkerLink:
         """Stop listening."""
         self._authenticator.close()
         self._socket.close()
+        self._give_up_address()
+
+    def _give_up_address(self) -> None:
         if self._path is not None:  # zmq leaves the file
             _remove_files(self._path)
             os.close(self._lock)

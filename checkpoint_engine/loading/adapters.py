@@ -19,6 +19,7 @@ from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 
 _ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
+_NO_UPDATE = "vLLM would lose that in an update; start the engine with the new weights"
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -98,9 +99,8 @@ class Layerwise(LoadOver):
         self._held: dict[torch.nn.Module, int] = {}
         self._loads_early = _keeps_what_is_there(vllm)
         self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
-        self._direct = DirectWrites(self._memory_for)
-        if self._loads_early:
-            self.load_weights = self._load_and_look
+        self._recorder: Recorder | None = None
+        self._opened: set[str] = set()
 
     def surroundings(self) -> AbstractContextManager[Any]:
         return nullcontext() if _knows_the_device(self._vllm) else self._device
@@ -108,7 +108,7 @@ class Layerwise(LoadOver):
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
-        self._direct.forget()
+        self._opened.clear()
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -156,32 +156,35 @@ class Layerwise(LoadOver):
             with recorder.paused():
                 process(layer, info)
 
-        self._direct.recorder = recorder
+        self._recorder = recorder
         try:
             with self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen):
                 yield
         finally:
-            self._direct.recorder = None
+            self._recorder = None
 
-    def _load_and_look(self, weights: NamedTensors) -> Any:
+    def load_weights(self, weights: NamedTensors) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        self._direct.look_at(self.tensors())
+        if not self._loads_early:
+            return self._model.load_weights(weights)
+        skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
+        waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
+        direct = DirectWrites(waiting, self._memory_for, self._recorder)
         names = ("get_numel_loaded", "_layerwise_process")
-        theirs = {name: self._direct.aside(getattr(self._vllm, name)) for name in names}
-        with self._replacing(**theirs), self._direct:
+        theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
+        with self._replacing(**theirs), direct:
             loaded = self._model.load_weights(weights)
-        for module, numel in self._direct.take().items():
-            self.delivered(module, numel)
+        before = {slot for slot, tensor in waiting if tensor.is_meta}
+        for slot, tensor in self.tensors():
+            if slot in before and not tensor.is_meta and slot.module not in self._opened:
+                raise RuntimeError(f"the model's loader replaces {slot.qualified}: {_NO_UPDATE}")
         return loaded
 
     def _memory_for(self, slot: Slot) -> torch.Tensor:
         """Of a layer that a loader writes into by itself."""
         layer = self.modules[slot.module]
         if self._infos[layer].load_numel_total is None or _is_deferred(self._vllm, layer):
-            raise RuntimeError(
-                f"the model's loader writes {slot.qualified} by itself, which vLLM cannot take up "
-                "in an update: start the engine again with the new weights"
-            )
+            raise RuntimeError(f"the model's loader writes {slot.qualified} itself: {_NO_UPDATE}")
         self.open(slot.module)
         return self.memory(slot)
 
@@ -206,6 +209,7 @@ class Layerwise(LoadOver):
             vars(self._vllm).update(kept)
 
     def open(self, module: str) -> None:
+        self._opened.add(module)
         layer = self.modules[module]
         self._vllm.materialize_layer(layer, self._infos[layer])
 
@@ -233,7 +237,12 @@ class Layerwise(LoadOver):
         }
 
     def finish(self) -> None:
-        self._reset_scales()
+        for module in self._opened:  # what a loader wrote itself was not counted
+            info = self._infos[self.modules[module]]
+            if info.load_numel_total is not None:
+                info.load_numel = max(info.load_numel, 1)
+        if hasattr(self._vllm, "_reload_attention_scales"):  # releases before cannot reload any
+            self._reset_scales()
         self._vllm.finalize_layerwise_reload(self._model, self._model_config)
         self._repairs.pack_tied()
         self._repairs.end()

@@ -2,18 +2,18 @@
 
 Under layerwise reload a parameter has no memory while its layer waits for weights: it is on the
 meta device. vLLM sees calls of ``weight_loader`` alone, so what such a loader writes would be lost,
-and the old weights come back. Here each write is done again in the layer's memory, and counted.
+and the old weights come back. Here each write is done again in the layer's memory.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, SlotTensors, key_of
@@ -21,33 +21,32 @@ from checkpoint_engine.loading.replay.recorder import Recorder
 
 
 class DirectWrites(TorchDispatchMode):
-    """Watches the loader in its thread.
+    """Around one call of a loader, in its thread."""
 
-    Attributes:
-        recorder: of an update that learns; told how many elements the engine counts.
-    """
-
-    def __init__(self, memory_of: Callable[[Slot], torch.Tensor]) -> None:
-        """``memory_of``: makes a layer's memory, if it has none yet."""
+    def __init__(
+        self,
+        tensors: SlotTensors,
+        memory_of: Callable[[Slot], torch.Tensor],
+        recorder: Recorder | None,
+    ) -> None:
+        """
+        Args:
+            tensors: of the layers that wait for weights.
+            memory_of: makes a layer's memory, if it has none yet.
+            recorder: of an update that learns; need not see what is done here.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder: Recorder | None = None
         self._memory_of = memory_of
-        self._slots: dict[Any, Slot] = {}
-        self._kept: list[torch.Tensor] = []  # a storage's key is another one's once it is gone
-        self._seen: set[tuple[Slot, View]] = set()
-        self._fresh: Counter[str] = Counter()
+        self._recorder = recorder
+        with self._unrecorded():
+            waiting = [(slot, tensor) for slot, tensor in tensors if tensor.is_meta]
+            self._kept = [tensor for _, tensor in waiting]  # keys are used again
+            self._slots = {key_of(tensor): slot for slot, tensor in waiting}
         self._is_aside = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # as in ``recorder``
-
-    def look_at(self, tensors: SlotTensors) -> None:
-        """What the loader may write into, as it is now."""
-        with self._unrecorded():
-            found = list(tensors)
-            self._kept = [tensor for _, tensor in found]
-            self._slots = {key_of(tensor): slot for slot, tensor in found}
 
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, what it writes being none of the loader's own writes."""
@@ -61,43 +60,41 @@ class DirectWrites(TorchDispatchMode):
 
         return call
 
-    def take(self) -> Counter[str]:
-        """The elements that were written since the last call, by module."""
-        fresh, self._fresh = self._fresh, Counter()
-        return fresh
-
-    def forget(self) -> None:
-        """Another update begins."""
-        self._seen.clear()
-        self._fresh.clear()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def run(*args: Any) -> Any:
-            return func(*args, **(kwargs or {}))
-
-        target = args[0] if args else None
-        is_write = func._schema.is_mutable and not self._is_aside
-        if not (is_write and isinstance(target, torch.Tensor)):
-            return run(*args)
-        with self._unrecorded():
-            slot, numel = self._slots.get(key_of(target)), target.numel()
-        if slot is None:
-            return run(*args)
-        if self.recorder is None:
-            result = run(*args)
-        else:
-            _, result = self.recorder.count(lambda: (numel, run(*args)))
-        with self._unrecorded(), _disable_current_modes():
-            self._note(slot, target, lambda memory: run(memory, *args[1:]))
+        result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable and not self._is_aside:
+            with self._unrecorded(), _disable_current_modes():
+                self._do_again(func, args, kwargs or {})
         return result
 
-    def _note(self, slot: Slot, target: torch.Tensor, write: Callable[[torch.Tensor], Any]) -> None:
-        view = View.of(target)
-        if target.is_meta:
-            write(view.in_storage(whole_storage(self._memory_of(slot), view.dtype)))
-        if (slot, view) not in self._seen:  # what is written twice counts once
-            self._seen.add((slot, view))
-            self._fresh[slot.module] += target.numel()
+    def _do_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        written = [tensor for tensor in _written(func, args, kwargs) if self._slot(tensor)]
+        if not written:
+            return
+        here = {id(tensor): self._in_memory(tensor) for tensor in written}
+
+        def replaced(tensor: torch.Tensor) -> torch.Tensor:
+            return here.get(id(tensor), tensor)
+
+        args, kwargs = tree_map_only(torch.Tensor, replaced, (args, kwargs))
+        func(*args, **kwargs)  # raises where it reads a parameter that has no memory, either
+
+    def _slot(self, tensor: torch.Tensor) -> Slot | None:
+        return self._slots.get(key_of(tensor)) if tensor.is_meta else None
+
+    def _in_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        slot, view = self._slots[key_of(tensor)], View.of(tensor)
+        return view.in_storage(whole_storage(self._memory_of(slot), view.dtype))
 
     def _unrecorded(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.recorder is None else self.recorder.paused()
+        return nullcontext() if self._recorder is None else self._recorder.paused()
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operation changes."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(one, torch.Tensor):
+                    yield one

@@ -42,15 +42,13 @@ class BucketLoader(Protocol):
     """A ``run`` that recognises buckets by their messages, which then need not be decoded.
 
     ``reload.EngineReload`` and ``replay.Replayed`` are such; any other gets every bucket decoded.
+    One may also have ``check()``, called before the worker accepts the update, which raises if the
+    engine cannot be updated; and ``statement()``, what was written, see ``UpdateReport.engines``.
     """
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
         """Load a bucket; nothing may refer to the tensors afterwards."""
         ...
-
-    def check(self) -> None:
-        """Raise if no bucket can be loaded. Called before the worker accepts the update."""
-        return
 
     def knows(self, message: bytes) -> bool:
         """Whether a bucket with this message can be replayed."""
@@ -63,10 +61,6 @@ class BucketLoader(Protocol):
     def finish(self) -> None:
         """All buckets are loaded, and the buffer is gone."""
         return
-
-    def statement(self) -> dict[str, dict[str, int]]:
-        """What a finished update wrote, of each model; see ``UpdateReport.engines``."""
-        return {}
 
     def abandon(self) -> None:
         """The update failed. Also called after ``finish``, when something later fails."""
@@ -158,7 +152,8 @@ class _Reception:
             if extensions:  # servers of the original use an address again after a restart
                 _received.append(self._link.address)
         if server_waits and self._failure is None and wire.STATEMENT in extensions:
-            self._link.reply(wire.encode_extensions({wire.STATEMENT: self._loader.statement()}))
+            stated: dict[str, Any] = getattr(self._loader, "statement", dict)()
+            self._link.reply(wire.encode_extensions({wire.STATEMENT: stated}))
         elif server_waits:
             self._acknowledge()
         if self._failure is not None:
@@ -173,7 +168,7 @@ class _Reception:
         try:
             handle = wire.decode_handle(message)
             if isinstance(handle, wire.Handle):
-                self._loader.check()
+                getattr(self._loader, "check", lambda: None)()
                 self._buffer = open_buffer(handle.rebuild, handle.args, device_id)
         except Exception:
             self._link.reply(wire.encode_failure(traceback.format_exc()))

@@ -36,11 +36,13 @@ class LoaderHabits:
 
     Attributes:
         joined: tensors of different buckets that it has to be given in one call.
+        left_alone: those that it left over also then, as it does when the engine starts.
     """
 
     model: Any
     learned: LearnedLoader = field(default_factory=LearnedLoader)
     joined: set[str] = field(default_factory=set)
+    left_alone: set[str] = field(default_factory=set)
 
 
 class ModelReload:
@@ -107,7 +109,7 @@ class ModelReload:
         session.finish()
         loaded = session.loaded()
         missing = set() if loaded is None else self._expected - loaded
-        self._check_left_over(missing, session.unused())
+        self._check_left_over(session)
         if lacking := missing & self._required:
             raise ValueError(
                 f"the checkpoint lacks {len(lacking)} parameters without which this model would "
@@ -124,19 +126,27 @@ class ModelReload:
             self.report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
         self.report["replay"] = summary(session, self._learned)
 
-    def _check_left_over(self, missing: set[str], unused: set[str]) -> None:
+    def _check_left_over(self, session: ModelUpdate) -> None:
         """A loader that joins tensors within a call misses those that buckets part. What it leaves
         alone also when it has all of them in one call, a start leaves alone, too."""
-        layers = {name.rpartition(".")[0].rpartition(".")[0] or name for name in missing}
-        parted = {name for name in unused if any(name.startswith(f"{one}.") for one in layers)}
-        if parted - self._habits.joined:
-            self._habits.joined |= parted
-            self._learned.refuse("its loader joins tensors of different buckets")
+        written, unused = session.written(), session.unused()
+        if written is None:
+            return
+        lacking = self._expected - written - (session.loaded_plainly or set())
+        parted = {name for name in unused if any(_belongs(name, to) for to in lacking)}
+        habits = self._habits
+        if fresh := parted - habits.joined - habits.left_alone:
+            habits.joined |= fresh
+            self._learned.forget()
             raise RuntimeError(
-                f"{len(missing)} parameters got nothing, as {sorted(missing)[:_SHOWN_NAMES]}, and "
+                f"{len(lacking)} parameters got nothing, as {sorted(lacking)[:_SHOWN_NAMES]}, and "
                 f"tensors were left over, as {sorted(parted)[:_SHOWN_NAMES]}. Update again: the "
                 "loader will be given those in one call"
             )
+        habits.left_alone |= habits.joined & unused
+        habits.joined -= unused
+        if habits.joined:
+            self._learned.refuse("its loader joins tensors of different buckets")
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
@@ -161,6 +171,15 @@ class ModelReload:
         exempt = _may_be_missing(model, quantised)
         self._expected = names - (exempt or set()) if quantised else names
         self._required = set() if quantised or exempt is None else names - exempt
+
+
+def _belongs(tensor: str, parameter: str) -> bool:
+    """Whether a tensor of a checkpoint may be a part of a parameter: of the same layer, or of one
+    that is fused of several, as ``wk_weights_proj`` of ``wk`` and ``weights_proj``."""
+    layer = parameter.rpartition(".")[0] or parameter
+    around, _, name = layer.rpartition(".")
+    other_around, _, other = tensor.rpartition(".")[0].rpartition(".")
+    return around == other_around and bool(other) and other in name
 
 
 def _tied(model: torch.nn.Module) -> set[str]:

@@ -48,8 +48,6 @@ def test_tokens_are_those_of_a_fresh_start(
         )
     ]
     how = ["plain", "plain", "recorded", "recorded", "replayed", "verified", "replayed"]
-    if (kind, tp) == ("gptoss", 2):  # its loader sets a bias to zero in the memory it is given
-        how = ["plain", "plain", "recorded", "plain", "plain", "plain", "plain"]
     ranks = torchrun(
         tmp_path, tp, "updates", 150, CPU, script=PROGRAMS, url=engine_host.url, steps=steps
     )
@@ -57,12 +55,14 @@ def test_tokens_are_those_of_a_fresh_start(
     for step, seen, loaded in zip(steps, ranks[0], how, strict=True):
         assert seen["tokens"] == expected[step["name"]], (step, engine_host.output())
         assert seen["digests"] == plain[step["name"]], step
-        for worker in seen["results"]:
+        for place, worker in enumerate(seen["results"]):
             assert worker["model"]["missing"] == []
             assert worker["model"]["unused"] == []
+            if (kind, place) == ("gptoss", 1):
+                continue  # it sets a bias to zero in the memory it is given, and is not learned
             replay = worker["model"]["replay"]
             assert replay["loaded"] == loaded, replay
-            assert "plain" in how[3:] or loaded == "plain" or replay["reason"] == ""
+            assert loaded == "plain" or replay["reason"] == ""
 
 
 @pytest.mark.timeout(120)

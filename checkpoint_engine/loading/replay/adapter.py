@@ -20,8 +20,10 @@ class ModelAdapter(Protocol):
     """Whether the memory of slots stays the same from update to update."""
     modules: Mapping[str, torch.nn.Module]
     """The model's, by name."""
-    load_weights: Callable[[NamedTensors], Any]
-    """The engine's own loader."""
+
+    def load_weights(self, weights: NamedTensors) -> Any:
+        """The engine's own loader."""
+        ...
 
     def cannot(self) -> str:
         """Why this engine cannot be watched; empty where it can."""
@@ -64,7 +66,10 @@ class InPlace(ModelAdapter):
 
     def __init__(self, model: torch.nn.Module, load_weights: Callable[[NamedTensors], Any]) -> None:
         self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
-        self.load_weights = load_weights
+        self._load_weights = load_weights
+
+    def load_weights(self, weights: NamedTensors) -> Any:
+        return self._load_weights(weights)
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():

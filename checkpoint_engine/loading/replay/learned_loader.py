@@ -151,9 +151,13 @@ class ModelUpdate:
         return []
 
     def loaded(self) -> set[str] | None:
-        """The parameters that were loaded: that something was seen to be written into, or else as
-        the loader names them; ``None`` if it does not."""
+        """The parameters that were loaded: that something was seen to be written into, and those
+        that the loader names, for it may fill some by itself; ``None`` if neither is known."""
         return self.loaded_plainly
+
+    def written(self) -> set[str] | None:
+        """Those that something was seen to be written into; ``None`` if nobody looked."""
+        return None
 
     def unused(self) -> set[str]:
         """The tensors that the loader did nothing with, as far as is known."""
@@ -223,9 +227,13 @@ class _Learning(ModelUpdate):
     def settle(self) -> list[str]:
         return self._recorder.settle()
 
-    def loaded(self) -> set[str] | None:
+    def written(self) -> set[str] | None:
         written = self._recorder.written
-        return super().loaded() if written is None else written
+        return None if written is None else {name.replace(".base_layer.", ".") for name in written}
+
+    def loaded(self) -> set[str] | None:
+        written, declared = self.written(), super().loaded()
+        return declared if written is None else written | (declared or set())
 
     def unused(self) -> set[str]:
         return set() if self._recording is None else self._recording.unused
