@@ -222,6 +222,22 @@ def test_vllm_stays_paused_over_weights_that_may_be_half_written(engine: Engine,
     assert paths_of(engine)[2:] == ["/pause?mode=abort", "/collective_rpc", "/resume"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "the disk is gone"), KeyError("x"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")],
+)
+def test_every_failure_says_that_the_engine_stays_paused(
+    engine: Engine, url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("checkpoint_engine.client.request_inference_to_update", fail)
+    with pytest.raises(Exception, match="stays paused") as caught:
+        vllm_request(url, rank=0, pause="abort")(WORLD)
+    assert str(error.args[-1]).splitlines()[0] in str(caught.value)
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 def test_vllm_is_resumed_after_a_failure_where_that_is_wished(
     engine: Engine, url: str, resumes: bool

@@ -596,6 +596,18 @@ def test_what_is_no_address(address: str) -> None:
         ServerLink(context, address, SOON)
 
 
+def test_without_a_socket_the_address_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
+    monkeypatch.setattr(link, "_new_socket", lambda *_: 1 / 0)
+    before = len(os.listdir("/proc/self/fd"))
+    with open_context() as context, pytest.raises(ZeroDivisionError):
+        WorkerLink(context)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PS_IPC_DIR", str(tmp_path))
     url, path, lock = link.new_address()

@@ -128,6 +128,30 @@ def test_a_loader_that_keeps_tensors_gets_copies_from_then_on() -> None:
     assert model.b.tolist() == [2.0] * 4
 
 
+def test_a_layer_within_an_adapter_is_expected_by_its_own_name() -> None:
+    """vLLM wraps layers for LoRA; their parameters are of ``base_layer`` then."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Module()
+            self.a.base_layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            for _, tensor in weights:
+                self.a.base_layer.weight.copy_(tensor.view(2, 2))
+
+    model, habits = Wrapped(), dict[str, LoaderHabits]()
+    for _ in range(3):
+        assert update(worker_of(model), habits, {"a.weight": 3.0})["missing"] == []
+
+
+def test_a_parameter_that_the_loader_fills_by_itself_is_not_missing() -> None:
+    model, habits = Model(lambda _: {"a", "b"}), dict[str, LoaderHabits]()
+    for _ in range(3):
+        assert update(worker_of(model), habits, {"a": 3.0, "b.scale": 1.0})["missing"] == []
+
+
 class Joining(torch.nn.Module):
     """Writes a parameter once both of its tensors are there, within one call."""
 

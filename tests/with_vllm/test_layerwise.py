@@ -1,0 +1,159 @@
+"""vLLM's layerwise reload itself, without an engine: loaders that do not go by weight_loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import layerwise
+
+from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
+
+SIDE = 4
+Load = Callable[[torch.nn.Module, int, torch.Tensor], Any]
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+
+class Transposing(QuantizeMethodBase):
+    """What the engine computes with is the transpose: to process a layer twice undoes it."""
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **options: Any) -> None:
+        pass
+
+    def apply(self, layer: torch.nn.Module, *args: Any, **options: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.weight.data.copy_(layer.weight.data.t().clone())
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = parameter(SIDE, SIDE)
+        self.quant_method = Transposing()
+
+
+class Model(torch.nn.Module):
+    """``load`` takes half ``number`` of the layer's rows."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__()
+        self.layer, self.other = Layer(), torch.nn.Linear(2, 2, bias=False)
+        self.other.weight.requires_grad_(False)
+        self._load = load
+        layerwise.record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            if name == "other":
+                self.other.weight.weight_loader(self.other.weight, tensor)
+            else:
+                self._load(self.layer, int(name), tensor)
+        return {"layer.weight", "other.weight"}
+
+
+def update(model: Any, habits: dict[str, LoaderHabits], buckets: list[dict[str, Any]]) -> Any:
+    """The memory of every bucket is overwritten after it."""
+    config = SimpleNamespace(dtype=torch.float32, quantization=None)
+    runner = SimpleNamespace(model=model, model_config=config)
+    reload = EngineReload(SimpleNamespace(device=torch.device("cpu"), model_runner=runner), habits)
+    memory = torch.empty(3, 16)
+    try:
+        for bucket in buckets:
+            weights = []
+            for place, (name, tensor) in zip(memory, bucket.items(), strict=False):
+                weights.append((name, place[: tensor.numel()].view(tensor.shape).copy_(tensor)))
+            del place
+            reload.load(weights)
+            memory.fill_(float("nan"))
+        reload.finish()
+    finally:
+        reload.close()
+    return reload.summary()["model"]
+
+
+def rows(layer: torch.nn.Module, half: int) -> torch.Tensor:
+    return layer.weight.data[2 * half : 2 * half + 2]
+
+
+def copied(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    rows(layer, half).copy_(tensor)
+
+
+def copied_twice(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    for row, values in zip(rows(layer, half), tensor, strict=True):
+        row.copy_(values)
+    rows(layer, half).copy_(tensor)
+
+
+def over_zeros(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    if half == 0:
+        layer.weight.data.zero_()
+    rows(layer, half).copy_(tensor)
+
+
+def by_index(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    layer.weight.data[torch.tensor([2 * half, 2 * half + 1])] = tensor
+
+
+def many_at_once(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    torch._foreach_copy_([rows(layer, half)], [tensor])
+
+
+@pytest.mark.parametrize("load", [copied, copied_twice, over_zeros, by_index, many_at_once])
+def test_what_a_loader_writes_by_itself_is_not_lost(load: Load) -> None:
+    model, habits = Model(load), dict[str, LoaderHabits]()
+    for step in range(4):
+        whole = torch.arange(16.0).view(SIDE, SIDE) + 100 * step
+        other = torch.full((2, 2), float(step))
+        buckets = [{"0": whole[:2]}, {"other": other}, {"1": whole[2:]}]
+        assert update(model, habits, buckets)["missing"] == []
+        assert torch.equal(model.layer.weight, whole.t())
+        assert torch.equal(model.other.weight, other)
+
+
+def replaced(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    layer.weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+
+
+def test_a_parameter_that_a_loader_replaces_is_an_error() -> None:
+    """vLLM would put the old one back."""
+    with pytest.raises(RuntimeError, match=r"replaces layer\.weight: .*start the engine"):
+        update(Model(replaced), {}, [{"0": torch.ones(SIDE, SIDE)}])
+
+
+def test_a_tensor_that_vllm_neither_restores_nor_counts_is_not_counted() -> None:
+    """The correction bias of a router is a parameter of the experts, too. Counted there, it would
+    have them processed before they are complete, or twice."""
+
+    def load(layer: torch.nn.Module, number: int, tensor: torch.Tensor) -> None:
+        if number == 2:
+            layer.e_score_correction_bias.data.copy_(tensor)
+        else:
+            layer.weight.weight_loader(layer.weight, tensor, number)
+
+    def load_rows(param: torch.Tensor, tensor: torch.Tensor, half: int) -> None:
+        param.data[2 * half : 2 * half + 2].copy_(tensor)
+
+    model = Model(load)
+    model.layer.weight.weight_loader = load_rows
+    model.layer.e_score_correction_bias = parameter(8)
+    layerwise.record_metadata_for_reloading(model)
+    habits: dict[str, LoaderHabits] = {}
+    for step in range(4):
+        whole, bias = torch.arange(16.0).view(SIDE, SIDE) + step, torch.full((8,), float(step))
+        for buckets in (
+            [{"2": bias, "0": whole[:2], "1": whole[2:]}],
+            [{"2": bias}, {"0": whole[:2]}, {"1": whole[2:]}],
+        ):
+            update(model, habits, buckets)
+            assert torch.equal(model.layer.weight, whole.t())
+            assert torch.equal(model.layer.e_score_correction_bias, bias)
