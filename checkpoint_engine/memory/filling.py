@@ -26,12 +26,14 @@ class _Write(NamedTuple):
     """``nbytes`` bytes at ``at`` of an arena that one thread sees to.
 
     Attributes:
+        address: where the same bytes lie in host memory; 0: ``write`` has to write them.
         write: writes them; ``None``: the thread only brings their memory into being.
     """
 
     at: int
     nbytes: int
     write: Callable[[Reader, torch.Tensor], None] | None = None
+    address: int = 0
 
 
 def fill_arenas(
@@ -117,17 +119,21 @@ def _pieces(metas: list[ParameterMeta], sources: Mapping[str, TensorSource]) -> 
             continue
         if isinstance(source.data, FileParts):
             yield from _file_pieces(source.name, source.data, at)
-        elif source.data.device.type == "cpu":
+        elif source.data.device.type != "cpu":
+            yield from _chunks(at, source.nbytes)
+        elif source.data.is_contiguous() and not (source.data.is_conj() or source.data.is_neg()):
+            # No torch in the threads: after each call of it they would wait for each other.
+            yield from _chunks(at, source.nbytes, source.data.data_ptr())
+        else:
             for part in _split(source.data):
                 yield _Write(at, part.nbytes, partial(_copy, part))
                 at += part.nbytes
-        else:
-            yield from _chunks(at, source.nbytes)
 
 
-def _chunks(at: int, nbytes: int) -> Iterator[_Write]:
+def _chunks(at: int, nbytes: int, address: int = 0) -> Iterator[_Write]:
     for offset in range(0, nbytes, CHUNK_BYTES):
-        yield _Write(at + offset, min(CHUNK_BYTES, nbytes - offset))
+        size = min(CHUNK_BYTES, nbytes - offset)
+        yield _Write(at + offset, size, None, address and address + offset)
 
 
 def _file_pieces(name: str, data: FileParts, at: int) -> Iterator[_Write]:
@@ -181,20 +187,20 @@ def _write_batch(arena: Arena, batch: list[_Write]) -> None:
     if arena.fresh and batch:
         end = batch[-1].at + batch[-1].nbytes
         populate(arena.memory.data_ptr() + batch[0].at, end - batch[0].at)
+    base = arena.memory.data_ptr()
     with closing(Reader()) as files:
         for piece in batch:
-            if piece.write is not None:
+            if piece.address:
+                ctypes.memmove(base + piece.at, piece.address, piece.nbytes)
+            elif piece.write is not None:
                 piece.write(files, arena.memory[piece.at : piece.at + piece.nbytes])
 
 
 def _copy(source: torch.Tensor, _: Reader, target: torch.Tensor) -> None:
     """The elements of a tensor, one behind the other, bit for bit."""
     source = source.resolve_conj().resolve_neg()
-    if source.is_contiguous():
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), target.numel())
-    else:
-        bits = source.view(_BITS.get(source.dtype.itemsize, source.dtype))
-        target.view(bits.dtype).view(bits.shape).copy_(bits)
+    bits = source.view(_BITS.get(source.dtype.itemsize, source.dtype))
+    target.view(bits.dtype).view(bits.shape).copy_(bits)
 
 
 def _read(source: FileSlice, name: str, files: Reader, target: torch.Tensor) -> None:
