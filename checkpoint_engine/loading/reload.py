@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,9 @@ class ModelReload:
         if weights is not None and (joined := self._habits.joined):
             self._together += [(name, t.clone()) for name, t in weights if name in joined]
             weights = [one for one in weights if one[0] not in joined]
+        self._load(weights, delivery)
+
+    def _load(self, weights: NamedTensors | None, delivery: ReceivedBucket | None) -> None:
         session = self._begun()
         with self._adapter.surroundings():
             if weights is not None:
@@ -102,9 +106,8 @@ class ModelReload:
             ValueError: the engine would not have started from such a checkpoint.
         """
         if self._together:
-            weights, self._habits.joined, joined = self._together, set(), self._habits.joined
-            self.load(weights, None)
-            self._habits.joined, self._together = joined, []
+            self._load(self._together, None)
+            self._together = []
         session = self._begun()
         session.finish()
         loaded = session.loaded()
@@ -133,7 +136,7 @@ class ModelReload:
         if written is None:
             return
         lacking = self._expected - written - (session.loaded_plainly or set())
-        parted = {name for name in unused if any(_belongs(name, to) for to in lacking)}
+        parted = _parts_of(lacking, unused)
         habits = self._habits
         if fresh := parted - habits.joined - habits.left_alone:
             habits.joined |= fresh
@@ -173,13 +176,19 @@ class ModelReload:
         self._required = set() if quantised or exempt is None else names - exempt
 
 
-def _belongs(tensor: str, parameter: str) -> bool:
-    """Whether a tensor of a checkpoint may be a part of a parameter: of the same layer, or of one
+def _parts_of(parameters: set[str], tensors: set[str]) -> set[str]:
+    """The tensors of a checkpoint that may be parts of the parameters: of the same layer, or of one
     that is fused of several, as ``wk_weights_proj`` of ``wk`` and ``weights_proj``."""
-    layer = parameter.rpartition(".")[0] or parameter
-    around, _, name = layer.rpartition(".")
-    other_around, _, other = tensor.rpartition(".")[0].rpartition(".")
-    return around == other_around and bool(other) and other in name
+    layers: dict[str, set[str]] = defaultdict(set)
+    for parameter in parameters:
+        around, _, layer = (parameter.rpartition(".")[0] or parameter).rpartition(".")
+        layers[around].add(layer)
+    parts = set()
+    for tensor in tensors:
+        around, _, layer = tensor.rpartition(".")[0].rpartition(".")
+        if layer and any(layer in fused for fused in layers.get(around, ())):
+            parts.add(tensor)
+    return parts
 
 
 def _tied(model: torch.nn.Module) -> set[str]:
