@@ -132,6 +132,7 @@ def run_worker(folder: str, rank: int) -> None:
     here = Path(folder)
     prepare(here)
     gc.disable()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     engine = Engine(here, rank)
     path = str(here / f"engine-{rank}")
     with contextlib.suppress(FileNotFoundError):
