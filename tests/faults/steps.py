@@ -71,10 +71,10 @@ def act(action: str, note: Path) -> None:
     if action == "fill /dev/shm":
         fill_shared_memory(leave=1 << 16)
     if action in ACTIONS:
-        is_handled_here = action in ("interrupt", "terminate")
-        for _ in range(20 if is_handled_here else 1):  # one in hundreds is lost in a worker
-            os.kill(os.getpid(), ACTIONS[action])
-            time.sleep(0.25 if is_handled_here else 0)
+        os.kill(os.getpid(), ACTIONS[action])
+        ends = time.monotonic() + 5.0
+        while action in ("interrupt", "terminate") and time.monotonic() < ends:
+            time.sleep(0.01)  # the signal is handled here; the kernel may give it to any thread
     if action == "stop":  # the kernel may be late to stop this thread
         await_file(note.with_name("awake"))
 
