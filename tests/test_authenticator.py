@@ -30,7 +30,7 @@ from checkpoint_engine.handover.link import ServerLink, WorkerLink, open_context
 from checkpoint_engine.handover.stale_files import stale_files
 from checkpoint_engine.service.serve import listen
 
-SOON = 15.0
+SOON = 10.0
 NOBODY = 65534
 INTRUDER = """
 import socket, sys, zmq

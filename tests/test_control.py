@@ -26,9 +26,9 @@ from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
 from torchrun import free_port_pair
 
-SOON = 10.0  # seconds; far below every timeout that is not meant to expire
+SOON = 4.0  # seconds; far below every timeout that is not meant to expire
 LONG = 30.0
-PROMPT = 20.0  # seconds; below LONG, and above what a lost DNS answer costs while connecting
+PROMPT = 12.0  # seconds; below LONG, and above what a lost DNS answer costs while connecting
 
 Program = Callable[["Rank"], Any]
 

@@ -18,6 +18,7 @@ from hosts import Host, HostsUnavailableError, Network, World
 from test_update import SMALL_BUCKETS
 from torchrun import HERE
 
+pytestmark = pytest.mark.alone
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 SLOW = 8  # Mbit/s: the few MB of a rank take seconds
 IN_THE_MIDDLE = 1 << 20  # bytes; more than metas and leases, less than a rank has
@@ -118,17 +119,16 @@ def test_instances_on_another_host_join(
 
 
 @pytest.mark.parametrize(
-    ("timeout", "notices_after", "before"),
+    ("timeout", "notices_after"),
     [
-        pytest.param(40, 4, 35, id="the transport notices"),
-        pytest.param(8, 30, 25, id="the update's time is up"),
+        pytest.param(40, 4, id="the transport notices"),
+        pytest.param(8, 30, id="the update's time is up"),
     ],
 )
 @pytest.mark.timeout(90)
 def test_a_source_that_is_cut_off_while_it_is_read(
-    tmp_path: Path, make_hosts: MakeHosts, timeout: int, notices_after: int, before: int
+    tmp_path: Path, make_hosts: MakeHosts, timeout: int, notices_after: int
 ) -> None:
-    """``before``: seconds; what else would end the update takes longer."""
     far, near = make_hosts(2)
     env = CPU | {"MC_TCP_PROGRESS_TIMEOUT_SEC": str(notices_after)}
     source = start([far], tmp_path / "a", "source", folder=str(tmp_path), changes=[])
@@ -147,10 +147,9 @@ def test_a_source_that_is_cut_off_while_it_is_read(
     assert f"from {far.address}:" in errors.pop()
     for result in joined:
         assert result["seen"]["type"] == "UpdateError"
-        assert result["seen"]["seconds"] < before
+        assert result["seen"]["seconds"] < timeout + 3
 
 
-@pytest.mark.alone  # bytes must arrive every 2 seconds
 def test_a_slow_link_is_waited_for(tmp_path: Path, make_hosts: MakeHosts) -> None:
     """However long a transfer takes, as long as bytes arrive only the update's time ends it."""
     far, near = make_hosts(2)

@@ -11,6 +11,7 @@ from checkpoint_engine.loading.version import WeightVersion
 from test_update import ON_EVERY_DEVICE, SMALL_BUCKETS, environment
 from torchrun import torchrun
 
+pytestmark = pytest.mark.alone
 CASES = [
     {"fault": "refuse", "rank": 1, "size": 1, "phase": "handshake", "says": "is not up"},
     {"fault": "bucket:1", "rank": 0, "size": 1, "phase": "reload", "says": "bucket 1"},

@@ -30,7 +30,7 @@ from checkpoint_engine.handover.wire import ACK
 
 SHM = Path("/dev/shm")
 MINE = f"checkpoint-engine-{os.getuid()}-"
-SOON = 15.0
+SOON = 4.0
 
 
 # ---------------------------------------------------------------------- shared buffers

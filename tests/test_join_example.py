@@ -27,7 +27,8 @@ from random_checkpoint import expected_digests, model_config, write_checkpoint  
 
 pytestmark = [
     pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE),
-    pytest.mark.timeout(300),  # a dozen processes start, each with torch
+    pytest.mark.alone,
+    pytest.mark.timeout(150),  # a dozen processes start, each with torch
 ]
 
 
@@ -57,7 +58,7 @@ def world(ranks: int, *arguments: str) -> list[str]:
 
 
 def await_(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 60
     while not happened():
         for process in processes:
             assert process.poll() is None, process.args
@@ -104,7 +105,7 @@ def test_an_engine_of_another_size_joins(
             ),
             env=environment,
             check=True,
-            timeout=120,
+            timeout=60,
         )
         assert new.call_workers("weights_digest") == expected_digests(checkpoint, 1)
         assert source.poll() is None
@@ -143,7 +144,7 @@ def test_an_engine_joins_from_a_running_service(
             f"--endpoint={new.url}",
             "--inference-parallel-size=1",
         )
-        subprocess.run(join, env=environment, check=True, timeout=120)
+        subprocess.run(join, env=environment, check=True, timeout=60)
         assert new.call_workers("weights_digest") == expected_digests(checkpoint, 1)
         assert service.poll() is None
 
@@ -197,7 +198,7 @@ def test_every_engine_of_the_new_world_joins(
             )
             for place, host in enumerate(near)
         ]
-        assert [process.wait(120) for process in joining] == [0, 0]
+        assert [process.wait(60) for process in joining] == [0, 0]
         assert source.poll() is None
         expected = expected_digests(checkpoint, 1)
         for host in near:
@@ -214,7 +215,7 @@ def start_engine(
 def digests_at(host: Host, environment: dict[str, str]) -> object:
     """What the workers of the engine on a host hold."""
     asked = host.popen([sys.executable, "-c", ASK], env=environment, stdout=subprocess.PIPE)
-    answer, _ = asked.communicate(timeout=40)
+    answer, _ = asked.communicate(timeout=20)
     return json.loads(answer)["results"]
 
 

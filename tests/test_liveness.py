@@ -17,7 +17,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.world import liveness
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 
-SOON = 15.0
+SOON = 5.0
 SIZE = 3
 
 

@@ -28,7 +28,7 @@ from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 
-SOON = 15.0
+SOON = 4.0
 GIB = 1 << 30
 
 Weights = dict[str, torch.Tensor]

@@ -45,7 +45,7 @@ def processes_of(value: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(120)
 def test_actors_update_an_engine(
     tmp_path: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +79,7 @@ def test_actors_update_an_engine(
             },
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=90,
             check=False,
         )
         assert run.returncode == 0, run.stdout + run.stderr

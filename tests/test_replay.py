@@ -1063,7 +1063,6 @@ def drawn_loaders(draw: Any) -> tuple[tuple[int, ...], torch.dtype, Load, tuple[
     return given_shape, draw(st.sampled_from([BF16, FP32])), load, stored
 
 
-@pytest.mark.timeout(240)  # on a busy machine
 @given(drawn=drawn_loaders())
 @settings(max_examples=100, deadline=None)
 def test_any_chain_of_operations_gives_the_same_bits(drawn: Any) -> None:
@@ -1074,7 +1073,6 @@ def test_any_chain_of_operations_gives_the_same_bits(drawn: Any) -> None:
     assert not reason or any(known in reason for known in INEXPRESSIBLE), reason
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", ["on", "verify"])
 @pytest.mark.parametrize("first_seed", range(0, 100, 50))
 def test_hostile_loaders_are_loaded_as_plainly(

@@ -19,7 +19,7 @@ from checkpoint_engine.world import store
 from checkpoint_engine.world.store import ConnectedWorld, connect_store
 from torchrun import free_port_pair
 
-SOON = 15.0
+SOON = 10.0
 HERE = "127.0.0.1"
 
 

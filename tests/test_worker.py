@@ -37,7 +37,7 @@ from checkpoint_engine.replay import replayed
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, left_segments, mixed_tensors
 
-SOON = 15.0  # seconds
+SOON = 4.0  # seconds
 HALF = 4096  # bytes of a bucket
 
 Weights = dict[str, torch.Tensor]

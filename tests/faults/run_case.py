@@ -11,7 +11,7 @@ from fault_fleet import RANKS, Answer, Fleet, HangError
 from table import Case
 
 PATIENCE = 12.0  # seconds beyond the deadline before a rank counts as hanging
-PROMPT = 10.0  # seconds from fault or deadline to an error; about one on a machine that is not busy
+PROMPT = 6.0  # seconds from fault or deadline to an error; about one on a machine that is not busy
 
 
 @dataclass

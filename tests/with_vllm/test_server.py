@@ -130,7 +130,7 @@ def test_a_worker_killed_in_the_middle_fails_the_update_and_a_new_engine_is_upda
         failed = Servers(tmp_path / "a", server, **options).go()
     for (seen,) in failed:
         assert "update failed on rank 1 during reload" in seen["error"]
-        assert seen["ended"] - float(killed_at.read_text()) < 30  # its deadline is 60
+        assert seen["ended"] - float(killed_at.read_text()) < 10
     with running(models["dense-1"], monkeypatch) as server:
         before = server.generate()
         ended = Servers(tmp_path / "b", server, **options).go()
