@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, wait
 from dataclasses import dataclass
+from functools import partial
 from glob import escape, glob
 from typing import Any
 
 import click
 
 from checkpoint_engine.cli.output import BUSY, FAILED, UNREACHABLE, Failure
+from checkpoint_engine.ground.deadline import begin
 
 RANK = "{rank}"
 SHORT = 10.0
@@ -195,12 +196,10 @@ def ask(
         ServiceError: of the first that fails in a collective call. The others may be waiting for
             that one, and are not waited for long.
     """
-    futures: list[Future[Any]] = []
-    for server, body in zip(servers, bodies or [None] * len(servers), strict=True):
-        futures.append(Future())
-        call = (futures[-1], server, method, route, timeout, body)
-        # Daemons, because the command may end before all have answered.
-        threading.Thread(target=_ask_one, args=call, daemon=True).start()
+    futures = [
+        begin(partial(_ask_one, server, method, route, timeout, body), f"ask-{server.place}")
+        for server, body in zip(servers, bodies or [None] * len(servers), strict=True)
+    ]
     # A rank that waits for one that failed learns of it late: the first failure decides.
     done, _ = wait(futures, return_when=FIRST_EXCEPTION if collective else ALL_COMPLETED)
     failure = next(filter(None, (one.exception() for one in done)), None)
@@ -210,9 +209,10 @@ def ask(
     return [one.exception() or one.result() for one in futures]
 
 
-def _ask_one(answer: Future[Any], server: RankService, *call: Any) -> None:
+def _ask_one(server: RankService, *call: Any) -> Any:
     try:
-        answer.set_result(server.ask(*call))
+        return server.ask(*call)
+    except ServiceError:
+        raise
     except Exception as error:
-        known = isinstance(error, ServiceError)
-        answer.set_exception(error if known else ServiceError(server.place, None, repr(error)))
+        raise ServiceError(server.place, None, repr(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TypeVar
 
@@ -51,6 +52,23 @@ def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
         pause = 0.0 if looks < _LOOKS_PER_CHECK else min(max(waited / 20, 0.0002), 0.001)
         time.sleep(pause)
         waited += pause
+
+
+def begin(action: Callable[[], T], name: str) -> Future[T]:
+    """What ``action`` will have returned or raised; a daemon thread of its own does it, so one that
+    never ends does not keep the process."""
+    future: Future[T] = Future()
+    threading.Thread(target=_run, args=(future, action), name=name, daemon=True).start()
+    return future
+
+
+def _run(future: Future[T], action: Callable[[], T]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future  # the error's traceback leads here, and must not lead back to it
 
 
 def in_thread(

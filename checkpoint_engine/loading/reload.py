@@ -227,7 +227,6 @@ class EngineReload:
         """
         runner = worker.model_runner
         self._worker = worker
-        self._runner = runner
         self._config = getattr(worker, "vllm_config", None)
         self._habits = habits
         self._models: dict[str, ModelReload] = {}
@@ -274,7 +273,7 @@ class EngineReload:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
         self._each(ModelReload.finish)
         for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
-            getattr(self._runner, cache, lambda: None)()  # not every engine has it
+            getattr(self._worker.model_runner, cache, lambda: None)()  # not every engine has it
 
     def statement(self) -> dict[str, dict[str, int]]:
         """Of each model, how many tensors arrived and were left over, and how many parameters got
@@ -302,7 +301,7 @@ class EngineReload:
     def _each(self, action: Callable[[ModelReload], Any]) -> list[Any]:
         """In the surroundings in which the engine loaded its models at start-up."""
         default = torch.get_default_dtype()
-        dtype = getattr(getattr(self._runner, "model_config", None), "dtype", None)
+        dtype = getattr(getattr(self._worker.model_runner, "model_config", None), "dtype", None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             dtype = default  # other engines name it otherwise
         with contextlib.ExitStack() as around:

@@ -184,10 +184,10 @@ def _batches(pieces: Iterable[_Write]) -> Iterator[list[_Write]]:
 
 
 def _write_batch(arena: Arena, batch: list[_Write]) -> None:
+    base = arena.memory.data_ptr()
     if arena.fresh and batch:
         end = batch[-1].at + batch[-1].nbytes
-        populate(arena.memory.data_ptr() + batch[0].at, end - batch[0].at)
-    base = arena.memory.data_ptr()
+        populate(base + batch[0].at, end - batch[0].at)
     with closing(Reader()) as files:
         for piece in batch:
             if piece.address:

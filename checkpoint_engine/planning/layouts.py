@@ -159,7 +159,7 @@ def missing_layouts(
         known_to: each rank's ``known_digest``.
         known: the layouts that this rank has from its last gather, by digest.
     """
-    if any(digest != known_digest(known) for digest in known_to):
+    if set(known_to) != {known_digest(known)}:
         return list(range(len(digests)))
     return [rank for rank, digest in enumerate(digests) if digest not in known]
 

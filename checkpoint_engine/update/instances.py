@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from checkpoint_engine.errors import CollectiveError, EngineError
 from checkpoint_engine.ground.deadline import Deadline
@@ -32,7 +33,7 @@ class Instance(WorkerSession):
     def __init__(
         self,
         link: WorkerLink,
-        request: Future[None],
+        request: Future[Any],
         call: Call,
         instances: Sequence[str],
         version: str,
@@ -67,7 +68,7 @@ class Instance(WorkerSession):
         """The post hook has to wait for the other ranks of this instance."""
         super().announce_end(planned, go_on=False)
 
-    def finish(self, request: Future[None]) -> None:
+    def finish(self, request: Future[Any]) -> None:
         """Have the post hook run, unless another rank of this instance failed.
 
         Raises:

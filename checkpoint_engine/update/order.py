@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -84,29 +83,7 @@ def members_of(ranks: Sequence[int] | None, world_size: int) -> tuple[int, ...] 
     return tuple(sorted(set(ranks)))
 
 
-def ask(req_func: RequestFunction, socket_paths: SocketPaths) -> Future[None]:
-    """Have the caller's ``req_func`` run beside the update."""
-    request: Future[None] = Future()
-    threading.Thread(
-        target=_run,
-        args=(request, req_func, socket_paths),
-        name="checkpoint-engine-request",
-        daemon=True,  # a request that never returns must not keep the process
-    ).start()
-    return request
-
-
-def _run(request: Future[None], req_func: RequestFunction, socket_paths: SocketPaths) -> None:
-    try:
-        req_func(socket_paths)
-        request.set_result(None)
-    except BaseException as error:
-        request.set_exception(error)
-    finally:
-        del request  # the error's traceback leads here, and must not lead back to it
-
-
-def check_request(request: Future[None]) -> None:
+def check_request(request: Future[Any]) -> None:
     """Raise what ``req_func`` has raised."""
     if request.done() and (error := request.exception()) is not None:
         text = f"req_func raised {type(error).__name__}: {error}"

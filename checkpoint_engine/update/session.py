@@ -175,7 +175,7 @@ class WorkerSession:
         self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
     @_step
-    def finish(self, request: Future[None]) -> None:
+    def finish(self, request: Future[Any]) -> None:
         """Have the worker run its post hook; returns when the engine has answered too.
 
         Workers of release 0.2 ran theirs before they released the buffer, and may have left. Then

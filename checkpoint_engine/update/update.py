@@ -15,6 +15,7 @@ from typing import Any
 from loguru import logger
 
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
@@ -25,7 +26,7 @@ from checkpoint_engine.planning.layouts import encode_place
 from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.instances import Instance
-from checkpoint_engine.update.order import Order, SocketPaths, ask, check_request
+from checkpoint_engine.update.order import Order, SocketPaths, check_request
 from checkpoint_engine.update.pipeline import Pipeline
 from checkpoint_engine.update.session import EngineState, WorkerSession
 from checkpoint_engine.update.trace import write_trace
@@ -160,12 +161,12 @@ def _ask(
     gathered: Gathered,
     here: LocalRank,
     held: ExitStack,
-) -> Future[None]:
+) -> Future[Any]:
     """Run the caller's ``req_func``; after a failure it may answer before the next one asks."""
     paths: SocketPaths = [(gathered.devices.get(rank, ""), "") for rank in range(here.world_size)]
     for hello in hellos:
         paths[hello.rank] = hello.device, hello.address
-    request = ask(order.req_func, paths)
+    request = begin(partial(order.req_func, paths), "checkpoint-engine-request")
     held.callback(wait, [request], _FAREWELL)
     return request
 
@@ -173,7 +174,7 @@ def _ask(
 def _open_session(
     call: Call,
     link: WorkerLink,
-    request: Future[None],
+    request: Future[Any],
     order: Order,
     hellos: Sequence[Hello],
     server: Server,

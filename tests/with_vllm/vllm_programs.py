@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,13 @@ from safetensors.torch import load_file
 from checkpoint_engine.client import vllm_request
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import WorkerLink, open_context
 from checkpoint_engine.handover.wire import encode_bucket
 from checkpoint_engine.memory.sources import natural_key
 from checkpoint_engine.ps import ParameterServer, UpdateError
-from checkpoint_engine.update.order import ask, check_request
+from checkpoint_engine.update.order import check_request
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.world.metas_file import decode_metas, encode_metas
 
@@ -119,7 +121,8 @@ def _send_in_order(
         contextlib.closing(WorkerLink(context)) as link,
         contextlib.closing(SharedBuffer(DeviceManager("cpu"), 0, 2 * bucket_bytes)) as buffer,
     ):
-        request = ask(_request(url, results), [(identity, link.url)])
+        ask = partial(_request(url, results), [(identity, link.url)])
+        request = begin(ask, "request")
         call = SimpleNamespace(check=lambda: check_request(request))
         session = WorkerSession(link, call, version="")  # type: ignore[arg-type]  # all it needs
         session.hand_over(buffer, TIMEOUT.total_seconds())
