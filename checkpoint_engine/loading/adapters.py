@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from checkpoint_engine.loading.direct_writes import DirectWrites
 from checkpoint_engine.loading.replay.adapter import InPlace
+from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
@@ -101,6 +104,7 @@ class Layerwise(LoadOver):
         self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
+        self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
 
     def surroundings(self) -> AbstractContextManager[Any]:
         return nullcontext() if _knows_the_device(self._vllm) else self._device
@@ -109,6 +113,7 @@ class Layerwise(LoadOver):
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
         self._opened.clear()
+        self._direct.clear()
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -169,7 +174,7 @@ class Layerwise(LoadOver):
             return self._model.load_weights(weights)
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
         waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
-        direct = DirectWrites(waiting, self._memory_for, self._recorder)
+        direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
         names = ("get_numel_loaded", "_layerwise_process")
         theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
         with self._replacing(**theirs), direct:
@@ -237,6 +242,7 @@ class Layerwise(LoadOver):
         }
 
     def finish(self) -> None:
+        self._check_direct_writes()
         for module in self._opened:  # what a loader wrote itself was not counted
             info = self._infos[self.modules[module]]
             if info.load_numel_total is not None:
@@ -258,6 +264,14 @@ class Layerwise(LoadOver):
             info.reset()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _check_direct_writes(self) -> None:
+        """What a loader leaves of a layer that it writes itself would be uninitialised memory."""
+        for module, written in self._direct.items():
+            info = self._infos[self.modules[module]]
+            numel = info.load_numel + sum(math.prod(view.sizes) for _, view in written)
+            if info.load_numel_total is not None and numel < info.load_numel_total:
+                raise RuntimeError(f"the model's loader writes a part of {module}: {_NO_UPDATE}")
 
     def _reset_scales(self) -> None:
         """Where a checkpoint has no scales for attention, a start sets them to their defaults;

@@ -7,6 +7,7 @@ and the old weights come back. Here each write is done again in the layer's memo
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,19 +28,22 @@ class DirectWrites(TorchDispatchMode):
         self,
         tensors: SlotTensors,
         memory_of: Callable[[Slot], torch.Tensor],
+        written: defaultdict[str, set[tuple[Slot, View]]],
         recorder: Recorder | None,
     ) -> None:
         """
         Args:
             tensors: of the layers that wait for weights.
             memory_of: makes a layer's memory, if it has none yet.
+            written: what the loader writes of each layer is added to it.
             recorder: of an update that learns; need not see what is done here.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._memory_of = memory_of
+        self._all_written = written
         self._recorder = recorder
         with self._unrecorded():
-            waiting = [(slot, tensor) for slot, tensor in tensors if tensor.is_meta]
+            waiting = [(s, one) for s, one in tensors if one.is_meta or s.module in written]
             self._kept = [tensor for _, tensor in waiting]  # keys are used again
             self._slots = {key_of(tensor): slot for slot, tensor in waiting}
         self._is_aside = False
@@ -68,10 +72,14 @@ class DirectWrites(TorchDispatchMode):
         return result
 
     def _do_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        written = [tensor for tensor in _written(func, args, kwargs) if self._slot(tensor)]
-        if not written:
+        here = {}
+        for tensor in _written(func, args, kwargs):
+            if slot := self._slots.get(key_of(tensor)):
+                self._all_written[slot.module].add((slot, View.of(tensor)))
+                if tensor.is_meta:
+                    here[id(tensor)] = self._in_memory(slot, View.of(tensor))
+        if not here:
             return
-        here = {id(tensor): self._in_memory(tensor) for tensor in written}
 
         def replaced(tensor: torch.Tensor) -> torch.Tensor:
             return here.get(id(tensor), tensor)
@@ -79,11 +87,7 @@ class DirectWrites(TorchDispatchMode):
         args, kwargs = tree_map_only(torch.Tensor, replaced, (args, kwargs))
         func(*args, **kwargs)  # raises where it reads a parameter that has no memory, either
 
-    def _slot(self, tensor: torch.Tensor) -> Slot | None:
-        return self._slots.get(key_of(tensor)) if tensor.is_meta else None
-
-    def _in_memory(self, tensor: torch.Tensor) -> torch.Tensor:
-        slot, view = self._slots[key_of(tensor)], View.of(tensor)
+    def _in_memory(self, slot: Slot, view: View) -> torch.Tensor:
         return view.in_storage(whole_storage(self._memory_of(slot), view.dtype))
 
     def _unrecorded(self) -> AbstractContextManager[None]:

@@ -120,6 +120,14 @@ def test_what_a_loader_writes_by_itself_is_not_lost(load: Load) -> None:
         assert torch.equal(model.other.weight, other)
 
 
+def test_a_part_that_a_loader_leaves_of_a_layer_is_an_error() -> None:
+    """It would be memory that nobody initialised."""
+    model, habits = Model(copied), dict[str, LoaderHabits]()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"writes a part of layer: .*start the engine"):
+            update(model, habits, [{"0": torch.ones(2, SIDE)}, {"other": torch.ones(2, 2)}])
+
+
 def replaced(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
     layer.weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
 
