@@ -87,6 +87,7 @@ class CollectiveError(RuntimeError):
         rank: which is to blame, if it is not the one that raises this.
         calls: of a disagreement, the calls that do not go together, as their ranks made them.
         phase: what the rank was doing.
+        other: of a call that fails with this one, its part of the store and its outcome.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class CollectiveError(RuntimeError):
         rank: int | None = None,
         calls: Sequence[str] = (),
         phase: str = "",
+        other: Sequence[str] = (),
     ) -> None:
         super().__init__(cause)
         self.cause, self.kind, self.phase, self.rank = cause, kind, phase, rank
-        self.missing, self.calls = list(missing), list(calls)
+        self.missing, self.calls, self.other = list(missing), list(calls), list(other)
 
 
 def broadcast_failed(cause: str) -> CollectiveError:

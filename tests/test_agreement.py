@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from checkpoint_engine.errors import CollectiveError, UpdateError
+from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello, check_agreement
 from test_control import LONG, Rank, run_world
 
@@ -93,6 +94,27 @@ def test_different_calls_end_at_once_and_name_who_wants_what(what: str, first: i
         assert_match(says, seen)
         assert following == "ok"
         assert exchanged == ["0", "1"]
+
+
+def test_the_other_call_has_failed_before_its_rank_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that was ended from there may begin the next call of all sooner."""
+    publish = Call.publish
+
+    def publish_late(call: Call, error: BaseException) -> bytes:
+        time.sleep(0.5 if call.rank == 0 else 0.0)
+        return publish(call, error)
+
+    def program(me: Rank) -> list[str]:
+        if me.rank == 1:
+            return [hold(me, {"checkpoint": "a", "ranks": (1,)}), say(me, checkpoint="next")]
+        monkeypatch.setattr(Call, "publish", publish_late)
+        while not me.plane.store().check(["doing/1"]):
+            time.sleep(0.01)
+        return [say(me, checkpoint="a"), say(me, checkpoint="next")]
+
+    for seen, following in run_world(2, program):
+        assert "update('a', ranks=[1])" in seen
+        assert following == "ok"
 
 
 def assert_match(pattern: str, text: str) -> None:

@@ -68,6 +68,10 @@ class Membership:
         """Of the running call's keys."""
         return str(self._count)
 
+    @property
+    def _part(self) -> str:
+        return f"{self._name}/{self.prefix}"
+
     def part_of(self, store: Any) -> Any:
         """The running call's part of a store of the world."""
         return dist.PrefixStore(self.prefix, dist.PrefixStore(self._name, store))
@@ -233,6 +237,11 @@ class Membership:
 
     def learn(self, failure: CollectiveError, mine: Hello | None) -> None:
         """The running call of this rank failed."""
+        if failure.other:
+            # Its rank may not have come to that yet, and this one's next call may have its number.
+            part, outcome = failure.other
+            with contextlib.suppress(dist.DistError):
+                publish(dist.PrefixStore(part, self.world.store), outcome.encode())
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
             self._left_by_others += [call for call in failure.calls if call != mine.wish]
@@ -241,7 +250,7 @@ class Membership:
 
     def announce(self, mine: Hello) -> None:
         """Let ranks that wait for this one in another call see what it does."""
-        said = {"hello": mine.encode().decode(), "part": f"{self._name}/{self.prefix}"}
+        said = {"hello": mine.encode().decode(), "part": self._part}
         self._has_announced = True
         self.world.store.set(f"doing/{self.rank}", json.dumps(said))
 
@@ -276,11 +285,13 @@ class Membership:
             for rank in mine.ranks or [mine.rank]
             if theirs.ranks is None or rank in theirs.ranks
         ]
+        not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
+        ours = disagreement(mine, theirs, not_in_mine)
         error = disagreement(mine, theirs, not_in_theirs)
+        error.other = [self._part, self._failure(ours, self.rank).decode()]
         if publish(part, self._failure(error, self.rank)) == SUCCESS:
             return  # it has just ended
-        not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
-        raise disagreement(mine, theirs, not_in_mine)
+        raise ours
 
     # ------------------------------------------------------------------ ranks that only wait
 

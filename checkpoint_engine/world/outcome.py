@@ -11,7 +11,7 @@ import torch.distributed as dist
 from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 
 SUCCESS = b"ok"
-_FIELDS = ("cause", "kind", "missing", "rank", "calls", "phase")
+_FIELDS = ("cause", "kind", "missing", "rank", "calls", "phase", "other")
 
 
 def missing(why: str, call: str, ranks: Sequence[int]) -> CollectiveError:
