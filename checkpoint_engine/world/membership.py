@@ -50,7 +50,6 @@ class Membership:
         self.old_keys: list[str] = []
         self._name = name
         self._has_announced = False
-        self._absent: list[int] = []
         self._awaits_return_until = 0.0
         self._count = 0
         self._visits = 0
@@ -80,7 +79,6 @@ class Membership:
         """Go on to the next call that this rank has part in."""
         if self._has_announced:  # the store did not answer when that call ended
             self.withdraw()
-        self._absent = self.gone()
         self._awaits_return_until = time.monotonic() + RETURN_SECONDS
         self._count += 1
         while self.rank in self._missed_by():
@@ -168,10 +166,13 @@ class Membership:
         return sorted(self.world.liveness.gone.intersection(self.members))
 
     def lost(self) -> list[int]:
-        """Those whose call has ended by that. One that was gone when the call began may return."""
-        if time.monotonic() < self._awaits_return_until:
-            return [rank for rank in self.gone() if rank not in self._absent]
-        return self.gone()
+        """Those whose call has ended by that. One that had not come to it may still return."""
+        may_return = time.monotonic() < self._awaits_return_until
+        return [rank for rank in self.gone() if not may_return or self._has_come(rank)]
+
+    def _has_come(self, rank: int) -> bool:
+        """To the running call. Rank 0 takes the store along, and nobody can come any more."""
+        return rank == 0 or bool(self.part_of(self.world.store).check([f"hello/{rank}"]))
 
     def watch(self, seconds: float, note: Callable[[bytes], None]) -> threading.Thread:
         """Have ``note`` called with the running call's outcome as soon as there is one."""
