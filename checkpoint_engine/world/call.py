@@ -204,7 +204,7 @@ class Call:
             del exc  # this frame lives on in the traceback of what is raised
             self._membership.expect_end(None)
             self.state = self.on_success = self.on_failure = None
-            self._membership.old_keys += [f"{self._membership.prefix}/{key}" for key in self._keys]
+            self._membership.old_keys += [f"{self._membership.part}/{key}" for key in self._keys]
             if self._stays_out:
                 self._membership.skip()
             if self._watcher is not None:

@@ -63,17 +63,13 @@ class Membership:
         return dist.PrefixStore(self._name, self.world.store)
 
     @property
-    def prefix(self) -> str:
-        """Of the running call's keys."""
-        return str(self._count)
-
-    @property
-    def _part(self) -> str:
-        return f"{self._name}/{self.prefix}"
+    def part(self) -> str:
+        """What the running call's keys begin with."""
+        return f"{self._name}/{self._count}"
 
     def part_of(self, store: Any) -> Any:
         """The running call's part of a store of the world."""
-        return dist.PrefixStore(self.prefix, dist.PrefixStore(self._name, store))
+        return dist.PrefixStore(self.part, store)
 
     def begin(self) -> None:
         """Go on to the next call that this rank has part in."""
@@ -154,7 +150,7 @@ class Membership:
     def forget(self) -> None:
         """Drop what this rank wrote in calls that every member has left."""
         for key in self.old_keys:
-            self.store.delete_key(key)
+            self.world.store.delete_key(key)
         self.old_keys.clear()
 
     def expect_end(self, seconds: float | None) -> None:
@@ -176,14 +172,14 @@ class Membership:
 
     def watch(self, seconds: float, note: Callable[[bytes], None]) -> threading.Thread:
         """Have ``note`` called with the running call's outcome as soon as there is one."""
-        watched, prefix = self.part_of(self.world.watched), self.prefix
+        watched, part = self.part_of(self.world.watched), self.part
 
         def run() -> None:
             try:
                 watched.wait(["outcome"], timedelta(seconds=seconds))
                 note(watched.get("outcome"))
             except RuntimeError as error:
-                logger.debug("no longer watching the ranks of call {}: {}", prefix, error)
+                logger.debug("no longer watching the ranks of call {}: {}", part, error)
 
         thread = threading.Thread(target=run, name="checkpoint-engine-watch", daemon=True)
         thread.start()
@@ -201,8 +197,8 @@ class Membership:
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for in the call of this number."""
-        key = f"{self.prefix}/outcome"
-        outcome = self.store.get(key) if self.store.check([key]) else SUCCESS
+        store = self.part_of(self.world.store)
+        outcome = store.get("outcome") if store.check(["outcome"]) else SUCCESS
         return [] if outcome == SUCCESS else decode_failure(outcome).missing
 
     def _failure(self, error: CollectiveError, rank: int) -> bytes:
@@ -251,7 +247,7 @@ class Membership:
 
     def announce(self, mine: Hello) -> None:
         """Let ranks that wait for this one in another call see what it does."""
-        said = {"hello": mine.encode().decode(), "part": self._part}
+        said = {"hello": mine.encode().decode(), "part": self.part}
         self._has_announced = True
         self.world.store.set(f"doing/{self.rank}", json.dumps(said))
 
@@ -289,7 +285,7 @@ class Membership:
         not_in_mine = [rank for rank in theirs.ranks or [theirs.rank] if rank in self.members]
         ours = disagreement(mine, theirs, not_in_mine)
         error = disagreement(mine, theirs, not_in_theirs)
-        error.other = [self._part, self._failure(ours, self.rank).decode()]
+        error.other = [self.part, self._failure(ours, self.rank).decode()]
         if publish(part, self._failure(error, self.rank)) == SUCCESS:
             return  # it has just ended
         raise ours
