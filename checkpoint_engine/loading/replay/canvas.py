@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint_engine.data_types import tensor_nbytes
-from checkpoint_engine.loading.replay.geometry import Copy, View
+from checkpoint_engine.loading.replay.geometry import Copy, View, is_dense
 
 Cells = tuple[int, ...]
 
@@ -119,7 +119,16 @@ class Piece(NamedTuple):
 
 
 class Canvas:
-    """A tensor's memory, and where what was copied into it came from."""
+    """A tensor's memory, and where what was copied into it came from.
+
+    Writes are noted, and looked at together. Nearly all tensors of a model are filled by runs of
+    elements that do not overlap; these are told by sorting them. The grid is for all others, and
+    for those that are read.
+
+    Attributes:
+        overwritten: the sources of what another source, or a number, replaced; complete as soon as
+            anything else was asked.
+    """
 
     def __init__(self, view: View) -> None:
         """Raises ``ValueError`` where elements of the view overlap."""
@@ -134,49 +143,83 @@ class Canvas:
             within = stride * size
         self._sizes, self._strides = tuple(n for _, n in dims), tuple(s for s, _ in dims)
         self._rows: dict[int, list[Piece]] = defaultdict(list)
+        self._written: list[tuple[Copy, Origin]] = []
+        self._is_gridded = False
+        self.overwritten: set[Source] = set()
 
     @property
     def numel(self) -> int:
         return math.prod(self._sizes)
 
     @property
+    def is_written(self) -> bool:
+        """Whether any element has an origin."""
+        return self._is_gridded or bool(self._written)
+
+    @property
     def covered(self) -> int:
         """How many elements have an origin."""
-        return sum(piece.volume for piece in self._pieces())
+        return sum(copy.numel for _, copy in self.contents())
 
     @property
     def sources(self) -> set[Source]:
-        return {p.origin.source for p in self._pieces() if p.origin.source is not None}
+        """Whatever was copied into it, though other things may have been written over it."""
+        origins = [origin for _, origin in self._written] + [p.origin for p in self._pieces()]
+        return {origin.source for origin in origins if origin.source is not None}
 
     def contents(self) -> Iterator[tuple[Origin, Copy]]:
-        """What its elements were copied from; the source of a constant's copy means nothing."""
+        """What its elements were copied from, simplified; the source of a constant's copy means
+        nothing. Raises ``ValueError`` if what was written is no copy between regions at constant
+        strides."""
+        if self._is_gridded or not self._are_runs():
+            self._fill_grid()
+        for copy, origin in self._written:
+            yield origin, copy.simplified()
         for piece in self._pieces():
             cells = zip(piece.start, self._strides, strict=True)
             target = self.view.offset + sum(i * stride for i, stride in cells)
             copy = Copy(piece.offset, target, piece.size, piece.strides, self._strides)
-            yield piece.origin, copy
+            yield piece.origin, copy.simplified()
 
-    def write(self, copy: Copy, origin: Origin, dtype: torch.dtype) -> set[Source]:
-        """A copy from ``origin`` went to places of this memory, as elements of ``dtype``.
+    def write(self, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
+        """A copy from ``origin`` went to places of this memory, as elements of ``dtype``."""
+        self._written.append((copy, origin.cast(dtype)))
 
-        Returns the sources of what it replaced anywhere. Raises ``ValueError`` if it is no copy
-        between regions at constant strides.
-        """
-        replaced: set[Source] = set()
+    def _are_runs(self) -> bool:
+        """Whether all that was written are runs of elements that do not overlap."""
+        end, last = self.view.offset, self.view.offset + self.numel
+        itemsize = self.view.dtype.itemsize
+        if not is_dense(self.view.sizes, self.view.strides):
+            return False
+        for copy, origin in sorted(self._written, key=_target):
+            if copy.target < end or origin.arrives_as.itemsize != itemsize:
+                return False
+            if not is_dense(copy.sizes, copy.target_strides):
+                return False
+            end = copy.target + copy.numel
+        return end <= last
+
+    def _fill_grid(self) -> None:
+        written, self._written = self._written, []
+        for copy, origin in written:
+            self._write_on_grid(copy, origin)
+
+    def _write_on_grid(self, copy: Copy, origin: Origin) -> None:
+        self._is_gridded = True
         there = zip(copy.sizes, copy.target_strides, copy.source_strides, strict=True)
-        for new in self._place(copy.target, list(there), copy.source, origin.cast(dtype)):
+        for new in self._place(copy.target, list(there), copy.source, origin):
             for old in self._near(new):
                 if (common := old.within(new)) is not None:
                     self._rows[old.row].remove(old)
                     self._add(old.without(common))
-                    if old.origin.source is not None:
-                        replaced.add(old.origin.source)
+                    if old.origin.source is not None and old.origin.source != origin.source:
+                        self.overwritten.add(old.origin.source)
             self._add([new])
-        return replaced
 
     def read(self, copy: Copy, dtype: torch.dtype) -> list[tuple[Origin, Copy]]:
         """The origins of a copy whose source is in this memory, as elements of ``dtype``: the same
         as copies from there. Raises ``ValueError`` if part of it has no origin."""
+        self._fill_grid()
         dims = zip(copy.sizes, copy.source_strides, copy.target_strides, strict=True)
         copies, found = [], 0
         for asked in self._place(copy.source, list(dims), copy.target, Origin(None, dtype)):
@@ -275,6 +318,10 @@ class Canvas:
                 for piece in pieces:
                     self._add(piece.split(d, length))
                 return
+
+
+def _target(written: tuple[Copy, Origin]) -> int:
+    return written[0].target
 
 
 def _put(cells: Cells, d: int, *values: int) -> Cells:

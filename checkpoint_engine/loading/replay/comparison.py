@@ -95,36 +95,70 @@ class Comparison:
 
 
 def _digests(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([digest(tensor) for tensor in tensors])
+    """Of tensors of one dtype, in order. Many small ones are gathered first: they would cost more
+    than their bytes."""
+    if len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) > _GATHERED * len(tensors):
+        return torch.stack([digest(tensor) for tensor in tensors])
+    return digest(torch.cat([_bits(tensor).reshape(-1) for tensor in tensors]))
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Tells tensors of one shape apart, by bits and their places, at the speed of memory.
+    """Tells tensors of one shape and dtype apart, by bits and their places, at the speed of memory.
 
-    It is the sum of all words, or of the sums of rows and of columns where there are many, times
-    factors that are odd and depend on the place.
+    It is the sum of all words of 8 bytes times factors that are odd and depend on the place, plus
+    that of their topmost bits, which such a sum alone would not tell apart. Where there are many,
+    words that are a row apart are added up first.
     """
-    words = _bits(tensor.detach())
-    if words.numel() <= _FEW:
-        words = words.reshape(-1).to(torch.int64)
-        return (words * _factors(words)).sum()
-    whole = words.shape[-1] // _BLOCK * _BLOCK
-    if whole:  # one pass instead of two
-        sums = words[..., :whole].unflatten(-1, (-1, _ROWS, _ROW)).sum(dim=-2, dtype=torch.int64)
-        return digest(sums) + 3 * digest(words[..., whole:])
-    columns = words.sum(dim=tuple(range(words.dim() - 1)), dtype=torch.int64)
-    rows = words.sum(dim=-1, dtype=torch.int64).flatten()
-    return (columns * _factors(columns)).sum() + 5 * (rows * _factors(rows)).sum()
+    tensor = tensor.detach().squeeze()
+    largest = _LARGEST[tensor.device.type == "cpu"]
+    if tensor.nbytes > largest and tensor.dim() and len(tensor) > 1:
+        each = max(1, len(tensor) * largest // tensor.nbytes)
+        sums = torch.stack([digest(part) for part in tensor.split(each)])
+        return _weighted(sums)
+    flat = _bits(tensor).contiguous().view(-1).view(torch.uint8)
+    if flat.numel() % 8 or flat.storage_offset() % 8:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    return _digest_of_words(flat.view(torch.int64))
 
 
 _ROWS, _ROW = 16, 2047  # an odd length: rows of a matrix do not lie at multiples of it
 _BLOCK = _ROWS * _ROW
 _FEW = 2 * _BLOCK
+_LARGEST = {True: 4 << 20, False: 256 << 20}
+"""Bytes that are summed up at a time, and copied first if they do not lie one behind the other; on
+CPUs, so few that they stay in a cache."""
+_GATHERED = 64 << 10
 
 
-def _factors(sums: torch.Tensor) -> torch.Tensor:
-    places = torch.arange(1, len(sums) + 1, device=sums.device)
-    return (places * places * 0x1E3779B97F4A7C15 + places * 0x14D049BB133111EB) * 2 + 1
+def _digest_of_words(words: torch.Tensor) -> torch.Tensor:
+    if len(words) <= _FEW:
+        halves = words.view(torch.int32).to(torch.int64)
+        return _weighted(halves)
+    whole = len(words) // _BLOCK * _BLOCK
+    sums = words[:whole].view(-1, _ROWS, _ROW).sum(dim=1).view(-1)
+    rest = words[whole:]
+    signs = words[:whole] < 0  # a multiple of 8
+    return (
+        _digest_of_words(sums)
+        + 3 * _digest_of_words(signs.view(torch.int64))
+        + 5 * _digest_of_words(rest)
+    )
+
+
+def _weighted(sums: torch.Tensor) -> torch.Tensor:
+    return (sums * _factors(len(sums), sums.device)).sum()
+
+
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    if device not in _of_devices:
+        places = torch.arange(1, 2 * _FEW + 1, device=device)
+        _of_devices[device] = (
+            places * places * 0x1E3779B97F4A7C15 + places * 0x14D049BB133111EB
+        ) * 2 + 1
+    return _of_devices[device][:count]
+
+
+_of_devices: dict[torch.device, torch.Tensor] = {}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

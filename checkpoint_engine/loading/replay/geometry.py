@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,9 @@ class View(NamedTuple):
     @property
     def span(self) -> tuple[int, int]:
         """The first byte of the storage that it uses, and the byte after the last one."""
-        cells = 1 + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
-        begin = self.offset * self.dtype.itemsize
-        return begin, begin + cells * self.dtype.itemsize * (0 not in self.sizes)
+        itemsize = self.dtype.itemsize
+        begin = self.offset * itemsize
+        return begin, begin + _extent(self.sizes, self.strides) * itemsize
 
     def overlaps(self, other: View) -> bool:
         """Whether the spans of two views of one storage have a byte in common."""
@@ -69,14 +70,7 @@ class Copy(NamedTuple):
     def simplified(self) -> Copy:
         """The same elements with as few dimensions as possible; the last one has the smallest
         stride in the target."""
-        dims = zip(self.target_strides, self.source_strides, self.sizes, strict=True)
-        merged: list[tuple[int, int, int]] = []
-        for target, source, size in sorted((dim for dim in dims if dim[2] != 1), reverse=True):
-            if merged and merged[-1][:2] == (target * size, source * size):
-                size *= merged.pop()[2]
-            merged.append((target, source, size))
-        targets, sources, sizes = zip(*merged, strict=True) if merged else ((), (), ())
-        return Copy(self.source, self.target, sizes, sources, targets)
+        return Copy(self.source, self.target, *_simplest(*self[2:]))
 
     def repeated(self, times: int, apart: tuple[int, int]) -> Copy:
         """``times`` copies whose sources and targets are ``apart``, as one."""
@@ -104,6 +98,42 @@ class Copy(NamedTuple):
             (*(s // times for s in self.source_strides[:-1]), 1),
             (*(s // times for s in self.target_strides[:-1]), 1),
         )
+
+
+Dims = tuple[int, ...]
+
+
+@lru_cache(4096)
+def _simplest(sizes: Dims, source_strides: Dims, target_strides: Dims) -> tuple[Dims, Dims, Dims]:
+    """As of ``Copy.simplified``. Models repeat a few shapes thousands of times."""
+    dims = zip(target_strides, source_strides, sizes, strict=True)
+    merged: list[tuple[int, int, int]] = []
+    for target, source, size in sorted((dim for dim in dims if dim[2] != 1), reverse=True):
+        if merged and merged[-1][:2] == (target * size, source * size):
+            size *= merged.pop()[2]
+        merged.append((target, source, size))
+    targets, sources, sizes = zip(*merged, strict=True) if merged else ((), (), ())
+    return sizes, sources, targets
+
+
+@lru_cache(4096)
+def _extent(sizes: Dims, strides: Dims) -> int:
+    """The elements from the first one to the last one."""
+    if 0 in sizes:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+@lru_cache(4096)
+def is_dense(sizes: Dims, strides: Dims) -> bool:
+    """Whether elements lie one behind the other, in whatever order of dimensions."""
+    within = 1
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size != 1:
+            if stride != within:
+                return False
+            within *= size
+    return True
 
 
 def coalesced(copies: Iterable[Copy]) -> list[Copy]:

@@ -8,7 +8,9 @@ and buffer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+import gc
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -202,12 +204,13 @@ class _Learning(ModelUpdate):
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
-        if self._before is not None:
-            for placement in placements_of(weights, received):
-                self._comparison.expect(self._before.program_for(placement), placement.buffer)
-        if not self._model.is_persistent:
-            self._recorder.rebind(self._model.tensors())
-        super().load(weights, received)
+        with _collector_at_rest():
+            if self._before is not None:
+                for placement in placements_of(weights, received):
+                    self._comparison.expect(self._before.program_for(placement), placement.buffer)
+            if not self._model.is_persistent:
+                self._recorder.rebind(self._model.tensors())
+            super().load(weights, received)
 
     def _load_weights(self, weights: NamedTensors) -> Any:
         if self._recorder.failure:
@@ -239,6 +242,10 @@ class _Learning(ModelUpdate):
         return set() if self._recording is None else self._recording.unused
 
     def finish(self) -> None:
+        with _collector_at_rest():
+            self._finish()
+
+    def _finish(self) -> None:
         recording = self._recorder.finish(self._model.refuses)
         if recording is None:
             self.reason = self._recorder.failure
@@ -386,6 +393,19 @@ class _Replaying(ModelUpdate):
         for fill in self._recording.fills.get(module, ()):
             storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
             fill.view.in_storage(storage).fill_(fill.value)
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """A recording is made of many small objects. Python's collector would go through all objects of
+    the engine again and again while they are made, and find nothing."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()
 
 
 def _fingerprint(model: ModelAdapter, version: str) -> Hashable:

@@ -7,6 +7,8 @@ numbers that it made. Anything else is unknown, and may not be written.
 from __future__ import annotations
 
 import gc
+import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,17 +61,48 @@ class Known:
     """What is known of one storage.
 
     Attributes:
-        source: the tensor of the checkpoint that it holds.
+        given: the tensors of the checkpoint that it holds: the first byte, the byte after the last
+            one, and the tensor; they do not overlap.
         traced: the tensors in it that a loader may copy into.
         model: the model's tensors in it, which a loader may look at until something is written.
         is_numbers: it holds what Python had, and nothing of the checkpoint or the model.
     """
 
     storage: Any = None
-    source: Source | None = None
+    given: list[tuple[int, int, Source]] = field(default_factory=list)
     traced: list[Traced] = field(default_factory=list)
     model: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
     is_numbers: bool = False
+
+    def given_at(self, view: View) -> tuple[Source, int]:
+        """The tensor of the checkpoint that a view is of, and where it begins, in elements of the
+        view's dtype."""
+        first, last = view.span
+        begin, end, source = self._nearest(first)
+        start, odd = divmod(begin, view.dtype.itemsize)
+        if odd or not begin <= first <= last <= end:
+            raise ValueError("it reaches beyond a tensor of the checkpoint")
+        return source, start
+
+    def trace(self, view: View) -> Traced | None:
+        """What is traced of the memory of a view. A canvas refuses what reaches beyond it."""
+        if len(self.traced) == 1:
+            return self.traced[0]
+        return next((one for one in self.traced if one.canvas.view.overlaps(view)), None)
+
+    def called(self, view: View) -> str:
+        """For messages: what a view of it is a part of."""
+        if self.given:
+            return self._nearest(view.span[0])[2].name
+        for traced in self.traced:
+            if traced.slots:
+                return traced.slots[0].qualified
+            for source in traced.canvas.sources:
+                return f"a copy of {source.name}"
+        return self.model[0][0].qualified if self.model else "a tensor"
+
+    def _nearest(self, first: int) -> tuple[int, int, Source]:
+        return self.given[max(0, bisect_right(self.given, (first, math.inf)) - 1)]
 
 
 _UNKNOWN = Known()
@@ -81,6 +114,7 @@ class KnownMemory:
     def __init__(self, tensors: SlotTensors, model: SlotTensors) -> None:
         """As of ``Recorder``."""
         self._known: dict[int, Known] = {}
+        self._passing: set[int] = set()  # of those, what is neither the model's nor the engine's
         self._traced: list[Traced] = []
         self._bucket: set[Source] = set()
         self._copied: set[Source] = set()
@@ -98,14 +132,17 @@ class KnownMemory:
 
     def copy(self, target: torch.Tensor, source: Any) -> None:
         """``target`` was filled from a tensor, broadcast and converted, or with a number."""
-        is_number = not isinstance(source, torch.Tensor) or self._is_numbers(source)
-        if not target.numel() or (is_number and self._is_numbers(target)):
+        into = self._find(target)
+        known = self._find(source) if isinstance(source, torch.Tensor) else None
+        is_number = known is None or known.is_numbers
+        if not target.numel() or (is_number and into.is_numbers):
             return
-        traced, view = self._trace(target), View.of(target)
+        view = View.of(target)
+        traced = into.trace(view)
         if traced is None:
             raise ValueError("into memory that is no parameter or buffer")
-        for origin, copy in self._origins_of(source, view):
-            self._write(traced, copy, origin, target.dtype)
+        for origin, copy in self._origins_of(source, known, view):
+            self._write(traced, copy, origin, view.dtype)
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -124,28 +161,30 @@ class KnownMemory:
             self.make(result)
             self.copy(result, source)
 
-    def _origins_of(self, source: Any, into: View) -> list[tuple[Origin, Copy]]:
-        """Where what went ``into`` a view is from."""
+    def _origins_of(
+        self, source: Any, known: Known | None, into: View
+    ) -> list[tuple[Origin, Copy]]:
+        """Where what went ``into`` a view is from; ``known``: of a source that is a tensor."""
         number = Origin(None, into.dtype, (), source)
-        if isinstance(source, torch.Tensor):
-            given, traced = self._find(source).source, self._trace(source)
-            out_of = View.of(source.expand(into.sizes))
+        if known is not None:
+            out_of = View.of(source if source.shape == into.sizes else source.expand(into.sizes))
+            if known.given:
+                given, start = known.given_at(out_of)
+                places = out_of.offset - start, into.offset, into.sizes
+                return [(Origin(given, source.dtype), Copy(*places, out_of.strides, into.strides))]
             copy = Copy(out_of.offset, into.offset, into.sizes, out_of.strides, into.strides)
-            if given is not None:
-                return [(Origin(given, source.dtype), copy)]
-            if traced is not None:
+            if (traced := known.trace(out_of)) is not None:
                 found = traced.canvas.read(copy, source.dtype)
                 self._together |= len({origin.source for origin, _ in found} - {None}) > 1
                 return found
-            if source.dim() or not self._is_numbers(source):
+            if source.dim() or not known.is_numbers:
                 raise ValueError("its values are neither constant nor from the checkpoint")
             number = Origin(None, source.dtype, (), source.item())
         return [(number, Copy(0, into.offset, into.sizes, (0,) * len(into.sizes), into.strides))]
 
     def _write(self, traced: Traced, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
-        replaced = traced.canvas.write(copy, origin, dtype)
+        traced.canvas.write(copy, origin, dtype)
         if (source := origin.source) is not None:
-            replaced.discard(source)
             # Back after another tensor's turn, or kept from another bucket: it waited for others.
             is_back = source in self._copied and source != self._last_copied
             self._together |= is_back or source not in self._bucket
@@ -154,14 +193,12 @@ class KnownMemory:
             traced.wrote.add(source)
             if traced.slots:
                 self._last_write = [(source, traced.slots[0].module)]
-        if replaced and traced.slots:
-            first = min(source.name for source in replaced)
-            traced.broken = traced.broken or f"what {first} wrote was written over"
 
     # ------------------------------------------------------------------ whose memory it is
 
     def _add_slot(self, slot: Slot, tensor: torch.Tensor) -> None:
         known, view = self._remember(tensor), View.of(tensor)
+        self._passing.discard(tensor.untyped_storage()._cdata)
         try:
             traced = Traced(Canvas(view), [slot], tensor.is_meta)
         except ValueError:
@@ -185,11 +222,21 @@ class KnownMemory:
         known = self._known.get(storage._cdata)
         if known is None or known.storage.expired():
             known = self._known[storage._cdata] = Known(StorageWeakRef(storage))
+            self._passing.add(storage._cdata)
         return known
 
-    def _forget_the_dead(self) -> None:
-        """Drop what is known of storages that are gone."""
-        self._known = {key: one for key, one in self._known.items() if not one.storage.expired()}
+    def _alive(self) -> list[Known]:
+        """What is known of storages that are neither the model's nor gone, which is forgotten."""
+        alive = []
+        for key in list(self._passing):
+            if (known := self._known[key]).storage.expired():
+                del self._known[key]
+                self._passing.remove(key)
+            elif known.model:
+                self._passing.remove(key)
+            else:
+                alive.append(known)
+        return alive
 
     def _find(self, tensor: torch.Tensor) -> Known:
         key = key_of(tensor)
@@ -198,21 +245,8 @@ class KnownMemory:
     def _is_numbers(self, tensor: torch.Tensor) -> bool:
         return self._find(tensor).is_numbers
 
-    def _trace(self, tensor: torch.Tensor) -> Traced | None:
-        view = View.of(tensor)
-        every = self._find(tensor).traced
-        return next((one for one in every if one.canvas.view.overlaps(view)), None)
-
     def _called(self, tensor: torch.Tensor) -> str:
-        known = self._find(tensor)
-        if known.source is not None:
-            return known.source.name
-        for traced in known.traced:
-            if traced.slots:
-                return traced.slots[0].qualified
-            for source in traced.canvas.sources:
-                return f"a copy of {source.name}"
-        return known.model[0][0].qualified if known.model else "a tensor"
+        return self._find(tensor).called(View.of(tensor))
 
 
 def key_of(tensor: torch.Tensor) -> int | None:

@@ -82,6 +82,7 @@ LOOK_AT_NO_VALUES: set[Any] = {
     _aten.is_pinned.default,
     _aten.record_stream.default,
 }
+COPY = _aten.copy_.default
 READ_A_NUMBER = _aten._local_scalar_dense.default
 
 
@@ -109,6 +110,14 @@ _PROPERTIES = (
     "shape dtype device layout ndim itemsize nbytes data T mT requires_grad grad is_leaf "
     "is_meta is_cpu is_cuda is_sparse is_quantized is_nested"
 )
-FUNCTIONS |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()}
+_LOOKS_LIKE = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()}
+FUNCTIONS |= _LOOKS_LIKE
+QUICK = _LOOKS_LIKE | _named(
+    "size dim ndimension stride numel nelement element_size storage_offset __len__ is_contiguous "
+    "is_floating_point is_complex get_device "
+    "view t transpose permute narrow select __getitem__ __iter__ chunk split unbind squeeze "
+    "unsqueeze expand detach"
+)
+"""Those that can give no more than views and shapes, if no argument but the first is a tensor."""
 LOOKS = _named("item tolist __int__ __index__ __float__ __bool__")
 """What may be called with numbers of the model as it was before, as a map of experts."""

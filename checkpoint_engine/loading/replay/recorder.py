@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.loading.replay import operations
 from checkpoint_engine.loading.replay.canvas import Source
-from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import KnownMemory, Slot, SlotTensors, Traced, key_of
 from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Recording
 
@@ -56,17 +56,21 @@ class Recorder(KnownMemory):
     # ------------------------------------------------------------------ the update as it goes
 
     def offer(self, weights: NamedTensors) -> NamedTensors:
-        """The same tensors, each with a storage of its own over the same memory."""
+        """The same tensors over the same memory, in storages that nobody else has."""
         self._bucket = set()
         offered = []
-        for name, tensor in weights:
+        for (name, tensor), alias in zip(weights, _aliases(weights), strict=True):
             if name in self._sources:
                 self.give_up(f"{name} came twice")
             source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
-            alias = _alias(tensor)
-            self._remember(alias).source = self._sources[name] = source
+            self._sources[name] = source
             self._bucket.add(source)
             offered.append((name, alias))
+            if nbytes := alias.nbytes:
+                begin = alias.storage_offset() * alias.itemsize
+                self._remember(alias).given.append((begin, begin + nbytes, source))
+        for known in self._alive():
+            known.given.sort()
         return offered
 
     @contextlib.contextmanager
@@ -76,10 +80,10 @@ class Recorder(KnownMemory):
             self.give_up("this thread has a profiler, whose place the recorder needs")
             yield
             return
-        with _Functions(self), _Operations(self):
+        with _Functions(self) as functions, _Operations(self):
             with self.paused():
                 torch.empty(0)  # under a mode, the first operation of a process imports a lot
-            with _noticing(self.give_up):
+            with self._noticing(functions):
                 yield
 
     @contextlib.contextmanager
@@ -103,6 +107,36 @@ class Recorder(KnownMemory):
             self._counts[source][module] += numel
         return numel, result
 
+    @contextlib.contextmanager
+    def _noticing(self, functions: _Functions) -> Iterator[None]:
+        """Give up when this thread works with another one, or without torch's modes, where nobody
+        sees what is read."""
+        held: set[int] = set()
+
+        def notice(frame: Any, event: Any, function: Any) -> None:
+            if event != "c_call" or functions.is_in_view:
+                return
+            owner = getattr(function, "__self__", None)
+            if type(owner) in _HARMLESS:
+                return
+            name = function.__name__
+            if (
+                function in _GOES_ELSEWHERE
+                or (isinstance(owner, torch.Tensor) and not _modes_see())
+                or (type(owner) is SimpleQueue and name == "put")
+                or (type(owner) is _Lock and _meets_others(id(owner), name, held))
+            ):
+                reason = f"calls {function.__qualname__} where nobody sees what it does"
+                self.give_up(f"the loader {reason}")
+
+        # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would
+        # change them for the whole program.
+        sys.setprofile(notice)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
     def rebind(self, tensors: SlotTensors) -> None:
         """Slots that have other memory now, of the same shape."""
         every = {slot: traced for traced in self._traced for slot in traced.slots}
@@ -116,23 +150,21 @@ class Recorder(KnownMemory):
 
     def settle(self) -> list[str]:
         """A bucket is loaded. Returns the names of the tensors that the loader keeps."""
-        self._forget_the_dead()
-        if any(known.source for known in self._known.values()):
+        if any(known.given for known in self._alive()):
             gc.collect()
-            self._forget_the_dead()
-        return [known.source.name for known in self._known.values() if known.source is not None]
+        return [known.given[0][2].name for known in self._alive() if known.given]
 
     def finish(self, refused: Callable[[Slot], str | None] = lambda _: None) -> Recording | None:
         """What was seen; ``None`` if not everything that happened is known.
 
         ``refused``: why a slot that was written needs the engine's own loader, where it does.
         """
-        gc.collect()
         for name in self.settle():
             self.give_up(f"the loader keeps {name}")
-        for known in self._known.values():
-            for source in (s for one in known.traced if not one.slots for s in one.canvas.sources):
-                self.give_up(f"the loader keeps a copy of {source.name}")
+        if self._copies_alive():
+            gc.collect()
+        for source in self._copies_alive():
+            self.give_up(f"the loader keeps a copy of {source.name}")
         fed = {module for traced in self._traced if traced.wrote for module in traced.modules}
         for traced in self._traced:
             self._judge(traced, fed)
@@ -148,11 +180,16 @@ class Recorder(KnownMemory):
             recording.add(traced, shared)
         return recording
 
+    def _copies_alive(self) -> list[Source]:
+        """What the loader has copies of, of its own."""
+        made = (one for known in self._alive() for one in known.traced if not one.slots)
+        return [source for one in made for source in one.canvas.sources]
+
     @property
     def written(self) -> set[str] | None:
         """The tensors of the model that something was written into; ``None``: it is not known."""
         written = (
-            slot for traced in self._traced if traced.canvas.covered for slot in traced.slots
+            slot for traced in self._traced if traced.canvas.is_written for slot in traced.slots
         )
         return None if self.failure else {slot.qualified for slot in written}
 
@@ -177,19 +214,32 @@ class Recorder(KnownMemory):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what it did. The loader goes on whatever happens in here."""
         result = func(*args, **kwargs)
-        if self._is_paused or self.failure or func in operations.VIEWS:
-            return result
+        if not (self._is_paused or self.failure or func in operations.VIEWS):
+            self._note(func, args, kwargs, result)
+        return result
+
+    def copy_quickly(self, args: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Do what most of a loader's calls that are no views do."""
+        with _unnoticed():
+            with _hidden_from_modes(_MODES):
+                target = args[0].copy_(args[1])
+            if not (self._is_paused or self.failure):
+                self._note(operations.COPY, args, {}, target)
+            return target
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._is_paused = True
         try:
-            self._note(func, args, kwargs, result)
+            self._note_what_it_did(func, args, kwargs, result)
         except Exception as error:
             names = [self._called(tensor) for tensor in _tensors_in((args, kwargs))]
             self.give_up(f"{func} of {', '.join(names)}: {error}")
         finally:
             self._is_paused = False
-        return result
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _note_what_it_did(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         if func in operations.RULES:
             operations.RULES[func](self, result, *args, **kwargs)
         elif func.namespace != "aten":
@@ -207,7 +257,7 @@ class Recorder(KnownMemory):
             known = self._find(tensor)
             if known.is_numbers:
                 continue
-            is_as_before = known.model and not any(one.canvas.covered for one in known.traced)
+            is_as_before = known.model and not any(one.canvas.is_written for one in known.traced)
             if not (is_harmless and is_as_before):
                 return self.give_up(f"{name} was used on {self._called(tensor)}")
             for slot, whole in known.model:
@@ -219,12 +269,18 @@ class Recorder(KnownMemory):
 
         ``fed``: the modules that get anything of the checkpoint, and are seen to in later updates.
         """
-        covered, total = traced.canvas.covered, traced.canvas.numel
-        if not covered:
+        if not traced.canvas.is_written:
             return
         name = traced.slots[0].qualified
+        try:
+            covered, total = traced.canvas.covered, traced.canvas.numel
+        except ValueError as error:
+            return self.give_up(f"{name}: {error}")
         if traced.broken:
             self.give_up(f"{name}: {traced.broken}")
+        if traced.canvas.overwritten:
+            first = min(source.name for source in traced.canvas.overwritten)
+            self.give_up(f"{name}: what {first} wrote was written over")
         if not traced.is_meta and traced.modules.isdisjoint(fed):
             self.give_up(f"{name} was written, but from no tensor of the checkpoint")
         if not traced.is_meta and covered < total:
@@ -252,36 +308,28 @@ class _Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
+        self.is_in_view = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._recorder.call(func, args, kwargs or {})
-
-
-@contextlib.contextmanager
-def _noticing(give_up: Callable[[str], None]) -> Iterator[None]:
-    """Call ``give_up`` when this thread works with another one, or without torch's modes, where
-    nobody sees what is read."""
-    held: set[int] = set()
-
-    def notice(frame: Any, event: Any, function: Any) -> None:
-        if event == "c_call":
-            owner = getattr(function, "__self__", None)
-            name = function.__name__
-            if (
-                function in _GOES_ELSEWHERE
-                or (isinstance(owner, torch.Tensor) and not _modes_see())
-                or (type(owner) is SimpleQueue and name == "put")
-                or (type(owner) is _Lock and _meets_others(id(owner), name, held))
-            ):
-                give_up(f"the loader calls {function.__qualname__} where nobody sees what it does")
-
-    # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would change
-    # them for the whole program.
-    sys.setprofile(notice)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
+        # Most calls make views or ask for shapes, and whatever this costs is paid by each of them,
+        # twice for a function of Python's. So they stay in here, and nobody else looks at them.
+        if kwargs or not args or type(args[0]) not in _TENSORS:
+            return self._recorder.call(func, args, kwargs or {})
+        if func not in operations.QUICK:
+            if func is torch.Tensor.copy_ and _is_copy(args) and _count_modes() == 1:
+                return self._recorder.copy_quickly(args)
+            return self._recorder.call(func, args, {})
+        for one in args[1:]:
+            if type(one) not in _PLAIN:
+                for part in one if type(one) is tuple else (one,):
+                    if type(part) not in _PLAIN and not _is_plain_slice(part):
+                        return self._recorder.call(func, args, {})
+        self.is_in_view = True
+        try:
+            with _hidden_from_modes(_MODES):
+                return func(*args)
+        finally:
+            self.is_in_view = False
 
 
 class _unnoticed:  # noqa: N801
@@ -297,7 +345,22 @@ class _unnoticed:  # noqa: N801
 
 _Lock = type(threading.Lock())
 _modes_see = torch._C._is_torch_function_mode_enabled
+_hidden_from_modes = torch._C._ExcludeDispatchKeyGuard
+_count_modes = torch._C._len_torch_dispatch_stack
+_MODES = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+_HARMLESS = {str, dict, list, tuple, set, int}
+"""Whose methods meet no other thread."""
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, nor list
 _GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
+
+
+def _is_copy(args: tuple[Any, ...]) -> bool:
+    return len(args) == 2 and type(args[1]) in _TENSORS
+
+
+def _is_plain_slice(one: Any) -> bool:
+    return type(one) is slice and {type(one.start), type(one.stop), type(one.step)} <= _PLAIN
 
 
 def _meets_others(lock: int, name: str, held: set[int]) -> bool:
@@ -309,6 +372,38 @@ def _meets_others(lock: int, name: str, held: set[int]) -> bool:
         return has_it
     held.discard(lock)
     return name == "release" and not has_it
+
+
+def _aliases(weights: NamedTensors) -> list[torch.Tensor]:
+    """The same tensors over the same memory, in new storages: one for those of one storage, unless
+    they overlap."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, (_, tensor) in enumerate(weights):
+        is_plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        places[tensor.untyped_storage()._cdata if is_plain else -place].append(place)
+    found: dict[int, torch.Tensor] = {}
+    for key, some in places.items():
+        tensors = [weights[place][1] for place in some]
+        if key > 0 and len(some) > 1 and not _overlap(tensors):
+            found.update(zip(some, _in_one_storage(tensors), strict=True))
+        else:
+            found.update(zip(some, map(_alias, tensors), strict=True))
+    return [found[place] for place in range(len(weights))]
+
+
+def _overlap(tensors: list[torch.Tensor]) -> bool:
+    begins = sorted((one.storage_offset() * one.itemsize, one.nbytes) for one in tensors)
+    pairs = zip(begins, begins[1:], strict=False)
+    return any(begin + nbytes > following for (begin, nbytes), (following, _) in pairs)
+
+
+def _in_one_storage(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    whole = _alias(whole_storage(tensors[0], torch.uint8))
+    flat = {one.dtype: whole for one in tensors}
+    for dtype in flat:
+        flat[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
+    for one in tensors:
+        yield flat[one.dtype].as_strided(one.shape, one.stride(), one.storage_offset())
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:

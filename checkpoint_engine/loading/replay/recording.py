@@ -52,14 +52,14 @@ def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> lis
     found: dict[int, Placement] = {}
     start = 0 if received is None else int(received.buffer.storage_offset())
     for name, tensor in weights:
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        if storage._cdata not in found:
+        tensor = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+        key = tensor.untyped_storage()._cdata
+        if (placement := found.get(key)) is None:
             buffer = whole_storage(tensor, torch.uint8) if received is None else received.buffer
-            found[storage._cdata] = Placement(None, buffer, [])
+            placement = found[key] = Placement(None, buffer, [])
         source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
         offset = int(tensor.storage_offset()) * tensor.itemsize - start
-        found[storage._cdata].placed.append(Placed(source, offset))
+        placement.placed.append(Placed(source, offset))
     message = None if received is None else received.message
     return [one._replace(key=message or tuple(one.placed)) for one in found.values()]
 
@@ -234,11 +234,9 @@ class Recording:
     programs: dict[Hashable, Program] = field(default_factory=dict)
 
     def add(self, traced: Traced, shared: dict[Any, Any]) -> None:
-        """What was copied into a slot. Models repeat a few shapes thousands of times: ``shared``
-        has each once."""
+        """What was copied into a slot. ``shared`` has each route once."""
         slot = traced.slots[0]  # tied weights: the others have the same memory
         for origin, copy in traced.canvas.contents():
-            copy = Copy(*(shared.setdefault(one, one) for one in copy.simplified()))
             if origin.source is not None:
                 route = Route(slot, origin.dtype, origin.casts)
                 entry = Entry(shared.setdefault(route, route), copy)
@@ -256,13 +254,18 @@ class Recording:
 
     def does_as(self, other: Recording) -> bool:
         """Whether both are of the same deeds, whatever order the tensors came in."""
-        return self._deeds == other._deeds
+        return self._deeds == other._deeds and (
+            self.entries == other.entries or self._unordered == other._unordered
+        )
+
+    @property
+    def _unordered(self) -> dict[Source, frozenset[Entry]]:
+        return {source: frozenset(entries) for source, entries in self.entries.items()}
 
     @property
     def _deeds(self) -> Any:
         fills = (fill for some in self.fills.values() for fill in some)
         return (
-            {source: frozenset(entries) for source, entries in self.entries.items()},
             {(*fill[:2], repr(fill.value)) for fill in fills},  # a NaN is one, 0.0 is not -0.0
             self.counts,
             self.constants.keys(),
@@ -282,18 +285,23 @@ class Recording:
         Raises:
             ValueError: a tensor lies between elements of its dtype.
         """
-        known = [placed for placed in bucket if placed.source in self.entries]
+        known, unknown = [], []
         copies: dict[str, dict[Route, list[Copy]]] = defaultdict(lambda: defaultdict(list))
         nbytes, numel = Counter[str](), Counter[str]()
-        for source, offset in known:
-            for route, copy in self.entries[source]:
+        for placed in bucket:
+            source, offset = placed
+            if (entries := self.entries.get(source)) is None:
+                unknown.append(placed)
+                continue
+            known.append(source.name)
+            for route, copy in entries:
                 begin, odd = divmod(offset, route.dtype.itemsize)
                 if odd:
                     raise ValueError(f"tensor {source.name!r} lies at {offset}")
-                moved = copy._replace(source=begin + copy.source)
-                copies[route.slot.module][route].append(moved)
+                copies[route.slot.module][route].append(Copy(begin + copy.source, *copy[1:]))
                 nbytes[route.slot.module] += source.nbytes
-            numel.update(self.counts.get(source, {}))
+            if source in self.counts:
+                numel.update(self.counts[source])
         parts = []
         for module in {**numel, **nbytes}:
             moves = [Move.of(route, some) for route, some in copies[module].items()]
@@ -302,8 +310,8 @@ class Recording:
             tensors=len(bucket),
             nbytes=sum(placed.source.nbytes for placed in bucket),
             parts=parts,
-            names=frozenset(placed.source.name for placed in known),
-            unknown=[placed for placed in bucket if placed.source not in self.entries],
+            names=frozenset(known),
+            unknown=unknown,
         )
 
     def written(self, bucket: list[Program] | None = None) -> set[Slot]:
