@@ -274,6 +274,12 @@ def index(rng: random.Random, p: int) -> Action:
             lambda t: t[t[:, 0] >= 0][0],
             lambda t: t.index_select(0, flag(t).long().view(1))[0],
             lambda t: t.narrow(0, int(flag(t)), 1)[0],
+            lambda t: t.narrow(0, flag(t).long(), 1)[0],
+            lambda t: t[flag(t).long() :][0],
+            lambda t: t[flag(t).long(), :],
+            lambda t: t[[2]][0],
+            lambda t: t[((2, 1), (0, 3))].repeat(2),
+            lambda t: t[True][0][2],
         ]
     )
     return lambda m, t: m.parts[p].w.data.copy_(look(t).expand(SIDE, SIDE))

@@ -43,7 +43,7 @@ class Origin(NamedTuple):
 
     @property
     def arrives_as(self) -> torch.dtype:
-        return (self.dtype, *self.casts)[-1]
+        return self.casts[-1] if self.casts else self.dtype
 
     def cast(self, dtype: torch.dtype) -> Origin:
         """Converted to another dtype by value."""

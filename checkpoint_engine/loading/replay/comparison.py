@@ -123,7 +123,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 
 _ROWS, _ROW = 16, 2047  # an odd length: rows of a matrix do not lie at multiples of it
 _BLOCK = _ROWS * _ROW
-_FEW = 2 * _BLOCK
+_FEW = _BLOCK - 1
 _LARGEST = {True: 4 << 20, False: 256 << 20}
 """Bytes that are summed up at a time, and copied first if they do not lie one behind the other; on
 CPUs, so few that they stay in a cache."""

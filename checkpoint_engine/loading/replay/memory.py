@@ -41,14 +41,14 @@ class Traced:
     Attributes:
         slots: whose it is, several where weights are tied; empty if the loader made it.
         is_meta: it has no memory: it was made for this update, and is filled as it was.
-        wrote: the sources that were copied into it.
+        is_fed: something of the checkpoint was copied into it.
         broken: why what was done to it cannot be done again.
     """
 
     canvas: Canvas
     slots: list[Slot] = field(default_factory=list)
     is_meta: bool = False
-    wrote: set[Source] = field(default_factory=set)
+    is_fed: bool = False
     broken: str = ""
 
     @property
@@ -116,9 +116,9 @@ class KnownMemory:
         self._known: dict[int, Known] = {}
         self._passing: set[int] = set()  # of those, what is neither the model's nor the engine's
         self._traced: list[Traced] = []
-        self._bucket: set[Source] = set()
-        self._copied: set[Source] = set()
-        self._last_copied: Source | None = None
+        self._bucket: set[str] = set()
+        self._copied: set[str] = set()
+        self._last_copied = ""
         self._last_write: list[tuple[Source, str]] = []
         self._together = False
         for slot, tensor in model:
@@ -184,15 +184,16 @@ class KnownMemory:
 
     def _write(self, traced: Traced, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
         traced.canvas.write(copy, origin, dtype)
-        if (source := origin.source) is not None:
+        if origin.source is not None:
+            name = origin.source.name
             # Back after another tensor's turn, or kept from another bucket: it waited for others.
-            is_back = source in self._copied and source != self._last_copied
-            self._together |= is_back or source not in self._bucket
-            self._copied.add(source)
-            self._last_copied = source
-            traced.wrote.add(source)
+            is_back = name in self._copied and name != self._last_copied
+            self._together |= is_back or name not in self._bucket
+            self._copied.add(name)
+            self._last_copied = name
+            traced.is_fed = True
             if traced.slots:
-                self._last_write = [(source, traced.slots[0].module)]
+                self._last_write = [(origin.source, traced.slots[0].module)]
 
     # ------------------------------------------------------------------ whose memory it is
 

@@ -107,17 +107,25 @@ FUNCTIONS = _named(
 """What may be called with any tensor. Where an argument is a tensor that stands for a number, the
 dispatcher sees it read."""
 _PROPERTIES = (
-    "shape dtype device layout ndim itemsize nbytes data T mT requires_grad grad is_leaf "
+    "shape dtype device layout ndim itemsize nbytes requires_grad grad is_leaf "
     "is_meta is_cpu is_cuda is_sparse is_quantized is_nested"
 )
-_LOOKS_LIKE = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()}
-FUNCTIONS |= _LOOKS_LIKE
-QUICK = _LOOKS_LIKE | _named(
+
+
+def _getters(names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names.split()}
+
+
+SHAPES = _getters(_PROPERTIES) | _named(
     "size dim ndimension stride numel nelement element_size storage_offset __len__ is_contiguous "
-    "is_floating_point is_complex get_device "
+    "is_floating_point is_complex get_device"
+)
+"""No operations are behind these."""
+FUNCTIONS |= SHAPES | _getters("data T mT")
+QUICK = _getters("data T mT") | _named(
     "view t transpose permute narrow select __getitem__ __iter__ chunk split unbind squeeze "
     "unsqueeze expand detach"
 )
-"""Those that can give no more than views and shapes, if no argument but the first is a tensor."""
+"""Those that can give no more than views, if no argument but the first is a tensor."""
 LOOKS = _named("item tolist __int__ __index__ __float__ __bool__")
 """What may be called with numbers of the model as it was before, as a map of experts."""

@@ -64,7 +64,7 @@ class Recorder(KnownMemory):
                 self.give_up(f"{name} came twice")
             source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
             self._sources[name] = source
-            self._bucket.add(source)
+            self._bucket.add(source.name)
             offered.append((name, alias))
             if nbytes := alias.nbytes:
                 begin = alias.storage_offset() * alias.itemsize
@@ -165,10 +165,10 @@ class Recorder(KnownMemory):
             gc.collect()
         for source in self._copies_alive():
             self.give_up(f"the loader keeps a copy of {source.name}")
-        fed = {module for traced in self._traced if traced.wrote for module in traced.modules}
+        fed = {module for traced in self._traced if traced.is_fed for module in traced.modules}
         for traced in self._traced:
             self._judge(traced, fed)
-            for slot in traced.slots if traced.wrote else ():
+            for slot in traced.slots if traced.is_fed else ():
                 if reason := refused(slot):
                     self.give_up(f"{slot.qualified}: {reason}")
         if self.failure:
@@ -218,14 +218,10 @@ class Recorder(KnownMemory):
             self._note(func, args, kwargs, result)
         return result
 
-    def copy_quickly(self, args: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Do what most of a loader's calls that are no views do."""
-        with _unnoticed():
-            with _hidden_from_modes(_MODES):
-                target = args[0].copy_(args[1])
-            if not (self._is_paused or self.failure):
-                self._note(operations.COPY, args, {}, target)
-            return target
+    def note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Most of a loader's operations that are no views."""
+        if not (self._is_paused or self.failure):
+            self._note(operations.COPY, (target, source), {}, target)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._is_paused = True
@@ -315,9 +311,16 @@ class _Functions(TorchFunctionMode):
         # twice for a function of Python's. So they stay in here, and nobody else looks at them.
         if kwargs or not args or type(args[0]) not in _TENSORS:
             return self._recorder.call(func, args, kwargs or {})
+        if func in operations.SHAPES:
+            self.is_in_view = True
+            try:
+                return func(*args)
+            finally:
+                self.is_in_view = False
         if func not in operations.QUICK:
-            if func is torch.Tensor.copy_ and _is_copy(args) and _count_modes() == 1:
-                return self._recorder.copy_quickly(args)
+            is_copy = func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS
+            if is_copy and _count_modes() == 1:
+                return self._copy(*args)
             return self._recorder.call(func, args, {})
         for one in args[1:]:
             if type(one) not in _PLAIN:
@@ -325,11 +328,27 @@ class _Functions(TorchFunctionMode):
                     if type(part) not in _PLAIN and not _is_plain_slice(part):
                         return self._recorder.call(func, args, {})
         self.is_in_view = True
+        _hide(_MODES, True)
         try:
-            with _hidden_from_modes(_MODES):
-                return func(*args)
+            return func(*args)
         finally:
+            _hide(_MODES, False)
             self.is_in_view = False
+
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        hook = sys.getprofile()
+        sys.setprofile(None)
+        try:
+            _hide(_MODES, True)
+            try:
+                target.copy_(source)
+            finally:
+                _hide(_MODES, False)
+            self._recorder.note_copy(target, source)
+        finally:
+            sys.setprofile(hook)
+        return target
 
 
 class _unnoticed:  # noqa: N801
@@ -345,18 +364,14 @@ class _unnoticed:  # noqa: N801
 
 _Lock = type(threading.Lock())
 _modes_see = torch._C._is_torch_function_mode_enabled
-_hidden_from_modes = torch._C._ExcludeDispatchKeyGuard
+_hide = torch._C._dispatch_tls_set_dispatch_key_excluded
 _count_modes = torch._C._len_torch_dispatch_stack
-_MODES = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+_MODES = torch._C.DispatchKey.Python
 _HARMLESS = {str, dict, list, tuple, set, int}
 """Whose methods meet no other thread."""
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, nor list
 _GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
-
-
-def _is_copy(args: tuple[Any, ...]) -> bool:
-    return len(args) == 2 and type(args[1]) in _TENSORS
 
 
 def _is_plain_slice(one: Any) -> bool:
