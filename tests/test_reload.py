@@ -193,6 +193,40 @@ def test_what_a_loader_leaves_alone_in_one_call_too_is_left_over() -> None:
         update(worker_of(model), habits, *buckets)
 
 
+class Viewing(Model):
+    """Keeps views of a parameter, whose memory its loader replaces."""
+
+    def __init__(self, new: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("square", self.a.data.view(2, 2), persistent=False)
+        self.tail = self.a.data[1:]
+        self.made_anew = self.a.data[:2]
+        self.new = new
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        for name, tensor in weights:
+            getattr(self, name).data = self.new(tensor)
+        self.made_anew = self.a.data[:2] * 2
+        return {"a", "b"}
+
+
+def test_a_view_of_a_parameter_stays_one() -> None:
+    model = Viewing(torch.clone)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        update(worker_of(model), {}, {"a": value, "b": value})
+        assert torch.equal(model.square, torch.full((2, 2), value))
+        assert torch.equal(model.tail, torch.full((3,), value))
+        assert torch.equal(model.made_anew, torch.full((2,), 2 * value))
+        assert model.square is model.get_buffer("square")
+        assert model.a.untyped_storage()._cdata == model.square.untyped_storage()._cdata
+
+
+def test_a_view_of_a_parameter_that_has_another_form_now_is_an_error() -> None:
+    model = Viewing(lambda tensor: tensor.double())
+    with pytest.raises(RuntimeError, match=r"square was a view of a, .* start it with the new"):
+        update(worker_of(model), {}, {"a": 1.0, "b": 1.0})
+
+
 class Wrapper:
     """As vLLM's for CUDA graphs: no module, but it passes everything on."""
 
@@ -237,3 +271,16 @@ def test_errors_that_cause_each_other_end() -> None:
     first.__cause__, second.__context__ = second, first
     assert _without_frames(first) is first
     assert "second" in first.__notes__[-1]
+
+
+def test_what_neither_loader_nor_engine_tells_is_not_said_to_be_complete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PS_REPLAY", "off")
+    for answer, counts in ((set, {"missing": 1}), (lambda _: None, {})):
+        reload = EngineReload(worker_of(Model(answer)), {})
+        reload.load([("a", torch.ones(4))])
+        reload.finish()
+        assert reload.statement() == {
+            "model": {"tensors": 1, "left_over": 0, "partial": 0} | counts
+        }

@@ -75,8 +75,8 @@ class UpdateReport(BaseModel, frozen=True):
     ``engines`` says of this rank's engine, and if ranks were to be compared of every rank's, what
     its worker states that the update wrote, by model: ``tensors`` that arrived, those of them that
     were ``left_over``, and how many parameters are ``missing`` (nothing was written into them) or
-    ``partial``. Empty where that is unknown: of the original's workers, and with a ``run`` that is
-    a plain function.
+    ``partial``. ``missing`` is left out if neither loader nor engine tells; all is, if nothing is
+    known: of the original's workers, and with a ``run`` that is a plain function.
 
     ``checkpoint_memory`` and ``retained_memory`` are bytes of host memory that this rank's server
     holds at the end: for checkpoints, and kept for later ones. ``trace`` is the trace's file, on

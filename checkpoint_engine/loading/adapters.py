@@ -19,6 +19,7 @@ from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
+from checkpoint_engine.loading.views import parted_views
 from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 
 _ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
@@ -53,6 +54,9 @@ class LoadOver(InPlace):
     def cannot(self) -> str:
         return "" if self._model is self.module else "it is no torch.nn.Module"
 
+    def check(self) -> None:
+        """Raises ``RuntimeError`` if the model cannot be updated; nothing has been written yet."""
+
     def surroundings(self) -> AbstractContextManager[Any]:
         """What loading happens in."""
         return nullcontext()
@@ -67,6 +71,11 @@ class LoadOver(InPlace):
     def partial_layers(self) -> set[str]:
         """The names of layers of which a part has not been loaded, as far as the engine tells."""
         return set()
+
+    def untouched(self) -> set[str] | None:
+        """The parameters of layers that nothing has been loaded into; ``None`` if the engine does
+        not tell."""
+        return None
 
     def finish(self) -> None:
         """After the last tensor."""
@@ -105,6 +114,18 @@ class Layerwise(LoadOver):
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
+
+    def check(self) -> None:
+        restored = {
+            self._names[layer]: info.restore_metadata for layer, info in self._infos.items()
+        }
+        exempt = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())
+        if parted := next(parted_views(self.modules, restored, exempt), None):
+            view, parameter = (slot.qualified for slot in parted)
+            raise RuntimeError(
+                f"this engine computes with {view}, which was a view of {parameter} until the "
+                f"engine repacked that at its start: {_NO_UPDATE}"
+            )
 
     def surroundings(self) -> AbstractContextManager[Any]:
         return nullcontext() if _knows_the_device(self._vllm) else self._device
@@ -232,6 +253,15 @@ class Layerwise(LoadOver):
             return False
         self._vllm._layerwise_process(layer, info)
         return True
+
+    def untouched(self) -> set[str] | None:
+        return {
+            Slot(self._names[layer], name).qualified.replace(".base_layer.", ".")
+            for layer, info in self._infos.items()
+            if info.load_numel == 0 < (info.load_numel_total or 0)
+            and self._names[layer] not in self._opened
+            for name in layer._parameters
+        }
 
     def partial_layers(self) -> set[str]:
         return {

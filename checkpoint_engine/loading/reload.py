@@ -26,6 +26,7 @@ from checkpoint_engine.loading.replay.learned_loader import (
     ModelUpdate,
 )
 from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
+from checkpoint_engine.loading.views import KeptView, keep_views, kept_views
 from checkpoint_engine.replay import summary, version_of
 
 _SHOWN_NAMES = 20
@@ -53,12 +54,12 @@ class ModelReload:
         report: filled in at the end, as plain data, with the first names of long lists.
             ``tensors``, ``bytes``: what arrived. ``held_bytes``: of those, what had to be loaded
             before its layer was complete, because the layer was spread over buckets. ``missing``:
-            parameters that nothing was loaded into. ``partial``: layers of which a part was not
-            loaded. Padding is such a part; so is what a checkpoint lacks of a layer that is fused
-            from several of its tensors. ``unused``: tensors that this worker's loader did not
-            read, as other workers' experts and stages, or what the model does not have; not known
-            of plain updates. ``replay``: what of it was replayed, and why the rest was not; see
-            ``replay.summary``.
+            parameters that nothing was loaded into; its count is ``None`` if neither the loader nor
+            the engine tells. ``partial``: layers of which a part was not loaded. Padding is such a
+            part; so is what a checkpoint lacks of a layer that is fused from several of its
+            tensors. ``unused``: tensors that this worker's loader did not read, as other workers'
+            experts and stages, or what the model does not have; not known of plain updates.
+            ``replay``: what of it was replayed, and why the rest was not; see ``replay.summary``.
     """
 
     def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
@@ -70,8 +71,13 @@ class ModelReload:
         self._model_config = model_config
         self._adapter = adapter_for(self._model, model_config, device)
         self._session: ModelUpdate | None = None
+        self._views: list[KeptView] = []
         self._expected: set[str] = set()
         self._required: set[str] = set()
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` if the model cannot be updated."""
+        self._adapter.check()
 
     def knows(self, message: bytes) -> bool:
         """Whether a bucket with this message can be replayed as it is."""
@@ -111,9 +117,10 @@ class ModelReload:
         session = self._begun()
         session.finish()
         loaded = session.loaded()
-        missing = set() if loaded is None else self._expected - loaded
+        missing = self._adapter.untouched() if loaded is None else self._expected - loaded
+        missing = None if missing is None else missing & self._expected
         self._check_left_over(session)
-        if lacking := missing & self._required:
+        if lacking := (missing or set()) & self._required:
             raise ValueError(
                 f"the checkpoint lacks {len(lacking)} parameters without which this model would "
                 f"not start: {sorted(lacking)[:_SHOWN_NAMES]}"
@@ -121,12 +128,14 @@ class ModelReload:
         partial, unused = self._adapter.partial_layers(), session.unused()
         with self._adapter.surroundings():
             self._adapter.finish()
+        keep_views(self._adapter.modules, self._views)
         session.commit()
         self._session = None
         held = self._held_bytes + session.held_bytes
         self.report = {"tensors": session.tensors, "bytes": session.nbytes, "held_bytes": held}
         for kind, names in {"missing": missing, "partial": partial, "unused": unused}.items():
-            self.report |= {f"{kind}_count": len(names), kind: sorted(names)[:_SHOWN_NAMES]}
+            shown = sorted(names or ())[:_SHOWN_NAMES]
+            self.report |= {f"{kind}_count": None if names is None else len(names), kind: shown}
         self.report["replay"] = summary(session, self._learned)
 
     def _check_left_over(self, session: ModelUpdate) -> None:
@@ -161,6 +170,7 @@ class ModelReload:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
             tied = _tied(self._adapter.module)
+            self._views = kept_views(self._adapter.modules)
             self._adapter.begin()
             self._session = ModelUpdate(self._learned, self._adapter)  # what close() needs
             self._session = self._learned.begin(self._adapter, version_of(self._model))
@@ -238,6 +248,7 @@ class EngineReload:
     def check(self) -> None:
         """Raises ``RuntimeError`` if the engine cannot take weights now."""
         refuse_unfit(self._worker)
+        self._each(ModelReload.check)
 
     def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
@@ -277,16 +288,17 @@ class EngineReload:
 
     def statement(self) -> dict[str, dict[str, int]]:
         """Of each model, how many tensors arrived and were left over, and how many parameters got
-        a part or nothing."""
-        return {
-            role: {
+        a part or nothing, if that is known."""
+        stated = {}
+        for role, model in self._models.items():
+            counts = {
                 "tensors": model.report["tensors"],
                 "left_over": model.report["unused_count"],
                 "missing": model.report["missing_count"],
                 "partial": model.report["partial_count"],
             }
-            for role, model in self._models.items()
-        }
+            stated[role] = {what: count for what, count in counts.items() if count is not None}
+        return stated
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import programs_of_faults
-from programs_of_faults import NAME, ask_worker, part_of
+from programs_of_faults import NAME, RANKS, ask_worker, part_of
 from steps import Fault, await_file
 
 from fleet import digests
 from torchrun import free_port_pair
 
-RANKS = 3
 LONGEST = 30.0  # seconds for an answer before it counts as a hang
 SETTLING = 10.0  # seconds for background threads to finish
 P2P_CONNECTIONS = 2 * (RANKS - 1)  # that may come and go: one to and one from every peer

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import zmq
 from loguru import logger
+from odd_engines import OddEngine
 from steps import Fault, armed, fill_shared_memory
 
 from checkpoint_engine.client import vllm_request
@@ -31,6 +32,7 @@ from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests
 
+RANKS = 3
 TENSORS = 12
 BUCKETS_PER_RANK = 6
 BUCKET_BYTES = 1 << 19
@@ -71,9 +73,10 @@ class Engine:
         self._note = folder / "fault"
         self._rank = rank
         self._weights: dict[str, torch.Tensor] = {}
+        self._odd: OddEngine | None = None
         self._version = WeightVersion()
 
-    def update(self, address: str, fault: Fault | None, corruption: str) -> None:
+    def update(self, address: str, fault: Fault | None, corruption: str, odd: str) -> None:
         mine = fault if fault is not None and fault.of_worker and fault.rank == self._rank else None
         extra = corrupting(corruption) if corruption else None
         with armed(mine, self._note, extra), zmq.Context() as context:
@@ -81,17 +84,31 @@ class Engine:
                 context,
                 address,
                 None,
-                run=self._load,
+                run=self._loader(odd),
                 post_hook=lambda: None,
                 version=self._version,
             )
+        if self._odd is not None:
+            self._weights = self._odd.tensors()
+
+    def _loader(self, odd: str) -> Any:
+        if not odd:
+            return self._load
+        if self._odd is None:
+            self._odd = OddEngine(odd, RANKS, TENSORS, BUCKET_BYTES // 4)
+        return self._odd.loader()
+
+    def wake(self) -> None:
+        assert self._odd is not None
+        self._odd.wake()
 
     def _load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in weights:
             self._weights[name] = tensor.clone()
 
     def forget(self) -> None:
-        self._weights.clear()
+        self._weights = {}
+        self._odd = None
 
     def digests(self) -> dict[str, str]:
         return digests(self._weights)
@@ -226,12 +243,14 @@ class ServerRank:
         ranks: list[int] | None = None,
         request: str = "",
         corruption: str = "",
+        odd: str = "",
         continue_: bool = False,
         meanwhile: tuple[str, tuple[Any, ...]] | None = None,
         name: str = NAME,
     ) -> dict[str, Any]:
-        """An update. ``request``: how this rank's ``req_func`` behaves; ``meanwhile``: a call that
-        another thread of this rank makes while the update runs."""
+        """An update. ``request``: how this rank's ``req_func`` behaves; ``odd``: what kind of odd
+        engine loads; ``meanwhile``: a call that another thread of this rank makes while the update
+        runs."""
         errors: list[str] = []
 
         def ask(paths: list[tuple[str, str]]) -> None:
@@ -240,7 +259,7 @@ class ServerRank:
             if request and self._misbehave(request, timeout, paths):
                 return
             address = paths[self._rank][1]
-            ask_worker(self._folder, self._rank, "update", address, worker_fault, corruption)
+            ask_worker(self._folder, self._rank, "update", address, worker_fault, corruption, odd)
             if request == "raises at the end":
                 raise ConnectionError("the engine answered nonsense")
 

@@ -536,6 +536,57 @@ def miscounted() -> list[Case]:
     ]
 
 
+def loaders() -> list[Case]:
+    """Engines that got every byte and cannot have loaded it, on all workers or on one."""
+
+    def learn(fleet: Fleet) -> None:
+        for number in (1, 2):
+            fleet.call_all("update", version=f"learned-{number}", odd="changes")
+
+    def again(odd: str) -> Hook:
+        def update(fleet: Fleet) -> None:
+            fleet.call_all("update", version="again", odd=odd)
+            fleet.check_workers(fleet.seed, "again")
+
+        return update
+
+    def woken(fleet: Fleet) -> None:
+        for rank in range(RANKS):
+            fleet.ask_worker(rank, "wake")
+        again("asleep")(fleet)
+
+    return [
+        Case(
+            "a loader that knows no name",
+            "post hook",
+            "none of 36 tensors was written into the model",
+            of_rank={1: {"odd": "knows no name"}},
+        ),
+        Case(
+            "a loader that joins tensors of different buckets",
+            "post hook",
+            "parameters got nothing, .* Update again: the loader will be given those in one call",
+            each={"odd": "joins"},
+            after=again("joins"),
+        ),
+        Case(
+            "a loader that changes after it was learned",
+            "second bucket",
+            "wrote something else than was recorded .*: update again, it will not be replayed",
+            each={"odd": "changes"},
+            before=learn,
+            after=again("changes"),
+        ),
+        Case(
+            "an engine that is asleep",
+            "handshake",
+            "this engine is asleep",
+            each={"odd": "asleep"},
+            after=woken,
+        ),
+    ]
+
+
 TABLE: list[Case] = [
     *killed_servers(),
     *stopped_servers(),
@@ -551,6 +602,7 @@ TABLE: list[Case] = [
     *p2p(),
     *corruption(),
     *miscounted(),
+    *loaders(),
 ]
 
 assert len({case.name for case in TABLE}) == len(TABLE)

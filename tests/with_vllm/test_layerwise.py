@@ -67,6 +67,7 @@ def update(model: Any, habits: dict[str, LoaderHabits], buckets: list[dict[str, 
     reload = EngineReload(SimpleNamespace(device=torch.device("cpu"), model_runner=runner), habits)
     memory = torch.empty(3, 16)
     try:
+        reload.check()
         for bucket in buckets:
             weights = []
             for place, (name, tensor) in zip(memory, bucket.items(), strict=False):
@@ -165,3 +166,32 @@ def test_a_tensor_that_vllm_neither_restores_nor_counts_is_not_counted() -> None
             update(model, habits, buckets)
             assert torch.equal(model.layer.weight, whole.t())
             assert torch.equal(model.layer.e_score_correction_bias, bias)
+
+
+class Mixer(torch.nn.Module):
+    """Keeps a view of its convolution's weight, as Mamba's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Layer()
+        self.register_buffer("flat", self.conv.weight.data.view(-1), persistent=False)
+        self.register_buffer("steps", torch.zeros(3), persistent=False)
+        layerwise.record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for _, tensor in weights:
+            self.conv.weight.weight_loader(self.conv.weight, tensor)
+        return {"conv.weight"}
+
+
+def test_a_view_that_the_engine_parts_from_its_weight_is_refused() -> None:
+    """vLLM repacks the weights of convolutions on CPUs: nothing fills the view any more."""
+    model, habits = Mixer(), dict[str, LoaderHabits]()
+    for step in range(3):
+        whole = torch.arange(16.0).view(SIDE, SIDE) + step
+        update(model, habits, [{"conv": whole}])
+        assert torch.equal(model.flat, whole.t().reshape(-1))
+    model.conv.weight.data = model.conv.weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"flat, which was a view of conv\.weight until"):
+        update(model, habits, [{"conv": whole + 1}])
+    assert torch.equal(model.conv.weight, whole.t())

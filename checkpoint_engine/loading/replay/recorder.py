@@ -17,6 +17,7 @@ import threading
 from _queue import SimpleQueue
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -335,7 +336,6 @@ class _Functions(TorchFunctionMode):
             _hide(_MODES, False)
             self.is_in_view = False
 
-
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         hook = sys.getprofile()
         sys.setprofile(None)
@@ -408,8 +408,7 @@ def _aliases(weights: NamedTensors) -> list[torch.Tensor]:
 
 def _overlap(tensors: list[torch.Tensor]) -> bool:
     begins = sorted((one.storage_offset() * one.itemsize, one.nbytes) for one in tensors)
-    pairs = zip(begins, begins[1:], strict=False)
-    return any(begin + nbytes > following for (begin, nbytes), (following, _) in pairs)
+    return any(begin + nbytes > after for (begin, nbytes), (after, _) in pairwise(begins))
 
 
 def _in_one_storage(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:

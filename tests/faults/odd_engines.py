@@ -1,0 +1,78 @@
+"""Engines whose loaders must make an update fail, though every byte arrives."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
+from checkpoint_engine.replay import replayed
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+class Layer(torch.nn.Module):
+    """The tensors of all ranks that belong to a layer, in one parameter."""
+
+    def __init__(self, ranks: int, numel: int) -> None:
+        super().__init__()
+        data = torch.zeros(ranks, numel, dtype=torch.int16)
+        self.weight = torch.nn.Parameter(data, requires_grad=False)
+
+
+class OddEngine(torch.nn.Module):
+    """``kind``: ``knows no name``, ``joins`` the ranks' tensors of a layer if it gets them in one
+    call, ``changes`` what it does at the third update, or is ``asleep`` until it is woken up."""
+
+    def __init__(self, kind: str, ranks: int, layers: int, numel: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(layers))
+        for layer in self.layers:
+            layer.rank_joined = Layer(ranks, numel)
+        self._kind = kind
+        self._updates = 0
+        self._habits: dict[str, LoaderHabits] = {}
+        config = SimpleNamespace(dtype=torch.float32, quantization=None)
+        self._worker = SimpleNamespace(
+            device=torch.device("cpu"),
+            model_runner=SimpleNamespace(model=self, model_config=config),
+            _sleep_saved_buffers={"some": "buffer"} if kind == "asleep" else {},
+        )
+        os.environ["PS_REPLAY_CHECK"] = "1" if kind == "changes" else "50"
+
+    def loader(self) -> Any:
+        """For one update."""
+        self._updates += 1
+        if self._kind in ("joins", "asleep"):
+            return EngineReload(self._worker, self._habits)
+        return replayed(self.load_weights)
+
+    def wake(self) -> None:
+        self._worker._sleep_saved_buffers.clear()
+
+    def load_weights(self, weights: Weights) -> None:
+        if self._kind == "knows no name":
+            return
+        given: dict[int, dict[int, torch.Tensor]] = {}
+        for name, tensor in weights:
+            _, layer, _, rank = name.split(".")
+            given.setdefault(int(layer), {})[int(rank)] = tensor
+        for layer, of_layer in given.items():
+            weight = self.layers[layer].rank_joined.weight
+            if self._kind == "joins" and len(of_layer) == len(weight):
+                weight.copy_(torch.stack([of_layer[rank] for rank in range(len(weight))]))
+            elif self._kind != "joins":
+                for rank, tensor in of_layer.items():
+                    is_odd = self._kind == "changes" and self._updates == 3
+                    weight[rank].copy_(weight[rank - 1] if is_odd else tensor)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it holds, by the names of the checkpoint."""
+        return {
+            f"layers.{layer}.rank.{rank}": row
+            for layer, of_layer in enumerate(self.layers)
+            for rank, row in enumerate(of_layer.rank_joined.weight)
+        }
