@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import align_up
+from checkpoint_engine.loading.replay import comparison
 from checkpoint_engine.loading.replay.adapter import InPlace
+from checkpoint_engine.loading.replay.canvas import Canvas
 from checkpoint_engine.loading.replay.comparison import digest as _digest
 from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.memory import Slot
@@ -649,6 +651,78 @@ def test_any_cut_and_order_will_do() -> None:
     assert last.report["replayed"] == 15
 
 
+def test_tensors_that_overlap_are_told_apart() -> None:
+    """Two names of one memory, and a tensor that is a part of another one."""
+    layout = {name: (BF16, (4,)) for name in "abc"}
+
+    def load(model: Model, name: str, tensor: torch.Tensor) -> None:
+        getattr(model, name).data.copy_(tensor[:4])
+
+    model, plain = Model(layout, load), Model(layout, load)
+    for seed in range(4):
+        memory = Bytes({"x": (BF16, (8,))}, seed).weights()[0][1]
+        weights = [("a", memory[:4]), ("b", memory[:4]), ("c", memory[2:])]
+        with replayed(model.load_weights) as learned:
+            learned(weights)
+        plain.load_weights(weights)
+        assert state(model) == state(plain)
+    assert learned.report["loaded"] == "replayed"
+
+
+def test_a_view_beyond_its_tensor_is_left_to_the_loader() -> None:
+    """Tensors of a bucket share memory; a loader could read its neighbour's."""
+
+    def load(model: Model, name: str, tensor: torch.Tensor) -> None:
+        if name == "a":
+            model.w.data.copy_(tensor.as_strided((4,), (1,), tensor.storage_offset() + 2))
+
+    layout = {"a": (BF16, (4,)), "b": (BF16, (4,))}
+    report = update(Model({"w": (BF16, (4,))}, load), Bytes(layout, 1)).report
+    assert "it reaches beyond a tensor of the checkpoint" in report["reason"]
+
+
+def by_list(model: Model, name: str, tensor: torch.Tensor) -> None:
+    copy = tensor[[1, 0, 3, 2]]
+    copy[0] = 0
+    model.w.data.copy_(copy)
+
+
+def by_nested_tuple(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor[((0, 3, 1, 2), (0, 0, 0, 0))].view(4, 1).expand(4, 6))
+
+
+def by_tensor(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor.narrow(0, (tensor[0, 0] > 0).long(), 1).expand(4, 6))
+
+
+def by_slice_of_tensor(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor[(tensor[0, 0] > 0).long() :][:1].expand(4, 6))
+
+
+@pytest.mark.parametrize("load", [by_list, by_nested_tuple, by_tensor, by_slice_of_tensor])
+def test_what_is_indexed_otherwise_than_by_numbers_is_no_view(load: Load) -> None:
+    last = same_as_plain(lambda: Model({"w": (FP32, (4, 6))}, load), {"x": (FP32, (4, 6))})
+    assert last.report["loaded"] == "plain"
+    assert last.report["reason"]
+
+
+def test_learning_does_nothing_tensor_by_tensor_that_can_be_done_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Experts in an order that is not that of their places: neither a grid nor a sum for each."""
+    sums: list[int] = []
+    digest = comparison.digest
+    monkeypatch.setattr(comparison, "digest", lambda t: sums.append(t.numel()) or digest(t))
+    monkeypatch.setattr(Canvas, "_write_on_grid", lambda *_: pytest.fail("a grid"))
+    experts = 150
+    names = sorted(f"{e}.{part}" for e in range(experts) for part in ("down", "gate", "up"))
+    layout = {name: (BF16, (8, 16)) for name in names}
+    model = Model({"w13": (BF16, (experts, 8, 16)), "w2": (BF16, (experts, 8, 8))}, stack)
+    learn(model, layout)
+    assert len(sums) < 20
+    assert update(model, Bytes(layout, 3)).report["replayed"] == 3 * experts
+
+
 def test_experts_at_equal_distances_are_moved_at_once() -> None:
     model = stacked_model()
     learn(model, STACKED)
@@ -910,6 +984,23 @@ def test_a_digest_tells_changed_and_exchanged_elements(
     same = bool(_digest(tensor) == _digest(exchanged.view(dtype).view(shape)))
     assert same == torch.equal(noise, exchanged)
     assert _digest(tensor) != _digest(changed.view(dtype).view(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, BF16])
+def test_a_digest_tells_signs(dtype: torch.dtype) -> None:
+    """Of words that are added up only the topmost bits differ, everywhere."""
+    bits = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
+    changed = bits.clone()
+    changed[7::8] ^= 128
+    assert _digest(bits.view(dtype)) != _digest(changed.view(dtype))
+
+
+@pytest.mark.parametrize("shape", [(3, 700, 1000), (64, 5), (1, 9), (5, 1_300_001)])
+def test_a_digest_is_the_same_wherever_elements_lie(shape: tuple[int, ...]) -> None:
+    tensor = torch.randint(0, 2**14, shape, dtype=torch.int16).view(BF16)
+    apart = torch.zeros(*shape[:-1], shape[-1] + 3, dtype=BF16)[..., 1:-2]
+    assert _digest(apart.copy_(tensor)) == _digest(tensor)
+    assert _digest(tensor.t().contiguous().t() if len(shape) == 2 else apart) == _digest(tensor)
 
 
 @pytest.mark.parametrize("every", ["0", "-1", "often"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +29,10 @@ class OddEngine(torch.nn.Module):
     """``kind``: ``knows no name``, ``joins`` the ranks' tensors of a layer if it gets them in one
     call, ``changes`` what it does at the third update, or is ``asleep`` until it is woken up."""
 
-    def __init__(self, kind: str, ranks: int, layers: int, numel: int) -> None:
+    def __init__(self, kind: str, note: Path, ranks: int, layers: int, numel: int) -> None:
+        """``note``: where it writes when it was last given tensors."""
         super().__init__()
+        self._note = note
         self.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(layers))
         for layer in self.layers:
             layer.rank_joined = Layer(ranks, numel)
@@ -54,6 +58,7 @@ class OddEngine(torch.nn.Module):
         self._worker._sleep_saved_buffers.clear()
 
     def load_weights(self, weights: Weights) -> None:
+        self._note.write_text(str(time.monotonic()))
         if self._kind == "knows no name":
             return
         given: dict[int, dict[int, torch.Tensor]] = {}

@@ -95,7 +95,7 @@ class Engine:
         if not odd:
             return self._load
         if self._odd is None:
-            self._odd = OddEngine(odd, RANKS, TENSORS, BUCKET_BYTES // 4)
+            self._odd = OddEngine(odd, self._note, RANKS, TENSORS, BUCKET_BYTES // 4)
         return self._odd.loader()
 
     def wake(self) -> None:
