@@ -68,7 +68,7 @@ class Recorder(KnownMemory):
             self._bucket.add(source.name)
             offered.append((name, alias))
             if nbytes := alias.nbytes:
-                begin = alias.storage_offset() * alias.itemsize
+                begin = int(alias.storage_offset()) * alias.itemsize
                 self._remember(alias).given.append((begin, begin + nbytes, source))
         for known in self._alive():
             known.given.sort()
