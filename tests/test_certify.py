@@ -6,6 +6,7 @@ Engines of ``certified_engine.py`` run in this process; server ranks and their s
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,19 @@ def test_the_table_is_for_readers(model: Path) -> None:
     assert "update to first" in lines[6]
     assert "1 tensors differ, norm" in lines[6]
     assert lines[-1].startswith("differs: 6 of 6 updates")
+
+
+@pytest.mark.timeout(120)
+def test_a_server_is_certified_over_http(model: Path) -> None:
+    program = f"{sys.executable} {Path(__file__).with_name('certified_server.py')}"
+    arguments = f"--engine-args={program} {{model}} {{load_format}} {{port}}"
+    here, server = certify(model, "Right"), certify(model, "Right", "--engine=server", arguments)
+    assert server["result"] == "right"
+    assert server["engine"]["version"] == "1"
+    assert server["compared"] == here["compared"]
+    assert [one["loaded"] for one in server["updates"]] == [
+        one["loaded"] for one in here["updates"]
+    ]
 
 
 # Wrong usage

@@ -41,42 +41,96 @@ def certify(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--certificates", type=Path)
-    parser.add_argument("--seconds", type=float, default=600.0, help="that one model may take")
+    add = parser.add_argument
+    add("--only", nargs="*", choices=MODELS, default=list(MODELS), help="models to certify")
+    add("--certificates", type=Path, required=True, help="folder to keep the certificates in")
+    add("--page", type=Path, help="write a page of all certificates of that folder")
+    add("--on-gpus", type=Path, help="folder of the certificates of GPUs, for the page")
+    add("--seconds", type=float, default=600.0, help="that one model may take")
     options = parser.parse_args()
-    rows = []
-    with CommandStarter() as starter:
-        for name in options.only:
-            for size in MODELS[name].sizes:
-                rows.append(_row(starter, name, size, options))
+    options.certificates.mkdir(exist_ok=True, parents=True)
+    cases = [(name, size) for name in options.only for size in MODELS[name].sizes]
+    results = set()
+    if cases:
+        with CommandStarter() as starter:
+            results = {_certify(starter, name, size, options) for name, size in cases}
     if options.page is not None:
-        options.page.write_text(page(rows))
-    return 0 if all(row["exit_code"] in (0, 1) for row in rows) else 1
+        options.page.write_text(page(read(options.certificates), read(options.on_gpus)))
+    return 1 if "failed" in results else 0
 
 
-def _row(
-    starter: CommandStarter, name: str, size: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def _certify(starter: CommandStarter, name: str, size: int, options: argparse.Namespace) -> str:
+    """The result; the certificate and what the command printed are in the folder then."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         model = write(name, Path(folder) / name)
-        row = certify(starter, model, size, Path(folder), seconds=options.seconds)
+        told = certify(starter, model, size, Path(folder), seconds=options.seconds)
         seconds = time.monotonic() - began
-    print(f"{name} tp {size}: {row['result']}, {seconds:.1f} s {row.get('reason', '')}", flush=True)
-    if row["result"] == "failed":
-        print(row["output"][-4000:], starter.output(), file=sys.stderr)
-    if (certificates := options.certificates) is not None:
-        certificates.mkdir(exist_ok=True)
-        told = {key: value for key, value in row.items() if key != "output"}
-        (certificates / f"{name}-tp{size}.json").write_text(json.dumps(told, indent=1))
-        (certificates / f"{name}-tp{size}.txt").write_text(row["output"])
-    return {**row, "name": name, "size": size}
+    result, output = str(told["result"]), told.pop("output")
+    print(f"{name} tp {size}: {result}, {seconds:.1f} s {told.get('reason', '')}", flush=True)
+    path = options.certificates / f"{name}-tp{size}.json"
+    path.write_text(json.dumps(told, indent=1) + "\n")
+    path.with_suffix(".txt").write_text(f"{output}\n{starter.output()}")
+    return result
 
 
-def page(rows):
-    return ""
+Certificates = dict[tuple[str, int], dict[str, Any]]
+
+
+def read(folder: Path | None) -> Certificates:
+    """By model and tensor-parallel size."""
+    found = {}
+    for name, tiny in MODELS.items():
+        for size in tiny.sizes:
+            path = (folder or Path("/nowhere")) / f"{name}-tp{size}.json"
+            if path.exists():
+                found[name, size] = json.loads(path.read_text())
+    return found
+
+
+HEAD = """# Certified models
+
+Written by `make certify`: `checkpoint-engine certify` of tiny random models, made by transformers
+with the configuration, names and shapes of each architecture. Every update is compared with a fresh
+start from the same files: all parameters and buffers bit for bit, tokens and log probabilities.
+[Certify](how-to/certify.md) does the same with a model of yours.
+
+**right**: every update left the engine as a fresh start does. **differs**: one did not, and the row
+says where. **refused**: the engine does not start, or refuses updates; the row has its words.
+
+| model | architecture | quantisation | TP | CPU | GPU | loaded | seconds | to be known |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def page(on_cpus: Certificates, on_gpus: Certificates) -> str:
+    """The table, and on what it was made."""
+    lines = []
+    for name, tiny in MODELS.items():
+        for size in tiny.sizes:
+            lines.append(_line(name, size, on_cpus.get((name, size)), on_gpus.get((name, size))))
+    made = {_made(one) for one in (*on_cpus.values(), *on_gpus.values()) if "engine" in one}
+    text = HEAD + "\n".join(lines) + "\n\nMade with:\n\n"
+    return text + "".join(f"- {one}\n" for one in sorted(made))
+
+
+def _line(name: str, size: int, cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
+    any_: dict[str, Any] = cpu or gpu or {}
+    model = any_.get("model", {})
+    updates = any_.get("updates", [])
+    loaded = ", ".join(dict.fromkeys(how for one in updates for how in one["loaded"]))
+    notes = dict.fromkeys(reason for one in updates for reason in one["reasons"])
+    said = [one["reason"] for one in (cpu, gpu) if one and one.get("reason")]
+    cells = [name, model.get("architecture", ""), model.get("quantisation") or "none", str(size)]
+    cells += [one["result"] if one else "not run" for one in (cpu, gpu)]
+    cells += [loaded, f"{any_.get('seconds', 0):.0f}", "; ".join([*said, *notes])]
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def _made(certificate: dict[str, Any]) -> str:
+    engine, versions = certificate["engine"], certificate["versions"]
+    made = f"{engine['engine']} {engine['version']} on {engine['device']}"
+    return f"{made}, torch {versions['torch']}, Python {versions['python']}"
 
 
 if __name__ == "__main__":

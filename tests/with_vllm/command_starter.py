@@ -116,12 +116,12 @@ def _be_command(arguments: list[str], output: str) -> None:
 
 
 def _exit_code(pid: int, seconds: float) -> int:
-    ends = time.monotonic() + seconds
+    ends, starter = time.monotonic() + seconds, os.getppid()
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > ends:
+        if time.monotonic() > ends or os.getppid() != starter:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.02)
