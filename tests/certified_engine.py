@@ -169,6 +169,16 @@ class FailingOnce(Right):
             return super().update_weights_from_ipc(zmq_handles)
 
 
+class SpoiltByUpdates(Right):
+    """Its first update succeeds, but no request does after that."""
+
+    class worker(Worker):  # noqa: N801
+        def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
+            answer = super().update_weights_from_ipc(zmq_handles)
+            del self.model_runner.model.norm
+            return answer
+
+
 class NotStarting(Right):
     def __init__(self, start: Start) -> None:
         raise ValueError(f"{start.model.name}: no such architecture")

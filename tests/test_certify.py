@@ -113,6 +113,13 @@ def test_an_engine_that_refuses_is_refused_with_its_words(model: Path) -> None:
     assert "start the engine with the new weights" in told["reason"]
 
 
+def test_an_engine_that_does_not_answer_after_an_update_is_refused(model: Path) -> None:
+    told = certify(model, "SpoiltByUpdates", code=1)
+    assert told["result"] == "refused"
+    assert told["updates"][0]["error"].endswith("has no attribute 'norm'\n")
+    assert "norm" in told["reason"]
+
+
 def test_an_update_that_fails_once_is_told(model: Path) -> None:
     told = certify(model, "FailingOnce")
     assert told["result"] == "right"

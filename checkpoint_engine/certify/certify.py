@@ -65,7 +65,7 @@ class Order:
         engine: an adapter, see ``engine.find_adapter``.
         workers: the tensor-parallel size.
         arguments: for the adapter.
-        timeout: seconds for each start, each update and each request.
+        timeout: seconds for each update and request, and for a server to start.
     """
 
     model: Path
@@ -89,9 +89,8 @@ def certify(order: Order, tell: Callable[[str], None] = lambda _: None) -> Certi
     with contextlib.ExitStack() as held:
         work = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="certify-")))
         checkpoints = {FIRST: order.model.resolve(), OTHER: _other_checkpoint(order, work, tell)}
-        ranks = held.enter_context(Ranks(order.workers))  # they start while the engine does
         try:
-            _Run(order, adapter, checkpoints, ranks, certificate, tell).perform()
+            _Run(order, adapter, checkpoints, certificate, tell).perform()
         except OrderError:
             raise
         except Exception:  # what the engine says: it does not know the model, it died
@@ -108,11 +107,10 @@ class _Run:
         order: Order,
         adapter: Adapter,
         checkpoints: dict[str, Path],
-        ranks: Ranks,
         certificate: Certificate,
         tell: Callable[[str], None],
     ) -> None:
-        self._order, self._adapter, self._ranks = order, adapter, ranks
+        self._order, self._adapter = order, adapter
         self._checkpoints, self._certificate, self._tell = checkpoints, certificate, tell
         self._prompts = _prompts(order.model)
         self._bytes = sum(source.nbytes for source in open_files([checkpoints[FIRST]]).values())
@@ -125,8 +123,8 @@ class _Run:
                 "show nothing: give another --other-checkpoint"
             )
         self._certificate.compared = _compared(fresh[FIRST])
-        with self._started("dummy", FIRST) as engine:
-            after = list(self._after_updates(engine))
+        with Ranks(len(fresh[FIRST].digests)) as ranks, self._started("dummy", FIRST) as engine:
+            after = list(self._after_updates(engine, ranks))
         undetermined: frozenset[str] = frozenset()
         if any(seen and compare(seen, fresh[one.to]).tensors for one, seen in after):
             # It may be memory that no start initialises: what do two fresh starts agree on?
@@ -139,25 +137,39 @@ class _Run:
     def _fresh(self, which: str) -> Seen:
         """A start from the files."""
         with self._started(which, which) as engine:
-            self._certificate.about.setdefault("engine", _described(engine))
+            self._describe(engine)
             seen, again = self._look(engine), engine.generate(self._prompts, _TOKENS)
             return replace(seen, noise=largest_distance(seen.outputs, again))
 
-    def _after_updates(self, engine: Engine) -> Iterator[tuple[Updated, Seen | None]]:
+    def _describe(self, engine: Engine) -> None:
+        devices = engine.call("certify_device")
+        about = self._certificate.about
+        about["engine"] = {**engine.describe(), **devices[0]}
+        about["parallel"]["workers"] = len(devices)
+
+    def _after_updates(self, engine: Engine, ranks: Ranks) -> Iterator[tuple[Updated, Seen | None]]:
         """Each update, and what the engine is then. One that fails is tried once more, as its users
         would; then no more follow."""
         for step in STEPS:
-            for attempt in (1, 2):
-                updated = self._update(engine, step)
-                if not updated.error:
-                    yield updated, self._look(engine)
+            for _ in range(2):
+                updated, seen = self._updated(engine, ranks, step)
+                yield updated, seen
+                if seen is not None:
                     break
-                yield updated, None
-                if attempt == 2:
-                    self._certificate.refusal = updated.error
-                    return
+            else:
+                self._certificate.refusal = updated.error
+                return
 
-    def _update(self, engine: Engine, step: Step) -> Updated:
+    def _updated(self, engine: Engine, ranks: Ranks, step: Step) -> tuple[Updated, Seen | None]:
+        updated = self._update(engine, ranks, step)
+        if updated.error:
+            return updated, None
+        try:
+            return updated, self._look(engine)
+        except Exception:
+            return replace(updated, error=traceback.format_exc()), None
+
+    def _update(self, engine: Engine, ranks: Ranks, step: Step) -> Updated:
         size = max(self._bytes // _SMALL_SHARE, _LEAST_BUCKET) if step.is_small else 2 * self._bytes
         updated = Updated(step.to, step.replay, size, seconds=0.0)
         self._tell(updated.label)
@@ -166,7 +178,7 @@ class _Run:
             engine.call("certify_replay", step.replay)
             folder = self._checkpoints[step.to]
             ask = partial(engine.call, "update_weights_from_ipc")
-            found = self._ranks.update(folder, size, ask, self._order.timeout)
+            found = ranks.update(folder, size, ask, self._order.timeout)
         except Exception as error:
             return replace(updated, seconds=time.monotonic() - began, error=str(error))
         loaded, reasons = _replay_of(found["answer"])
@@ -220,10 +232,6 @@ def _about(order: Order) -> dict[str, Any]:
 def _quantisation(config: dict[str, Any]) -> str:
     quantised = config.get("quantization_config") or {}
     return " ".join(str(quantised[key]) for key in ("quant_method", "format") if key in quantised)
-
-
-def _described(engine: Engine) -> dict[str, Any]:
-    return {**engine.describe(), **engine.call("certify_device")[0]}
 
 
 def _compared(fresh: Seen) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Start:
         dummy: random weights instead of those in ``model``.
         workers: the tensor-parallel size.
         arguments: the text of ``--engine-args``.
-        timeout: seconds for the start, and for each call after it.
+        timeout: seconds for each call, and for the start where the adapter waits for one.
     """
 
     model: Path

@@ -16,8 +16,6 @@ class VllmEngine:
 
     def __init__(self, start: Start) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        # Stdout is for the result.
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         try:
             from vllm import LLM
         except ImportError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -29,7 +32,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--certificate", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write the certificate, JSON, to it.")  # fmt: skip
 @click.option("--timeout", type=SECONDS, default=1800.0, show_default=True, metavar="SECONDS",
-              help="For each start, update and request.")  # fmt: skip
+              help="For each update and request, and for a server to start.")  # fmt: skip
 @shown
 def certify(
     model: Path,
@@ -58,10 +61,25 @@ def certify(
 
     try:
         order = Order(model, other_checkpoint, engine, tp, engine_args, timeout)
-        found = run(order, tell if sys.stderr.isatty() else lambda _: None)
+        with _stdout_to_stderr():
+            found = run(order, tell if sys.stderr.isatty() else lambda _: None)
     except OrderError as error:
         raise click.UsageError(str(error)) from error
     told = found.as_dict()
     if certificate is not None:
         certificate.write_text(json.dumps(told, indent=1) + "\n")
     return Shown(told, found.table(), 0 if found.result == "right" else FAILED)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Engines and their libraries print, and stdout is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
