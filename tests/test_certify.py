@@ -185,6 +185,17 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "has no config.json" in refusal(tmp_path, "--engine=certified_engine:Right")
 
 
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds no *.safetensors" in refusal(tmp_path, "--engine=certified_engine:Right")
+
+
+def test_weights_that_are_damaged(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors at all")
+    arguments = ["--engine=certified_engine:Right", f"--other-checkpoint={tmp_path}"]
+    assert "model.safetensors" in refusal(model, *arguments)
+
+
 def test_a_model_that_is_no_folder(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "nothing")
 

@@ -88,9 +88,14 @@ def certify(order: Order, tell: Callable[[str], None] = lambda _: None) -> Certi
     certificate = Certificate(_about(order))
     with contextlib.ExitStack() as held:
         work = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="certify-")))
-        checkpoints = {FIRST: order.model.resolve(), OTHER: _other_checkpoint(order, work, tell)}
         try:
-            _Run(order, adapter, checkpoints, certificate, tell).perform()
+            other = _other_checkpoint(order, work, tell)
+            checkpoints = {FIRST: order.model.resolve(), OTHER: other}
+            run = _Run(order, adapter, checkpoints, certificate, tell)
+        except (OSError, ValueError) as error:
+            raise OrderError(f"a checkpoint cannot be read: {error}") from error
+        try:
+            run.perform()
         except OrderError:
             raise
         except Exception:  # what the engine says: it does not know the model, it died
@@ -113,7 +118,8 @@ class _Run:
         self._order, self._adapter = order, adapter
         self._checkpoints, self._certificate, self._tell = checkpoints, certificate, tell
         self._prompts = _prompts(order.model)
-        self._bytes = sum(source.nbytes for source in open_files([checkpoints[FIRST]]).values())
+        stored = [open_files([folder]).values() for folder in checkpoints.values()]
+        self._bytes = max(sum(source.nbytes for source in sources) for sources in stored)
 
     def perform(self) -> None:
         fresh = {which: self._fresh(which) for which in (FIRST, OTHER)}
@@ -246,13 +252,10 @@ def _compared(fresh: Seen) -> dict[str, Any]:
 
 def _other_checkpoint(order: Order, work: Path, tell: Callable[[str], None]) -> Path:
     folder = work / "other"
-    try:
-        if order.other is None:
-            tell("another checkpoint")
-            return perturb_checkpoint(order.model, folder)
-        files = [Path(file) for file in checkpoint_of(order.other)]
-    except OSError as error:
-        raise OrderError(f"the other checkpoint: {error}") from error
+    if order.other is None:
+        tell("another checkpoint")
+        return perturb_checkpoint(order.model, folder)
+    files = [Path(file) for file in checkpoint_of(order.other)]
     # With the first one's configuration, which a trainer may not have written.
     link_the_rest(order.model, folder, [])
     for file in files:
