@@ -50,8 +50,9 @@ class SwappingExperts(CertifiedWorker):
         load = EngineReload.load
 
         def load_swapped(reload: EngineReload, weights: Any, *delivery: Any) -> None:
-            load(reload, [(_swapped(name), tensor) for name, tensor in weights], *delivery)
-            weights.clear()
+            # In place: nothing else may refer to the tensors.
+            weights[:] = [(_swapped(name), tensor) for name, tensor in weights]
+            load(reload, weights, *delivery)
 
         EngineReload.load = load_swapped  # type: ignore[method-assign]
         try:
