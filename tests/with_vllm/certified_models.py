@@ -34,9 +34,9 @@ _HEADS = {**_GROUPED, "head_dim": 32}
 _MLA = {
     **_DENSE,
     "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # with the next one 576, which vLLM's kernel for CPUs is made for
+    "qk_rope_head_dim": 64,
     "q_lora_rank": 48,
-    "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "moe_intermediate_size": 64,
@@ -208,7 +208,7 @@ MODELS = {
         in_ci=(2,),
     ),
     "deepseek-v2": Tiny("DeepseekV2Config", {**_MLA, "topk_method": "group_limited_greedy"}),
-    "deepseek-v3": Tiny("DeepseekV3Config", _MLA, in_ci=(1,)),
+    "deepseek-v3": Tiny("DeepseekV3Config", {**_MLA, "topk_method": "noaux_tc"}, in_ci=(1,)),
     "glm4-moe": Tiny(
         "Glm4MoeConfig",
         {

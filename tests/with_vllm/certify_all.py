@@ -98,8 +98,8 @@ start from the same files: all parameters and buffers bit for bit, tokens and lo
 **right**: every update left the engine as a fresh start does. **differs**: one did not, and the row
 says where. **refused**: the engine does not start, or refuses updates; the row has its words.
 
-| model | architecture | quantisation | TP | CPU | GPU | loaded | seconds | to be known |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| model | architecture | quantisation | TP | CPU | GPU | loaded | to be known |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -123,7 +123,7 @@ def _line(name: str, size: int, cpu: dict[str, Any] | None, gpu: dict[str, Any] 
     said = [one["reason"] for one in (cpu, gpu) if one and one.get("reason")]
     cells = [name, model.get("architecture", ""), model.get("quantisation") or "none", str(size)]
     cells += [one["result"] if one else "not run" for one in (cpu, gpu)]
-    cells += [loaded, f"{any_.get('seconds', 0):.0f}", "; ".join([*said, *notes])]
+    cells += [loaded, "; ".join([*said, *notes])]
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
 
 
