@@ -10,7 +10,7 @@ from typing import Any, Literal
 from checkpoint_engine.certify.comparison import Difference
 
 Result = Literal["right", "differs", "refused"]
-_SHOWN_NAMES = 6
+_SHOWN_NAMES = 3
 _SHOWN_REASON = 400
 
 

@@ -228,7 +228,7 @@ MODELS = {
             "num_local_experts": 4,
             "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 64,
+            "attention_chunk_size": 128,
         },
         model="Llama4ForCausalLM",
     ),
