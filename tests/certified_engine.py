@@ -152,6 +152,20 @@ class LeavingMemory(Right):
             self.spare_scale.uniform_()
 
 
+class TuningItself(Right):
+    """Every start computes a little otherwise, as with kernels that are tuned by measuring them."""
+
+    starts = itertools.count(1)
+
+    class model(Model):  # noqa: N801
+        def __init__(self) -> None:
+            super().__init__()
+            self.error = 1e-4 * next(TuningItself.starts)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) * (1 + self.error)
+
+
 class Refusing(Right):
     class worker(Worker):  # noqa: N801
         def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:

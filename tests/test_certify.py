@@ -106,6 +106,14 @@ def test_what_two_fresh_starts_do_not_agree_on_is_no_difference(model: Path) -> 
     assert "two fresh starts do not agree on spare_scale" in told["reason"]
 
 
+def test_what_two_fresh_starts_compute_differently_is_noise(model: Path) -> None:
+    told = certify(model, "TuningItself")
+    assert told["result"] == "right"
+    assert told["compared"]["noise"] > 0
+    assert len(told["starts"]) == 4
+    assert any(one["difference"]["log_probability"] for one in told["updates"])
+
+
 def test_an_engine_that_refuses_is_refused_with_its_words(model: Path) -> None:
     told = certify(model, "Refusing", code=1)
     assert told["result"] == "refused"

@@ -18,7 +18,8 @@ class Seen:
     """An engine at one moment.
 
     Attributes:
-        noise: the largest difference between the log probabilities of two equal requests.
+        noise: the largest difference between the log probabilities of two equal requests, to one
+            engine or to two that were started alike.
     """
 
     digests: Digests
