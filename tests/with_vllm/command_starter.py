@@ -7,6 +7,7 @@ a second such process, multiprocessing's fork server.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -99,6 +101,7 @@ def _be_command(arguments: list[str], output: str) -> None:
     code = 70
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
         with open(os.devnull) as nothing, open(output, "w") as file:
             os.dup2(nothing.fileno(), 0)
             os.dup2(file.fileno(), 1)
