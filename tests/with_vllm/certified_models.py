@@ -58,14 +58,13 @@ class Tiny:
         options: of the configuration.
         quantise: makes (tensors, what the configuration says of it) of the tensors.
         tensor_parallel: whether it is certified at size 2 as well.
-        in_ci: the tensor-parallel sizes at which CI certifies it.
+        model: the class in transformers, where its automatic choice is another one.
     """
 
     config: str
     options: dict[str, Any] = field(default_factory=dict)
     quantise: Callable[[dict[str, torch.Tensor]], dict[str, Any]] | None = None
     tensor_parallel: bool = False
-    in_ci: tuple[int, ...] = ()
     model: str = ""
 
     @property
@@ -196,19 +195,18 @@ _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size":
 MODELS = {
     "llama": Tiny("LlamaConfig", _HEADS, tensor_parallel=True),
     "qwen2-tied": Tiny(
-        "Qwen2Config", {**_GROUPED, "tie_word_embeddings": True}, tensor_parallel=True, in_ci=(2,)
+        "Qwen2Config", {**_GROUPED, "tie_word_embeddings": True}, tensor_parallel=True
     ),
-    "qwen3-moe": Tiny("Qwen3MoeConfig", {**_HEADS, **_EXPERTS}, tensor_parallel=True, in_ci=(2,)),
+    "qwen3-moe": Tiny("Qwen3MoeConfig", {**_HEADS, **_EXPERTS}, tensor_parallel=True),
     "mixtral": Tiny("MixtralConfig", {**_HEADS, "num_local_experts": 4}, tensor_parallel=True),
     "olmoe": Tiny("OlmoeConfig", {**_GROUPED, "num_experts": 8, "num_experts_per_tok": 2}),
     "gpt-oss": Tiny(
         "GptOssConfig",
         {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
         tensor_parallel=True,
-        in_ci=(2,),
     ),
     "deepseek-v2": Tiny("DeepseekV2Config", {**_MLA, "topk_method": "group_limited_greedy"}),
-    "deepseek-v3": Tiny("DeepseekV3Config", {**_MLA, "topk_method": "noaux_tc"}, in_ci=(1,)),
+    "deepseek-v3": Tiny("DeepseekV3Config", {**_MLA, "topk_method": "noaux_tc"}),
     "glm4-moe": Tiny(
         "Glm4MoeConfig",
         {
@@ -237,10 +235,9 @@ MODELS = {
         "Gemma3TextConfig",
         {**_HEADS, "query_pre_attn_scalar": 32, "sliding_window": 64},
         tensor_parallel=True,
-        in_ci=(1,),
     ),
-    "phi3": Tiny("Phi3Config", _GROUPED, in_ci=(1,)),
-    "gpt2": Tiny("GPT2Config", _GPT, in_ci=(1,)),
+    "phi3": Tiny("Phi3Config", _GROUPED),
+    "gpt2": Tiny("GPT2Config", _GPT),
     "gpt-j": Tiny("GPTJConfig", {**_GPT, "rotary_dim": 16}),
     "gpt-neox": Tiny("GPTNeoXConfig", _DENSE),
     "opt": Tiny("OPTConfig", {**_DENSE, "ffn_dim": 256, "word_embed_proj_dim": 128}),
@@ -265,10 +262,23 @@ MODELS = {
             "n_groups": 1,
             **_TOKENS,
         },
-        in_ci=(1,),
     ),
-    "llama-int8": Tiny("LlamaConfig", _HEADS, _int8, tensor_parallel=True, in_ci=(2,)),
-    "llama-w4a16": Tiny("LlamaConfig", _HEADS, _w4a16, in_ci=(1,)),
+    "llama-int8": Tiny("LlamaConfig", _HEADS, _int8, tensor_parallel=True),
+    "llama-w4a16": Tiny("LlamaConfig", _HEADS, _w4a16),
     "llama-gptq": Tiny("LlamaConfig", _HEADS, _gptq),
     "llama-awq": Tiny("LlamaConfig", _HEADS, _awq),
 }
+
+CI = (
+    ("llama", 1),
+    ("qwen2-tied", 2),
+    ("qwen3-moe", 2),
+    ("mixtral", 1),
+    ("olmoe", 1),
+    ("gpt-oss", 1),
+    ("gpt-oss", 2),
+    ("glm4-moe", 1),
+    ("phi3", 1),
+    ("llama-int8", 2),
+)
+"""What CI certifies: models, and their tensor-parallel sizes."""

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certified_models import MODELS, write
+from certified_models import CI, write
 from certify_all import ENGINE_ARGS, certify
 from command_starter import CommandStarter
-
-IN_CI = [(name, size) for name, tiny in MODELS.items() for size in tiny.in_ci]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def certificate(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("name", "size"), IN_CI)
+@pytest.mark.parametrize(("name", "size"), CI)
 def test_updates_are_certified(
     starter: CommandStarter, tmp_path: Path, name: str, size: int
 ) -> None:
@@ -63,13 +61,3 @@ def test_a_fault_in_the_reload_is_found(
     assert told["result"] == "differs"
     differing = {tensor for one in told["updates"] for tensor in one["difference"]["tensors"]}
     assert tensor in differing
-
-
-def test_the_table_has_every_model() -> None:
-    """Whoever adds one runs ``make certify``."""
-    page = Path(__file__).parents[2] / "docs" / "certified.md"
-    rows = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]
-    found = {(row[1], row[4]): row[5] for row in rows if len(row) > 5}
-    for name, tiny in MODELS.items():
-        for size in tiny.sizes:
-            assert found[name, str(size)] in ("right", "differs", "refused"), (name, size)
