@@ -31,7 +31,7 @@ FAST_TESTS := $(FAST:%=tests/test_%.py)
 SOAK_UPDATES ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-vllm lint format \
+.PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-vllm certify lint format \
 	install clean test-faults soak
 
 help: ## list the targets
@@ -61,6 +61,11 @@ demo-vllm: $(VLLM_INSTALLED) ## the main job with a real vLLM, on CPUs
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with real vLLM engines, on CPUs
 	@$(VLLM_BIN)/python -m pytest tests/with_vllm $(if $(CI),-p scripts.no_skips) $(PYTEST_ARGS)
+
+CERTIFICATES ?= certificates
+certify: $(VLLM_INSTALLED) ## tiny models of many architectures, into docs/certified.md
+	@$(VLLM_BIN)/python tests/with_vllm/certify_all.py --certificates $(CERTIFICATES) \
+		--page docs/certified.md
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.certify.worker import CertifiedWorker
 from checkpoint_engine.memory.files import open_files, view_tensors
-from checkpoint_engine.worker import VllmColocateWorkerExtension
 from parallel_layers import TensorParallel
 from tiny_transformer import CausalLM, ModelConfig, new_model
 
@@ -30,10 +30,11 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 """How long a worker waits for the others before it gives the call up."""
 
 
-class Worker(VllmColocateWorkerExtension):
+class Worker(CertifiedWorker):
     """The methods are those of ``/collective_rpc``; every worker runs each call at the same time.
 
-    The extension's ``update_weights_from_ipc`` needs ``device``, ``local_rank`` and
+    ``CertifiedWorker`` is ``worker.VllmColocateWorkerExtension`` with what ``checkpoint-engine
+    certify`` asks besides. ``update_weights_from_ipc`` needs ``device``, ``local_rank`` and
     ``model_runner.model.load_weights``, as a worker of vLLM has them.
     """
 

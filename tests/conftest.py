@@ -19,6 +19,7 @@ LONG_FILES = [
         "join_example",
         "hosts",
         "docs",
+        "certify",
         "p2p_store",
         "weights_group",
         "control",

@@ -36,6 +36,7 @@ EXCEPTED = {
     ("README.md", "torchrun --nproc-per-node 8 -m checkpoint_engine"): CLUSTER,
     ("vllm.md", "VLLM_SERVER_DEV_MODE=1 vllm serve"): ENGINE,
     ("vllm.md", "torchrun --nproc-per-node 8"): CLUSTER,
+    ("certify.md", "checkpoint-engine certify /models"): ENGINE,
     ("join.md", "# the running world writes down"): CLUSTER,
     ("join.md", "# the new one reads"): CLUSTER,
     ("multi-node.md", "torchrun --nnodes 4"): CLUSTER,

@@ -1,6 +1,8 @@
-"""``checkpoint-engine``: serve, ask a running service, plan without a GPU, look at a machine.
+"""``checkpoint-engine``: serve, ask a running service, plan without a GPU, look at a machine,
+certify an engine.
 
-Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 wrong usage; 3 a server
+Exit codes: 0 done; 1 it failed, ``doctor`` found something broken, or
+``certify`` something that is not right; 2 wrong usage; 3 a server
 does not answer; 4 it is busy. With ``--json`` every command but ``serve`` writes one JSON document
 to stdout, and a failure writes ``{"error": {"code", "message", "hint"}}``.
 """
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import click
 
+from checkpoint_engine.cli.certify import certify
 from checkpoint_engine.cli.doctor import doctor
 from checkpoint_engine.cli.output import Commands
 from checkpoint_engine.cli.plan import plan
@@ -31,7 +34,7 @@ def commands() -> None:
     """
 
 
-for command in (serve, register, update, metas, status, unregister, plan, doctor):
+for command in (serve, register, update, metas, status, unregister, plan, doctor, certify):
     commands.add_command(command)
 
 

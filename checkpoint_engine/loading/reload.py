@@ -240,7 +240,7 @@ class EngineReload:
         self._config = getattr(worker, "vllm_config", None)
         self._habits = habits
         self._models: dict[str, ModelReload] = {}
-        for role, model, model_config in _models_of(runner, self._config):
+        for role, model, model_config in models_of(runner, self._config):
             if role not in habits or habits[role].model is not model:
                 habits[role] = LoaderHabits(model)
             self._models[role] = ModelReload(habits[role], model_config, worker.device)
@@ -326,7 +326,7 @@ class EngineReload:
             return [action(model) for model in self._models.values()]
 
 
-def _models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
+def models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:
     """(role, model, its config): the model, and a drafter that came from the same checkpoint."""
     yield "model", _unwrapped(runner.model), getattr(runner, "model_config", None)
     drafter = _unwrapped(getattr(getattr(runner, "drafter", None), "model", None))
