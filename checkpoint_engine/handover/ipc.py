@@ -99,9 +99,8 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """torch keeps device memory until every process that got a handle has closed it, and a
         process that was killed never does. By now nobody reads it any more: those that can have
         said so, and torch takes no offence at one that closes it later."""
-        for args in self._counted:
-            with contextlib.suppress(RuntimeError):
-                args[4]._release_ipc_counter(*args[_CUDA_REFERENCE], device=self.tensor.device)
+        for args in self._counted if self.tensor.is_cuda else ():
+            torch.UntypedStorage._release_ipc_counter_cuda(*args[_CUDA_REFERENCE])
         self._counted.clear()
 
     def __exit__(self, *exc_info: object) -> None:
