@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -134,13 +133,8 @@ def _first(reasons: Sequence[bytes]) -> str:
     return next((reason.decode() for reason in reasons if reason), "")
 
 
-class _Filling(NamedTuple):
-    """An own bucket on its way into staging. ``found``: its sum, once ``event`` has happened."""
-
-    step: Step
-    start: int
-    event: Event
-    found: torch.Tensor | None
+_Filling = tuple[Step, int, Event, torch.Tensor | None]
+"""An own bucket on its way into staging: where it goes, when it is there, and its sum then."""
 
 
 class PeersMover(Mover):
@@ -239,7 +233,7 @@ class PeersMover(Mover):
         read_by_all = self._count_read()
         while self._waiting and self._filled - read_by_all < _SLOTS:
             self._fill(self._waiting.popleft())
-        while self._filling and self._filling[0].event.query():
+        while self._filling and self._filling[0][2].query():
             self._offer(self._filling.popleft())
         while self._started and self._reads_straight is False:
             start = self._find(self._started[0])
@@ -272,7 +266,7 @@ class PeersMover(Mover):
                 self._streams.wait(event)
                 found = start_sum(target, expected[0], self._factors)
                 event = self._streams.event()
-        self._filling.append(_Filling(step, start, event, found))
+        self._filling.append((step, start, event, found))
         self._filled += 1
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
