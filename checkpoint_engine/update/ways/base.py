@@ -13,7 +13,7 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning import plan
-from checkpoint_engine.planning.plan import BucketSize, Pace, Step, TransferPlan
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered, topology
@@ -84,7 +84,7 @@ class Way(ABC):
             ValueError: there is nothing to move, or the largest tensor does not fit.
         """
         may_cut = self._may_cut(hellos)
-        size = self._bucket_size(gathered, hellos)
+        size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
         size = plan.paced(size, self.pace, gathered.metas, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
@@ -117,9 +117,6 @@ class Way(ABC):
 
     def _may_cut(self, hellos: Sequence[Hello]) -> bool:
         return self.joins_parts and all(hello.joins_parts for hello in hellos)
-
-    def _bucket_size(self, gathered: Gathered, hellos: Sequence[Hello]) -> BucketSize:
-        return bucket_size(hellos, gathered, self._may_cut(hellos), self.shares(hellos))
 
     # ------------------------------------------------------------------ moving it
 

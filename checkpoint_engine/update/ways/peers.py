@@ -23,7 +23,7 @@ from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport, shares_memo
 from checkpoint_engine.transfer.host_peers import LEFT, MAPPED, TAKEN, HostPeers
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.transfer.tracer import BROADCAST, TracedSpan
-from checkpoint_engine.update.ways.base import Move, Mover, Way
+from checkpoint_engine.update.ways.base import Move, Mover, Way, bucket_size
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
@@ -66,7 +66,8 @@ class Peers(Way):
 
     def _has_room(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
         try:
-            return self._bucket_size(gathered, hellos).staging
+            size = bucket_size(hellos, gathered, self._may_cut(hellos), self.shares(hellos))
+            return size.staging
         except ValueError:  # the way that is taken instead says so
             return False
 
