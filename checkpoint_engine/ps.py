@@ -42,8 +42,8 @@ from checkpoint_engine.update.order import Order, RequestFunction, members_of
 from checkpoint_engine.update.snapshot import Snapshot
 from checkpoint_engine.update.update import Server, run_update
 from checkpoint_engine.update.ways.broadcast import Broadcast
+from checkpoint_engine.update.ways.peers import Peers
 from checkpoint_engine.update.ways.pull import Pull
-from checkpoint_engine.update.ways.shared_memory import SharedMemory
 from checkpoint_engine.world import control
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
@@ -113,7 +113,7 @@ class ParameterServer(Contract):
         _start_p2p(p2p, here)
         self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, here)
         self._gathered = Gathered()
-        ways = (SharedMemory(here), Pull(here, p2p), Broadcast(here))
+        ways = (Peers(here), Pull(here, p2p), Broadcast(here))
         self._server = Server(here, ways)
 
     # ------------------------------------------------------------------ checkpoints on this rank

@@ -103,6 +103,7 @@ max_bucket_bytes = Variable(
 mem_fraction = Variable("PS_MEM_FRACTION", 0.9, float, "a number in (0, 1]")
 retain_host_memory = _switch("PS_RETAIN_HOST_MEMORY", True)
 keeps_groups = _switch("PS_KEEP_GROUPS", True)  # making and destroying one takes 0.5 s on GPUs
+shares_memory = _switch("PS_PEERS", True)
 cpu_transport = _one_of("PS_CPU_TRANSPORT", SHARED_MEMORY, SHARED_MEMORY, GLOO)
 checksum = _one_of("PS_CHECKSUM", "on", "on", "off")
 trace_folder = _text("PS_TRACE")
@@ -133,6 +134,7 @@ def check_server() -> None:
         max_bucket_bytes,
         retain_host_memory,
         keeps_groups,
+        shares_memory,
         cpu_transport,
         checksum,
         ipc_abstract,

@@ -126,6 +126,17 @@ def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--shm-size" in finding.mend
 
 
+def test_devices_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: {a, b} != {0, 2})
+    (finding,) = findings_of(doctor._peers)
+    assert (finding.level, finding.seen) == ("note", "not between 0-2, 2-0")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    (finding,) = findings_of(doctor._peers)
+    assert (finding.level, finding.seen) == ("ok", "between all 3 devices")
+
+
 def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda *names: None)
     (finding,) = findings_of(doctor._mooncake)

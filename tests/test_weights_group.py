@@ -1,4 +1,4 @@
-"""Broadcasts between real processes: one contract, over gloo and over shared memory."""
+"""Buckets between real processes: one contract, over gloo and out of each other's staging."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import socket
 import struct
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +25,14 @@ from checkpoint_engine.data_types import H2DBucket
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.distributed.weights_group import create_weights_group
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.handover.ipc import SharedBuffer
+from checkpoint_engine.handover import wire
+from checkpoint_engine.handover.ipc import SharedBuffer, open_buffer
 from checkpoint_engine.planning.plan import Step, TransferPlan
-from checkpoint_engine.transfer.shared_memory import HostPeers
+from checkpoint_engine.transfer.host_peers import HostPeers
 from checkpoint_engine.transfer.streams import make_streams
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.update.ways.base import Move
-from checkpoint_engine.update.ways.shared_memory import SharedMemoryMover
+from checkpoint_engine.update.ways.peers import PeersMover
 from torchrun import forkserver
 
 pytestmark = pytest.mark.timeout(60)
@@ -42,31 +43,35 @@ PATIENCE = 20.0
 SOON = 2.0  # seconds, until a peer's end is known
 STOPPED = 3.0  # seconds to wait for one that is only stopped
 AT_ONCE = 0.5
-TRANSPORTS = ["gloo", "shared memory"]
+TRANSPORTS = ["gloo", "peers"]
 
 Member = Callable[["Rank"], Any]
+Sizes = list[tuple[int, int]]
+"""Of each bucket, its owner and its bytes."""
 
 
 class Rank:
     """One member of a group, with the double buffer that it broadcasts out of and into."""
 
-    def __init__(self, transport: str, rank: int, size: int, store: dist.Store) -> None:
+    def __init__(
+        self, transport: str, rank: int, size: int, store: dist.Store, buckets: Sizes
+    ) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.before = resources()
         self.stack = contextlib.ExitStack()
         device = DeviceManager("cpu")
-        self.buffer = self.stack.enter_context(SharedBuffer(device, 0, 2 * SLOT))
+        slots = 2 if transport == "gloo" else 4  # staging lies behind the double buffer
+        self.buffer = self.stack.enter_context(SharedBuffer(device, 0, slots * SLOT))
         self.streams = make_streams(device, orders_double_buffer=transport != "gloo")
         neighbours = self._meet() if transport != "gloo" else None
         self.stack.callback(self.streams.close)
-        self.buffer.unlink()
         ranks = list(range(size))
         self.group: Any = (
             create_weights_group(
                 "gloo", store, ranks, rank, "127.0.0.1", device.device(0), patience("the others")
             )
             if neighbours is None
-            else SharedMemoryBroadcasts(self, neighbours)
+            else Buckets(self, neighbours, buckets)
         )
         self.group.expect_end(PATIENCE)
 
@@ -74,7 +79,7 @@ class Rank:
         neighbours = HostPeers(self.rank, range(self.size))
         self.stack.callback(neighbours.close)
         addresses = [address.decode() for address in self.gather("address", neighbours.address)]
-        assert neighbours.reach(dict(enumerate(addresses)), self.buffer)
+        assert not neighbours.reach(dict(enumerate(addresses)), handle_of(self.buffer))
         self.gather("reached", "yes")
         neighbours.accept()
         return neighbours
@@ -98,39 +103,68 @@ class Rank:
         return {k: (self.before[k], after[k]) for k in after if after[k] != self.before[k]}
 
 
-class SharedMemoryBroadcasts:
-    """The mover of shared memory, with a group's interface. A bucket is in its slot already."""
+class Buckets:
+    """The mover of peers, with a group's interface, where workers are served by their ranks."""
 
-    def __init__(self, me: Rank, neighbours: HostPeers) -> None:
-        plan = TransferPlan((), SLOT, staging=False)
-        call = SimpleNamespace(rank=me.rank, deadline=Deadline(PATIENCE))
-        source = SimpleNamespace(copy=lambda bucket, target: None)
+    def __init__(self, me: Rank, peers: HostPeers, buckets: Sizes) -> None:
+        self._steps = [
+            Step(owner, owner, H2DBucket(size=nbytes, ranges=[], items=[]), number % 2)
+            for number, (owner, nbytes) in enumerate(buckets)
+        ]
+        self._numbers = {id(step.bucket): number for number, step in enumerate(self._steps)}
+        self._begun = threading.Event()
+        plan = TransferPlan(tuple(self._steps), SLOT, staging=False)
+        wait = partial(poll, check=patience("the others to let go"))
+        call = SimpleNamespace(rank=me.rank, wait=wait)
+        source = SimpleNamespace(copy=self._fill)
+        gathered = SimpleNamespace(sum_of=lambda owner, bucket: None)
         tracer = RankTracer(me.rank, plan, DeviceManager("cpu"), exact=False)
-        tracer._steps = defaultdict(int)
-        move = Move(call, plan, source, None, me.buffer, tracer)
-        self._neighbours = neighbours
-        self._start = me.buffer.tensor.data_ptr()
-        self._mover = SharedMemoryMover(move, neighbours, me.streams)
+        move = Move(call, plan, source, gathered, me.buffer, tracer)
+        self._peers = peers
+        memory = {rank: mapped(handle) for rank, (handle, _) in peers.handles.items()}
+        self._memory = memory
+        self._mover = PeersMover(move, peers, me.streams, memory, 2)
+        self._mover.handed_over("these tests have no workers")
+
+    def _fill(self, bucket: H2DBucket, target: torch.Tensor) -> None:
+        self._begun.wait(PATIENCE)  # a rank that begins nothing sends nothing
+        target.copy_(content(self._numbers[id(bucket)], bucket.size))
 
     def expect_end(self, seconds: float) -> None:
-        self._mover._end = time.monotonic() + seconds
+        """The deadline of a call ends the waiting."""
 
     def broadcast(self, target: torch.Tensor, src: int) -> Bucket:
-        slot = (target.data_ptr() - self._start) // SLOT
-        return Bucket(
-            self._mover, Step(src, src, H2DBucket(size=target.nbytes, ranges=[], items=[]), slot)
-        )
+        self._begun.set()
+        step = self._steps.pop(0)
+        assert (step.receiver, step.bucket.size) == (src, target.nbytes)
+        return Bucket(self._mover, step)
 
     def abort(self) -> None:
-        self._neighbours.hang_up()
-        self.close()
+        self._peers.hang_up()
+        self._let_go()
 
     def close(self) -> None:
-        self._neighbours.memory.clear()
+        if self._memory:
+            self._mover.let_go()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._begun.set()
+        self._memory.clear()
+
+
+def handle_of(buffer: SharedBuffer) -> Callable[[], bytes]:
+    return lambda: wire.encode_handle(*buffer.handle(), {})
+
+
+def mapped(handle: bytes) -> torch.Tensor:
+    made = wire.decode_handle(handle)
+    assert isinstance(made, wire.Handle)
+    return open_buffer(made.rebuild, made.args, None, of_peer=True)
 
 
 class Bucket:
-    def __init__(self, mover: SharedMemoryMover, step: Step) -> None:
+    def __init__(self, mover: PeersMover, step: Step) -> None:
         self._mover, self._step = mover, step
         self._error: RuntimeError | None = None
         mover.start(step)
@@ -285,8 +319,12 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     common = dist.FileStore(store, size)
-    broadcasts(Rank(transport, rank, size, dist.PrefixStore("first", common)))
-    pipe.send(member(Rank(transport, rank, size, dist.PrefixStore("second", common))))
+    every = [(number % size, size_of(number)) for number in range(ROUNDS)]
+    broadcasts(Rank(transport, rank, size, dist.PrefixStore("first", common), every))
+    buckets = every
+    if member is not broadcasts:
+        buckets = [(1 if member is abort_on_rank_0 and rank == 0 else 0, SLOT)]
+    pipe.send(member(Rank(transport, rank, size, dist.PrefixStore("second", common), buckets)))
 
 
 @pytest.fixture
@@ -346,9 +384,14 @@ def buffer() -> Iterator[SharedBuffer]:
         yield buffer
 
 
+def socket_of(peers: HostPeers) -> str:
+    return f"\0{peers.address.partition('/')[2]}"
+
+
 def test_a_rank_elsewhere_is_no_neighbour(buffer: SharedBuffer) -> None:
     with contextlib.closing(HostPeers(0, [0, 1])) as mine:
-        assert not mine.reach({0: mine.address, 1: "checkpoint-engine-elsewhere"}, buffer)
+        addresses = {0: mine.address, 1: "host/checkpoint-engine-elsewhere"}
+        assert "cannot share memory with rank 1" in mine.reach(addresses, handle_of(buffer))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
@@ -360,7 +403,8 @@ def test_another_users_rank_is_no_neighbour(buffer: SharedBuffer) -> None:
         finally:
             os.seteuid(0)
         with contextlib.closing(theirs):
-            assert not mine.reach({0: mine.address, 1: theirs.address}, buffer)
+            why = mine.reach({0: mine.address, 1: theirs.address}, handle_of(buffer))
+            assert why == "rank 1 runs as another user than rank 0"
 
 
 def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
@@ -369,14 +413,14 @@ def test_strangers_are_turned_away(buffer: SharedBuffer) -> None:
         contextlib.closing(HostPeers(1, [0, 1])) as theirs,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
     ):
-        stranger.connect(f"\0{mine.address}")
+        stranger.connect(socket_of(mine))
         stranger.send(b"hello")
-        assert theirs.reach({0: mine.address, 1: theirs.address}, buffer)
+        assert not theirs.reach({0: mine.address, 1: theirs.address}, handle_of(buffer))
         mine.accept()
         assert set(mine.incoming) == {1}
         assert stranger.recv(1) == b""
         buffer.tensor[:3] = torch.tensor([1, 2, 3])
-        assert mine.memory[1][:4].tolist() == [1, 2, 3, 0]
+        assert [mapped(one)[:4].tolist() for one in mine.handles[1]] == [[1, 2, 3, 0]] * 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
@@ -385,17 +429,15 @@ def test_another_user_who_says_to_be_a_rank_is_turned_away(buffer: SharedBuffer)
         contextlib.closing(HostPeers(0, [0, 1])) as mine,
         contextlib.closing(HostPeers(1, [0, 1])) as theirs,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger,
-        open("/dev/zero") as memory,
     ):
         os.seteuid(65534)
         try:
-            stranger.connect(f"\0{mine.address}")
+            stranger.connect(socket_of(mine))
         finally:
             os.seteuid(0)
-        hello = struct.pack("QQ", 1, 0)  # that it is rank 1, whose double buffer is empty
-        socket.send_fds(stranger, [hello], [memory.fileno()])
-        assert theirs.reach({0: mine.address, 1: theirs.address}, buffer)
+        stranger.send(struct.pack("QQ", 1, 1) + b"hh")  # that it is rank 1
+        assert not theirs.reach({0: mine.address, 1: theirs.address}, handle_of(buffer))
         mine.accept()
         with pytest.raises(ConnectionResetError):
             stranger.recv(1)
-        assert mine.memory[1].nbytes == buffer.tensor.nbytes
+        assert mapped(mine.handles[1][0]).nbytes == buffer.tensor.nbytes

@@ -70,7 +70,18 @@ def check_bytes(memory: torch.Tensor, first_block: int, total: int, what: str) -
 
     ``first_block``: the place of its first block.
     """
-    found = checksum(memory, first_block)
+    check_sum(checksum(memory, first_block), total, what)
+
+
+def start_sum(memory: torch.Tensor, first_block: int, factors: torch.Tensor) -> torch.Tensor:
+    """The same sum as a tensor, queued on the current stream: nothing is waited for. ``factors``:
+    ``FACTORS`` on that device."""
+    total: torch.Tensor = sum_words(memory.view(torch.int64), first_block * _WORDS, factors)
+    return total
+
+
+def check_sum(found: int, total: int, what: str) -> None:
+    """Raise ``ValueError`` unless a sum is the one that was registered."""
     if found != total:
         raise ValueError(
             f"the bytes of {what} are not those that were registered: their checksum is "

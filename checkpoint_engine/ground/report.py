@@ -59,6 +59,11 @@ class UpdateReport(BaseModel, frozen=True):
     ``version`` is the id that the updated workers now hold; ``None`` on a rank that had no part in
     it. ``failed_instances`` were not updated: empty, unless the update was to go on without them.
 
+    ``way`` is how the bytes travelled: ``peers`` (workers read the staging buffers of all ranks of
+    their host), ``broadcast`` (a group of NCCL, gloo or another backend; with one rank, none) or
+    ``P2P``. ``way_reason`` says why not by peers, or why this rank's worker does not read those
+    buffers and gets whole buckets from its server rank.
+
     ``phases`` holds the seconds this rank spent in each, in order. Transfer and reload overlap:
     each is the time that this rank waited for it. ``waited_for`` parts the transfer by the rank
     that sent what was waited for; under its own number this rank waited for its own copies or P2P
@@ -93,6 +98,8 @@ class UpdateReport(BaseModel, frozen=True):
     seconds: float = 0.0
     phases: dict[str, float] = {}
     version: str | None = None
+    way: str = ""
+    way_reason: str = ""
     failed_instances: list[InstanceFailure] = []
     gather_seconds: float = 0.0
     waited_for: dict[int, float] = {}

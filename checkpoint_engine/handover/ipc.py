@@ -20,6 +20,8 @@ from checkpoint_engine.handover.stale_files import create_locked, stale_files
 
 _PREFIX = "checkpoint-engine-"
 _CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index
+_CUDA_REFERENCE = slice(11, 13)  # where it counts who has opened the memory
+_CUDA_WAITS = 14  # whether opening waits for an event of the exporter
 
 
 class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
@@ -33,6 +35,7 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """Raises ``RuntimeError`` naming the sizes if the memory cannot be had."""
         self._device_manager = device_manager
         self._file: tuple[Path, int] | None = None
+        self._counted: list[tuple[Any, ...]] = []
         if device_manager.is_accelerator:
             device = device_manager.device(index)
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -54,12 +57,19 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
             raise
 
     def handle(self) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
-        """What the worker calls, and with what, to get the same memory as a tensor."""
+        """What one process calls, and with what, to get the same memory as a tensor."""
         if self._file is not None:
             return map_shared_memory, (str(self._file[0]), self.tensor.nbytes)
         from torch.multiprocessing.reductions import reduce_tensor
 
-        return reduce_tensor(self.tensor)
+        rebuild, args = reduce_tensor(self.tensor)
+        self._counted.append(args)
+        return rebuild, args
+
+    @property
+    def is_named(self) -> bool:
+        """Whether others can open it by its name."""
+        return self._file is not None
 
     @property
     def descriptor(self) -> int:
@@ -81,8 +91,17 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """Give the memory back; what the worker still maps lives on until it drops it."""
         if self.tensor.nbytes:
             self.unlink()
+            self._forget_readers()
             self.tensor = torch.empty(0, dtype=torch.uint8)
             self._device_manager.release_cached_memory()
+
+    def _forget_readers(self) -> None:
+        """torch keeps device memory until every process that got a handle has closed it, and a
+        process that was killed never does. By now nobody reads it any more: those that can have
+        said so, and torch takes no offence at one that closes it later."""
+        for args in self._counted if self.tensor.is_cuda else ():
+            torch.UntypedStorage._release_ipc_counter_cuda(*args[_CUDA_REFERENCE])
+        self._counted.clear()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -124,12 +143,19 @@ def map_descriptor(fd: int, nbytes: int) -> torch.Tensor:
 
 
 def open_buffer(
-    rebuild: Callable[..., torch.Tensor], args: tuple[Any, ...], device_id: int | None
+    rebuild: Callable[..., torch.Tensor],
+    args: tuple[Any, ...],
+    device_id: int | None,
+    of_peer: bool = False,
 ) -> torch.Tensor:
     """Open the server's buffer in this worker, on its own device number ``device_id``.
 
     The exporter counts devices as its own process sees them, so its index is replaced; ``None``:
     by the current device of this process.
+
+    Args:
+        of_peer: whether it may be memory of another device. Number ``device_id`` reads it over
+            NVLink or PCIe; the other device need not be visible to this process.
     """
     arguments = list(args)
     if rebuild is not map_shared_memory:
@@ -138,6 +164,8 @@ def open_buffer(
             device_id = manager.device_module.current_device()
         if device_id is not None:
             arguments[_CUDA_DEVICE_ARGUMENT] = device_id
+        if of_peer:  # whose events this device cannot open; what is in there is told later
+            arguments[_CUDA_WAITS] = False
     buffer = rebuild(*arguments)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1:
         raise ValueError(f"expected a flat uint8 buffer, got {buffer.dtype} {tuple(buffer.shape)}")

@@ -51,6 +51,16 @@ and fails if it loaded others; see ``loading.loaded``."""
 STATEMENT = "statement"
 """An extension: a worker that knows it states with its last answer what the update wrote."""
 
+SOURCES = "sources"
+"""An extension: the server offers how many more buffers there are to map, those of the other ranks
+of its host. A worker that accepts it gets their handles in the next message, if there are any, and
+answers with ``SOURCES`` again: why it cannot map them, or an empty text. Its buckets' offsets count
+from the bucket's first byte."""
+
+SOURCE = "source"
+"""With a bucket, to a worker that accepted ``SOURCES``: which buffer it is in (0: that of the first
+handle, then the others in order), where, and its bytes."""
+
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
 
@@ -82,6 +92,23 @@ def encode_handle(
     """The first message. ``extensions`` stand behind the pickle, where readers of 0.4 do not
     look."""
     return pickle.dumps((rebuild, args)) + encode_extensions(extensions)
+
+
+def encode_sources(handles: Sequence[bytes]) -> bytes:
+    """The handles of other ranks' buffers, as ``encode_handle`` made them."""
+    return pickle.dumps(list(handles))
+
+
+def decode_sources(message: bytes) -> list[Handle] | Exception:
+    """Those handles, or why the server aborts. Raises ``WireError`` if it is anything else."""
+    match _load(message):
+        case _Made(error=error):
+            return error
+        case list() as encoded if all(isinstance(one, bytes) for one in encoded):
+            handles = [decode_handle(one) for one in encoded]
+            if not any(isinstance(one, Exception) for one in handles):
+                return handles  # type: ignore[return-value]
+    raise WireError(f"a message of {len(message)} bytes holds no handles of buffers")
 
 
 def decode_acceptance(reply: bytes) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ def update_weights_from_ipc(
 class _Reception:
     """One update. The first failure is told to the server; nothing is loaded after it."""
 
-    _buffer: torch.Tensor
+    _buffers: list[torch.Tensor]
     _device: DeviceManager
 
     def __init__(self, link: ServerLink, loader: BucketLoader, version: WeightVersion) -> None:
@@ -138,11 +138,13 @@ class _Reception:
 
     def run(self, device_id: int | None, post_hook: Callable[[], Any] | None) -> None:
         extensions = self._receive_buffer(device_id)
-        self._device = DeviceManager(self._buffer.device.type)
+        self._device = DeviceManager(self._buffers[0].device.type)
         try:
+            if extensions.get(wire.SOURCES):
+                self._receive_sources(device_id)
             self._load_buckets(extensions.get("weight_version"))
         finally:
-            del self._buffer, self._parts  # the traceback of what is raised leads to this object
+            del self._buffers, self._parts  # the traceback of what is raised leads to this object
             self._device.release_cached_memory()
         self._acknowledge()
         server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
@@ -169,7 +171,7 @@ class _Reception:
             handle = wire.decode_handle(message)
             if isinstance(handle, wire.Handle):
                 getattr(self._loader, "check", lambda: None)()
-                self._buffer = open_buffer(handle.rebuild, handle.args, device_id)
+                self._buffers = [open_buffer(handle.rebuild, handle.args, device_id)]
         except Exception:
             self._link.reply(wire.encode_failure(traceback.format_exc()))
             with contextlib.suppress(WireError, TimeoutError):
@@ -181,10 +183,24 @@ class _Reception:
         if "timeout" in offered:
             self._link.set_deadline(offered["timeout"])
         accepted = {"version": 1, wire.CHECKSUM: FORMULA, wire.PART: True, wire.DELIVERED: True}
-        if wire.JSON_BUCKETS in offered:
-            accepted[wire.JSON_BUCKETS] = True
+        accepted |= {one: True for one in (wire.JSON_BUCKETS, wire.SOURCES) if one in offered}
         self._link.reply(wire.encode_extensions(accepted) if offered else wire.ACK)
         return offered
+
+    def _receive_sources(self, device_id: int | None) -> None:
+        """Map the buffers of the other ranks, or say why that cannot be done."""
+        handles = wire.decode_sources(self._link.receive())
+        if isinstance(handles, Exception):
+            raise handles
+        why = ""
+        try:
+            self._buffers += [
+                open_buffer(one.rebuild, one.args, device_id, True) for one in handles
+            ]
+        except (OSError, RuntimeError, ValueError) as error:
+            del self._buffers[1:]
+            why = f"{type(error).__name__}: {error}"
+        self._link.reply(wire.encode_extensions({wire.SOURCES: why}))
 
     def _load_buckets(self, version: str | None) -> None:
         """Load buckets until there are no more."""
@@ -209,10 +225,13 @@ class _Reception:
     def _load(
         self, received: bytes, bucket: wire.Bucket | bytes, extensions: dict[str, Any]
     ) -> None:
-        """Load what lies in the double buffer. ``bucket``: its message, if that can be replayed."""
-        source: torch.Tensor | None = self._buffer
+        """Load a bucket that has arrived. ``bucket``: its message, if that can be replayed."""
+        found = self._buffers[0]
+        if wire.SOURCE in extensions:
+            found = _find(self._buffers, extensions[wire.SOURCE])
+        source: torch.Tensor | None = found
         if wire.PART in extensions:
-            source = self._parts.add(received, extensions[wire.PART], self._buffer)
+            source = self._parts.add(received, extensions[wire.PART], found)
         if source is not None:
             _check_bytes(extensions.get(wire.CHECKSUM), source)
             if isinstance(bucket, bytes):
@@ -281,6 +300,19 @@ def _without_frames(error: Exception) -> Exception:
 
 def _told(failure: Exception) -> bytes:
     return wire.encode_failure(failure.__notes__[-1])
+
+
+def _find(buffers: list[torch.Tensor], place: Any) -> torch.Tensor:
+    """A bucket in one of the buffers."""
+    match place:
+        case [int(number), int(start), int(nbytes)] if (
+            0 <= number < len(buffers)
+            and min(start, nbytes) >= 0
+            and start + nbytes <= buffers[number].numel()
+            and start % ALIGNMENT == 0
+        ):
+            return buffers[number][start : start + nbytes]
+    raise WireError(f"no place of a bucket in {len(buffers)} buffers: {place!r:.100}")
 
 
 def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:

@@ -55,6 +55,8 @@ DEVICE_PACE: Pace = (256 << 20, 1 << 30)
 """At 50 GB/s to the device, 256 MiB take 5 ms, and a round trip to a worker a fraction of one."""
 HOST_PACE: Pace = (16 << 20, 16 << 20)
 """Shared memory is zeroed for every update, and small buckets stay in the processor's caches."""
+PEER_PACE: Pace = (64 << 20, 256 << 20)
+"""Every GPU is filled at its own 50 GB/s, while its peers read a bucket at 370."""
 READ_PACE: Pace = (32 << 20, 1 << 30)
 """P2P reads over a network."""
 
@@ -126,7 +128,9 @@ def _sizes(metas: Metas) -> Iterator[int]:
             yield from (meta.aligned_size for meta in buffer.metas)
 
 
-def bucket_size(free_bytes: int, largest: int, cap: int, may_cut: bool = False) -> BucketSize:
+def bucket_size(
+    free_bytes: int, largest: int, cap: int, may_cut: bool = False, shares: int = 3
+) -> BucketSize:
     """Divide ``free_bytes`` of device memory into a double buffer and, where it fits, staging.
 
     Args:
@@ -134,16 +138,17 @@ def bucket_size(free_bytes: int, largest: int, cap: int, may_cut: bool = False) 
         largest: padded size of the largest tensor, which must fit one bucket.
         cap: upper bound that the user set for a bucket.
         may_cut: whether it need not: then it takes memory of its own, where it is put together.
+        shares: how many buckets all buffers take, staging included.
 
     Raises:
         ValueError: the largest tensor does not fit even without staging.
     """
     is_huge = largest > min(max(cap, SMALLEST_CUT), LARGEST_WHOLE)
-    if may_cut and is_huge and free_bytes - largest >= 3 * SMALLEST_CUT:
-        return bucket_size(free_bytes - largest, SMALLEST_CUT, cap)
-    thirds = free_bytes // (3 * ALIGNMENT) * ALIGNMENT
-    staging = largest <= thirds
-    limit = thirds if staging else free_bytes // (2 * ALIGNMENT) * ALIGNMENT
+    if may_cut and is_huge and free_bytes - largest >= shares * SMALLEST_CUT:
+        return bucket_size(free_bytes - largest, SMALLEST_CUT, cap, shares=shares)
+    share = free_bytes // (shares * ALIGNMENT) * ALIGNMENT
+    staging = largest <= share
+    limit = share if staging else free_bytes // (2 * ALIGNMENT) * ALIGNMENT
     if largest > limit:
         raise ValueError(
             f"the largest tensor takes {largest} bytes, but the rank with the least memory can "

@@ -252,6 +252,23 @@ def _affinity() -> Iterator[Finding]:
             yield _judge(usable == 0, f"device {index}", seen, cost, mend)
 
 
+def _peers() -> Iterator[Finding]:
+    """Whether the ranks of this host can read each other's staging buffers."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return
+    apart = [
+        f"{reader}-{owner}"
+        for reader in range(count)
+        for owner in range(count)
+        if reader != owner and not torch.cuda.can_device_access_peer(reader, owner)
+    ]
+    seen = f"not between {', '.join(apart)}" if apart else f"between all {count} devices"
+    cost = "the ranks of this host take a broadcast group, and every GPU gets every byte"
+    mend = "see nvidia-smi topo -p2p r; MIG and some virtual machines have no peer access"
+    yield _judge(bool(apart), "peer access", seen, cost, mend, "note")
+
+
 # ---------------------------------------------------------------------- engines
 
 
@@ -306,6 +323,7 @@ _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _host_memory,
     _shared_memory,
     _affinity,
+    _peers,
     _engines,
 ]
 _RATES: list[Callable[[], Iterator[Finding]]] = [_copy_rates, _device_rates]

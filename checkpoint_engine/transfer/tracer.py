@@ -86,8 +86,8 @@ class RankTracer:
         return self.on_host(RELOAD, step)
 
     @contextlib.contextmanager
-    def copying(self, step: Step) -> Iterator[None]:
-        span = self._begin_in_order(COPY, step)
+    def copying(self, step: Step, lane: str = COPY) -> Iterator[None]:
+        span = self._begin_in_order(lane, step)
         yield
         span.ended = self._mark()
 

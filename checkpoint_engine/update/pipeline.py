@@ -1,7 +1,7 @@
 """Streams a plan to one rank's worker: each bucket behind the other.
 
-While the worker reloads one bucket, the next is on its way into the other half of the double
-buffer. The first buckets set out before the worker has answered at all.
+While the worker reloads one bucket, the next is on its way into the other half of a buffer. The
+first buckets set out before the worker has answered at all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.checksum import check_bytes
-from checkpoint_engine.handover.wire import CHECKSUM, PART, encode_extensions
+from checkpoint_engine.handover.wire import CHECKSUM, PART, SOURCE, encode_extensions
 from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.planning.plan import Step, to_named_tensor
 from checkpoint_engine.update.session import WorkerSession
@@ -71,6 +71,7 @@ class Pipeline:
             if index + 1 < count:
                 self._message(index + 1)  # while the worker loads
             self._session.await_reload(f"bucket {index + 1} of {count}")
+        self._mover.done_with(step)
 
     def _start_next(self) -> None:
         if self._waiting:
@@ -80,15 +81,16 @@ class Pipeline:
 
     def _message(self, index: int) -> tuple[bytes, str]:
         """What the worker is told of a bucket, and the digest of that; encoded once for a plan."""
-        plan, encode = self._move.plan, self._session.encode_bucket
-        if (encode, index) not in plan.messages:
+        plan, session = self._move.plan, self._session
+        key = session.encode_bucket, session.finds_sources, index
+        if key not in plan.messages:
             step = plan.steps[index]
             start = step.slot * plan.bucket_bytes
-            if isinstance(step.bucket, TensorPart):
-                start = 0  # of the tensor that the worker puts together
-            message = encode(to_named_tensor(step.bucket.items, start))
-            plan.messages[encode, index] = message, digest(message)
-        found: tuple[bytes, str] = plan.messages[encode, index]
+            if session.finds_sources or isinstance(step.bucket, TensorPart):
+                start = 0  # of the bucket, or of the tensor that the worker puts together
+            message = session.encode_bucket(to_named_tensor(step.bucket.items, start))
+            plan.messages[key] = message, digest(message)
+        found: tuple[bytes, str] = plan.messages[key]
         return found
 
     def _planned(self) -> list[str | None]:
@@ -98,18 +100,24 @@ class Pipeline:
         return [self._message(index)[1] if end else None for index, end in enumerate(ends)]
 
     def _extensions(self, step: Step) -> bytes:
-        """What follows the message of a bucket, for workers of ours: its sum, for those that check
-        that themselves, and where a part of a tensor lies.
+        """What follows the message of a bucket, for workers of ours: where it lies, its sum, for
+        those that check that themselves, and where a part of a tensor belongs.
 
         The bytes are checked here for workers that do not check them, such as the original's.
         """
         extensions: dict[str, Any] = {}
-        bucket, start = step.bucket, step.slot * self._move.plan.bucket_bytes
+        bucket = step.bucket
+        source, start = self._mover.lies_at(step)
+        if self._session.finds_sources:
+            extensions[SOURCE] = [source, start, bucket.size]
+            start = 0
         lies_at, nbytes = start, bucket.size
         if isinstance(bucket, TensorPart):
             extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
             lies_at, nbytes = 0, bucket.total  # once it has been put together
         expected = self._move.gathered.sum_of(step.owner, bucket)
+        if self._mover.has_checked(step) and not isinstance(bucket, TensorPart):
+            expected = None
         if expected is not None and self._session.worker_checks_sums:
             extensions[CHECKSUM] = [lies_at, nbytes, *expected]
         elif expected is not None:

@@ -50,6 +50,8 @@ class WorkerSession:
     Attributes:
         state: what the worker's model holds by now.
         statement: what it says that the update wrote; see ``UpdateReport.engines``.
+        unmapped: why the worker has not mapped the other ranks' buffers; empty if it has, ``None``
+            while it is not known.
         failed: engine instances that were not updated; none, for a session that fails raises.
     """
 
@@ -61,6 +63,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
+        self.unmapped: str | None = None
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
         self.statement: dict[str, Any] = {}
@@ -80,14 +83,23 @@ class WorkerSession:
         return self.state.value
 
     @_step
-    def hand_over(self, buffer: SharedBuffer, seconds_left: float, in_parts: bool = False) -> None:
+    def hand_over(
+        self,
+        buffer: SharedBuffer,
+        seconds_left: float,
+        in_parts: bool = False,
+        sources: Sequence[bytes] = (),
+        must_map: bool = False,
+    ) -> None:
         """Share the double buffer; returns when the worker has mapped it.
 
         Args:
             in_parts: whether some tensors are going to come in parts.
+            sources: handles of the other ranks' buffers.
+            must_map: whether the worker can be updated only if it maps those.
         """
         offered: dict[str, Any] = {"timeout": seconds_left, "weight_version": self._version}
-        offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True}
+        offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources)}
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
@@ -101,6 +113,30 @@ class WorkerSession:
                 "this worker cannot put tensors together that travel in parts, which the one "
                 "before it could: update again, and they will travel whole"
             )
+        if sources:
+            self.unmapped = self._share(sources)
+        if must_map and self.unmapped:
+            raise EngineError(
+                f"{self.unmapped}, as it, or the worker before it, did in the last update: update "
+                "again, and it will get whole buckets from its server rank"
+            )
+
+    def _share(self, sources: Sequence[bytes]) -> str:
+        """Have the worker map other ranks' buffers; returns why it cannot."""
+        if not self.finds_sources:
+            return "the worker, of another release or library, cannot read other ranks' buffers"
+        self._link.send(wire.encode_sources(sources), self._check)
+        reply = self._link.receive(self._check)
+        said = wire.decode_acceptance(reply) or {}
+        if wire.SOURCES not in said:
+            raise _failed("the handshake", reply)
+        why = said[wire.SOURCES]
+        return f"the worker cannot map other ranks' buffers: {why}" if why else ""
+
+    @property
+    def finds_sources(self) -> bool:
+        """Whether the worker is told with each bucket which buffer it is in, and where."""
+        return bool(self._extensions.get(wire.SOURCES))
 
     @property
     def encode_bucket(self) -> Callable[[list[dict[str, Any]]], bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from loguru import logger
 
+from checkpoint_engine.data_types import ALIGNMENT
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.ground.local_rank import LocalRank
@@ -46,6 +47,7 @@ class Server:
         ways: in the order of preference; the first that serves all ranks is taken.
         joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
             before a worker is there to be asked.
+        maps_peers: whether it mapped the other ranks' buffers, when it was last asked to.
         served: what the engine holds; ``None`` before the first update, and while the weights are
             partly written.
     """
@@ -53,12 +55,15 @@ class Server:
     here: LocalRank
     ways: Sequence[Way]
     joins_parts: bool = False
+    maps_peers: bool = False
     served: LoadedCheckpoint | None = None
 
     def learn(self, session: WorkerSession, loaded: LoadedCheckpoint) -> None:
         """However an update ended. ``loaded``: what the engine holds if it succeeded."""
         if session.worker_joins_parts is not None:
             self.joins_parts = session.worker_joins_parts
+        if session.unmapped is not None:
+            self.maps_peers = not session.unmapped
         failed = any(self.here.rank in one.ranks for one in session.failed)
         if session.state is EngineState.HOLDS and not failed:
             self.served = loaded.model_copy(update={"since": time.time()})
@@ -80,33 +85,28 @@ def run_update(
         hellos = _agree(call, link, source, gathered, order, server, held)
         call.watch()
         gathered = gathered.renewed(call, hellos, source)
-        usable = [way for way in server.ways if way.serves(hellos)]
-        plan = usable[0].plan(gathered, hellos)
-        _show_progress(call, plan, order, server, held)
-        tracer = _trace(call, plan, hellos, order, server)
-
-        call.begin("buffers")
-        move = Move(call, plan, source, gathered, _share_buffer(plan, server.here, held), tracer)
-        moving = held.enter_context(ExitStack())
-        mover = _connect(usable, move, hellos, moving)
+        move, mover, moving = _connect(call, source, gathered, hellos, order, server, held)
 
         call.begin("handshake")
         request = _ask(call, order, hellos, gathered, server.here, held)
         session = _open_session(call, link, request, order, hellos, server, held)
         pipeline = Pipeline(move, mover, session)
         pipeline.begin()
-        session.hand_over(move.buffer, call.deadline.remaining(), plan.cuts_tensors)
-        move.buffer.unlink()
+        options = move.plan.cuts_tensors, mover.sources, mover.must_map
+        session.hand_over(move.buffer, call.deadline.remaining(), *options)
+        mover.handed_over(session.unmapped or "")
         pipeline.run()
 
         call.begin("release")
         session.release()
+        mover.let_go()
+        served = mover.served
         moving.close()  # NICs and neighbours let go of the memory before it is given back
         del pipeline, mover  # and so does staging
         move.buffer.close()
         call.begin("post hook")
         session.finish(request)
-        return _report(call, move, session, hellos, order, server.here), gathered
+        return _report(call, move, session, hellos, order, server.here, served), gathered
 
 
 # ---------------------------------------------------------------------- agreeing
@@ -129,7 +129,7 @@ def _agree(
     """What every member says; raises if they do not want the same."""
     call.begin("plan")
     mine = order.hello(server.here, link.url, gathered.digest)
-    mine = replace(mine, joins_parts=server.joins_parts)
+    mine = replace(mine, joins_parts=server.joins_parts, maps_peers=server.maps_peers)
     call.claim(mine)
     for way in server.ways:
         mine = way.introduce(mine, held)
@@ -139,19 +139,47 @@ def _agree(
     return call.exchange(mine)
 
 
-def _connect(usable: Sequence[Way], move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover:
-    """By the first way that turns out to connect all ranks; the last one always does."""
-    movers = (way.connect(move, hellos, held) for way in usable)
-    return next(mover for mover in movers if mover is not None)
+def _connect(
+    call: Call,
+    source: Checkpoint,
+    gathered: Gathered,
+    hellos: Sequence[Hello],
+    order: Order,
+    server: Server,
+    held: ExitStack,
+) -> tuple[Move, Mover, ExitStack]:
+    """By the first way that turns out to connect all ranks; the last one always does.
+
+    Returns what is moved and by what, and the stack that disconnects.
+    """
+    refusals: list[str] = []
+    for way in server.ways:
+        refused = way.refusal(gathered, hellos)
+        if refused is None:
+            plan = way.plan(gathered, hellos)
+            _show_progress(call, plan, order, server, held)
+            tracer = _trace(call, plan, hellos, order, server)
+            call.begin("buffers")
+            nbytes = max(way.buffer_slots(plan, hellos) * plan.bucket_bytes, ALIGNMENT)
+            buffer = _share_buffer(nbytes, server.here, held)
+            said = way.name, "; ".join(refusals)
+            move = Move(call, plan, source, gathered, buffer, tracer, *said)
+            with ExitStack() as attempt:
+                connected = way.connect(move, hellos, attempt)
+                if isinstance(connected, Mover):
+                    return move, connected, held.enter_context(attempt.pop_all())
+            buffer.close()
+            refused = connected
+        if refused:
+            refusals.append(f"not by {way.name}: {refused}")
+    raise RuntimeError(f"there is no way between the ranks: {'; '.join(refusals)}")
 
 
 # ---------------------------------------------------------------------- the engine
 
 
-def _share_buffer(plan: TransferPlan, here: LocalRank, held: ExitStack) -> SharedBuffer:
-    halves = min(2, len(plan.steps))
-    buffer = SharedBuffer(here.device_manager, here.local_rank, halves * plan.bucket_bytes)
-    return held.enter_context(buffer)
+def _share_buffer(nbytes: int, here: LocalRank, held: ExitStack) -> SharedBuffer:
+    return held.enter_context(SharedBuffer(here.device_manager, here.local_rank, nbytes))
 
 
 def _ask(
@@ -287,6 +315,7 @@ def _report(
     hellos: Sequence[Hello],
     order: Order,
     here: LocalRank,
+    served: str,
 ) -> UpdateReport:
     compared: dict[str, Any] = {"engines": {call.rank: session.statement}}
     if order.compare_ranks:
@@ -300,6 +329,8 @@ def _report(
         bucket_bytes=move.plan.bucket_bytes,
         bytes=move.plan.total_bytes,
         version=agreed_version(hellos),
+        way=move.way,
+        way_reason="; ".join(one for one in (move.reason, served) if one),
         failed_instances=list(session.failed),
         gather_seconds=move.gathered.seconds,
         waited_for=call.clock.waited_for,

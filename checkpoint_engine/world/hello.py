@@ -40,7 +40,9 @@ class Hello:
         bucket_cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         nic, host: RDMA device and host that this rank reads through.
         joins_parts: whether the worker of the last update takes tensors in parts.
-        neighbour: where ranks of the same host reach this one, on the cpu device.
+        maps_peers: whether the worker of the last update mapped all ranks' staging buffers.
+        neighbour: the host, and where ranks of the same host reach this one; empty: it shares no
+            memory with them.
         group: id of the broadcast group that this rank kept from its last update.
         instance: the engine instance that this rank's worker belongs to.
         nonce: random; that of the first rank names the update, and the group if one is made.
@@ -65,6 +67,7 @@ class Hello:
     nic: str = ""
     host: str = ""
     joins_parts: bool = False
+    maps_peers: bool = False
     neighbour: str = ""
     group: str = ""
     instance: str = ""

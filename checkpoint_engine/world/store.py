@@ -297,6 +297,7 @@ def _host(port: int, size: int) -> None:
 def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
     """Wait until rank 0 listens; returns the address that leads there. Torch's own waiting would
     not let go on Ctrl-C."""
+    pause = 0.001
     while True:
         try:
             seconds = min(5.0, deadline.remaining() + 0.001)
@@ -309,7 +310,8 @@ def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
                     f"rank 0 does not listen at {addr}:{port}: {error}; is it running, and are "
                     "master_addr and master_port the same on all ranks?"
                 ) from error
-            time.sleep(0.05)
+            time.sleep(pause)  # ranks that start together are milliseconds apart
+            pause = min(2 * pause, 0.05)
 
 
 def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -> T:

@@ -14,10 +14,12 @@ from unittest import mock
 
 from checkpoint_engine import ps as server
 from checkpoint_engine.ground.devices import DeviceManager
+from checkpoint_engine.handover import wire
 from checkpoint_engine.loading import receive
 from checkpoint_engine.memory import host_memory
 from checkpoint_engine.transfer import remote_loader
 from checkpoint_engine.update import session, update
+from checkpoint_engine.update.ways import peers
 
 STEPS: dict[str, tuple[Any, str]] = {
     "register": (host_memory, "fill_arenas"),
@@ -26,6 +28,9 @@ STEPS: dict[str, tuple[Any, str]] = {
     "buffers": (update, "_share_buffer"),
     "handshake": (session.WorkerSession, "hand_over"),
     "bucket": (session.WorkerSession, "begin_reload"),
+    "offer": (peers.PeersMover, "_offer"),
+    "taken": (peers.PeersMover, "_finish"),
+    "let go": (peers.PeersMover, "let_go"),
     "release": (session.WorkerSession, "release"),
     "post hook": (session.WorkerSession, "finish"),
     "P2P read": (remote_loader.RemoteLoader, "read"),
@@ -34,6 +39,8 @@ STEPS: dict[str, tuple[Any, str]] = {
 
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (receive, "open_buffer"),
+    "mapping": (wire, "decode_sources"),
+    "read": (receive, "_find"),
     "bucket": (receive, "_check_bytes"),
     "load": (receive._Reception, "_load"),
     "release": (DeviceManager, "release_cached_memory"),

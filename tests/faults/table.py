@@ -213,6 +213,36 @@ def tolerated_workers() -> list[Case]:
     ]
 
 
+# ---------------------------------------------------------------------- memory that is shared
+
+
+def peers() -> list[Case]:
+    """While workers read the staging buffers of other ranks."""
+    gone = "hung up|closed its connection"
+    of_server = [("offer", 3), ("taken", MIDDLE), ("let go", 1)]
+    of_worker = [("mapping", 1), ("read", MIDDLE)]  # of a bucket of rank 2
+    return [
+        *(
+            Case(fault, step, says, Fault(action, step, 1, nth), timeout=timeout)
+            for fault, action, says, timeout in (
+                ("kill -9 of an owner", "kill", "rank 1 is gone", LONG),
+                ("SIGSTOP of an owner", "stop", "gave up after", SHORT),
+                ("an owner raises", "raise", "injected here", LONG),
+            )
+            for step, nth in of_server
+        ),
+        *(
+            Case(fault, step, says, Fault(action, step, 1, nth, of_worker=True), timeout=timeout)
+            for fault, action, says, timeout in (
+                ("kill -9 of a reader", "kill", gone, LONG),
+                ("SIGSTOP of a reader", "stop", "gave up after", SHORT),
+                ("a reader raises", "raise", f"injected here|{gone}", LONG),
+            )
+            for step, nth in of_worker
+        ),
+    ]
+
+
 # ---------------------------------------------------------------------- requests
 
 
@@ -594,6 +624,7 @@ TABLE: list[Case] = [
     *failing_servers(),
     *workers(),
     *tolerated_workers(),
+    *peers(),
     *requests(),
     *files(),
     *memory(),

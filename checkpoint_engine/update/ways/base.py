@@ -20,19 +20,28 @@ from checkpoint_engine.world.gathered import Gathered, topology
 from checkpoint_engine.world.hello import Hello
 
 
-def bucket_size(hellos: Sequence[Hello], gathered: Gathered, may_cut: bool) -> plan.BucketSize:
+def bucket_size(
+    hellos: Sequence[Hello], gathered: Gathered, may_cut: bool, shares: int = 3
+) -> plan.BucketSize:
     """How the memory that every rank can spare is shared out."""
     return plan.bucket_size(
         min(hello.free_bytes for hello in hellos),
         plan.largest_tensor(gathered.metas),
         min(hello.bucket_cap for hello in hellos),
         may_cut,
+        shares,
     )
 
 
 class Way(ABC):
     """One way for bytes to travel. One object per ``ParameterServer``; it owns what is kept between
-    updates."""
+    updates.
+
+    Attributes:
+        name: in reports.
+    """
+
+    name: str
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
@@ -49,8 +58,9 @@ class Way(ABC):
         return mine
 
     @abstractmethod
-    def serves(self, hellos: Sequence[Hello]) -> bool:
-        """Whether the ranks can go this way. The same on all of them."""
+    def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        """``None`` if the ranks can go this way, else why not; empty where nobody would ask. The
+        same on all of them."""
 
     # ------------------------------------------------------------------ what is moved, and when
 
@@ -73,8 +83,8 @@ class Way(ABC):
         Raises:
             ValueError: there is nothing to move, or the largest tensor does not fit.
         """
-        may_cut = self.joins_parts and all(hello.joins_parts for hello in hellos)
-        size = bucket_size(hellos, gathered, may_cut)
+        may_cut = self._may_cut(hellos)
+        size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
         size = plan.paced(size, self.pace, gathered.metas, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
@@ -97,11 +107,22 @@ class Way(ABC):
             self._planned = basis, transfer
         return self._planned[1]
 
+    def shares(self, hellos: Sequence[Hello]) -> int:
+        """How many buckets the buffers of a rank take, at most."""
+        return 3
+
+    def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
+        """How many buckets the buffer takes that this rank's worker maps."""
+        return min(2, len(transfer.steps))
+
+    def _may_cut(self, hellos: Sequence[Hello]) -> bool:
+        return self.joins_parts and all(hello.joins_parts for hello in hellos)
+
     # ------------------------------------------------------------------ moving it
 
     @abstractmethod
-    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | None:
-        """Called by all ranks: connect them. ``None`` on all of them if they cannot, after all.
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
+        """Called by all ranks: connect them. If they cannot, after all: why, on all of them.
 
         Args:
             held: closes what this opens, last first; on failure with the exception.
@@ -116,7 +137,8 @@ class Move(NamedTuple):
 
     Attributes:
         source: this rank's part of the checkpoint.
-        buffer: the double buffer that this rank's worker maps.
+        buffer: what this rank's worker maps. It begins with the double buffer, if there is one.
+        way, reason: the name of the way that is taken, and why those before it are not.
     """
 
     call: Call
@@ -125,6 +147,8 @@ class Move(NamedTuple):
     gathered: Gathered
     buffer: SharedBuffer
     tracer: RankTracer
+    way: str = ""
+    reason: str = ""
 
     def slot(self, step: Step) -> torch.Tensor:
         """Where the step's bucket goes: its half of the double buffer."""
@@ -137,9 +161,22 @@ class Mover(ABC):
 
     Attributes:
         never_waits: whether ``start`` only queues work.
+        sources: handles of what this rank's worker is to map beside its own rank's buffer.
+        must_map: whether it has to, as there is no double buffer.
+        served: why this rank's worker does not read where buckets arrive; empty if it does.
     """
 
     never_waits = True
+    sources: Sequence[bytes] = ()
+    must_map = False
+    served = ""
+
+    def __init__(self, move: Move) -> None:
+        self.move = move
+
+    def handed_over(self, unmapped: str) -> None:
+        """This rank's worker has mapped the buffer, and its ``sources`` unless it says why not."""
+        self.move.buffer.unlink()
 
     @abstractmethod
     def start(self, step: Step) -> None:
@@ -152,6 +189,21 @@ class Mover(ABC):
         Raises:
             RuntimeError: it will not come.
         """
+
+    def lies_at(self, step: Step) -> tuple[int, int]:
+        """Where the worker finds a bucket that has arrived: 0 for its own rank's buffer, else the
+        place among ``sources``, from 1; and the first byte there."""
+        return 0, step.slot * self.move.plan.bucket_bytes
+
+    def has_checked(self, step: Step) -> bool:
+        """Whether the bytes of a bucket that has arrived were compared with its owner's sums."""
+        return False
+
+    def done_with(self, step: Step) -> None:  # noqa: B027  # most buckets are nobody else's
+        """The worker has loaded the bucket."""
+
+    def let_go(self) -> None:  # noqa: B027
+        """The worker has dropped all buffers; return when nobody maps this rank's any more."""
 
     def source_of(self, step: Step) -> str:
         """Where the bucket comes from, for errors."""

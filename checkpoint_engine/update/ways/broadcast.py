@@ -20,12 +20,14 @@ from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.transfer.tracer import TracedSpan
 from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
 
 class Broadcast(Way):
     """Works everywhere. Owns the group, which is kept for the next update."""
 
+    name = "broadcast"
     keeps_group = True
 
     def __init__(self, here: LocalRank) -> None:
@@ -36,8 +38,8 @@ class Broadcast(Way):
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         return replace(mine, group=self._group_id)
 
-    def serves(self, hellos: Sequence[Hello]) -> bool:
-        return hellos[0].ranks is None
+    def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        return None if hellos[0].ranks is None else ""
 
     @property
     def pace(self) -> Pace:
@@ -105,7 +107,7 @@ class GroupMover(Mover):
         self, move: Move, streams: Streams, staging: torch.Tensor | None, group: TorchGroup | None
     ) -> None:
         """``group``: ``None`` where this rank is the only one."""
-        self.move = move
+        super().__init__(move)
         self.streams = streams
         self._rank = move.call.rank
         self._group = group

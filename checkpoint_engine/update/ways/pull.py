@@ -17,12 +17,14 @@ from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.update.ways.base import Move, Mover
 from checkpoint_engine.update.ways.broadcast import Broadcast, GroupMover, make_staging
+from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
 
 class Pull(Broadcast):
     """The receivers share the reading, and broadcast among themselves what each has read."""
 
+    name = "P2P"
     joins_parts = False  # the parts of several owners' tensors would arrive at once
     keeps_group = False  # the next one may have other members
 
@@ -36,8 +38,8 @@ class Pull(Broadcast):
             store = self._p2p.require(f"update(ranks={list(mine.ranks)})")
         return replace(mine, nic="" if store is None else store.device, host=self.here.host_ip)
 
-    def serves(self, hellos: Sequence[Hello]) -> bool:
-        return hellos[0].ranks is not None
+    def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        return "" if hellos[0].ranks is None else None
 
     @property
     def pace(self) -> Pace:

@@ -1,0 +1,325 @@
+"""Peers: on one host each worker reads all owners' staging buffers, without a collective group."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from checkpoint_engine.data_types import TensorPart
+from checkpoint_engine.errors import WireError, broadcast_failed
+from checkpoint_engine.ground.checksum import FACTORS, MASK, check_sum, start_sum
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.handover import wire
+from checkpoint_engine.handover.ipc import open_buffer
+from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
+from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport, shares_memory
+from checkpoint_engine.transfer.host_peers import LEFT, MAPPED, TAKEN, HostPeers
+from checkpoint_engine.transfer.streams import Event, Streams, make_streams
+from checkpoint_engine.transfer.tracer import BROADCAST, TracedSpan
+from checkpoint_engine.update.ways.base import Move, Mover, Way, bucket_size
+from checkpoint_engine.world.gathered import Gathered
+from checkpoint_engine.world.hello import Hello
+
+_SLOTS = 2  # of staging: one is read while the next bucket is copied into the other
+
+
+class Peers(Way):
+    """Taken where all ranks can reach each other on one host, network namespace and user.
+
+    A rank's buffer holds the double buffer, and behind it staging for what the rank owns. Where its
+    worker reads all ranks' staging, as it did in the last update, there is no double buffer.
+    """
+
+    name = "peers"
+
+    def __init__(self, here: LocalRank) -> None:
+        super().__init__(here)
+        self._peers: HostPeers | None = None
+
+    def introduce(self, mine: Hello, held: ExitStack) -> Hello:
+        device = self.here.device_manager.device_type
+        wanted = shares_memory() and (device == "cuda" or cpu_transport() == SHARED_MEMORY)
+        if self.here.world_size == 1 or device not in ("cpu", "cuda") or not wanted:
+            return mine
+        self._peers = HostPeers(self.here.rank, range(self.here.world_size))
+        held.callback(self._leave)
+        return replace(mine, neighbour=self._peers.address)
+
+    def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        if hellos[0].ranks is not None or len(hellos) == 1:
+            return ""
+        if apart := [hello.rank for hello in hellos if not hello.neighbour]:
+            return f"ranks {apart} share no memory, by their device or settings"
+        hosts = {hello.neighbour.partition("/")[0] for hello in hellos}
+        if len(hosts) > 1:
+            return f"the ranks are on {len(hosts)} hosts, or in as many network namespaces"
+        if not self._has_room(gathered, hellos):
+            return "the rank with the least memory has no room for two staging buffers"
+        return None
+
+    def _has_room(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+        try:
+            size = bucket_size(hellos, gathered, self._may_cut(hellos), self.shares(hellos))
+            return size.staging
+        except ValueError:  # the way that is taken instead says so
+            return False
+
+    @property
+    def pace(self) -> Pace:
+        on_device = self.here.device_manager.is_accelerator
+        return plan.PEER_PACE if on_device else plan.HOST_PACE
+
+    def shares(self, hellos: Sequence[Hello]) -> int:
+        return _SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS
+
+    def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
+        staging = min(_SLOTS, len(transfer.loads_of(self.here.rank)))
+        return staging + self._double_slots(transfer, hellos)
+
+    def _double_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
+        mine = next(hello for hello in hellos if hello.rank == self.here.rank)
+        return 0 if mine.maps_peers else min(_SLOTS, len(transfer.steps))
+
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
+        peers, call = self._peers, move.call
+        assert peers is not None
+        call.begin("process group")
+        held.push(lambda exc_type, *_: peers.hang_up() if exc_type else None)
+
+        def make_handle() -> bytes:
+            return wire.encode_handle(*move.buffer.handle(), {})
+
+        addresses = {one.rank: one.neighbour for one in hellos}
+        if why := _first(call.all_gather("peers", peers.reach(addresses, make_handle).encode())):
+            return why
+        peers.accept()
+        double = self._double_slots(move.plan, hellos)
+        memory: dict[int, torch.Tensor] = {}
+        held.callback(memory.clear)
+        if not all(hello.maps_peers for hello in hellos):
+            why = self._map(peers, memory) if double else ""
+            if why := _first(call.all_gather("mapped", why.encode())):
+                return why
+        streams = make_streams(self.here.device_manager, orders_double_buffer=True)
+        held.callback(streams.close)
+        return PeersMover(move, peers, streams, memory, double)
+
+    def _map(self, peers: HostPeers, memory: dict[int, torch.Tensor]) -> str:
+        """Map the others' memory; returns why that cannot be done."""
+        rank = -1
+        try:
+            for rank, (handle, _) in peers.handles.items():
+                made = wire.decode_handle(handle)
+                assert isinstance(made, wire.Handle)
+                memory[rank] = open_buffer(made.rebuild, made.args, self.here.local_rank, True)
+        except (OSError, RuntimeError, ValueError, WireError) as error:
+            memory.clear()
+            return f"rank {self.here.rank} cannot map rank {rank}'s memory: {error}"
+        return ""
+
+    def _leave(self) -> None:
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close()
+
+
+def _first(reasons: Sequence[bytes]) -> str:
+    return next((reason.decode() for reason in reasons if reason), "")
+
+
+_Filling = tuple[Step, int, Event, torch.Tensor | None]
+"""An own bucket on its way into staging: where it goes, when it is there, and its sum then."""
+
+
+class PeersMover(Mover):
+    """Fills this rank's staging with what it owns, as soon as every worker has read what was there.
+
+    Where this rank's own worker cannot read the others' staging, this rank copies each bucket into
+    the double buffer.
+    """
+
+    def __init__(
+        self,
+        move: Move,
+        peers: HostPeers,
+        streams: Streams,
+        memory: dict[int, torch.Tensor],
+        double_slots: int,
+    ) -> None:
+        """``memory``: the other ranks', where there is a double buffer to copy into."""
+        super().__init__(move)
+        self._peers = peers
+        self._streams = streams
+        self._memory = memory
+        self._rank = move.call.rank
+        self._others = sorted(peers.handles)
+        self.sources = [peers.handles[rank][1] for rank in self._others]
+        self.must_map = double_slots == 0
+        self._reads_straight: bool | None = None
+        self._staging = double_slots * move.plan.bucket_bytes
+        self._waiting = deque(move.plan.loads_of(self._rank))
+        self._filling: deque[_Filling] = deque()
+        self._filled = self._done = 0
+        self._arrived: dict[int, int] = {}
+        self._started: deque[Step] = deque()
+        self._copies: dict[int, Event] = {}
+        self._shown: deque[TracedSpan] = deque()
+        self._read: dict[int, TracedSpan] = {}
+        self._factors: torch.Tensor | None = None
+        if streams.are_queues and move.buffer.tensor.is_cuda:
+            self._factors = torch.from_numpy(FACTORS).to(move.buffer.tensor.device)
+        self._advance()
+
+    # ------------------------------------------------------------------ as of Mover
+
+    def handed_over(self, unmapped: str) -> None:
+        self.served = unmapped
+        self._reads_straight = not unmapped or self.must_map
+        self._peers.tell_all(MAPPED)
+        self._advance()
+
+    def start(self, step: Step) -> None:
+        self._started.append(step)
+        self._advance()
+
+    def has_arrived(self, step: Step) -> bool:
+        self._advance()
+        if self._reads_straight:
+            return self._find(step) is not None
+        copy = self._copies.get(id(step))
+        if copy is None or not copy.query():
+            return False
+        self._finish(step)
+        return True
+
+    def lies_at(self, step: Step) -> tuple[int, int]:
+        if not self._reads_straight:
+            return super().lies_at(step)
+        source = 0 if step.owner == self._rank else 1 + self._others.index(step.owner)
+        return source, self._arrived[id(step)]
+
+    def has_checked(self, step: Step) -> bool:
+        return self._factors is not None and bool(self._reads_straight)
+
+    def done_with(self, step: Step) -> None:
+        if self._reads_straight:
+            self._finish(step)
+        self._advance()
+
+    def let_go(self) -> None:
+        self._peers.tell_all(LEFT)
+        self.move.call.wait(partial(self._peers.all_said, LEFT))
+        self._count_read()
+
+    def source_of(self, step: Step) -> str:
+        count, reader = self._peers.slowest(TAKEN)
+        if step.owner == self._rank and reader is not None and count < self._filled:
+            return f"rank {step.owner}, as rank {reader} has not read the one before,"
+        return super().source_of(step)
+
+    # ------------------------------------------------------------------ parts of the above
+
+    def _advance(self) -> None:
+        """Do whatever can be done by now, without waiting."""
+        is_open = self.move.buffer.is_named and self._reads_straight is not None
+        if is_open and self._peers.all_said(MAPPED):
+            self.move.buffer.unlink()
+        read_by_all = self._count_read()
+        while self._waiting and self._filled - read_by_all < _SLOTS:
+            self._fill(self._waiting.popleft())
+        while self._filling and self._filling[0][2].query():
+            self._offer(self._filling.popleft())
+        while self._started and self._reads_straight is False:
+            start = self._find(self._started[0])
+            if start is None:
+                break
+            self._copy(self._started.popleft(), start)
+
+    def _count_read(self) -> int:
+        """How many own buckets every rank has done with."""
+        count, reader = self._peers.slowest(TAKEN)
+        while self._shown and self._filled - len(self._filling) - len(self._shown) < count:
+            self.move.tracer.end(self._shown.popleft(), time.monotonic())
+        return self._done if reader is None else min(count, self._done)
+
+    def _fill(self, step: Step) -> None:
+        """Begin to copy an own bucket into its slot of staging, which nobody reads any more."""
+        start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
+        target = self.move.buffer.tensor[start : start + step.bucket.size]
+
+        def copy() -> None:
+            with self.move.tracer.copying(step):
+                self.move.source.copy(step.bucket, target)
+
+        with self._streams.copying():
+            event = self._streams.copy(copy, after=self._streams.event())
+        found = None
+        expected = self._expected_of(step)
+        if expected is not None and self._factors is not None:
+            with self._streams.broadcasting():  # beside the next copy
+                self._streams.wait(event)
+                found = start_sum(target, expected[0], self._factors)
+                event = self._streams.event()
+        self._filling.append((step, start, event, found))
+        self._filled += 1
+
+    def _expected_of(self, step: Step) -> tuple[int, int] | None:
+        """What the bytes of a bucket add up to, as far as one bucket has a sum of its own."""
+        if isinstance(step.bucket, TensorPart):
+            return None
+        return self.move.gathered.sum_of(step.owner, step.bucket)
+
+    def _offer(self, filled: _Filling) -> None:
+        step, start, _, found = filled
+        expected = self._expected_of(step)
+        if found is not None and expected is not None:
+            check_sum(int(found) & MASK, expected[1], f"a bucket from rank {self._rank}")
+        self._arrived[id(step)] = start
+        self._shown.append(self.move.tracer.begin(BROADCAST, step))
+        self._peers.offer(start, step.bucket.size)
+
+    def _find(self, step: Step) -> int | None:
+        """Where the bucket lies in its owner's memory, once it does."""
+        if step.owner == self._rank or id(step) in self._arrived:
+            return self._arrived.get(id(step))
+        offered = self._peers.next_offer(step.owner)
+        if offered is None:
+            return None
+        start, nbytes = offered
+        if nbytes != step.bucket.size:
+            text = f"rank {step.owner} sent {nbytes} bytes, not {step.bucket.size}"
+            raise broadcast_failed(text)
+        self._arrived[id(step)] = start
+        if self._reads_straight:
+            self._read[id(step)] = self.move.tracer.begin(BROADCAST, step)
+        return start
+
+    def _copy(self, step: Step, start: int) -> None:
+        """Begin to copy a bucket that is in its owner's staging into the double buffer."""
+        memory = self.move.buffer.tensor
+        if step.owner != self._rank:
+            memory = self._memory[step.owner]
+        source, target = memory[start : start + step.bucket.size], self.move.slot(step)
+
+        def copy() -> None:
+            with self.move.tracer.copying(step, BROADCAST):
+                target.copy_(source, non_blocking=True)
+
+        with self._streams.broadcasting():
+            self._copies[id(step)] = self._streams.copy(copy, after=self._streams.event())
+
+    def _finish(self, step: Step) -> None:
+        """This rank and its worker do not read the bucket's staging any more."""
+        if step.owner == self._rank:
+            self._done += 1
+        else:
+            if self._reads_straight:
+                self.move.tracer.end(self._read.pop(id(step)), time.monotonic())
+            self._peers.tell(step.owner, TAKEN)
