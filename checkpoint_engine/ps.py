@@ -106,7 +106,8 @@ class ParameterServer(Contract):
         self._log = logger.bind(rank=here.rank)
         self._control = ControlPlane(here.rank, here.world_size, master_addr, master_port)
         self._default_group = DefaultGroup(self._control, self.device_manager.backend)
-        reachable, local = self._control.reachable_ip(), self._control.local_ip()
+        reachable = settings.p2p_host() or self._control.reachable_ip()
+        local = self._control.local_ip()
         here = replace(here, host_ip=reachable, group_ip=local)
         here.make_device_current()
         self._p2p = p2p = P2P(here)
@@ -343,6 +344,9 @@ class ParameterServer(Contract):
 
 def _start_p2p(p2p: P2P, here: LocalRank) -> None:
     """Without P2P everything but ``update(ranks=...)`` works."""
+    if settings.p2p() == "off":
+        p2p.missing = "PS_P2P=off"
+        return
     try:
         device = "" if here.device_manager.device_type == "npu" else _choose_nic(here)
         p2p.store = P2PStore(here.device_manager, device=device, host=here.host_ip)

@@ -7,6 +7,7 @@ import ipaddress
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -86,6 +87,19 @@ def _host(text: str) -> str:
     return host
 
 
+def _own_address(text: str) -> str:
+    address = ipaddress.ip_address(text)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((text, 0))
+        except OSError as error:
+            raise ValueError(f"{text} is no address of this host") from error
+    if address.is_unspecified:
+        raise ValueError("it stands for all addresses")
+    return str(address)
+
+
 def _users(text: str) -> frozenset[int]:
     return frozenset(_user(uid) for uid in text.split(",") if uid.strip())
 
@@ -115,6 +129,8 @@ admitted_users: Variable[frozenset[int]] = Variable(
     "PS_IPC_UIDS", frozenset(), _users, "user ids, as numbers with commas"
 )
 http_token = _text("PS_HTTP_TOKEN")
+p2p = _one_of("PS_P2P", "on", "on", "off")
+p2p_host = Variable("PS_P2P_HOST", None, _own_address, "an IP address of this host")
 p2p_protocol = _one_of("PS_P2P_PROTOCOL", None, "rdma", "efa", "ascend_direct", "tcp")
 rdma_devices, nccl_ib_hca = _text("PS_P2P_STORE_RDMA_DEVICES"), _text("NCCL_IB_HCA")
 gloo_interface = _text("GLOO_SOCKET_IFNAME")
@@ -139,6 +155,8 @@ def check_server() -> None:
         checksum,
         ipc_abstract,
         admitted_users,
+        p2p,
+        p2p_host,
         p2p_protocol,
     ):
         variable()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.ground.sockets import open_listeners
 from checkpoint_engine.memory.checkpoints import POOL
 from checkpoint_engine.ps import ParameterServer, UpdateError
 from checkpoint_engine.transfer.p2p_store import P2PError
@@ -103,6 +104,21 @@ def test_what_could_not_be_registered_is_not_offered(
     assert server.get_metas()[0].p2p_store_addr == store.addr
     server.unregister_checkpoint("c")
     store.close()
+
+
+def test_without_p2p_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P", "off")
+    before = {inode for inode, _ in open_listeners()}
+    server = ParameterServer(rank=0, world_size=1)
+    assert server._p2p_store is None
+    assert {inode for inode, _ in open_listeners()} == before
+    server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
+    server.gather_metas("c")
+    with pytest.raises(UpdateError, match="this rank has no P2P: PS_P2P=off"):
+        server.update("c", print, ranks=[0])
+    with pytest.raises(UpdateError, match="no rank has registered .*no rank has P2P"):
+        server.gather_metas("joined")
 
 
 def test_metas_of_nobody_say_where_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:

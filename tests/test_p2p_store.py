@@ -31,6 +31,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ground.deadline import poll
+from checkpoint_engine.ground.sockets import open_listeners
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer import p2p_store
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
@@ -548,6 +549,32 @@ def test_start_up_is_tried_again_and_leaves_no_engine(
         expected = failures
     assert len(made) == expected
     assert not any(alive)
+
+
+def test_mooncake_is_reached_at_its_own_address_alone(store: P2PStore) -> None:
+    """It listens on every interface, and lets anybody write into registered memory."""
+    ports = {one.getsockname()[1] for _, one in open_listeners()} & set(p2p_store._PORTS)
+    assert store._port in ports
+    assert len(ports) >= 2  # for what is where, and for the bytes
+    for port in ports:
+        socket.create_connection((LOCAL, port), 5).close()
+        with pytest.raises(OSError):  # dropped, not refused
+            socket.create_connection(("127.0.0.2", port), 0.3)
+
+
+def test_a_listener_of_the_program_itself_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    initialize, made = p2p_store._import_engine().initialize, []
+
+    def listen_and_initialize(*arguments: Any) -> Any:
+        made.append(socket.create_server(("", 0)))
+        return initialize(*arguments)
+
+    monkeypatch.setattr(p2p_store._import_engine(), "initialize", listen_and_initialize)
+    store = P2PStore(host=LOCAL)
+    with made[0] as listener:
+        socket.create_connection(("127.0.0.2", listener.getsockname()[1]), 5).close()
+    store.close()
 
 
 def has_ipv6() -> bool:

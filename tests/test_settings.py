@@ -27,6 +27,8 @@ GIB = 1 << 30
         ("PS_DEVICE", None, {"cpu": "cpu", "cuda": "cuda", "npu": "npu"}),
         ("PS_IPC_UIDS", set(), {"": set(), "0, 1000,": {0, 1000}}),
         ("PS_P2P_PROTOCOL", None, {"tcp": "tcp", "ascend_direct": "ascend_direct"}),
+        ("PS_P2P", "on", {"on": "on", "off": "off"}),
+        ("PS_P2P_HOST", None, {"127.0.0.1": "127.0.0.1"}),
         ("PS_TRACE", "", {"/a b": "/a b"}),
         ("MASTER_PORT", None, {"1": 1, "65534": 65534}),
         (
@@ -61,6 +63,8 @@ def test_values(
         ("PS_REPLAY_CHECK", ["0", "x", "1.5"], "an integer of at least 1"),
         ("PS_CPU_DEVICE_BASE", ["-1"], "an integer of at least 0"),
         ("PS_IPC_UIDS", ["me", "-1", "1;2"], "user ids, as numbers with commas"),
+        ("PS_P2P", ["", "0", "ON"], "one of on, off"),
+        ("PS_P2P_HOST", ["", "localhost", "0.0.0.0", "::", "203.0.113.7"], "an IP address of this"),
         ("PS_P2P_PROTOCOL", ["rdam", "RDMA", ""], "one of rdma, efa, ascend_direct, tcp"),
         ("MASTER_PORT", ["65535", "0", "abc", ""], "a port from 1 to 65534: .* the next one"),
         ("MASTER_ADDR", ["", "a b", "a:1", "[a]", "http://a"], "a host name or an IP address"),

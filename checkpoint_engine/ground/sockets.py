@@ -1,20 +1,67 @@
-"""The connections of this process, for libraries that do not show their own."""
+"""The TCP sockets of this process, for libraries that do not show their own."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import ipaddress
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
+
+# Of classic BPF, see linux/filter.h: load a word, jump if it equals, return.
+_LOAD, _JUMP_UNLESS_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_NETWORK_HEADER, _PROTOCOL = 0xFFF00000, 0xFFFFF000  # SKF_NET_OFF; SKF_AD_OFF + SKF_AD_PROTOCOL
+_DESTINATION = {4: (0x0800, 16), 6: (0x86DD, 24)}  # EtherType, offset of the address in the header
+_ATTACH_FILTER = 26  # SO_ATTACH_FILTER, which Python does not name
+_WHOLE_PACKET, _NOTHING = 0xFFFFFFFF, 0
 
 
 def connections() -> Iterator[socket.socket]:
     """Each TCP connection of this process, as a descriptor that is closed when the next is taken:
     keep a duplicate."""
+    for one in _tcp_sockets():
+        with contextlib.suppress(OSError):  # not connected
+            if one.getpeername():
+                yield one
+
+
+def open_listeners() -> Iterator[tuple[int, socket.socket]]:
+    """Each TCP socket of this process that listens on every interface, with its inode; its
+    descriptor is closed when the next is taken."""
+    for one in _tcp_sockets():
+        is_listening = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if is_listening and ipaddress.ip_address(one.getsockname()[0]).is_unspecified:
+            yield os.fstat(one.fileno()).st_ino, one
+
+
+def listen_only_at(listener: socket.socket, address: str) -> None:
+    """Have the kernel drop what is sent to a listening socket at another address of this host, as
+    if the socket had been bound to ``address``. Connections that it accepts inherit that.
+
+    Raises:
+        OSError: this system has no socket filters.
+    """
+    ours = ipaddress.ip_address(address)
+    protocol, offset = _DESTINATION[ours.version]
+    words = struct.unpack(f"!{len(ours.packed) // 4}I", ours.packed)
+    wanted = [(_PROTOCOL, protocol)]
+    wanted += [(_NETWORK_HEADER + offset + 4 * at, word) for at, word in enumerate(words)]
+    program: list[tuple[int, int, int, int]] = []
+    for left, (place, value) in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        program += [(_LOAD, 0, 0, place), (_JUMP_UNLESS_EQUAL, 0, 2 * left - 1, value)]
+    program += [(_RETURN, 0, 0, _WHOLE_PACKET), (_RETURN, 0, 0, _NOTHING)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+    option = struct.pack("HP", len(program), ctypes.addressof(code))
+    listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, option)
+
+
+def _tcp_sockets() -> Iterator[socket.socket]:
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError):  # not connected, not TCP, or closed meanwhile
+        with contextlib.suppress(OSError):  # closed meanwhile
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
                 with socket.socket(fileno=os.dup(fd)) as one:
-                    if one.family in (socket.AF_INET, socket.AF_INET6) and one.getpeername():
+                    if one.family in (socket.AF_INET, socket.AF_INET6):
                         yield one

@@ -24,7 +24,9 @@ from checkpoint_engine.data_types import Lease
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.devices import DeviceManager, get_ip
 from checkpoint_engine.ground.rdma import is_efa
+from checkpoint_engine.ground.sockets import listen_only_at, open_listeners
 
+_PORTS = range(15_000, 17_001)  # that Mooncake chooses from
 _START_ATTEMPTS = 6
 _FIRST_PAUSE = 0.1  # seconds; doubles with every attempt
 _SLICE_BYTES = 32 << 20
@@ -35,6 +37,7 @@ _AT_ONCE = 0.1  # seconds; a source that is gone takes longer to fail
 _FINAL = (1, -1)  # Mooncake's status of a transfer that is over: arrived, failed
 _SLOT_BYTES = 32
 _SLOTS = mmap.PAGESIZE // _SLOT_BYTES
+_starting = threading.Lock()  # one engine after the other, so that each finds its own listeners
 
 
 class P2PError(RuntimeError):
@@ -347,7 +350,8 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
         if attempt:
             time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
         engine = engine_class()
-        code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
+        with _confined_to(host):
+            code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
         if code == 0:
             return engine
         del engine  # it holds ports and threads
@@ -356,6 +360,23 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
         f"Mooncake's transfer engine does not start at {host} with protocol {protocol!r} and "
         f"device {device!r}: code {code}; PS_P2P_PROTOCOL=tcp avoids RDMA"
     )
+
+
+@contextlib.contextmanager
+def _confined_to(host: str) -> Iterator[None]:
+    """Whatever Mooncake begins to listen at meanwhile, on every interface and without asking who
+    is there, is reachable at ``host`` alone: it has no option for that."""
+    with _starting:
+        before = {inode for inode, _ in open_listeners()}
+        yield
+        for inode, listener in open_listeners():
+            # Another thread of this program may have begun to listen at the same time.
+            if inode in before or listener.getsockname()[1] not in _PORTS:
+                continue
+            try:
+                listen_only_at(listener, host)
+            except (OSError, ValueError) as error:
+                logger.warning("P2P can be reached on every interface of this host: {}", error)
 
 
 def _import_engine() -> Any:

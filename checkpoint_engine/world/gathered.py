@@ -291,7 +291,11 @@ def _is_registered(call: Call, source: Checkpoint, found: Mapping[int, DataToGat
         return True
     advice = "call register_checkpoint() before gather_metas()"
     if not any(one.p2p_store_addr for one in found.values()):
-        raise ValueError(f"no rank has registered checkpoint {source.name!r}: {advice}")
+        raise ValueError(
+            f"no rank has registered checkpoint {source.name!r}: {advice}. To join another world, "
+            "ranks read from it by P2P, and no rank has P2P: is Mooncake installed, and P2P not "
+            "switched off (PS_P2P=off, or a program sets _p2p_store to None)?"
+        )
     logger.bind(rank=call.rank).warning(
         "no rank has registered checkpoint {}: {}", source.name, advice
     )
