@@ -110,6 +110,14 @@ def test_links_are_resolved(folders: tuple[Path, Path]) -> None:
             open_files([path], rules.folders)
 
 
+def test_a_hard_link_out_of_the_folder_is_refused(folders: tuple[Path, Path]) -> None:
+    inside, outside = folders
+    os.link(outside / "m.safetensors", inside / "linked.safetensors")
+    with pytest.raises(AccessError, match="is a hard link: the file has 2 names"):
+        open_files([inside / "linked.safetensors"], (str(inside),))
+    open_files([inside / "linked.safetensors"])
+
+
 def test_a_link_that_changes_after_it_was_looked_at(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +180,9 @@ def test_tcp_wants_a_token() -> None:
     with pytest.raises(ValueError, match="at least 16"):
         ServeOptions(port=0, token="short")
     ServeOptions(port=0, allow_anyone=True)
+    for empty in ({"uds": ""}, {"uds": "\0"}, {"port": 0, "token": TOKEN, "host": ""}):
+        with pytest.raises(ValueError, match="must not be empty"):
+            ServeOptions(**empty)
     assert TOKEN not in repr(ServeOptions(port=0, token=TOKEN))
 
 
@@ -200,8 +211,10 @@ def url() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[str]:
-    options = ServeOptions(port=0, token=TOKEN, max_body_bytes=1000)
+def serving(token: str | None = TOKEN, host: str = "127.0.0.1") -> Iterator[str]:
+    options = ServeOptions(
+        host=host, port=0, token=token, allow_anyone=token is None, max_body_bytes=1000
+    )
     config = uvicorn_config(app, options)
     config.lifespan = "off"
     server = uvicorn.Server(config)
@@ -213,6 +226,58 @@ def serving() -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@pytest.fixture(scope="module")
+def open_url() -> Iterator[str]:
+    with serving(None, "ps.example") as where:
+        yield where
+
+
+OWN = "http://localhost:8000"
+LINK = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("POST", {}, 200),
+        ("POST", {"host": "localhost:8000", "origin": OWN, "sec-fetch-site": "same-origin"}, 200),
+        ("POST", {"host": "server"}, 200),
+        ("POST", {"host": "[::1]:80"}, 200),
+        ("POST", {"host": "10.0.0.7:80"}, 200),
+        ("POST", {"host": "PS.example."}, 200),
+        ("POST", {"host": "a.localhost"}, 200),
+        ("POST", {"host": socket.gethostname()}, 200),
+        ("GET", {"host": "localhost:8000", **LINK}, 200),
+        # A name that its owner has made lead here.
+        ("GET", {"host": "evil.example"}, 403),
+        ("GET", {"host": "localhost.evil.example"}, 403),
+        ("GET", {"host": "127.0.0.1.evil.example"}, 403),
+        ("GET", {"host": "localhost@evil.example"}, 403),
+        ("GET", {"host": "[evil.example"}, 403),
+        ("GET", {"host": ""}, 403),
+        ("POST", {"host": "evil.example", "origin": "http://evil.example"}, 403),
+        # Another site's page.
+        ("POST", {"host": "localhost:8000", "origin": "http://evil.example"}, 403),
+        ("POST", {"host": "localhost:8000", "origin": "http://localhost:9000"}, 403),
+        ("POST", {"host": "localhost:8000", "origin": "null"}, 403),
+        ("POST", {"host": "localhost:8000", "origin": f"{OWN}.evil.example"}, 403),
+        ("POST", {"host": "localhost:8000", **LINK}, 403),
+        ("POST", {"host": "localhost:8000", "sec-fetch-site": "same-site"}, 403),
+        ("GET", {"host": "localhost:8000", "sec-fetch-site": "cross-site"}, 403),
+    ],
+)
+def test_who_may_ask_without_a_token(
+    open_url: str, method: str, headers: dict[str, str], status: int
+) -> None:
+    answer = httpx.request(method, open_url, headers=headers)
+    assert answer.status_code == status, answer.text
+
+
+def test_with_a_token_the_name_does_not_matter(url: str) -> None:
+    elsewhere = {"host": "ps.behind-a-proxy.example", "origin": "https://ps.example"}
+    assert httpx.post(url, headers={**RIGHT, **elsewhere}).status_code == 200
 
 
 RIGHT = {"authorization": f"Bearer {TOKEN}"}

@@ -543,6 +543,10 @@ def test_ranks_as_a_list() -> None:
         ["register", "a/b", "/", "--server", "x"],
         ["doctor", "--bogus"],
         ["dance"],
+        ["serve", "--uds", ""],
+        ["serve", "--uds="],
+        ["status", "--server", ""],
+        ["update", "c", "--server", "x", "--engine="],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:

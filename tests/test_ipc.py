@@ -301,6 +301,38 @@ def test_a_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_chosen_folder_that_others_may_write_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int
+) -> None:
+    """They could put a socket of theirs in the place of ours."""
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    monkeypatch.setenv("PS_IPC_DIR", str(folder))
+    folder.chmod(mode)
+    with pytest.raises(RuntimeError, match=rf"PS_IPC_DIR.*other users may write.*{mode:04o}"):
+        new_address()
+    folder.chmod(mode | stat.S_ISVTX)  # as /tmp: nobody can touch what is not theirs
+    assert folder_of(new_address()) == folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
+def test_a_chosen_folder_of_another_user_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, link = tmp_path / "sockets", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    for chosen in (link, folder):
+        monkeypatch.setenv("PS_IPC_DIR", str(chosen))
+        with pytest.raises(RuntimeError, match="belongs to user 65534"):
+            new_address()
+        os.chown(folder, 65534, 65534)
+    monkeypatch.setenv("PS_IPC_UIDS", "65534")
+    assert folder_of(new_address()) == folder
+
+
 def test_a_relative_folder_is_made_absolute(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

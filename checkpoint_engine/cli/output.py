@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import IO, Any, NamedTuple
 
 import click
@@ -39,6 +40,16 @@ class Failure(click.ClickException):
 
 class Commands(click.Group):
     """A group that tells failures as JSON, wrong usage too, where that is asked for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """An empty option is most often a variable that the shell does not have."""
+        for before, argument in () if ctx.resilient_parsing else pairwise(["", *args]):
+            option, equals, value = argument.partition("=")
+            if option.startswith("--") and equals and not value:
+                raise click.UsageError(f"{option} is empty: is a variable not set?", ctx)
+            if not argument:
+                raise click.UsageError(f"an argument after {before!r} is empty", ctx)
+        return super().parse_args(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)

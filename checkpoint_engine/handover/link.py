@@ -20,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from checkpoint_engine import settings
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.folders import check_private
 from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.stale_files import create_locked, stale_files
 from checkpoint_engine.handover.wire import ACK, encode_abort
@@ -44,7 +45,7 @@ def new_address() -> tuple[str, Path | None, int]:
     ``XDG_RUNTIME_DIR`` or the temporary folder. ``PS_IPC_ABSTRACT=1``: the abstract namespace.
 
     Returns the address, its file, and the descriptor of a lock, to be held as long as it is used.
-    Raises ``RuntimeError`` if the folder is another user's, or its path is too long.
+    Raises ``RuntimeError`` if others may change what is in the folder, or its path is too long.
     """
     name = f"{_PREFIX}{secrets.token_hex(8)}.sock"
     if settings.ipc_abstract():
@@ -71,6 +72,10 @@ def _socket_folder() -> Path:
     if chosen := settings.ipc_folder():
         folder = Path(chosen).absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            check_private(folder, settings.admitted_users())
+        except PermissionError as error:
+            raise RuntimeError(f"PS_IPC_DIR cannot be used: {error}") from error
         return folder
     runtime = settings.runtime_folder()
     base = runtime if os.path.isdir(runtime) else tempfile.gettempdir()

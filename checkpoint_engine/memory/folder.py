@@ -246,6 +246,7 @@ def _open_below(path: str, flags: int, allowed: Folders) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         _check_below(path, os.readlink(f"/proc/self/fd/{fd}"), allowed)
+        _check_links(path, os.fstat(fd), allowed)
     except BaseException:
         os.close(fd)
         raise
@@ -256,9 +257,22 @@ def _check_below(path: str, real_path: str, allowed: Folders) -> None:
     if allowed is None:
         return
     if not any(f"{real_path}/".startswith(f"{folder.rstrip('/')}/") for folder in allowed):
-        from checkpoint_engine.errors import AccessError  # imports torch
+        raise _refusal(f"{path} does not lie in a folder that may be registered from")
 
-        raise AccessError(f"{path} does not lie in a folder that may be registered from")
+
+def _check_links(path: str, found: os.stat_result, allowed: Folders) -> None:
+    """Nothing tells where the other names of a file lie."""
+    if allowed is not None and stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        raise _refusal(
+            f"{path} is a hard link: the file has {found.st_nlink} names, and others of them may "
+            "lie outside of the folders that may be registered from; copy it"
+        )
+
+
+def _refusal(text: str) -> Exception:
+    from checkpoint_engine.errors import AccessError  # imports torch
+
+    return AccessError(text)
 
 
 def inode_of(fd: int) -> Inode:

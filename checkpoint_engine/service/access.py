@@ -6,13 +6,15 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import ipaddress
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -106,11 +108,19 @@ class Access:
 class Guard:
     """An ASGI application before ``app``, which sees only complete requests that may be made."""
 
-    def __init__(self, app: ASGIApp, token: str | None, max_body_bytes: int) -> None:
-        """``token``: what a caller has to present as its bearer token; ``None``: nothing."""
+    def __init__(
+        self, app: ASGIApp, token: str | None, max_body_bytes: int, host: str = ""
+    ) -> None:
+        """
+        Args:
+            token: what a caller has to present as its bearer token; ``None``: nothing, but a
+                browser may ask only for a page of this service itself.
+            host: the name or address that is served at.
+        """
         self._app = app
         self._token = token
         self._max_body_bytes = max_body_bytes
+        self._names = {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,6 +141,7 @@ class Guard:
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:
+            _check_site(request, self._names)
             return
         given = request.headers.getlist("authorization")
         # Not request.url.path: some releases of starlette parse that out of the header Host, too.
@@ -150,6 +161,40 @@ class Guard:
             if len(body) > self._max_body_bytes:
                 raise HTTPException(413, f"a body may have {self._max_body_bytes} bytes here")
         return bytes(body)
+
+
+def _check_site(request: Request, names: Collection[str]) -> None:
+    """Refuse what another site has a browser ask for: under a name that it has made lead here (DNS
+    rebinding), or from a page of its own. Other programs send neither header.
+
+    Raises:
+        HTTPException: 403.
+    """
+    host = request.headers.get("host", "localhost").lower()
+    if not _is_own_name(host, names):
+        raise HTTPException(
+            403, f"without a token this service is not asked as {host!r:.200}: localhost, an "
+            "address, the host's own name"
+        )  # fmt: skip
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site", "none")
+    follows_link = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
+    is_own_page = origin is None or origin.lower().partition("://")[2] == host
+    if not is_own_page or not (site in ("none", "same-origin") or follows_link):
+        raise HTTPException(403, f"refused: a page of {origin or 'another site'!r:.200} asks")
+
+
+def _is_own_name(host: str, names: Collection[str]) -> bool:
+    """Whether no stranger can have made the name lead here. Addresses are no names, and names
+    without a dot are not in the public DNS."""
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return bool(name) and ("." not in name or name.endswith(".localhost") or name in names)
 
 
 def _token_in(authorization: str, may_be_browser: bool) -> bytes:

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.errors import AccessError
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
@@ -99,7 +100,10 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """
     rules = Access() if access is None else access
     ps.allowed_folders = rules.folders
-    app = FastAPI(title="checkpoint-engine", version=__version__, description=_DESCRIPTION)
+    # FastAPI's pages for browsers run scripts of another host, which could do all that a caller can.
+    no_pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}
+    about = {"title": "checkpoint-engine", "version": __version__, "description": _DESCRIPTION}
+    app = FastAPI(**about, **no_pages)
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)
@@ -137,7 +141,12 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
     def update(
         name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
     ) -> Response:
-        ask_engine = partial(_ask_engine, request, rules)
+        try:
+            if request.update_url is not None:
+                rules.check_engine(request.update_url, request.uds)
+        except AccessError as error:
+            return _refused(error)
+        ask_engine = partial(_ask_engine, request)
         timeout = timedelta(seconds=request.timeout)
         send = partial(ps.update, name, ask_engine, ranks=request.ranks, timeout=timeout)
         if wait and report:
@@ -204,17 +213,20 @@ def _answer(call: Callable[[], object]) -> Response:
     try:
         result = call()
     except Exception as error:
-        failure = CallError.of(error)
-        status = _REFUSED.get(failure.code, 500)
-        if status == 500:
-            logger.exception("a request failed")
-        elif status == 403:
-            logger.warning("refused: {}", error)
-        text = failure.message.encode(errors="replace").decode()
-        return JSONResponse(text, status_code=status)
+        return _refused(error)
     if isinstance(result, bytes):
         return Response(result, media_type="application/json")
     return Response()
+
+
+def _refused(error: Exception) -> Response:
+    failure = CallError.of(error)
+    status = _REFUSED.get(failure.code, 500)
+    if status == 500:
+        logger.opt(exception=error).error("a request failed")
+    elif status == 403:
+        logger.warning("refused: {}", error)
+    return JSONResponse(failure.message.encode(errors="replace").decode(), status_code=status)
 
 
 def _explain(request: Request, error: Exception) -> Response:
@@ -226,15 +238,10 @@ def _explain(request: Request, error: Exception) -> Response:
     return Response(text, status_code=422, media_type="application/json")
 
 
-def _ask_engine(request: UpdateRequest, rules: Access, socket_paths: list[tuple[str, str]]) -> None:
-    """Ask the engine that the request names, if it names one.
-
-    An engine that may not be asked fails the update, on all ranks, rather than this request alone:
-    the other ranks would wait for this one.
-    """
+def _ask_engine(request: UpdateRequest, socket_paths: list[tuple[str, str]]) -> None:
+    """Ask the engine that the request names, if it names one."""
     if request.update_url is None:
         return
-    rules.check_engine(request.update_url, request.uds)
     ranks = request.inference_group_ranks or range(len(socket_paths))
     if unknown := [rank for rank in ranks if not 0 <= rank < len(socket_paths)]:
         text = f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"

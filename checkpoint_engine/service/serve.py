@@ -52,6 +52,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if (self.uds is None) == (self.port is None):
             raise ValueError("serve either on a Unix socket (--uds) or on a TCP port (--port)")
+        # The kernel takes an empty path for a name of its choice that every user can reach.
+        if not self.host or self.uds is not None and not self.uds.strip("\0"):
+            raise ValueError("the socket's path and the host to serve at must not be empty")
         if self.port is not None and not 0 <= self.port < 1 << 16:
             raise ValueError(f"{self.port} is no TCP port")
         if self.port is not None and self.token is None and not self.allow_anyone:
@@ -110,7 +113,7 @@ def uvicorn_config(app: Any, options: ServeOptions) -> Any:
     from checkpoint_engine.service.access import CLOSE, MAX_CONNECTIONS, Guard, ImpatientProtocol
 
     return uvicorn.Config(
-        Guard(app, options.token, options.max_body_bytes),
+        Guard(app, options.token, options.max_body_bytes, "" if options.uds else options.host),
         http=ImpatientProtocol,
         headers=CLOSE,
         limit_concurrency=MAX_CONNECTIONS,
