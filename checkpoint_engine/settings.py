@@ -195,6 +195,11 @@ def set_unless_set(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def set_here(values: Mapping[str, str]) -> None:
+    """For this process, if it serves nothing else, and for those that it starts."""
+    os.environ.update(values)
+
+
 @contextlib.contextmanager
 def set_meanwhile(values: Mapping[str, str]) -> Iterator[None]:
     """For libraries that have no other options. Variables that the launcher has set to these values

@@ -301,7 +301,7 @@ def test_a_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+@pytest.mark.parametrize("mode", [0o777, 0o702])
 def test_a_chosen_folder_that_others_may_write_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int
 ) -> None:
@@ -314,6 +314,21 @@ def test_a_chosen_folder_that_others_may_write_is_refused(
         new_address()
     folder.chmod(mode | stat.S_ISVTX)  # as /tmp: nobody can touch what is not theirs
     assert folder_of(new_address()) == folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another group")
+def test_a_group_of_this_user_alone_may_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where every user has a group of their own, folders are made so."""
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    folder.chmod(0o770)
+    monkeypatch.setenv("PS_IPC_DIR", str(folder))
+    assert folder_of(new_address()) == folder
+    os.chown(folder, -1, 4321)
+    with pytest.raises(RuntimeError, match=r"PS_IPC_DIR.*other users may write"):
+        new_address()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")

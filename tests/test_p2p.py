@@ -117,7 +117,7 @@ def test_without_p2p_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     server.gather_metas("c")
     with pytest.raises(UpdateError, match="this rank has no P2P: PS_P2P=off"):
         server.update("c", print, ranks=[0])
-    with pytest.raises(UpdateError, match="no rank has registered .*no rank has P2P"):
+    with pytest.raises(UpdateError, match=r"no rank has registered .*no rank has P2P"):
         server.gather_metas("joined")
 
 

@@ -41,7 +41,7 @@ def end_of(event: dict[str, Any]) -> float:
     return float(event["ts"] + event["dur"])
 
 
-def test_a_trace_goes_to_no_place_that_others_have_prepared(tmp_path: Path) -> None:
+def test_a_trace_follows_no_link_that_others_have_prepared(tmp_path: Path) -> None:
     spans = [("phases", "start", 10, 20, {})]
     part = zlib.compress(json.dumps({"rank": 0, "host": "h", "spans": spans}).encode())
     folder, elsewhere = tmp_path / "traces", tmp_path / "elsewhere"
@@ -49,9 +49,6 @@ def test_a_trace_goes_to_no_place_that_others_have_prepared(tmp_path: Path) -> N
     (folder / "c-v.json").symlink_to(elsewhere)
     assert write_trace(folder, "c", "v", [part]) == folder / "c-v-2.json"
     assert not elsewhere.exists()
-    folder.chmod(0o777)
-    with pytest.raises(PermissionError, match="other users may write"):
-        write_trace(folder, "c", "v", [part])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import socket
 import sys
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 
 from loguru import logger
 
+from checkpoint_engine import settings
 from checkpoint_engine.ground.deadline import Deadline
 
 Ask = Callable[[dict[str, str]], Any]
@@ -110,7 +110,7 @@ def _answer(connection: Any, ask: Ask, handles: dict[str, str]) -> Any:
 
 def serve(connection: Connection, environment: Mapping[str, str]) -> None:
     """One rank's process: an update for each order, until the connection closes."""
-    os.environ.update(environment)
+    settings.set_here(environment)
     logger.remove()
     logger.add(sys.stderr, level="WARNING")  # an update's phases are in the certificate
     from checkpoint_engine.ps import ParameterServer
@@ -135,11 +135,10 @@ def _update(
     ps: Any, connection: Connection, number: int, folder: str, bucket_bytes: int, timeout: float
 ) -> dict[str, Any]:
     from checkpoint_engine.memory.files import open_files, view_tensors
-    from checkpoint_engine.settings import GIB, integer
 
-    os.environ["PS_MAX_BUCKET_SIZE_GB"] = repr(bucket_bytes / GIB)
+    settings.set_here({"PS_MAX_BUCKET_SIZE_GB": repr(bucket_bytes / settings.GIB)})
     name = f"certify-{number}"
-    rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
+    rank, world_size = settings.integer("RANK", 0), settings.integer("WORLD_SIZE", 1)
     mine = view_tensors(list(open_files([folder]).values())[rank::world_size])
     ps.register_checkpoint(name, named_tensors=mine)
 

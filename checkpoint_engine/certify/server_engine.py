@@ -11,6 +11,7 @@ import tempfile
 import time
 from typing import Any
 
+from checkpoint_engine import settings
 from checkpoint_engine.certify.engine import EXTENSION, OrderError, Output, Start
 from checkpoint_engine.client import send
 from checkpoint_engine.ground.deadline import Deadline
@@ -34,13 +35,13 @@ class ServerEngine:
         port = _free_port()
         self.url, self._timeout = f"http://127.0.0.1:{port}", start.timeout
         command = _command(start, port)
+        settings.set_unless_set("VLLM_SERVER_DEV_MODE", "1")  # for /collective_rpc
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # close() closes it
         try:
             self._process = subprocess.Popen(
                 command,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env={"VLLM_SERVER_DEV_MODE": "1", **os.environ},  # for /collective_rpc
                 start_new_session=True,
             )
         except OSError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import shlex
 from typing import Any
 
+from checkpoint_engine import settings
 from checkpoint_engine.certify.engine import EXTENSION, OrderError, Output, Start
 
 
@@ -15,7 +15,7 @@ class VllmEngine:
     """``vllm.LLM``. ``--engine-args`` are the options of ``vllm serve``."""
 
     def __init__(self, start: Start) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        settings.set_unless_set("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM
         except ImportError as error:

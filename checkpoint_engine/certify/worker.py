@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoint_engine import settings
 from checkpoint_engine.loading.reload import models_of
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
@@ -22,7 +22,7 @@ class CertifiedWorker(VllmColocateWorkerExtension):
 
     def certify_replay(self, mode: str) -> None:
         """Set ``PS_REPLAY`` of this worker."""
-        os.environ["PS_REPLAY"] = mode
+        settings.set_here({"PS_REPLAY": mode})
 
     def certify_digests(self) -> dict[str, str]:
         """The digest of every parameter and buffer that the engine computes with, by name."""

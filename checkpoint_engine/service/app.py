@@ -100,10 +100,13 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """
     rules = Access() if access is None else access
     ps.allowed_folders = rules.folders
-    # FastAPI's pages for browsers run scripts of another host, which could do all that a caller can.
-    no_pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}
-    about = {"title": "checkpoint-engine", "version": __version__, "description": _DESCRIPTION}
-    app = FastAPI(**about, **no_pages)
+    app = FastAPI(
+        title="checkpoint-engine",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,  # such pages run scripts of another host
+        redoc_url=None,
+    )
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)

@@ -53,7 +53,7 @@ class ServeOptions:
         if (self.uds is None) == (self.port is None):
             raise ValueError("serve either on a Unix socket (--uds) or on a TCP port (--port)")
         # The kernel takes an empty path for a name of its choice that every user can reach.
-        if not self.host or self.uds is not None and not self.uds.strip("\0"):
+        if not self.host or (self.uds is not None and not self.uds.strip("\0")):
             raise ValueError("the socket's path and the host to serve at must not be empty")
         if self.port is not None and not 0 <= self.port < 1 << 16:
             raise ValueError(f"{self.port} is no TCP port")
