@@ -29,12 +29,8 @@ class Ranks:
     """As many ranks as the engine has workers. Use as a context manager."""
 
     def __init__(self, count: int) -> None:
-        environment = {
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port_pair()),
-        }
+        environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port_pair())}
         # Not forked from this process, which may hold devices and threads; torch is imported once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["checkpoint_engine.ps"])

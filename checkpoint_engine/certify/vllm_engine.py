@@ -60,11 +60,8 @@ class VllmEngine:
 
 
 def _engine_args(start: Start) -> Any:
-    """What the user gave, and what ``certify`` needs.
-
-    Raises:
-        OrderError: vLLM does not know an option.
-    """
+    """What the user gave, and what ``certify`` needs. Raises ``OrderError`` if vLLM does not know
+    an option."""
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -11,14 +11,9 @@ from pathlib import Path
 
 
 def check_private(folder: Path, users: Collection[int] = ()) -> None:
-    """Raise unless only this user, root and ``users`` decide what lies in an existing folder.
-
-    Others may add to a folder like ``/tmp``, whose sticky bit keeps them from what is not theirs.
-
-    Raises:
-        PermissionError: the folder, or the link that leads to it, belongs to another user, or
-            others may write there; says what to do.
-    """
+    """Raise ``PermissionError`` unless only this user, root and ``users`` decide what lies in an
+    existing folder. The link that leads to it counts, too. Others may add to a folder like
+    ``/tmp``, whose sticky bit keeps them from what is not theirs."""
     trusted = {os.geteuid(), 0, *users}
     found = folder.stat()
     for owner in (found.st_uid, folder.lstat().st_uid):

@@ -39,11 +39,8 @@ def open_listeners() -> Iterator[tuple[int, socket.socket]]:
 
 def listen_only_at(listener: socket.socket, address: str) -> None:
     """Have the kernel drop what is sent to a listening socket at another address of this host, as
-    if the socket had been bound to ``address``. Connections that it accepts inherit that.
-
-    Raises:
-        OSError: this system has no socket filters.
-    """
+    if the socket had been bound to ``address``. Connections that it accepts inherit that. Raises
+    ``OSError`` where there are no socket filters."""
     ours = ipaddress.ip_address(address)
     protocol, offset = _DESTINATION[ours.version]
     words = struct.unpack(f"!{len(ours.packed) // 4}I", ours.packed)

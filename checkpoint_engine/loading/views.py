@@ -35,11 +35,8 @@ def kept_views(modules: Mapping[str, torch.nn.Module]) -> list[KeptView]:
 
 
 def keep_views(modules: Mapping[str, torch.nn.Module], views: Iterable[KeptView]) -> None:
-    """After an update: a view whose parameter has other memory now is made anew.
-
-    Raises:
-        RuntimeError: it cannot be, because the parameter has another form, too.
-    """
+    """After an update: a view whose parameter has other memory now is made anew. Raises
+    ``RuntimeError`` if it cannot be, because the parameter has another form, too."""
     for slot, view, of, before in views:
         there, parameter = _at(modules, slot), _at(modules, of)
         if there is None or parameter is None or key_of(there) != key_of(view):

@@ -165,11 +165,7 @@ class Guard:
 
 def _check_site(request: Request, names: Collection[str]) -> None:
     """Refuse what another site has a browser ask for: under a name that it has made lead here (DNS
-    rebinding), or from a page of its own. Other programs send neither header.
-
-    Raises:
-        HTTPException: 403.
-    """
+    rebinding), or from a page of its own. Other programs send neither header."""
     host = request.headers.get("host", "localhost").lower()
     if not _is_own_name(host, names):
         raise HTTPException(
