@@ -108,7 +108,8 @@ class Reader:
     @staticmethod
     def _script(path: Path, statement: str, *arguments: str) -> None:
         lines = [f"#!{sys.executable}", "import sys", statement]
-        lines += [f"sys.argv[1:1] = {list(arguments)!r}", "main()"]
+        lines += ['if __name__ == "__main__":']  # as pip writes it: processes may be spawned
+        lines += [f"    sys.argv[1:1] = {list(arguments)!r}", "    main()"]
         path.write_text("\n".join(lines) + "\n")
         path.chmod(0o755)
 

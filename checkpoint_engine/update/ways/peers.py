@@ -22,7 +22,7 @@ from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport, shares_memory
 from checkpoint_engine.transfer.host_peers import LEFT, MAPPED, TAKEN, HostPeers
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
-from checkpoint_engine.transfer.tracer import BROADCAST, TracedSpan
+from checkpoint_engine.transfer.tracer import BROADCAST
 from checkpoint_engine.update.ways.base import Move, Mover, Way, bucket_size
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
@@ -170,8 +170,7 @@ class PeersMover(Mover):
         self._arrived: dict[int, int] = {}
         self._started: deque[Step] = deque()
         self._copies: dict[int, Event] = {}
-        self._shown: deque[TracedSpan] = deque()
-        self._read: dict[int, TracedSpan] = {}
+        self._wanted_at: dict[int, float] = {}
         self._factors: torch.Tensor | None = None
         if streams.are_queues and move.buffer.tensor.is_cuda:
             self._factors = torch.from_numpy(FACTORS).to(move.buffer.tensor.device)
@@ -187,12 +186,16 @@ class PeersMover(Mover):
 
     def start(self, step: Step) -> None:
         self._started.append(step)
+        self._wanted_at[id(step)] = time.monotonic()
         self._advance()
 
     def has_arrived(self, step: Step) -> bool:
         self._advance()
         if self._reads_straight:
-            return self._find(step) is not None
+            if self._find(step) is None:
+                return False
+            self._trace_wait(step)
+            return True
         copy = self._copies.get(id(step))
         if copy is None or not copy.query():
             return False
@@ -216,7 +219,6 @@ class PeersMover(Mover):
     def let_go(self) -> None:
         self._peers.tell_all(LEFT)
         self.move.call.wait(partial(self._peers.all_said, LEFT))
-        self._count_read()
 
     def source_of(self, step: Step) -> str:
         count, reader = self._peers.slowest(TAKEN)
@@ -245,8 +247,6 @@ class PeersMover(Mover):
     def _count_read(self) -> int:
         """How many own buckets every rank has done with."""
         count, reader = self._peers.slowest(TAKEN)
-        while self._shown and self._filled - len(self._filling) - len(self._shown) < count:
-            self.move.tracer.end(self._shown.popleft(), time.monotonic())
         return self._done if reader is None else min(count, self._done)
 
     def _fill(self, step: Step) -> None:
@@ -282,7 +282,6 @@ class PeersMover(Mover):
         if found is not None and expected is not None:
             check_sum(int(found) & MASK, expected[1], f"a bucket from rank {self._rank}")
         self._arrived[id(step)] = start
-        self._shown.append(self.move.tracer.begin(BROADCAST, step))
         self._peers.offer(start, step.bucket.size)
 
     def _find(self, step: Step) -> int | None:
@@ -297,9 +296,14 @@ class PeersMover(Mover):
             text = f"rank {step.owner} sent {nbytes} bytes, not {step.bucket.size}"
             raise broadcast_failed(text)
         self._arrived[id(step)] = start
-        if self._reads_straight:
-            self._read[id(step)] = self.move.tracer.begin(BROADCAST, step)
         return start
+
+    def _trace_wait(self, step: Step) -> None:
+        """Nothing travels before the worker reads it: a broadcast is the wait for the owner."""
+        if began := self._wanted_at.pop(id(step), None):
+            span = self.move.tracer.begin(BROADCAST, step)
+            span.began = began
+            self.move.tracer.end(span, time.monotonic())
 
     def _copy(self, step: Step, start: int) -> None:
         """Begin to copy a bucket that is in its owner's staging into the double buffer."""
@@ -320,6 +324,4 @@ class PeersMover(Mover):
         if step.owner == self._rank:
             self._done += 1
         else:
-            if self._reads_straight:
-                self.move.tracer.end(self._read.pop(id(step)), time.monotonic())
             self._peers.tell(step.owner, TAKEN)
