@@ -337,6 +337,31 @@ def test_a_loader_that_raises_fails_the_update_everywhere_and_the_next_is_right(
         assert left == []
 
 
+def test_a_loader_may_write_into_what_it_is_given() -> None:
+    """As that of GPT-OSS does at tensor-parallel size 2; the others read the same memory."""
+
+    def program(me: Rank) -> list[Any]:
+        server = Server(me)
+
+        def overwrite(weights: list[tuple[str, torch.Tensor]]) -> None:
+            server.keep(weights)
+            for _, tensor in weights:
+                tensor.zero_()
+
+        def keep_late(weights: list[tuple[str, torch.Tensor]]) -> None:
+            time.sleep(0.05)
+            server.keep(weights)
+
+        server.run = overwrite if me.rank else keep_late
+        seen = []
+        for seed in (1, 2):
+            report = server.publish(seed)
+            seen.append((report.way, server.has(seed)))
+        return seen
+
+    assert run_world(3, program) == [[("peers", True)] * 2] * 3
+
+
 # ---------------------------------------------------------------------- when memory is overwritten
 
 

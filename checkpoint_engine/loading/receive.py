@@ -133,6 +133,7 @@ class _Reception:
         self._loader = loader
         self._version = version
         self._parts = Parts()
+        self._own = torch.empty(0, dtype=torch.uint8)
         self._loaded = LoadedBuckets()
         self._failure: Exception | None = None
 
@@ -144,7 +145,7 @@ class _Reception:
                 self._receive_sources(device_id)
             self._load_buckets(extensions.get("weight_version"))
         finally:
-            del self._buffers, self._parts  # the traceback of what is raised leads to this object
+            del self._buffers, self._parts, self._own  # the traceback of what is raised leads to this object
             self._device.release_cached_memory()
         self._acknowledge()
         server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
@@ -229,6 +230,8 @@ class _Reception:
         found = self._buffers[0]
         if wire.SOURCE in extensions:
             found = _find(self._buffers, extensions[wire.SOURCE])
+            if not isinstance(bucket, bytes):
+                found = self._copy(found)
         source: torch.Tensor | None = found
         if wire.PART in extensions:
             source = self._parts.add(received, extensions[wire.PART], found)
@@ -240,6 +243,13 @@ class _Reception:
                 self._loader.load_bucket(extract_weights(bucket, source), received, source)
             self._loaded.note(received)
         self._device.synchronize()
+
+    def _copy(self, found: torch.Tensor) -> torch.Tensor:
+        """A bucket that only this worker has: other ranks read the buffers, too, and a loader may
+        write into what it is given, as that of GPT-OSS into biases."""
+        if len(self._own) < len(found):
+            self._own = torch.empty_like(found)
+        return self._own[: len(found)].copy_(found)
 
     def _check_end(self, extensions: dict[str, Any]) -> None:
         """Raise unless everything was loaded once, as far as the server says what there was."""

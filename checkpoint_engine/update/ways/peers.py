@@ -77,7 +77,8 @@ class Peers(Way):
         return plan.PEER_PACE if on_device else plan.HOST_PACE
 
     def shares(self, hellos: Sequence[Hello]) -> int:
-        return _SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS
+        """A worker that is not learned has a bucket to itself."""
+        return _SLOTS + 1 if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS
 
     def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
         staging = min(_SLOTS, len(transfer.loads_of(self.here.rank)))
