@@ -145,7 +145,8 @@ class _Reception:
                 self._receive_sources(device_id)
             self._load_buckets(extensions.get("weight_version"))
         finally:
-            del self._buffers, self._parts, self._own  # the traceback of what is raised leads to this object
+            # The traceback of what is raised leads to this object.
+            del self._buffers, self._parts, self._own
             self._device.release_cached_memory()
         self._acknowledge()
         server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
