@@ -436,10 +436,10 @@ def test_an_update_ends_once_nobody_maps_an_owners_memory() -> None:
                 time.sleep(0.7)
             dropped.append(time.monotonic())
 
-        def noting(buffer: SharedBuffer) -> None:
+        def noting(buffer: SharedBuffer, **options: Any) -> None:
             if buffer.tensor.nbytes:
                 ends.append(time.monotonic())
-            close(buffer)
+            close(buffer, **options)
 
         with (
             mock.patch.object(receive._Reception, "_load_buckets", late),

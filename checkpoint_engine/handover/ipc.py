@@ -87,18 +87,21 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
             path.unlink(missing_ok=True)
             os.close(fd)
 
-    def close(self) -> None:
-        """Give the memory back; what the worker still maps lives on until it drops it."""
+    def close(self, have_all_left: bool = False) -> None:
+        """Give the memory back; what the worker still maps lives on until it drops it.
+
+        ``have_all_left``: every process that got a handle has said that it maps it no more.
+        """
         if self.tensor.nbytes:
             self.unlink()
-            self._forget_readers()
+            if have_all_left:
+                self._forget_readers()
             self.tensor = torch.empty(0, dtype=torch.uint8)
             self._device_manager.release_cached_memory()
 
     def _forget_readers(self) -> None:
         """torch keeps device memory until every process that got a handle has closed it, and a
-        process that was killed never does. By now nobody reads it any more: those that can have
-        said so, and torch takes no offence at one that closes it later."""
+        process that was killed never does. torch takes no offence at one that closes it later."""
         for args in self._counted if self.tensor.is_cuda else ():
             torch.UntypedStorage._release_ipc_counter_cuda(*args[_CUDA_REFERENCE])
         self._counted.clear()

@@ -199,7 +199,7 @@ class _Reception:
             self._buffers += [
                 open_buffer(one.rebuild, one.args, device_id, True) for one in handles
             ]
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of any kind: this rank's server serves it without them
             del self._buffers[1:]
             why = f"{type(error).__name__}: {error}"
         self._link.reply(wire.encode_extensions({wire.SOURCES: why}))
@@ -231,7 +231,8 @@ class _Reception:
         found = self._buffers[0]
         if wire.SOURCE in extensions:
             found = _find(self._buffers, extensions[wire.SOURCE])
-            if not isinstance(bucket, bytes):
+            is_shared = len(self._buffers) > 1 and wire.PART not in extensions
+            if is_shared and not isinstance(bucket, bytes):
                 found = self._copy(found)
         source: torch.Tensor | None = found
         if wire.PART in extensions:
@@ -248,9 +249,12 @@ class _Reception:
     def _copy(self, found: torch.Tensor) -> torch.Tensor:
         """A bucket that only this worker has: other ranks read the buffers, too, and a loader may
         write into what it is given, as that of GPT-OSS into biases."""
-        if len(self._own) < len(found):
+        if len(self._own) < len(found) or self._own.device != found.device:
+            self._own = found[:0]  # so that there are never two of them
             self._own = torch.empty_like(found)
-        return self._own[: len(found)].copy_(found)
+        own = self._own[: len(found)].copy_(found)
+        self._device.synchronize()  # a loader may go on in another stream
+        return own
 
     def _check_end(self, extensions: dict[str, Any]) -> None:
         """Raise unless everything was loaded once, as far as the server says what there was."""

@@ -103,7 +103,7 @@ def run_update(
         served = mover.served
         moving.close()  # NICs and neighbours let go of the memory before it is given back
         del pipeline, mover  # and so does staging
-        move.buffer.close()
+        move.buffer.close(have_all_left=True)
         call.begin("post hook")
         session.finish(request)
         return _report(call, move, session, hellos, order, server.here, served), gathered

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from checkpoint_engine.data_types import TensorPart
-from checkpoint_engine.errors import WireError, broadcast_failed
+from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.checksum import FACTORS, MASK, check_sum, start_sum
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.handover import wire
@@ -48,7 +48,10 @@ class Peers(Way):
         wanted = shares_memory() and (device == "cuda" or cpu_transport() == SHARED_MEMORY)
         if self.here.world_size == 1 or device not in ("cpu", "cuda") or not wanted:
             return mine
-        self._peers = HostPeers(self.here.rank, range(self.here.world_size))
+        try:
+            self._peers = HostPeers(self.here.rank, range(self.here.world_size))
+        except OSError:  # it may not have such sockets
+            return mine
         held.callback(self._leave)
         return replace(mine, neighbour=self._peers.address)
 
@@ -78,7 +81,7 @@ class Peers(Way):
 
     def shares(self, hellos: Sequence[Hello]) -> int:
         """A worker that is not learned has a bucket to itself."""
-        return _SLOTS + 1 if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS
+        return (_SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS) + 1
 
     def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
         staging = min(_SLOTS, len(transfer.loads_of(self.here.rank)))
@@ -120,7 +123,7 @@ class Peers(Way):
                 made = wire.decode_handle(handle)
                 assert isinstance(made, wire.Handle)
                 memory[rank] = open_buffer(made.rebuild, made.args, self.here.local_rank, True)
-        except (OSError, RuntimeError, ValueError, WireError) as error:
+        except Exception as error:
             memory.clear()
             return f"rank {self.here.rank} cannot map rank {rank}'s memory: {error}"
         return ""
@@ -218,6 +221,7 @@ class PeersMover(Mover):
         self._advance()
 
     def let_go(self) -> None:
+        self._memory.clear()
         self._peers.tell_all(LEFT)
         self.move.call.wait(partial(self._peers.all_said, LEFT))
 
