@@ -252,11 +252,8 @@ def fetch_metas(
 
 
 def parse_url(text: str) -> httpx.URL:
-    """The URL of one server, parsed by the client that will ask it.
-
-    Raises:
-        ValueError: it is no plain http URL. The text shows no password.
-    """
+    """The URL of one server, parsed by the client that will ask it. Raises ``ValueError`` if it is
+    no plain http URL; that text shows no password."""
     import httpx
 
     shown = repr(text.rpartition("@")[2])[:200]

@@ -231,12 +231,11 @@ class _Reception:
         found = self._buffers[0]
         if wire.SOURCE in extensions:
             found = _find(self._buffers, extensions[wire.SOURCE])
-            is_shared = len(self._buffers) > 1 and wire.PART not in extensions
-            if is_shared and not isinstance(bucket, bytes):
-                found = self._copy(found)
         source: torch.Tensor | None = found
         if wire.PART in extensions:
             source = self._parts.add(received, extensions[wire.PART], found)
+        elif len(self._buffers) > 1 and not isinstance(bucket, bytes):
+            source = self._copy(found)
         if source is not None:
             _check_bytes(extensions.get(wire.CHECKSUM), source)
             if isinstance(bucket, bytes):

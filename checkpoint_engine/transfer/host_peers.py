@@ -92,12 +92,7 @@ class HostPeers:
         """Anybody on this host can connect; who is no rank of this update is turned away."""
         with contextlib.ExitStack() as refusal:
             refusal.callback(connection.close)
-            if not _is_of_this_user(connection):
-                return
-            connection.settimeout(_AT_ONCE)
-            hello = b""
-            with contextlib.suppress(OSError):  # one that says nothing in time
-                hello = connection.recv(_LONGEST_HELLO)
+            hello = _first_message(connection)
             if len(hello) < _HELLO.size:
                 return
             rank, first = _HELLO.unpack_from(hello)
@@ -173,6 +168,14 @@ def _is_of_this_user(connection: socket.socket) -> bool:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", packed)
     return bool(uid == os.geteuid())
+
+
+def _first_message(connection: socket.socket) -> bytes:
+    """Empty of another user's process, and of one that says nothing in time."""
+    connection.settimeout(_AT_ONCE)
+    with contextlib.suppress(OSError):
+        return connection.recv(_LONGEST_HELLO) if _is_of_this_user(connection) else b""
+    return b""
 
 
 def _send(connection: socket.socket, message: bytes, rank: int) -> None:
