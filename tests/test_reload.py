@@ -200,6 +200,7 @@ class Viewing(Model):
         super().__init__()
         self.register_buffer("square", self.a.data.view(2, 2), persistent=False)
         self.tail = self.a.data[1:]
+        self.bits = self.tail.view(torch.int32)
         self.made_anew = self.a.data[:2]
         self.new = new
 
@@ -216,6 +217,7 @@ def test_a_view_of_a_parameter_stays_one() -> None:
         update(worker_of(model), {}, {"a": value, "b": value})
         assert torch.equal(model.square, torch.full((2, 2), value))
         assert torch.equal(model.tail, torch.full((3,), value))
+        assert torch.equal(model.bits, model.tail.view(torch.int32))
         assert torch.equal(model.made_anew, torch.full((2,), 2 * value))
         assert model.square is model.get_buffer("square")
         assert model.a.untyped_storage()._cdata == model.square.untyped_storage()._cdata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import ctypes
 import gc
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint_engine.data_types import align_up
 from checkpoint_engine.loading.replay import comparison
@@ -669,16 +671,71 @@ def test_tensors_that_overlap_are_told_apart() -> None:
     assert learned.report["loaded"] == "replayed"
 
 
-def test_a_view_beyond_its_tensor_is_left_to_the_loader() -> None:
+@pytest.mark.parametrize("asks", ["storage_offset", "as_strided"])
+def test_a_view_beyond_its_tensor_is_left_to_the_loader(asks: str) -> None:
     """Tensors of a bucket share memory; a loader could read its neighbour's."""
 
     def load(model: Model, name: str, tensor: torch.Tensor) -> None:
         if name == "a":
-            model.w.data.copy_(tensor.as_strided((4,), (1,), tensor.storage_offset() + 2))
+            offset = tensor.storage_offset() if asks == "storage_offset" else 0
+            model.w.data.copy_(tensor.as_strided((4,), (1,), offset + 4))
 
     layout = {"a": (BF16, (4,)), "b": (BF16, (4,))}
     report = update(Model({"w": (BF16, (4,))}, load), Bytes(layout, 1)).report
-    assert "it reaches beyond a tensor of the checkpoint" in report["reason"]
+    assert f"{asks} was used on a" in report["reason"]
+
+
+class Refuse(TorchDispatchMode):
+    """A loader's own: it lets nobody transpose."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.t.default, torch.ops.aten.transpose.int):
+            raise TypeError("not here")
+        return func(*args, **(kwargs or {}))
+
+
+def under_its_own_mode(model: Model, name: str, tensor: torch.Tensor) -> None:
+    with Refuse():
+        with contextlib.suppress(TypeError):
+            tensor = tensor.t()
+        model.w.data.copy_(tensor)
+
+
+def with_its_own_copy(model: Model, name: str, tensor: torch.Tensor) -> None:
+    model.w.copy_ = lambda source: torch.Tensor.copy_(model.w.data, source.t())
+    model.w.copy_(tensor)
+
+
+@pytest.mark.parametrize("load", [under_its_own_mode, with_its_own_copy])
+def test_what_a_loader_changes_of_torch_holds_while_it_is_watched(load: Any) -> None:
+    layout = {"w": (BF16, (4, 4))}
+    model, plain = Model(layout, load), Model(layout, load)
+    for seed in range(4):
+        weights = Bytes(layout, seed).weights()
+        with replayed(model.load_weights) as learned:
+            learned(weights)
+        plain.load_weights(weights)
+        assert state(model) == state(plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.int32, (32, 4094)), (torch.uint8, (24, 16376)), (torch.int64, (40, 2047))],
+)
+def test_rows_that_change_places_are_told_apart(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Of numbers that are not negative, at every distance."""
+    one = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for row in range(1, shape[0]):
+        other = one.clone()
+        other[[0, row]] = other[[row, 0]]
+        assert _digest(one) != _digest(other)
+
+
+@pytest.mark.parametrize("bits", [1 << 28, 1 << 29, 1 << 30, -(1 << 31)])
+def test_a_bit_that_changes_everywhere_is_seen(bits: int) -> None:
+    one = torch.zeros(2 * 65_536, dtype=torch.int32)
+    assert _digest(one) != _digest(one | bits)
+    assert _digest(one[:100]) != _digest((one | bits)[:100])
 
 
 def by_list(model: Model, name: str, tensor: torch.Tensor) -> None:

@@ -6,12 +6,14 @@ update must not part the two: the engine would go on to compute with old weights
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
 from checkpoint_engine.loading.replay.adapter import every_tensor
+from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, key_of
 
 
@@ -28,10 +30,22 @@ def kept_views(modules: Mapping[str, torch.nn.Module]) -> list[KeptView]:
     """The buffers and plain tensors of a model that have memory of a parameter."""
     owners = _owners(modules)
     return [
-        KeptView(slot, tensor.detach(), *owners[key])
+        KeptView(slot, tensor.detach(), *_owner_of(tensor, owners[key]))
         for slot, tensor in every_tensor(modules)
         if (key := key_of(tensor)) in owners and slot.name not in modules[slot.module]._parameters
     ]
+
+
+def _owner_of(
+    view: torch.Tensor, owners: list[tuple[Slot, torch.Tensor]]
+) -> tuple[Slot, torch.Tensor]:
+    """The parameter that a view lies in, of those in its storage."""
+    first, last = View.of(view).span
+    for slot, parameter in owners:
+        begin, end = View.of(parameter).span
+        if begin <= first and last <= end:
+            return slot, parameter
+    return owners[0]
 
 
 def keep_views(modules: Mapping[str, torch.nn.Module], views: Iterable[KeptView]) -> None:
@@ -48,8 +62,10 @@ def keep_views(modules: Mapping[str, torch.nn.Module], views: Iterable[KeptView]
                 f"{slot.qualified} was a view of {of.qualified}, which has another form now: the "
                 "engine would compute with old weights there; start it with the new ones"
             )
-        offset = parameter.storage_offset() + view.storage_offset() - before.storage_offset()
-        new = parameter.detach().as_strided(view.shape, view.stride(), offset)
+        begins = [View.of(one).span[0] for one in (parameter, view, before)]
+        offset = (begins[0] + begins[1] - begins[2]) // view.itemsize  # dtypes may differ
+        memory = whole_storage(parameter.detach(), view.dtype)
+        new = memory.as_strided(view.shape, view.stride(), offset)
         setattr(modules[slot.module], slot.name, new)
 
 
@@ -80,15 +96,13 @@ def parted_views(
 
 def _owners(
     modules: Mapping[str, torch.nn.Module],
-) -> dict[int | None, tuple[Slot, torch.Tensor]]:
+) -> dict[int | None, list[tuple[Slot, torch.Tensor]]]:
     """By memory, the parameters."""
-    owners = {
-        key_of(tensor): (slot, tensor.detach())
-        for slot, tensor in every_tensor(modules)
-        if slot.name in modules[slot.module]._parameters
-    }
-    owners.pop(None, None)
-    return owners
+    owners: dict[int | None, list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
+    for slot, tensor in every_tensor(modules):
+        if slot.name in modules[slot.module]._parameters and key_of(tensor) is not None:
+            owners[key_of(tensor)].append((slot, tensor.detach()))
+    return dict(owners)
 
 
 def _at(modules: Mapping[str, torch.nn.Module], slot: Slot) -> torch.Tensor | None:

@@ -68,7 +68,7 @@ _RULES: dict[Callable[..., None], str] = {
 RULES = {attrgetter(name)(_aten): rule for rule, names in _RULES.items() for name in names.split()}
 _VIEWS = (
     "view _unsafe_view _reshape_alias slice select transpose t permute expand squeeze unsqueeze "
-    "split split_with_sizes unbind diagonal as_strided detach alias"
+    "split split_with_sizes unbind diagonal detach alias"
 )
 VIEWS: set[Any] = {
     getattr(getattr(_aten, name), overload)
@@ -94,12 +94,12 @@ def _named(names: str) -> set[Any]:
 
 FUNCTIONS = _named(
     # shapes and the like
-    "size dim ndimension stride numel nelement element_size storage_offset __len__ is_contiguous "
+    "size dim ndimension stride numel nelement element_size __len__ is_contiguous "
     "is_floating_point is_complex is_signed is_pinned is_same_size get_device is_conj is_neg "
     # views
     "view view_as reshape reshape_as flatten ravel unflatten t transpose swapaxes swapdims permute "
     "movedim moveaxis narrow select __getitem__ __iter__ chunk split split_with_sizes unbind "
-    "squeeze unsqueeze expand expand_as broadcast_to as_strided diagonal detach "
+    "squeeze unsqueeze expand expand_as broadcast_to diagonal detach "
     # copies
     "copy_ fill_ zero_ __setitem__ clone contiguous to type_as cpu cuda double float half bfloat16 "
     "cat concat concatenate stack empty_like zeros_like new_empty new_empty_strided new_zeros"
@@ -117,7 +117,7 @@ def _getters(names: str) -> set[Any]:
 
 
 SHAPES = _getters(_PROPERTIES) | _named(
-    "size dim ndimension stride numel nelement element_size storage_offset __len__ is_contiguous "
+    "size dim ndimension stride numel nelement element_size __len__ is_contiguous "
     "is_floating_point is_complex get_device"
 )
 """No operations are behind these."""

@@ -318,9 +318,10 @@ class _Functions(TorchFunctionMode):
                 return func(*args)
             finally:
                 self.is_in_view = False
+        if _count_modes() != 1:  # the loader has one of its own, which sees everything
+            return self._recorder.call(func, args, {})
         if func not in operations.QUICK:
-            is_copy = func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS
-            if is_copy and _count_modes() == 1:
+            if func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS:
                 return self._copy(*args)
             return self._recorder.call(func, args, {})
         for one in args[1:]:
@@ -328,23 +329,23 @@ class _Functions(TorchFunctionMode):
                 for part in one if type(one) is tuple else (one,):
                     if type(part) not in _PLAIN and not _is_plain_slice(part):
                         return self._recorder.call(func, args, {})
-        self.is_in_view = True
+        self.is_in_view, was_hidden = True, _is_hidden(_MODES)
         _hide(_MODES, True)
         try:
             return func(*args)
         finally:
-            _hide(_MODES, False)
+            _hide(_MODES, was_hidden)
             self.is_in_view = False
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        hook = sys.getprofile()
+        hook, was_hidden = sys.getprofile(), _is_hidden(_MODES)
         sys.setprofile(None)
         try:
             _hide(_MODES, True)
             try:
-                target.copy_(source)
+                torch.Tensor.copy_(target, source)  # the engine may have given it another one
             finally:
-                _hide(_MODES, False)
+                _hide(_MODES, was_hidden)
             self._recorder.note_copy(target, source)
         finally:
             sys.setprofile(hook)
@@ -365,6 +366,7 @@ class _unnoticed:  # noqa: N801
 _Lock = type(threading.Lock())
 _modes_see = torch._C._is_torch_function_mode_enabled
 _hide = torch._C._dispatch_tls_set_dispatch_key_excluded
+_is_hidden = torch._C._dispatch_tls_is_dispatch_key_excluded
 _count_modes = torch._C._len_torch_dispatch_stack
 _MODES = torch._C.DispatchKey.Python
 _HARMLESS = {str, dict, list, tuple, set, int}
