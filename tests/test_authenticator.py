@@ -313,7 +313,7 @@ def open_folder() -> Iterator[Path]:
     """A folder that everybody can enter, made with a careless umask."""
     umask = os.umask(0)
     with tempfile.TemporaryDirectory() as folder:  # its path is short enough for sockets
-        os.chmod(folder, 0o777)
+        os.chmod(folder, 0o1777)  # as /tmp: others may connect, and replace nothing
         yield Path(folder)
     os.umask(umask)
 

@@ -62,11 +62,14 @@ def keep_views(modules: Mapping[str, torch.nn.Module], views: Iterable[KeptView]
                 f"{slot.qualified} was a view of {of.qualified}, which has another form now: the "
                 "engine would compute with old weights there; start it with the new ones"
             )
-        begins = [View.of(one).span[0] for one in (parameter, view, before)]
-        offset = (begins[0] + begins[1] - begins[2]) // view.itemsize  # dtypes may differ
-        memory = whole_storage(parameter.detach(), view.dtype)
-        new = memory.as_strided(view.shape, view.stride(), offset)
-        setattr(modules[slot.module], slot.name, new)
+        setattr(modules[slot.module], slot.name, _made_anew(view, before, parameter.detach()))
+
+
+def _made_anew(view: torch.Tensor, before: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What ``view`` was of ``before``, of ``parameter``. Their dtypes may differ from its own."""
+    begins = [View.of(one).span[0] for one in (parameter, view, before)]
+    offset = (begins[0] + begins[1] - begins[2]) // view.itemsize
+    return whole_storage(parameter, view.dtype).as_strided(view.shape, view.stride(), offset)
 
 
 def parted_views(
