@@ -26,8 +26,8 @@ class Layer(torch.nn.Module):
 
 
 class OddEngine(torch.nn.Module):
-    """``kind``: ``knows no name``, ``joins`` the ranks' tensors of a layer if it gets them in one
-    call, ``changes`` what it does at the third update, or is ``asleep`` until it is woken up."""
+    """``kind``: ``knows no name``, ``changes`` what it does at the third update, or is ``asleep``
+    until it is woken up."""
 
     def __init__(self, kind: str, note: Path, ranks: int, layers: int, numel: int) -> None:
         """``note``: where it writes when it was last given tensors."""
@@ -50,7 +50,7 @@ class OddEngine(torch.nn.Module):
     def loader(self) -> Any:
         """For one update."""
         self._updates += 1
-        if self._kind in ("joins", "asleep"):
+        if self._kind == "asleep":
             return EngineReload(self._worker, self._habits)
         return replayed(self.load_weights)
 
@@ -67,12 +67,9 @@ class OddEngine(torch.nn.Module):
             given.setdefault(int(layer), {})[int(rank)] = tensor
         for layer, of_layer in given.items():
             weight = self.layers[layer].rank_joined.weight
-            if self._kind == "joins" and len(of_layer) == len(weight):
-                weight.copy_(torch.stack([of_layer[rank] for rank in range(len(weight))]))
-            elif self._kind != "joins":
-                for rank, tensor in of_layer.items():
-                    is_odd = self._kind == "changes" and self._updates == 3
-                    weight[rank].copy_(weight[rank - 1] if is_odd else tensor)
+            for rank, tensor in of_layer.items():
+                is_odd = self._kind == "changes" and self._updates == 3
+                weight[rank].copy_(weight[rank - 1] if is_odd else tensor)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it holds, by the names of the checkpoint."""

@@ -593,13 +593,6 @@ def loaders() -> list[Case]:
             of_rank={1: {"odd": "knows no name"}},
         ),
         Case(
-            "a loader that joins tensors of different buckets",
-            "post hook",
-            "parameters got nothing, .* Update again: the loader will be given those in one call",
-            each={"odd": "joins"},
-            after=again("joins"),
-        ),
-        Case(
             "a loader that changes after it was learned",
             "second bucket",
             "wrote something else than was recorded .*: update again, it will not be replayed",
