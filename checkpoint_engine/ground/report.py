@@ -71,7 +71,8 @@ class UpdateReport(BaseModel, frozen=True):
 
     ``stages`` are "host to device", "P2P read", "broadcast" and "reload", those that there were on
     this rank, by the clock of its device if it has one. They overlap, also with what was waited
-    for. Where a broadcast waits for its sender to have the bytes, that counts as broadcast.
+    for. Where a broadcast waits for its sender to have the bytes, that counts as broadcast; by
+    peers it is that wait alone, for workers read the bytes while they load.
 
     ``by_rank`` and ``waited_for_by_rank``, if ranks were to be compared, hold the same of every
     rank that took part, up to when its engine was done; a rank waits for the slower ones under
