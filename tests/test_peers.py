@@ -29,6 +29,7 @@ from checkpoint_engine.worker import update_weights_from_ipc
 from fleet import digests, left_segments
 from foreign import receive as receive_as
 from test_control import Rank, run_world
+from test_owners import error_of
 
 SECONDS = timedelta(seconds=20)
 COUNT = 12  # tensors of a rank, of which two fill a bucket
@@ -131,14 +132,6 @@ class Server:
         return self.got.keys() == expected.keys() and all(
             torch.equal(self.got[name], tensor) for name, tensor in expected.items()
         )
-
-
-def error_of(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def refusing(rank: int) -> Callable[..., torch.Tensor]:

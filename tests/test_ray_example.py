@@ -46,7 +46,7 @@ def processes_of(value: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(120)
 def test_actors_update_an_engine(
     tmp_path: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +80,7 @@ def test_actors_update_an_engine(
             },
             capture_output=True,
             text=True,
-            timeout=240,  # beside two busy programs Ray alone takes 110 to start, on two cores
+            timeout=90,
             check=False,
         )
         assert run.returncode == 0, run.stdout + run.stderr

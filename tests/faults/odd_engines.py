@@ -35,7 +35,7 @@ class OddEngine(torch.nn.Module):
         self._note = note
         self.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(layers))
         for layer in self.layers:
-            layer.rank_joined = Layer(ranks, numel)
+            layer.ranks = Layer(ranks, numel)
         self._kind = kind
         self._updates = 0
         self._habits: dict[str, LoaderHabits] = {}
@@ -66,7 +66,7 @@ class OddEngine(torch.nn.Module):
             _, layer, _, rank = name.split(".")
             given.setdefault(int(layer), {})[int(rank)] = tensor
         for layer, of_layer in given.items():
-            weight = self.layers[layer].rank_joined.weight
+            weight = self.layers[layer].ranks.weight
             for rank, tensor in of_layer.items():
                 is_odd = self._kind == "changes" and self._updates == 3
                 weight[rank].copy_(weight[rank - 1] if is_odd else tensor)
@@ -76,5 +76,5 @@ class OddEngine(torch.nn.Module):
         return {
             f"layers.{layer}.rank.{rank}": row
             for layer, of_layer in enumerate(self.layers)
-            for rank, row in enumerate(of_layer.rank_joined.weight)
+            for rank, row in enumerate(of_layer.ranks.weight)
         }
