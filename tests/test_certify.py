@@ -150,6 +150,16 @@ def test_another_checkpoint_may_lack_a_configuration(model: Path, tmp_path: Path
     assert told["other_checkpoint"] == str(other)
 
 
+def test_both_checkpoints_may_have_an_index(tmp_path: Path) -> None:
+    one, other = (write_model(tmp_path / name, seed) for seed, name in enumerate(("one", "other")))
+    for folder, name in ((one, "all.safetensors"), (other, "model-1-of-1.safetensors")):
+        (folder / "model.safetensors").rename(folder / name)
+        index = {"weight_map": dict.fromkeys(load_file(folder / name), name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    told = certify(one, "Right", f"--other-checkpoint={other}")
+    assert told["result"] == "right"
+
+
 def test_the_table_is_for_readers(model: Path) -> None:
     command = ["certify", str(model), "--engine=certified_engine:LeavingOut"]
     lines = CliRunner().invoke(commands, command).stdout.splitlines()

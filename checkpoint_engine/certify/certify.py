@@ -260,7 +260,7 @@ def _other_checkpoint(order: Order, work: Path, tell: Callable[[str], None]) -> 
         return perturb_checkpoint(order.model, folder)
     files = [Path(file) for file in checkpoint_of(order.other)]
     # With the first one's configuration, which a trainer may not have written.
-    link_the_rest(order.model, folder, [])
+    link_the_rest(order.model, folder)
     for file in files:
         (folder / file.name).symlink_to(file.resolve())
     return folder

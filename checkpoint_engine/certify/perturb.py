@@ -39,7 +39,7 @@ def perturb_checkpoint(model: Path, folder: Path) -> Path:
             f"another checkpoint needs {needed:,} bytes in {folder.parent}, which has {free:,}: "
             "give --other-checkpoint, or set TMPDIR"
         )
-    link_the_rest(model, folder, files)
+    link_the_rest(model, folder)
     for file in files:
         if file.name.endswith(INDEX):
             shutil.copy(file, folder)
@@ -51,13 +51,12 @@ def perturb_checkpoint(model: Path, folder: Path) -> Path:
     return folder
 
 
-def link_the_rest(model: Path, folder: Path, weights: list[Path]) -> None:
+def link_the_rest(model: Path, folder: Path) -> None:
     """Make ``folder`` and links in it to the files of ``model`` that are no weights: its
     configuration, its tokenizer."""
     folder.mkdir()
-    left_out = {file.name for file in weights}
     for file in model.iterdir():
-        if file.name not in left_out and file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        if not file.name.endswith((INDEX, ".safetensors", ".bin", ".pt", ".pth")):
             os.symlink(file.resolve(), folder / file.name)
 
 
