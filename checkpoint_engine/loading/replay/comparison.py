@@ -10,7 +10,8 @@ import torch
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
 from checkpoint_engine.loading.replay.geometry import UNITS, View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, key_of
-from checkpoint_engine.loading.replay.recording import Move, Program, Recording
+from checkpoint_engine.loading.replay.program import Flat, Move, Program
+from checkpoint_engine.loading.replay.recording import Recording
 
 _SHOWN_NAMES = 20
 
@@ -40,9 +41,10 @@ class Comparison:
 
     def expect(self, program: Program, buffer: torch.Tensor) -> None:
         """What the program would copy is in the buffer, and about to be loaded."""
+        flat = Flat(buffer)
         for move in program.moves:
             arrives_as = move.route.arrives_as
-            sums = _digests([source.to(arrives_as) for source in move.sources(buffer)])
+            sums = _digests([source.to(arrives_as) for source in move.sources(flat)])
             self._expected[move.route.slot.module].append((move, sums))
 
     def check(self, module: str) -> None:
