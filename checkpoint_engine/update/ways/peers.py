@@ -180,7 +180,7 @@ class PeersMover(Mover):
         self._memory = memory
         self._others = sorted(self._peers.handles)
         self.sources = [self._peers.handles[rank][1] for rank in self._others]
-        self._advance()
+        self.advance()
 
     # ------------------------------------------------------------------ as of Mover
 
@@ -188,15 +188,15 @@ class PeersMover(Mover):
         self.served = unmapped
         self._reads_straight = not unmapped or self.must_map
         self._peers.tell_all(MAPPED)
-        self._advance()
+        self.advance()
 
     def start(self, step: Step) -> None:
         self._started.append(step)
         self._wanted_at[id(step)] = time.monotonic()
-        self._advance()
+        self.advance()
 
     def has_arrived(self, step: Step) -> bool:
-        self._advance()
+        self.advance()
         if self._reads_straight:
             if self._find(step) is None:
                 return False
@@ -207,6 +207,19 @@ class PeersMover(Mover):
             return False
         self._finish(step)
         return True
+
+    def advance(self) -> None:
+        is_open = self.move.buffer.is_named and self._reads_straight is not None
+        if is_open and self._peers.all_said(MAPPED):
+            self.move.buffer.unlink()
+        self._fill_slots(self._count_read())
+        while self._filling and self._filling[0][2].query():
+            self._offer(self._filling.popleft())
+        while self._started and self._reads_straight is False:
+            start = self._find(self._started[0])
+            if start is None:
+                break
+            self._copy(self._started.popleft(), start)
 
     def lies_at(self, step: Step) -> tuple[int, int]:
         if not self._reads_straight:
@@ -220,7 +233,7 @@ class PeersMover(Mover):
     def done_with(self, step: Step) -> None:
         if self._reads_straight:
             self._finish(step)
-        self._advance()
+        self.advance()
 
     def let_go(self) -> None:
         self._memory.clear()
@@ -234,20 +247,6 @@ class PeersMover(Mover):
         return super().source_of(step)
 
     # ------------------------------------------------------------------ parts of the above
-
-    def _advance(self) -> None:
-        """Do whatever can be done by now, without waiting."""
-        is_open = self.move.buffer.is_named and self._reads_straight is not None
-        if is_open and self._peers.all_said(MAPPED):
-            self.move.buffer.unlink()
-        self._fill_slots(self._count_read())
-        while self._filling and self._filling[0][2].query():
-            self._offer(self._filling.popleft())
-        while self._started and self._reads_straight is False:
-            start = self._find(self._started[0])
-            if start is None:
-                break
-            self._copy(self._started.popleft(), start)
 
     def _count_read(self) -> int:
         """How many own buckets every rank has done with."""
