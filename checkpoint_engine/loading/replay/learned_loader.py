@@ -72,7 +72,8 @@ class LearnedLoader:
         if self.why_not:
             return ModelUpdate(self, model, self.why_not)
         if self.recording is None or self.agreed < (3 if mode == "verify" else 2):
-            return _Learning(self, model, fingerprint)
+            with _collector_at_rest():
+                return _Learning(self, model, fingerprint)
         self._restarts = 0
         self._replays += 1
         checks, rest = divmod(self._replays, every)
