@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -240,21 +239,23 @@ class Recording:
     @property
     def needed(self) -> list[Needed]:
         """Which bytes of which tensors the model needs; those that it does not are left out."""
-        needed = []
-        for source, entries in self.entries.items():
-            regions = list(dict.fromkeys(entry.region() for entry in entries))
-            total = sum(region.length * math.prod(region.counts) for region in regions)
-            if regions:
-                needed.append(Needed(source.name, min(total, source.nbytes), regions))
-        return needed
+        return [
+            Needed(
+                source.name,
+                _needed_of(source, entries),
+                list(dict.fromkeys(entry.region() for entry in entries)),
+            )
+            for source, entries in self.entries.items()
+            if entries
+        ]
 
     @cached_property
     def figures(self) -> dict[str, Any]:
         """For reports. Each asks, and large models take a while: they are worked out once."""
-        needed, total = self.needed, sum(source.nbytes for source in self.entries)
-        nbytes = sum(one.nbytes for one in needed)
+        total = sum(source.nbytes for source in self.entries)
+        nbytes = sum(_needed_of(source, entries) for source, entries in self.entries.items())
         return {
-            "needed_tensors": len(needed),
+            "needed_tensors": len(self.copied),
             "needed_bytes": nbytes,
             "needed_share": nbytes / max(1, total),
             "plan_bytes": self._plan_bytes,
@@ -264,13 +265,26 @@ class Recording:
     def _plan_bytes(self) -> int:
         """About how many bytes of host memory it takes: to look at all of them takes as long as to
         learn them."""
-        every = len(self.entries)
-        some = dict(islice(self.entries.items(), 0, None, max(1, every // _LOOKED_AT)))
-        known = _memory_of({**vars(self), "entries": None})
-        return known + _memory_of(some) * every // max(1, len(some))
+        moves = [move for program in self.programs.values() for move in program.moves]
+        every = (self.entries.items(), self.counts.items(), self.loaded or (), moves)
+        return sum(_memory_of_many(list(things)) for things in every) + _memory_of(self.fills)
 
 
 _LOOKED_AT = 200
+
+
+def _needed_of(source: Source, entries: list[Entry]) -> int:
+    """How many bytes of a tensor are read."""
+    if len(entries) == 1 and 0 not in entries[0].copy.source_strides:
+        (route, copy) = entries[0]
+        return copy.numel * route.dtype.itemsize
+    regions = {entry.region() for entry in entries}
+    return min(source.nbytes, sum(one.length * math.prod(one.counts) for one in regions))
+
+
+def _memory_of_many(things: list[Any]) -> int:
+    some = things[:: max(1, len(things) // _LOOKED_AT)]
+    return _memory_of(some) * len(things) // max(1, len(some))
 
 
 def _memory_of(thing: Any) -> int:
