@@ -54,7 +54,7 @@ def _of_large(tensor: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def _of_group(tensors: list[torch.Tensor]) -> torch.Tensor:
-    bits = [bits_of(tensor) for tensor in tensors]
+    bits = [_bits(tensor) for tensor in tensors]
     stacked = bits[0][None] if len(bits) == 1 else torch.stack(bits)
     words = stacked.reshape(len(bits), bits[0].numel()).contiguous()
     if words.shape[1] * words.itemsize % 4 == 0:
@@ -96,8 +96,13 @@ def _mixed(count: int, device: torch.device, seed: int) -> torch.Tensor:
     return (x ^ (x >> 31)) | 1
 
 
-def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype in _INTEGERS:
+        return tensor
     tensor = tensor.detach()
     if tensor.dtype.is_complex:
         tensor = torch.view_as_real(tensor)
     return tensor.view(UNITS[tensor.itemsize])
+
+
+_INTEGERS = set(UNITS.values())

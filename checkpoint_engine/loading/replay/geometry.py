@@ -143,6 +143,8 @@ def coalesced(copies: Iterable[Copy]) -> list[Copy]:
     stacked in a parameter. The copies' targets are disjoint.
     """
     current = [copy.simplified() for copy in copies]
+    if len(current) == 1:
+        return current
     while len(merged := list(_merge_once(current))) < len(current):
         current = merged
     return merged

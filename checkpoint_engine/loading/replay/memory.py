@@ -279,12 +279,14 @@ def _is_held_elsewhere(tensor: torch.Tensor, known: Known) -> bool:
     """Whether memory that torch has shared, and so never resizes, has holders that are no tensors
     of the model."""
     storage = tensor.untyped_storage()
+    if storage.resizable():
+        return False
     holders = len({id(one) for _, one in known.model}) + 1  # Python's object for the storage
 
     def is_held() -> bool:
         return int(torch._C._storage_Use_Count(storage._cdata)) > holders
 
-    if storage.resizable() or not is_held():
+    if not is_held():
         return False
     gc.collect()  # an array that nobody refers to any more
     return is_held()

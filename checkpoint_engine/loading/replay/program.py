@@ -72,7 +72,7 @@ class Move(NamedTuple):
             times = size // route.dtype.itemsize
             units = [unit for copy in copies if times and (unit := copy.in_units(times))]
             if len(units) == len(copies):
-                return Move(route._replace(dtype=UNITS[size]), units)
+                return Move(Route(route.slot, UNITS[size], ()), units)
         return Move(route, copies)
 
     @property

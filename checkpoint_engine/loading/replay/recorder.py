@@ -29,7 +29,14 @@ from torch.utils._pytree import tree_leaves
 from checkpoint_engine.loading.replay import operations
 from checkpoint_engine.loading.replay.canvas import Origin, Source
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
-from checkpoint_engine.loading.replay.memory import KnownMemory, Slot, SlotTensors, Traced, key_of
+from checkpoint_engine.loading.replay.memory import (
+    Known,
+    KnownMemory,
+    Slot,
+    SlotTensors,
+    Traced,
+    key_of,
+)
 from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Recording
 
 
@@ -58,22 +65,25 @@ class Recorder(KnownMemory):
 
     def offer(self, weights: NamedTensors) -> NamedTensors:
         """The same tensors over the same memory, in storages that nobody else has."""
-        self._bucket = set()
-        offered = []
-        for (name, tensor), alias in zip(weights, _aliases(weights), strict=True):
-            if name in self._sources:
-                self.give_up(f"{name} came twice")
+        if again := self._sources.keys() & {name for name, _ in weights}:
+            self.give_up(f"{min(again)} came twice")
+        self._bucket = {name for name, _ in weights}
+        if len(self._bucket) < len(weights):
+            self.give_up("a tensor came twice")
+        aliases = _aliases(weights)
+        storages: dict[int | None, Known] = {}
+        for (name, tensor), alias in zip(weights, aliases, strict=True):
             source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
             self._sources[name] = source
-            self._bucket.add(source.name)
-            offered.append((name, alias))
             if nbytes := alias.nbytes:
+                if (known := storages.get(key := key_of(alias))) is None:
+                    known = storages[key] = self._remember(alias)
                 begin = int(alias.storage_offset()) * alias.itemsize
                 given = (begin, begin + nbytes, source, Origin(source, source.dtype))
-                self._remember(alias).given.append(given)
+                known.given.append(given)
         for known in self._alive():
-            known.given.sort()
-        return offered
+            known.given.sort(key=_begin)
+        return [(name, alias) for (name, _), alias in zip(weights, aliases, strict=True)]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -409,6 +419,10 @@ def _aliases(weights: NamedTensors) -> list[torch.Tensor]:
         else:
             found.update(zip(some, map(_alias, tensors), strict=True))
     return [found[place] for place in range(len(weights))]
+
+
+def _begin(given: tuple[Any, ...]) -> Any:
+    return given[0]
 
 
 def _overlap(tensors: list[torch.Tensor]) -> bool:

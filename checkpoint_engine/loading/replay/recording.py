@@ -180,9 +180,10 @@ class Recording:
         """
         known, unknown = [], []
         copies: dict[str, dict[Route, list[Copy]]] = defaultdict(lambda: defaultdict(list))
-        nbytes, numel = Counter[str](), Counter[str]()
+        total, nbytes, numel = 0, Counter[str](), Counter[str]()
         for placed in bucket:
             source, offset = placed
+            total += (size := source.nbytes)
             if (entries := self.entries.get(source)) is None:
                 unknown.append(placed)
                 continue
@@ -192,7 +193,7 @@ class Recording:
                 if odd:
                     raise ValueError(f"tensor {source.name!r} lies at {offset}")
                 copies[route.slot.module][route].append(Copy(begin + copy.source, *copy[1:]))
-                nbytes[route.slot.module] += source.nbytes
+                nbytes[route.slot.module] += size
             if source in self.counts:
                 numel.update(self.counts[source])
         parts = []
@@ -201,7 +202,7 @@ class Recording:
             parts.append(ModulePart(module, moves, nbytes[module], numel[module]))
         return Program(
             tensors=len(bucket),
-            nbytes=sum(placed.source.nbytes for placed in bucket),
+            nbytes=total,
             parts=parts,
             names=frozenset(known),
             unknown=unknown,
