@@ -310,7 +310,8 @@ class ParameterServer(Contract):
             if self._auto_pg:
                 self._default_group.leave()
         report = report.completed(call.clock.seconds, *self._checkpoints.memory.usage)
-        self._log.log("INFO" if call.leads else "DEBUG", "updated {}", report)
+        if call.leads:
+            self._log.info("rank {}: updated {}", self._rank, report)
         return report
 
     @property
@@ -353,8 +354,8 @@ def _start_p2p(p2p: P2P, here: LocalRank) -> None:
         p2p.device = p2p.store.device
     except (RuntimeError, AssertionError) as error:
         p2p.missing = str(error)
-        level = "WARNING" if here.local_rank == 0 else "DEBUG"
-        logger.bind(rank=here.rank).log(level, "no P2P: {}", error)
+        if here.local_rank == 0:
+            logger.bind(rank=here.rank).log("WARNING", "rank {}: no P2P: {}", here.rank, error)
 
 
 def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:

@@ -3,7 +3,8 @@
     python docs/figures/draw.py                       # overview.svg, architecture.svg
     python docs/figures/draw.py --trace trace.json    # pipeline.svg, from a trace of PS_TRACE
 
-Text and lines take the colour of the page, so that they are readable on light and dark ones.
+A figure of something measured is drawn from that measurement alone. Text and lines take the colour of
+the page, so that they are readable on light and dark ones.
 """
 
 from __future__ import annotations
