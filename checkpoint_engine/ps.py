@@ -53,7 +53,6 @@ from checkpoint_engine.world.hello import Hello
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_TEN_MINUTES = timedelta(minutes=10)
 _LONGEST_READ = 120.0  # seconds that a P2P read of one bucket may take after its owner withdrew it
 
 
@@ -176,7 +175,7 @@ class ParameterServer(Contract):
 
     # ------------------------------------------------------------------ who owns what
 
-    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = _TEN_MINUTES) -> None:
+    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = timedelta(minutes=10)) -> None:
         """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
         ranks.
 
@@ -214,7 +213,7 @@ class ParameterServer(Contract):
         *,
         master_addr: str | None = None,
         master_port: int | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         """Create torch's default process group of the world, for the caller's use. All ranks.
 
@@ -227,7 +226,7 @@ class ParameterServer(Contract):
         ranks: Sequence[int],
         *,
         master_port: int | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         """Create a default process group of exactly ``ranks``; other ranks return at once."""
         if self._rank in ranks:
@@ -257,7 +256,7 @@ class ParameterServer(Contract):
         req_func: RequestFunction,
         *,
         ranks: Sequence[int] | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
         version: str | None = None,
         on_instance_failure: Literal["abort", "continue"] = "abort",
         on_progress: Callable[[Progress], None] | None = None,

@@ -3,8 +3,8 @@
     python docs/figures/draw.py                       # overview.svg, architecture.svg
     python docs/figures/draw.py --trace trace.json    # pipeline.svg, from a trace of PS_TRACE
 
-A figure of something measured is drawn from that measurement alone. Text and lines take the colour of
-the page, so that they are readable on light and dark ones.
+A figure of something measured is drawn from that measurement alone. Text and lines take the colour
+of the page, so that they are readable on light and dark ones.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ class Drawing:
 
 def overview() -> Drawing:
     """The README's picture: where the bytes go, and what the engine does meanwhile."""
-    drawing = Drawing(860, 372, "A checkpoint goes from a trainer into an engine that keeps running")
+    drawing = Drawing(860, 372, "From a trainer into an inference engine that keeps running")
     drawing.box(8, 88, 132, 64, "trainer", "or files: step 42")
     drawing.box(196, 12, 196, 216, "host memory, pinned", kind="host")
     drawing.box(430, 12, 176, 216, "GPUs", kind="host")
     drawing.box(646, 12, 206, 216, "inference engine", kind="host")
     middle = 120
     for rank, y in ((0, 52), (1, 140)):
-        drawing.box(212, y, 164, 72, f"server rank {rank}", f"part {rank + 1} of 2", "of the checkpoint")
+        drawing.box(
+            212, y, 164, 72, f"server rank {rank}", f"part {rank + 1} of 2", "of all tensors"
+        )
         drawing.box(446, y, 144, 72, "staging", "one bucket", "after the other")
         drawing.box(662, y, 174, 72, f"worker {rank}", "its shard", "of every tensor")
         drawing.arrow(f"M140 {middle} C170 {middle} 178 {y + 36} 208 {y + 36}", bulk=True)
