@@ -79,7 +79,8 @@ class ParameterServer(Contract):
         """Nothing is connected yet; ranks meet in their first collective call.
 
         Args:
-            rank, world_size: default: ``RANK``, ``WORLD_SIZE``.
+            rank: default: ``RANK``.
+            world_size: default: ``WORLD_SIZE``.
             auto_pg: who owns torch's default process group. True: this server, whose
                 ``gather_metas`` makes it; it is gone after every update. False: the caller. None:
                 whoever made it, by ``init_process_group`` or without this server.
@@ -87,8 +88,8 @@ class ParameterServer(Contract):
                 ``LOCAL_WORLD_SIZE``, else 1.
             mem_fraction: share of free device memory that an update's buffers may take.
                 Default: ``PS_MEM_FRACTION``, else 0.9.
-            master_addr, master_port: where the ranks meet, on rank 0's host. Default:
-                ``MASTER_ADDR`` and ``MASTER_PORT`` + 1.
+            master_addr: rank 0's host, where the ranks meet. Default: ``MASTER_ADDR``.
+            master_port: a port of it. Default: ``MASTER_PORT`` + 1.
 
         Raises:
             ValueError: a value is missing or out of range.
@@ -175,7 +176,9 @@ class ParameterServer(Contract):
 
     # ------------------------------------------------------------------ who owns what
 
-    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+    def gather_metas(
+        self, checkpoint_name: str, *, timeout: timedelta = timedelta(minutes=10)
+    ) -> None:
         """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
         ranks.
 

@@ -38,6 +38,7 @@ EXCEPTED = {
     ("README.md", "torchrun --nproc-per-node 8 -m checkpoint_engine"): CLUSTER,
     ("vllm.md", "VLLM_SERVER_DEV_MODE=1 vllm serve"): ENGINE,
     ("vllm.md", "torchrun --nproc-per-node 8"): CLUSTER,
+    ("vllm.md", "curl http://localhost:19730/collective_rpc"): ENGINE,
     ("sglang.md", "pip install sglang"): INSTALLS,
     ("sglang.md", "python -m sglang.launch_server"): "needs SGLang with a model, on GPUs",
     ("sglang.md", "torchrun --nproc-per-node 2 update_sglang.py"): "the same",
