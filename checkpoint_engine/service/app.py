@@ -226,7 +226,9 @@ def _refused(error: Exception) -> Response:
     failure = CallError.of(error)
     status = _REFUSED.get(failure.code, 500)
     if status == 500:
-        logger.opt(exception=error).error("a request failed")
+        is_known = failure.code != "failed"  # then its text says what to do about it
+        told = logger.opt(exception=None if is_known else error)
+        told.error("a request failed: {}", failure.message)
     elif status == 403:
         logger.warning("refused: {}", error)
     return JSONResponse(failure.message.encode(errors="replace").decode(), status_code=status)
