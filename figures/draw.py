@@ -1,7 +1,7 @@
 """Draws the figures of the documentation, as SVG.
 
-    python docs/figures/draw.py                       # overview.svg, architecture.svg
-    python docs/figures/draw.py --trace trace.json    # pipeline.svg, from a trace of PS_TRACE
+    python figures/draw.py                       # overview.svg, architecture.svg
+    python figures/draw.py --trace trace.json    # pipeline.svg, from a trace of PS_TRACE
 
 A figure of something measured is drawn from that measurement alone. Text and lines take the colour
 of the page, so that they are readable on light and dark ones.
