@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -134,15 +134,22 @@ class Comparison:
             and (key := key_of(tensor)) is not None
             and not tensor.is_meta
         ]
-        keys = {key for _, _, key in others}
-        written: dict[int | None, list[View]] = defaultdict(list)
-        for tensor in own.values() if others else ():
-            if (key := key_of(tensor)) in keys:
-                written[key].append(View.of(tensor))
+        written = _views_by_storage(own.values(), {key for _, _, key in others})
         for slot, tensor, key in others:
             near = written.get(key, ())
             if not near or not any(View.of(tensor).overlaps(one) for one in near):
                 yield slot, tensor
+
+
+def _views_by_storage(
+    tensors: Iterable[torch.Tensor], keys: set[int]
+) -> dict[int | None, list[View]]:
+    """Of the tensors in these storages."""
+    views: dict[int | None, list[View]] = defaultdict(list)
+    for tensor in tensors if keys else ():
+        if (key := key_of(tensor)) in keys:
+            views[key].append(View.of(tensor))
+    return views
 
 
 def _arriving(move: Move, flat: Flat) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Sums that tell tensors apart, many at a time: so few operations that a GPU is not kept waiting."""
+"""Sums that tell tensors apart, of many at a time, so that a GPU is not kept waiting."""
 
 from __future__ import annotations
 
@@ -20,20 +20,17 @@ _ROW = 1 << 14
 def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Of each tensor, a number that tells it from others of its shape and dtype, in order.
 
-    It is a sum of words of 4 bytes or fewer, each times an odd factor of 8 bytes that depends on
-    its place in the tensor. No change of one word is lost, and others about as often as the factors
-    of two places, which are as good as random, differ by 2 to the power of 33.
+    A sum of words of at most 4 bytes, each times an odd factor of 8 bytes, as good as random, of
+    its place in the tensor: no change of one word is lost.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for place, tensor in enumerate(tensors):
         alike[tensor.shape, tensor.dtype, tensor.device].append(place)
-    if not alike:
-        return torch.empty(0, dtype=torch.int64)
     sums = [_of_alike([tensors[place] for place in places]) for places in alike.values()]
-    if len(sums) == 1:
-        return sums[0]
-    device = sums[0].device
+    if len(sums) < 2:
+        return sums[0] if sums else torch.empty(0, dtype=torch.int64)
     order = torch.tensor([place for places in alike.values() for place in places])
+    device = sums[0].device
     together = torch.cat([one.to(device) for one in sums])
     return torch.empty_like(together).index_copy_(0, order.to(device), together)
 

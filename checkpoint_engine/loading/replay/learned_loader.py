@@ -281,15 +281,10 @@ class _Replaying(ModelUpdate):
         tensors: list[tuple[Slot, torch.Tensor]],
         checked: int | None,
     ) -> None:
-        """
-        Args:
-            tensors: the model's, whose places were compared: they stay as long as this is.
-            checked: the bucket that goes through the loader, and is compared.
-        """
+        """``tensors``: the model's, whose places were compared: they stay as long as this does.
+        ``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, model)
-        self._recording = recording
-        self._tensors = tensors
-        self._checked = checked
+        self._recording, self._tensors, self._checked = recording, tensors, checked
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}

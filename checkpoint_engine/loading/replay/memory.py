@@ -145,18 +145,19 @@ class KnownMemory:
             self._write(traced, copy, origin, view.dtype)
 
     def copy_of_given(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        """As ``copy``, if it is what nearly all copies are: of a tensor of the checkpoint, or a part
-        of it, into a tensor that is alone in its storage. Returns whether it is."""
+        """As ``copy``, for nearly all copies: from a tensor of the checkpoint, or a part of it, into
+        a tensor that is alone in its storage. Returns whether it is such a copy."""
         into, known, sizes = self._find(target), self._find(source), tuple(target.shape)
         if not known.given or len(into.traced) != 1 or source.shape != sizes:
             return False
-        offset, strides, itemsize = source.storage_offset(), source.stride(), source.itemsize
+        offset, strides, itemsize = int(source.storage_offset()), source.stride(), source.itemsize
         begin, end, given, origin = known.nearest(offset * itemsize)
         start, odd = divmod(begin, itemsize)
         reach = extent(sizes, strides)
         if odd or not reach or not start <= offset <= offset + reach <= end // itemsize:
             return False
-        copy = Copy(offset - start, target.storage_offset(), sizes, strides, target.stride())
+        places = offset - start, int(target.storage_offset())
+        copy = Copy(*places, sizes, strides, target.stride())
         origin = origin if source.dtype == given.dtype else Origin(given, source.dtype)
         self._write(into.traced[0], copy, origin, target.dtype)
         return True

@@ -133,6 +133,10 @@ class _Fused(NamedTuple):
     def places(self, memory_of: MemoryOf) -> torch.Tensor:
         return fused_copies.places_of([memory_of(slot) for slot in self.slots], self.unit)
 
+    def execute(self, places: torch.Tensor, flat: Flat) -> None:
+        for table in self.tables:
+            fused_copies.gather_scatter(places, flat[self.unit], table)
+
 
 class Batch:
     """Moves that are executed together: with a kernel where there is one, or view by view."""
@@ -146,20 +150,15 @@ class Batch:
         self._targets: list[list[torch.Tensor]] = []
 
     def execute(self, buffer: torch.Tensor, memory_of: MemoryOf, stays: bool) -> None:
-        """Copy out of a bucket's buffer.
-
-        Args:
-            memory_of: the memory of a slot.
-            stays: whether that is where it was the last time, and will be the next time.
-        """
+        """Copy out of a bucket's buffer into the slots' memory. ``stays``: that is where it was the
+        last time, and will be the next time."""
         if self._device != buffer.device:
             self._compile(buffer.device)
+        flat = Flat(buffer)
         if self._fused and not (stays and self._places):
             self._places = [fused.places(memory_of) for fused in self._fused]
-        flat = Flat(buffer)
         for fused, places in zip(self._fused, self._places, strict=True):
-            for table in fused.tables:
-                fused_copies.gather_scatter(places, flat[fused.unit], table)
+            fused.execute(places, flat)
         targets = self._targets or [views.targets(memory_of) for views in self._views]
         if stays and buffer.device.type == "cpu":  # a GPU's owner may want its memory back
             self._targets = targets

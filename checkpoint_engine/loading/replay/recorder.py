@@ -17,7 +17,6 @@ import threading
 from _queue import SimpleQueue
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.loading.replay import operations
+from checkpoint_engine.loading.replay.aliases import aliases_of
 from checkpoint_engine.loading.replay.canvas import Origin, Source
-from checkpoint_engine.loading.replay.geometry import View, whole_storage
+from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import (
     Known,
     KnownMemory,
@@ -65,22 +65,20 @@ class Recorder(KnownMemory):
 
     def offer(self, weights: NamedTensors) -> NamedTensors:
         """The same tensors over the same memory, in storages that nobody else has."""
-        if again := self._sources.keys() & {name for name, _ in weights}:
-            self.give_up(f"{min(again)} came twice")
         self._bucket = {name for name, _ in weights}
-        if len(self._bucket) < len(weights):
+        if len(self._bucket) < len(weights) or not self._bucket.isdisjoint(self._sources):
             self.give_up("a tensor came twice")
-        aliases = _aliases(weights)
+        aliases = aliases_of(weights)
         storages: dict[int | None, Known] = {}
-        for (name, tensor), alias in zip(weights, aliases, strict=True):
-            source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
+        for (name, _), alias in zip(weights, aliases, strict=True):
+            source = Source(sys.intern(name), alias.dtype, tuple(alias.shape))
             self._sources[name] = source
             if nbytes := alias.nbytes:
                 if (known := storages.get(key := key_of(alias))) is None:
                     known = storages[key] = self._remember(alias)
                 begin = int(alias.storage_offset()) * alias.itemsize
-                given = (begin, begin + nbytes, source, Origin(source, source.dtype))
-                known.given.append(given)
+                origin = Origin(source, source.dtype)
+                known.given.append((begin, begin + nbytes, source, origin))
         for known in self._alive():
             known.given.sort(key=_begin)
         return [(name, alias) for (name, _), alias in zip(weights, aliases, strict=True)]
@@ -338,16 +336,11 @@ class _Functions(TorchFunctionMode):
             return func(*args)
         if _count_modes() != 1:  # the loader has one of its own, which sees everything
             return self._recorder.call(func, args, {})
-        if func not in operations.QUICK:
-            if func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS:
-                return self._copy(*args)
-            return self._recorder.call(func, args, {})
-        for one in args[1:]:
-            if type(one) not in _PLAIN:
-                for part in one if type(one) is tuple else (one,):
-                    if type(part) not in _PLAIN and not _is_plain_slice(part):
-                        return self._recorder.call(func, args, {})
-        return self._unseen(func, args)
+        if func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS:
+            return self._copy(*args)
+        if func in operations.QUICK and _are_plain(args[1:]):
+            return self._unseen(func, args)
+        return self._recorder.call(func, args, {})
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         self._unseen(torch.Tensor.copy_, (target, source))  # the engine's own, if it has one
@@ -389,6 +382,15 @@ _PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, 
 _GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
 
 
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    for one in args:
+        if type(one) not in _PLAIN:
+            for part in one if type(one) is tuple else (one,):
+                if type(part) not in _PLAIN and not _is_plain_slice(part):
+                    return False
+    return True
+
+
 def _is_plain_slice(one: Any) -> bool:
     return type(one) is slice and {type(one.start), type(one.stop), type(one.step)} <= _PLAIN
 
@@ -404,47 +406,8 @@ def _meets_others(lock: int, name: str, held: set[int]) -> bool:
     return name == "release" and not has_it
 
 
-def _aliases(weights: NamedTensors) -> list[torch.Tensor]:
-    """The same tensors over the same memory, in new storages: one for those of one storage, unless
-    they overlap."""
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, (_, tensor) in enumerate(weights):
-        is_plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        places[tensor.untyped_storage()._cdata if is_plain else -place].append(place)
-    found: dict[int, torch.Tensor] = {}
-    for key, some in places.items():
-        tensors = [weights[place][1] for place in some]
-        if key > 0 and len(some) > 1 and not _overlap(tensors):
-            found.update(zip(some, _in_one_storage(tensors), strict=True))
-        else:
-            found.update(zip(some, map(_alias, tensors), strict=True))
-    return [found[place] for place in range(len(weights))]
-
-
 def _begin(given: tuple[Any, ...]) -> Any:
     return given[0]
-
-
-def _overlap(tensors: list[torch.Tensor]) -> bool:
-    begins = sorted((one.storage_offset() * one.itemsize, one.nbytes) for one in tensors)
-    return any(begin + nbytes > after for (begin, nbytes), (after, _) in pairwise(begins))
-
-
-def _in_one_storage(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    whole = _alias(whole_storage(tensors[0], torch.uint8))
-    flat = {one.dtype: whole for one in tensors}
-    for dtype in flat:
-        flat[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
-    for one in tensors:
-        yield flat[one.dtype].as_strided(one.shape, one.stride(), one.storage_offset())
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, with a storage of its own."""
-    if not tensor.numel():
-        return torch.empty_like(tensor)
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)  # DLPack lacks many dtypes
-    return torch.from_dlpack(flat).view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors_in(result: Any) -> list[torch.Tensor]:
