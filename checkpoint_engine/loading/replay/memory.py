@@ -145,8 +145,8 @@ class KnownMemory:
             self._write(traced, copy, origin, view.dtype)
 
     def copy_of_given(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        """As ``copy``, for nearly all copies: from a tensor of the checkpoint, or a part of it, into
-        a tensor that is alone in its storage. Returns whether it is such a copy."""
+        """As ``copy``, where a tensor of the checkpoint, or a part of it, is copied into a tensor
+        that is alone in its storage, as nearly always. Returns whether it is so."""
         into, known, sizes = self._find(target), self._find(source), tuple(target.shape)
         if not known.given or len(into.traced) != 1 or source.shape != sizes:
             return False
