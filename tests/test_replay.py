@@ -795,6 +795,45 @@ def test_experts_at_equal_distances_are_moved_at_once() -> None:
     assert sorted(len(move.copies) for move in part.moves) == [1, 1]
 
 
+def test_a_bucket_is_copied_at_once_and_no_parameter_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout: Layout = {str(n): (BF16, (3, 4 + n % 5)) for n in range(40)}
+    model, plain = (
+        Model({f"p{name}": form for name, form in layout.items()}, into_its_own) for _ in range(2)
+    )
+    learn(model, layout)
+    update(model, Bytes(layout, 2))
+    copies: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(InPlace, "memory", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda t, s: copies.append(len(t)) or copy(t, s))
+    load = update(model, Bytes(layout, 3))
+    plain.load_weights(Bytes(layout, 3).weights())
+    assert state(model) == state(plain)
+    assert load.report["replayed"] == 40
+    assert sorted(copies) == [8, 16, 16]  # of units of 4, 2 and 8 bytes
+
+
+def test_shared_parameters_are_learned_again_after_replays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of memory that torch has shared, a view that is kept would be a holder that is not known."""
+    model = stacked_model()
+    for parameter in model.parameters():
+        parameter.data.share_memory_()
+    learn(model, STACKED)
+    for seed in (2, 3):
+        assert update(model, Bytes(STACKED, seed)).report["loaded"] == "replayed"
+    monkeypatch.setenv("PS_REPLAY", "verify")
+    assert update(model, Bytes(STACKED, 4)).report["loaded"] == "verified"
+    assert update(model, Bytes(STACKED, 5)).report["loaded"] == "replayed"
+
+
+def into_its_own(model: Model, name: str, tensor: torch.Tensor) -> None:
+    getattr(model, f"p{name}").data.copy_(tensor)
+
+
 def test_known_messages_are_replayed_out_of_the_buffer() -> None:
     model, plain = Hoarder(), Hoarder()
     model.load_weights = lambda weights: [model.w.data["abc".index(n)].copy_(t) for n, t in weights]

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors over the same memory, in storages of their own, for a loader that is watched.
+"""A checkpoint's tensors over the same memory in storages of their own, for a watched loader.
 
 So whatever the loader makes of them is told from everything else by its storage.
 """

@@ -32,7 +32,8 @@ def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     order = torch.tensor([place for places in alike.values() for place in places])
     device = sums[0].device
     together = torch.cat([one.to(device) for one in sums])
-    return torch.empty_like(together).index_copy_(0, order.to(device), together)
+    order = order.to(device, non_blocking=True)
+    return torch.empty_like(together).index_copy_(0, order, together)
 
 
 def _of_alike(tensors: list[torch.Tensor]) -> torch.Tensor:

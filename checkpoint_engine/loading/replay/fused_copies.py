@@ -84,7 +84,8 @@ def places_of(targets: Sequence[torch.Tensor], unit: torch.dtype) -> torch.Tenso
     distances = [target.untyped_storage().data_ptr() - here for target in targets]
     if any(distance % size for distance in distances) or {t.device for t in targets} != {device}:
         raise ValueError(f"targets that are not aligned to {size} bytes, or on several devices")
-    return places.copy_(torch.tensor([distance // size for distance in distances]))
+    found = torch.tensor([distance // size for distance in distances])
+    return places.copy_(found, non_blocking=True)
 
 
 def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> None:
@@ -95,16 +96,9 @@ def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> 
         source: one-dimensional, of the dtype that the copies and places count in.
     """
     unit = UNITS[source.itemsize]
-    _kernel()[(len(table.blocks),)](
-        places.view(unit),
-        source.view(unit),
-        places,
-        table.copies,
-        table.blocks,
-        BLOCK=_BLOCK,
-        STEPS=_STEPS,
-        DIMS=table.dims,
-    )
+    arguments = places.view(unit), source.view(unit), places, table.copies, table.blocks
+    with torch.cuda.device_of(source):  # where Triton launches
+        _kernel()[(len(table.blocks),)](*arguments, BLOCK=_BLOCK, STEPS=_STEPS, DIMS=table.dims)
 
 
 @cache
