@@ -26,6 +26,7 @@ from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.canvas import Canvas
 from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.replay import Replayed, replayed
 from hostile_loaders import draw_case, run_case
 
@@ -813,6 +814,24 @@ def test_a_bucket_is_copied_at_once_and_no_parameter_looked_up(
     assert state(model) == state(plain)
     assert load.report["replayed"] == 40
     assert sorted(copies) == [8, 16, 16]  # of units of 4, 2 and 8 bytes
+
+
+def test_what_the_engine_does_in_between_is_not_noticed() -> None:
+    """Also after a function of torch's, around which the profile hook rests."""
+    recorder = Recorder([], [])
+    one = torch.zeros(2)
+    with recorder.watching():
+        one.view(1, 2)
+        with recorder.paused():
+            one.view(2, 1)
+            thread = threading.Thread(target=one.sum)
+            thread.start()
+            thread.join()
+        assert not recorder.failure
+        one.view(2, 1)
+        threading.Thread(target=one.sum).start()
+        assert "start_new_thread" in recorder.failure
+    assert sys.getprofile() is None
 
 
 def test_replays_keep_no_view_of_memory_that_arrays_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import torch
 
 from checkpoint_engine.loading.replay.geometry import UNITS
 
-_AT_ONCE = {True: 1 << 20, False: 64 << 20}
-_GATHERED = {True: 128 << 10, False: 64 << 20}
-"""Bytes that are summed up at a time, of one tensor and of several; on CPUs, so few that they stay
-in a cache."""
+_AT_ONCE = {True: 1 << 20, False: 32 << 20}
+_GATHERED = {True: 128 << 10, False: 32 << 20}
+"""Bytes that are summed up at a time, of one tensor and of several, on CPUs (``True``) and GPUs: so
+few that they, and twice as many for products, stay in a cache."""
 _ROW = 1 << 14
 
 

@@ -44,7 +44,8 @@ class Recorder(KnownMemory):
     """Watches one update of one model.
 
     For each bucket ``offer`` its tensors, load them ``watching``, and ``settle``; then ``finish``.
-    ``failure`` says why there will be no recording, as soon as that is known.
+    ``failure`` says why there will be no recording, as soon as that is known. ``is_paused``: what
+    happens is the engine's or the recorder's own.
     """
 
     def __init__(self, tensors: SlotTensors, model: SlotTensors) -> None:
@@ -59,7 +60,7 @@ class Recorder(KnownMemory):
         self._sources: dict[str, Source] = {}
         self._counts: dict[Source, Counter[str]] = defaultdict(Counter)
         self._constants: dict[Slot, torch.Tensor] = {}
-        self._is_paused = False
+        self.is_paused = False
 
     # ------------------------------------------------------------------ the update as it goes
 
@@ -102,12 +103,12 @@ class Recorder(KnownMemory):
         if self.failure:
             yield  # another profiler may have the hook's place
             return
-        paused, self._is_paused = self._is_paused, True
+        paused, self.is_paused = self.is_paused, True
         try:
             with _unnoticed():
                 yield
         finally:
-            self._is_paused = paused
+            self.is_paused = paused
 
     def count(self, load: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
         """Call what loads a tensor into a layer and returns how many elements the engine counts."""
@@ -148,6 +149,7 @@ class Recorder(KnownMemory):
             if sys.getprofile() is not notice:
                 self.give_up("the loader has a profiler, whose place the recorder needs")
         finally:
+            functions.hook = None
             sys.setprofile(None)
 
     def rebind(self, tensors: SlotTensors) -> None:
@@ -217,7 +219,7 @@ class Recorder(KnownMemory):
         if self.failure:
             return func(*args, **kwargs)
         is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
-        if not (self._is_paused or is_seen_later or func in operations.FUNCTIONS):
+        if not (self.is_paused or is_seen_later or func in operations.FUNCTIONS):
             with self.paused():
                 name = getattr(func, "__qualname__", func)
                 self._look(func in operations.LOOKS, name, _tensors_in((args, kwargs)))
@@ -226,24 +228,24 @@ class Recorder(KnownMemory):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what it did. The loader goes on whatever happens in here."""
         result = func(*args, **kwargs)
-        if not (self._is_paused or self.failure or func in operations.VIEWS):
+        if not (self.is_paused or self.failure or func in operations.VIEWS):
             self._note(func, args, kwargs, result)
         return result
 
     def note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Most of a loader's operations that are no views."""
-        if not (self._is_paused or self.failure or self.copy_of_given(target, source)):
+        if not (self.is_paused or self.failure or self.copy_of_given(target, source)):
             self._note(operations.COPY, (target, source), {}, target)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        self._is_paused = True
+        self.is_paused = True
         try:
             self._note_what_it_did(func, args, kwargs, result)
         except Exception as error:
             names = [self._called(tensor) for tensor in _tensors_in((args, kwargs))]
             self.give_up(f"{func} of {', '.join(names)}: {error}")
         finally:
-            self._is_paused = False
+            self.is_paused = False
 
     def _note_what_it_did(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -325,7 +327,7 @@ class _Functions(TorchFunctionMode):
         try:
             return self._call(func, args, kwargs)
         finally:
-            _set_hook(self.hook)
+            _set_hook(None if self._recorder.is_paused else self.hook)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Most calls make views or ask for shapes, and whatever this costs is paid by each of them,
