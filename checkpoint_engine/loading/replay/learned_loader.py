@@ -61,6 +61,10 @@ class LearnedLoader:
         Raises:
             ValueError: ``PS_REPLAY`` or ``PS_REPLAY_CHECK`` is not what it may be.
         """
+        with _collector_at_rest():  # else every few updates wait for it, though all of this is gone
+            return self._begin(model, version)
+
+    def _begin(self, model: ModelAdapter, version: str) -> ModelUpdate:
         mode, every = replay_mode(), replay_check()
         reason = "PS_REPLAY=off" if mode == "off" else self.why_not or model.cannot()
         if reason:
@@ -72,15 +76,14 @@ class LearnedLoader:
         if self.why_not:
             return ModelUpdate(self, model, self.why_not)
         if self.recording is None or self.agreed < (3 if mode == "verify" else 2):
-            with _collector_at_rest():
-                return _Learning(self, model, fingerprint)
+            return _Learning(self, model, fingerprint)
         self._restarts = 0
         self._replays += 1
         checks, rest = divmod(self._replays, every)
         if rest == 0 and self.recording.together:  # one bucket says little
             return _Learning(self, model, fingerprint)
         checked = checks % max(1, self.recording.buckets) if rest == 0 else None
-        return _Replaying(self, model, self.recording, tensors, checked)
+        return _Replaying(self, model, self.recording, [one for _, one in tensors], checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun to find
@@ -278,7 +281,7 @@ class _Replaying(ModelUpdate):
         learned: LearnedLoader,
         model: ModelAdapter,
         recording: Recording,
-        tensors: list[tuple[Slot, torch.Tensor]],
+        tensors: list[torch.Tensor],
         checked: int | None,
     ) -> None:
         """``tensors``: the model's, whose places were compared: they stay as long as this does.
@@ -411,8 +414,8 @@ class _Replaying(ModelUpdate):
 
 @contextlib.contextmanager
 def _collector_at_rest() -> Iterator[None]:
-    """A recording is made of many small objects. Python's collector would go through all objects of
-    the engine again and again while they are made, and find nothing."""
+    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
+    through all objects of the engine again and again meanwhile, and find nothing."""
     was_at_work = gc.isenabled()
     gc.disable()
     try:
