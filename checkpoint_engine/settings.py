@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 GIB = 1 << 30
 LONGEST_UPDATE = 30 * 86_400.0
@@ -140,25 +140,28 @@ master_port = Variable(
 )
 
 
+_OF_SERVERS: tuple[Variable[Any], ...] = (
+    max_bucket_bytes,
+    retain_host_memory,
+    keeps_groups,
+    shares_memory,
+    cpu_transport,
+    checksum,
+    ipc_abstract,
+    admitted_users,
+    p2p,
+    p2p_host,
+    p2p_protocol,
+)
+
+
 def check_server() -> None:
     """Read all variables of a server once, so that a mistake shows before the first update.
 
     Raises:
         ValueError: one is not allowed.
     """
-    for variable in (
-        max_bucket_bytes,
-        retain_host_memory,
-        keeps_groups,
-        shares_memory,
-        cpu_transport,
-        checksum,
-        ipc_abstract,
-        admitted_users,
-        p2p,
-        p2p_host,
-        p2p_protocol,
-    ):
+    for variable in _OF_SERVERS:
         variable()
 
 

@@ -55,7 +55,7 @@ REPORT = UpdateReport(
 
 def test_a_job_that_is_waited_for() -> None:
     jobs = Jobs()
-    assert jobs.run("update", "c", lambda: REPORT) is REPORT
+    assert jobs.start("update", "c", lambda: REPORT)[1].result() is REPORT
     (job,) = jobs.all()
     assert (job.call, job.checkpoint, job.state, job.report) == ("update", "c", "done", REPORT)
 
@@ -63,7 +63,7 @@ def test_a_job_that_is_waited_for() -> None:
 def test_a_job_that_fails_raises_and_is_remembered() -> None:
     jobs = Jobs()
     with pytest.raises(BusyError):
-        jobs.run("update", "c", lambda: raising(BusyError("another one runs")))
+        jobs.start("update", "c", lambda: raising(BusyError("another one runs")))[1].result()
     (job,) = jobs.all()
     assert job.state == "failed"
     assert job.error is not None
@@ -72,7 +72,7 @@ def test_a_job_that_fails_raises_and_is_remembered() -> None:
 
 def test_a_job_that_is_not_waited_for() -> None:
     jobs, go_on = Jobs(), threading.Event()
-    job = jobs.start("gather", "c", lambda: go_on.wait(20))
+    job, _ = jobs.start("gather", "c", lambda: go_on.wait(20))
     assert job.state == "running"
     assert until(lambda: jobs.find(job.id), lambda found: found.seconds > 0).state == "running"
     go_on.set()
@@ -81,9 +81,9 @@ def test_a_job_that_is_not_waited_for() -> None:
 
 def test_only_the_last_jobs_are_remembered_and_none_that_runs_is_forgotten() -> None:
     jobs, go_on = Jobs(), threading.Event()
-    running = jobs.start("update", "slow", lambda: go_on.wait(20))
+    running, _ = jobs.start("update", "slow", lambda: go_on.wait(20))
     for number in range(150):
-        jobs.run("gather", str(number), lambda: None)
+        jobs.start("gather", str(number), lambda: None)[1].result()
     listed = jobs.all()
     assert listed[0].checkpoint == "149"
     assert len(listed) <= 102
@@ -339,7 +339,7 @@ def test_what_is_known_of_a_failure_is_told() -> None:
     error.trace = "/traces/c-1-failed.json"
     jobs = Jobs()
     with pytest.raises(UpdateError):
-        jobs.run("update", "c", lambda: raising(error))
+        jobs.start("update", "c", lambda: raising(error))[1].result()
     told = json.loads(jobs.all()[0].model_dump_json())["error"]
     assert (told["rank"], told["phase"]) == (1, "reload")
     assert told["engines"] == {"0": "untouched", "1": "partly written"}

@@ -1,4 +1,4 @@
-"""Commands for a running service: register, update, metas, status, unregister."""
+"""Commands for a running service: register, update, metas, status, cancel, unregister."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from urllib.parse import quote
 
 import click
 
-from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
+from checkpoint_engine.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    SECONDS,
+    UNREACHABLE,
+    Failure,
+    Shown,
+    shown,
+)
 from checkpoint_engine.cli.servers import (
     RankService,
     ServiceError,
@@ -48,7 +56,13 @@ def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
             from checkpoint_engine.service.serve import read_token
 
             token = read_token(token_file)
-        return function(find_servers(places, (token or "").strip() or None), **arguments)
+        servers = find_servers(places, (token or "").strip() or None)
+        try:
+            return function(servers, **arguments)
+        except KeyboardInterrupt:
+            text = "interrupted: what all ranks have begun goes on"
+            hint = "`checkpoint-engine status` shows it, `checkpoint-engine cancel` ends it"
+            raise Failure(text, hint, INTERRUPTED) from None
 
     return command
 
@@ -189,6 +203,11 @@ def update(
     asked += [{"update_url": "http://engine/collective_rpc", "uds": path} for path in sockets]
     requests = _requests(asked, workers, taking_part, size)
     bodies = [{"ranks": members, "timeout": timeout, **requests.get(r, {})} for r in range(size)]
+    if not asked:
+        text = (
+            "no --engine: no engine is asked, so the update waits for workers that other programs "
+        )
+        click.echo(f"{text}have connect, at most {timeout:g} s", err=True)
     if gather_first is None:
         gather_first = not (members and world.has_loaded_metas and not world.registered)
     began = time.perf_counter()
@@ -252,7 +271,7 @@ def parse_ranks(text: str) -> list[int]:
     return ranks
 
 
-# ---------------------------------------------------------------------- metas, status
+# ---------------------------------------------------------------------- metas, status, cancel
 
 
 @click.command()
@@ -333,3 +352,22 @@ def _one_line(state: dict[str, Any]) -> str:
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
         f"{len(state['checkpoints'])} checkpoints, {state['pinned_bytes'] / 1e9:.2f} GB, {doing}"
     )
+
+
+@click.command()
+@service_command
+def cancel(servers: list[RankService]) -> Shown:
+    """End the calls that run on the servers. A gather or an update ends on all ranks of its world;
+    an engine that was being updated may be left partly written until the next update."""
+    told = ask(servers, "GET", "/v1/jobs", collective=True)
+    running = [
+        (server, job)
+        for server, jobs in zip(servers, told, strict=True)
+        for job in jobs
+        if job["state"] == "running"
+    ]
+    for server, job in running:
+        server.ask("DELETE", f"/v1/jobs/{job['id']}")
+    cancelled = [{"server": server.place, **job} for server, job in running]
+    lines = [f"{one['server']}: cancelled {one['call']} {one['checkpoint']}" for one in cancelled]
+    return Shown({"cancelled": cancelled}, "\n".join(lines) or "nothing runs")

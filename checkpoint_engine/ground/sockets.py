@@ -46,13 +46,13 @@ def listen_only_at(listener: socket.socket, address: str) -> None:
     words = struct.unpack(f"!{len(ours.packed) // 4}I", ours.packed)
     wanted = [(_PROTOCOL, protocol)]
     wanted += [(_NETWORK_HEADER + offset + 4 * at, word) for at, word in enumerate(words)]
-    program: list[tuple[int, int, int, int]] = []
+    program = list[tuple[int, int, int, int]]()
     for left, (place, value) in zip(range(len(wanted), 0, -1), wanted, strict=True):
         program += [(_LOAD, 0, 0, place), (_JUMP_UNLESS_EQUAL, 0, 2 * left - 1, value)]
     program += [(_RETURN, 0, 0, _WHOLE_PACKET), (_RETURN, 0, 0, _NOTHING)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
-    option = struct.pack("HP", len(program), ctypes.addressof(code))
-    listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, option)
+    filters = struct.pack("HP", len(program), ctypes.addressof(code))
+    listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, filters)
 
 
 def _tcp_sockets() -> Iterator[socket.socket]:

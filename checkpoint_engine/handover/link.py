@@ -21,6 +21,7 @@ from checkpoint_engine import settings
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.folders import check_private
+from checkpoint_engine.ground.limits import check_descriptors
 from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.stale_files import create_locked, stale_files
 from checkpoint_engine.handover.wire import ACK, encode_abort
@@ -91,6 +92,7 @@ def _socket_folder() -> Path:
 
 
 def _new_socket(context: zmq.Context, kind: int, max_message: int) -> zmq.Socket:
+    check_descriptors()
     made: zmq.Socket = context.socket(kind)
     made.setsockopt(zmq.LINGER, _LINGER_MS)
     made.setsockopt(zmq.MAXMSGSIZE, max_message)
@@ -156,6 +158,11 @@ class WorkerLink:
         if not self._wait(zmq.POLLIN, 0) and is_gone:
             raise WireError(_CLOSED)
         self._worker_kept_turn()
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether a worker has come: it is connected, or was sent a message."""
+        return self._authenticator.closed or self._authenticator.worker_is_connected
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""
@@ -276,7 +283,12 @@ class ServerLink:
 
 @contextlib.contextmanager
 def open_context() -> Iterator[zmq.Context]:
-    """A zmq context of one update; on leaving, what is still being sent gets ``_LINGER_MS``."""
+    """A zmq context of one update; on leaving, what is still being sent gets ``_LINGER_MS``.
+
+    Raises:
+        RuntimeError: there are too few descriptors left.
+    """
+    check_descriptors()
     context = zmq.Context()
     try:
         yield context

@@ -26,6 +26,7 @@ from checkpoint_engine.data_types import (
     tensor_nbytes,
 )
 from checkpoint_engine.errors import BusyError
+from checkpoint_engine.ground.deadline import check_cancelled
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory import checksum
@@ -305,6 +306,7 @@ class Checkpoints:
             about: dict[str, Any] = {"call": "register", "checkpoint": name, "phase": phase}
 
             def advance(share: float) -> None:
+                check_cancelled()
                 done = int(share * total)
                 self.filling = Progress(**about, done_bytes=done, total_bytes=total)
                 if show is not None:

@@ -390,8 +390,8 @@ def _import_engine() -> Any:
             "mooncake-transfer-engine-non-cuda on a machine without CUDA"
         ) from error
     except ImportError as error:
-        raise RuntimeError(
-            f"Mooncake cannot be loaded: {error}; on Debian and Ubuntu it needs the packages "
-            "libibverbs1 and libnuma1"
-        ) from error
+        advice = "on Debian and Ubuntu it needs the packages libibverbs1 and libnuma1"
+        if "libcu" in str(error):
+            advice = "this wheel is for CUDA; without, install mooncake-transfer-engine-non-cuda"
+        raise RuntimeError(f"Mooncake cannot be loaded: {error}; {advice}") from error
     return TransferEngine

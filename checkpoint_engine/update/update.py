@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from typing import Any
 from loguru import logger
 
 from checkpoint_engine.data_types import ALIGNMENT
-from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.ground.deadline import begin
+from checkpoint_engine.errors import EngineError, UpdateError
+from checkpoint_engine.ground.deadline import Deadline, begin
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
@@ -37,6 +37,8 @@ from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
 
 _FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
+_COMES_WITHIN = 30.0  # seconds for a worker, once all engines that were asked have answered
+_LOOK_AGAIN = 0.5  # seconds between two looks at whether they have
 
 
 @dataclass
@@ -224,6 +226,7 @@ def _open_session(
     else:
         session = WorkerSession(link, call, version)
         held.enter_context(call.guarded(partial(check_request, request)))
+        held.enter_context(call.guarded(_expect_worker(call, link, request, hellos)))
     held.enter_context(call.guarded(session.check))
     call.state = session.describe_state
     mine = next(one for one in hellos if one.rank == call.rank)
@@ -232,6 +235,40 @@ def _open_session(
     )
     held.callback(server.learn, session, loaded)
     return session
+
+
+def _expect_worker(
+    call: Call, link: WorkerLink, request: Future[Any], hellos: Sequence[Hello]
+) -> Callable[[], None]:
+    """A guard: once every rank's ``req_func`` has returned, a worker comes soon or never. Before
+    that, the rank that asks the engine may still be waiting for it."""
+    told = False
+    comes_until: Deadline | None = None
+    look_again_at = 0.0
+
+    def check() -> None:
+        nonlocal told, comes_until, look_again_at
+        if not request.done() or request.exception() is not None:
+            return
+        if not told:
+            call.tell(f"answered/{call.rank}", b"")
+            told = True
+        if link.has_worker or time.monotonic() < look_again_at:
+            return
+        look_again_at = time.monotonic() + _LOOK_AGAIN
+        if comes_until is None:
+            if call.store.check([f"answered/{rank}" for rank in call.members]):
+                comes_until = Deadline(_COMES_WITHIN)
+        elif comes_until.remaining() == 0.0:
+            device = next(one.device for one in hellos if one.rank == call.rank)
+            raise EngineError(
+                "req_func has returned on every rank, but no inference worker has connected to "
+                f"rank {call.rank} within {_COMES_WITHIN:g} s: was the engine of {device} asked, "
+                f"with this rank's address {link.url}?",
+                "worker_lost",
+            )
+
+    return check
 
 
 # ---------------------------------------------------------------------- what is said about it

@@ -6,6 +6,7 @@ We write JSON. Programs written for the original library left pickles; these are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from pydantic import TypeAdapter, ValidationError
@@ -34,6 +35,25 @@ def decode_metas(data: bytes) -> Metas:
     try:
         if data.startswith(_PICKLE_MARK):
             return _ADAPTER.validate_python(read_pickle(data, MODEL_WORDS))
-        return _ADAPTER.validate_json(data)
-    except (ValidationError, PlainPickleError) as error:
+        return read_metas(data)
+    except (ValidationError, PlainPickleError, ValueError) as error:
         raise ValueError(f"not the metas of a checkpoint: {error}") from error
+
+
+def read_metas(data: bytes) -> Metas:
+    """The metas from JSON, whoever sent it: takes memory in proportion to ``data``, and stops at
+    the first owner with a mistake.
+
+    Raises:
+        ValueError: it is something else; a ``ValidationError`` if it is JSON at least.
+    """
+    try:
+        owners = json.loads(data)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+    if not isinstance(owners, dict):
+        raise ValueError("metas are a JSON object: what each owner rank has")
+    found: Metas = {}
+    for owner in owners.items():
+        found |= _ADAPTER.validate_python(dict([owner]))
+    return found

@@ -288,8 +288,12 @@ def http(data: bytes) -> None:
         "asgi": {"version": "3.0"},
     }
     answers: list[Any] = []
+    waiting = [body]
 
     async def receive() -> Any:
+        if not waiting:
+            await asyncio.Future()  # as a server does while the client is there
+        waiting.clear()
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Any) -> None:
