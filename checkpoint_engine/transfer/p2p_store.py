@@ -345,11 +345,10 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
     """A started engine; tries again where a port was taken between choosing and using it."""
     if ":" in host:
         settings.set_unless_set("MC_USE_IPV6", "1")  # Mooncake reads it when it is loaded
-    engine_class = _import_engine()
     for attempt in range(_START_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
-        engine = engine_class()
+        engine = _import_engine()()
         with _confined_to(host):
             code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
         if code == 0:
