@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ def test_an_engine_that_answers_while_no_worker_comes(monkeypatch: pytest.Monkey
     server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
     server.gather_metas("c")
     began = time.monotonic()
-    says = "rank 0 during handshake: req_func has returned on every rank, but no inference worker"
+    says = (
+        "rank 0 during handshake: req_func has returned on every rank, and within .* no inference"
+    )
     with pytest.raises(UpdateError, match=says) as failed:
         server.update("c", lambda paths: None)
     assert (failed.value.kind, time.monotonic() - began < 30) == ("worker_lost", True)
@@ -199,3 +202,42 @@ def test_without_descriptors_an_update_fails_and_the_process_lives() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with open_context():
         pass
+
+
+def test_a_timeout_that_no_wait_can_have_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P", "off")
+    server = ParameterServer(rank=0, world_size=1)
+    longest = {"timeout": timedelta.max}
+    for call in (
+        lambda: server.gather_metas("c", **longest),
+        lambda: server.update("c", print, **longest),
+        lambda: server.store_based_barrier(**longest),
+        lambda: server.init_process_group(**longest),
+        lambda: server.init_process_group_for_ranks([0], **longest),
+    ):
+        with pytest.raises(ValueError, match="at most 30 days"):
+            call()
+
+
+def test_the_rank_without_a_worker_is_named_before_the_others_give_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its engine has not answered, so that its worker may still come until then."""
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P", "off")
+    server = ParameterServer(rank=0, world_size=1)
+    server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
+    server.gather_metas("c")
+    go_on = threading.Event()
+    says = (
+        "during handshake: gave up after 2 s .*no inference worker has connected to rank 0.*not ret"
+    )
+    try:
+        with pytest.raises(UpdateError, match=says) as failed:
+            server.update("c", lambda paths: go_on.wait(30), timeout=timedelta(seconds=2))
+    finally:
+        go_on.set()
+    assert failed.value.kind == "timeout"

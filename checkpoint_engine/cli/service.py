@@ -171,7 +171,7 @@ def _check_registered(world: WorldService, name: str) -> None:
 @click.argument("name", type=_name)
 @click.option("--engine", "engines", multiple=True, metavar="URL", type=plain_url,
               help="An engine, as http://localhost:19730; repeat it in the order of the ranks "
-              "that serve it. None: no engine is asked.")  # fmt: skip
+              "that serve it.")  # fmt: skip
 @click.option("--engine-uds", "sockets", multiple=True, metavar="PATH",
               help="An engine's Unix socket; these come after --engine.")  # fmt: skip
 @click.option("--inference-parallel-size", "workers", type=click.IntRange(1), metavar="N",
@@ -193,6 +193,8 @@ def update(
     timeout: float,
 ) -> Shown:
     """Send checkpoint NAME to the engines of all ranks, or of --ranks."""
+    if not engines and not sockets:
+        raise click.UsageError("no --engine or --engine-uds: nobody is asked to receive")
     members = parse_ranks(ranks)
     world = WorldService(servers)
     size = len(world.servers)
@@ -203,11 +205,6 @@ def update(
     asked += [{"update_url": "http://engine/collective_rpc", "uds": path} for path in sockets]
     requests = _requests(asked, workers, taking_part, size)
     bodies = [{"ranks": members, "timeout": timeout, **requests.get(r, {})} for r in range(size)]
-    if not asked:
-        text = (
-            "no --engine: no engine is asked, so the update waits for workers that other programs "
-        )
-        click.echo(f"{text}have connect, at most {timeout:g} s", err=True)
     if gather_first is None:
         gather_first = not (members and world.has_loaded_metas and not world.registered)
     began = time.perf_counter()
@@ -229,7 +226,7 @@ def _requests(
     Raises:
         click.UsageError: a rank that takes part would wait for an engine that nobody asks.
     """
-    workers = workers or max(1, size // max(1, len(engines)))
+    workers = workers or max(1, size // len(engines))
     served = len(engines) * workers
     text = f"{len(engines)} engines of {workers} workers"
     if served > size:
@@ -242,9 +239,9 @@ def _requests(
             raise click.UsageError(f"ranks {group} serve one engine: name all of them or none")
         if taking_part:
             requests[first] = {**engine, "inference_group_ranks": group}
-    if engines and (alone := [rank for rank in members if rank >= served]):
+    if alone := [rank for rank in members if rank >= served]:
         text += f" serve the first {served} ranks, so ranks {alone} have none: give one --engine "
-        raise click.UsageError(text + "for each group of ranks, in their order, or none at all")
+        raise click.UsageError(text + "for each group of ranks, in their order")
     return requests
 
 

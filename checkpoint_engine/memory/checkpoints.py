@@ -203,6 +203,7 @@ class Checkpoints:
     ) -> None:
         """See ``ParameterServer.register_checkpoint``."""
         with self._changing, ExitStack() as undo:
+            check_cancelled()  # while it waited for another registration
             self._check_can_register(name, pooled)
             in_place = in_place and not pooled
             paths = expand_folders(files, allowed_folders)

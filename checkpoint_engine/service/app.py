@@ -112,8 +112,7 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """The HTTP service of one rank's server.
 
     A call that fails answers 500, one that conflicts with a running call 409, one that names files
-    that ``access`` does not allow 403, each with the error's text as a JSON string. The handlers
-    run in threads, so that a long call does not hold up others.
+    that ``access`` does not allow 403, each with the error's text as a JSON string.
     """
     rules = Access() if access is None else access
     ps.allowed_folders = rules.folders
@@ -304,9 +303,11 @@ async def _until_gone(request: Request) -> None:
 
 def _cancel_meeting(ps: ParameterServer, jobs: Jobs, job: Job) -> None:
     """The client may have asked this rank alone, and the others never will come. Once the ranks
-    have met, the call ends by itself, and an update would leave engines partly written."""
+    have met, an update ends by itself; to end it now would leave engines partly written. A
+    registration keeps nobody waiting."""
     now = ps.progress
-    if now is None or now.call != "update" or now.phase in _MEETING:
+    have_met = now is not None and now.call == "update" and now.phase not in _MEETING
+    if job.call in ("gather", "update") and not have_met:
         jobs.cancel(job.id, "the client that asked for it has gone away")
 
 

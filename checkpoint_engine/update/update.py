@@ -39,6 +39,7 @@ from checkpoint_engine.world.hello import Hello, agreed_version
 _FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
 _COMES_WITHIN = 30.0  # seconds for a worker, once all engines that were asked have answered
 _LOOK_AGAIN = 0.5  # seconds between two looks at whether they have
+_NAMED_BEFORE = 1.0  # seconds before the end at which a rank without a worker says so
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Server:
 
     Attributes:
         ways: in the order of preference; the first that serves all ranks is taken.
-        joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
-            before a worker is there to be asked.
+        joins_parts: whether the worker puts tensors together that travel in parts; ``None``: none
+            has said so. Plans are made before a worker is there to be asked.
         maps_peers: whether it mapped the other ranks' buffers, when it was last asked to.
         served: what the engine holds; ``None`` before the first update, and while the weights are
             partly written.
@@ -56,7 +57,7 @@ class Server:
 
     here: LocalRank
     ways: Sequence[Way]
-    joins_parts: bool = False
+    joins_parts: bool | None = None
     maps_peers: bool = False
     served: LoadedCheckpoint | None = None
 
@@ -240,35 +241,40 @@ def _open_session(
 def _expect_worker(
     call: Call, link: WorkerLink, request: Future[Any], hellos: Sequence[Hello]
 ) -> Callable[[], None]:
-    """A guard: once every rank's ``req_func`` has returned, a worker comes soon or never. Before
-    that, the rank that asks the engine may still be waiting for it."""
+    """A guard: raises on the rank whose worker does not come, before the others' time is up. Once
+    every rank's ``req_func`` has returned, a worker comes soon or never; before that, the rank that
+    asks the engine may still be waiting for it."""
     told = False
     comes_until: Deadline | None = None
     look_again_at = 0.0
+    names_it = min(_NAMED_BEFORE, call.deadline.seconds / 10)
+    device = next(one.device for one in hellos if one.rank == call.rank)
+    nobody = f"no inference worker has connected to rank {call.rank}, for {device} at {link.url}"
 
     def check() -> None:
         nonlocal told, comes_until, look_again_at
-        if not request.done() or request.exception() is not None:
-            return
-        if not told:
+        if not told and request.done():
             call.tell(f"answered/{call.rank}", b"")
             told = True
-        if link.has_worker or time.monotonic() < look_again_at:
+        if link.has_worker:
             return
-        look_again_at = time.monotonic() + _LOOK_AGAIN
-        if comes_until is None:
+        if call.deadline.remaining() < names_it:
+            raise _late_worker(call, request, nobody)
+        if comes_until is not None and comes_until.remaining() == 0.0:
+            text = f"req_func has returned on every rank, and within {_COMES_WITHIN:g} s {nobody}"
+            raise EngineError(f"{text}: was that engine asked?", "worker_lost")
+        if comes_until is None and told and time.monotonic() > look_again_at:
+            look_again_at = time.monotonic() + _LOOK_AGAIN
             if call.store.check([f"answered/{rank}" for rank in call.members]):
                 comes_until = Deadline(_COMES_WITHIN)
-        elif comes_until.remaining() == 0.0:
-            device = next(one.device for one in hellos if one.rank == call.rank)
-            raise EngineError(
-                "req_func has returned on every rank, but no inference worker has connected to "
-                f"rank {call.rank} within {_COMES_WITHIN:g} s: was the engine of {device} asked, "
-                f"with this rank's address {link.url}?",
-                "worker_lost",
-            )
 
     return check
+
+
+def _late_worker(call: Call, request: Future[Any], nobody: str) -> EngineError:
+    waiting = f"gave up after {call.deadline.seconds:g} s waiting for {call.clock.phase}"
+    asked = "has returned" if request.done() else "has not returned: does its engine answer?"
+    return EngineError(f"{waiting}: {nobody}; this rank's req_func {asked}", "timeout")
 
 
 # ---------------------------------------------------------------------- what is said about it
