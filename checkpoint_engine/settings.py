@@ -134,6 +134,7 @@ p2p_host = Variable("PS_P2P_HOST", None, _own_address, "an IP address of this ho
 p2p_protocol = _one_of("PS_P2P_PROTOCOL", None, "rdma", "efa", "ascend_direct", "tcp")
 rdma_devices, nccl_ib_hca = _text("PS_P2P_STORE_RDMA_DEVICES"), _text("NCCL_IB_HCA")
 gloo_interface = _text("GLOO_SOCKET_IFNAME")
+liveness_port = Variable("PS_LIVENESS_PORT", 0, _port, "a port from 1 to 65534")
 master_addr = Variable("MASTER_ADDR", None, _host, "a host name or an IP address, without a port")
 master_port = Variable(
     "MASTER_PORT", None, _port, "a port from 1 to 65534: the ranks meet at the next one"
@@ -152,6 +153,7 @@ _OF_SERVERS: tuple[Variable[Any], ...] = (
     p2p,
     p2p_host,
     p2p_protocol,
+    liveness_port,
 )
 
 
