@@ -389,8 +389,17 @@ def _import_engine() -> Any:
             "mooncake-transfer-engine-non-cuda on a machine without CUDA"
         ) from error
     except ImportError as error:
-        advice = "on Debian and Ubuntu it needs the packages libibverbs1 and libnuma1"
-        if "libcu" in str(error):
-            advice = "this wheel is for CUDA; without, install mooncake-transfer-engine-non-cuda"
-        raise RuntimeError(f"Mooncake cannot be loaded: {error}; {advice}") from error
+        raise RuntimeError(
+            f"Mooncake cannot be loaded: {error}; {loading_advice(error)}"
+        ) from error
     return TransferEngine
+
+
+def loading_advice(error: ImportError) -> str:
+    """What to do where Mooncake is installed and does not load."""
+    if "libcu" in str(error):
+        return (
+            "this wheel is for CUDA, which is not here: pip uninstall mooncake-transfer-engine, "
+            "pip install mooncake-transfer-engine-non-cuda"
+        )
+    return "on Debian and Ubuntu it needs the packages libibverbs1 and libnuma1"
