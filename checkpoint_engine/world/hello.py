@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from checkpoint_engine.errors import CollectiveError
 
@@ -84,9 +86,13 @@ class Hello:
 
     @staticmethod
     def decode(blob: bytes) -> Hello:
-        fields: dict[str, Any] = json.loads(blob)
-        ranks = fields["ranks"]
-        return Hello(**{**fields, "ranks": None if ranks is None else tuple(ranks)})
+        """Raises ``ValueError`` if no rank of this release said that: whoever reaches the store may
+        write there."""
+        try:
+            return _adapter().validate_json(blob)
+        except ValidationError as error:
+            text = f"what the store holds for a rank was not written by one: {blob!r:.200}"
+            raise ValueError(text) from error
 
     def terms(self) -> Hello:
         """The part that the ranks must agree on."""
@@ -113,6 +119,11 @@ class Hello:
             for name in _MUST_AGREE
             for mine, theirs in [(getattr(self, name), getattr(other, name))]
         )
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Hello]:
+    return TypeAdapter(Hello)
 
 
 def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CollectiveError:
