@@ -20,7 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from checkpoint_engine.cli import commands
+from checkpoint_engine.cli import commands, servers, service
 from checkpoint_engine.cli.servers import RankService
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.handover.link import open_context
@@ -83,6 +83,39 @@ def test_the_command_line_cancels(lonely: httpx.Client, path: str) -> None:
     lonely.post("/v1/checkpoints/c/gather-metas?wait=false")
     assert [one["call"] for one in run()] == ["gather"]
     job_that(lonely, lambda one: one["state"] == "failed")
+
+
+def test_ctrl_c_says_what_goes_on_and_how_to_end_it(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "ask", interrupt)
+    monkeypatch.setattr(servers, "ask", interrupt)
+    for command in (["update", "c", "--engine", "http://127.0.0.1:9"], ["register", "c", __file__]):
+        found = CliRunner().invoke(commands, [*command, "--server", path, "--json"])
+        error = json.loads(found.stdout)["error"]
+        assert (found.exit_code, error["code"]) == (130, "interrupted")
+        assert "an update that ranks have begun" in error["message"]
+        assert "checkpoint-engine cancel" in error["hint"]
+
+
+def test_a_client_that_goes_away_lets_a_registration_go_on(path: str) -> None:
+    """Nobody waits for it."""
+    server, go_on = Server(), threading.Event()
+    server.register_checkpoint = lambda *_, **__: go_on.wait(30)  # type: ignore[method-assign]
+    server.progress = None  # type: ignore[attr-defined]
+    with serving(server, path) as api:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            head = b"POST /v1/checkpoints/c/files HTTP/1.1\r\nHost: localhost\r\n"
+            client.sendall(head + b"Content-Length: 12\r\n\r\n{\"files\":[]}")
+            job_that(api, lambda one: one["state"] == "running")
+        time.sleep(0.3)
+        assert api.get("/v1/jobs").json()[0]["state"] == "running"
+        go_on.set()
+        job_that(api, lambda one: one["state"] == "done")
 
 
 def test_a_client_that_goes_away_ends_what_waits_for_other_ranks(

@@ -60,8 +60,8 @@ def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
         try:
             return function(servers, **arguments)
         except KeyboardInterrupt:
-            text = "interrupted: what all ranks have begun goes on"
-            hint = "`checkpoint-engine status` shows it, `checkpoint-engine cancel` ends it"
+            text = "interrupted: a registration goes on, and so does an update that ranks have begun"
+            hint = "`checkpoint-engine status` shows them, `checkpoint-engine cancel` ends them"
             raise Failure(text, hint, INTERRUPTED) from None
 
     return command

@@ -243,7 +243,13 @@ class Fleet:
             for name, value in digests(part_of(rank, seed, tensors)).items()
         }
 
-    def check_workers(self, seed: int, version: str, tensors: int, members: Sequence[int]) -> None:
+    def check_workers(
+        self,
+        seed: int,
+        version: str,
+        tensors: int = TENSORS,
+        members: Sequence[int] = tuple(range(RANKS)),
+    ) -> None:
         expected = self.expected(seed, tensors)
         for rank in members:
             held = self.ask_worker(rank, "version")
