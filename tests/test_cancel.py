@@ -110,7 +110,7 @@ def test_a_client_that_goes_away_lets_a_registration_go_on(path: str) -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             head = b"POST /v1/checkpoints/c/files HTTP/1.1\r\nHost: localhost\r\n"
-            client.sendall(head + b"Content-Length: 12\r\n\r\n{\"files\":[]}")
+            client.sendall(head + b'Content-Length: 12\r\n\r\n{"files":[]}')
             job_that(api, lambda one: one["state"] == "running")
         time.sleep(0.3)
         assert api.get("/v1/jobs").json()[0]["state"] == "running"

@@ -60,7 +60,9 @@ def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
         try:
             return function(servers, **arguments)
         except KeyboardInterrupt:
-            text = "interrupted: a registration goes on, and so does an update that ranks have begun"
+            text = (
+                "interrupted: a registration goes on, and so does an update that ranks have begun"
+            )
             hint = "`checkpoint-engine status` shows them, `checkpoint-engine cancel` ends them"
             raise Failure(text, hint, INTERRUPTED) from None
 
