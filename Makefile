@@ -127,7 +127,7 @@ $(VLLM_INSTALLED): pyproject.toml Makefile scripts/install_torch.py
 $(DOCS_INSTALLED): pyproject.toml Makefile
 	@echo "Setting up $(DOCS_VENV)"
 	@$(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip install -qq mkdocs-material 'mkdocstrings[python]'
+	@$(DOCS_VENV)/bin/python -m pip install -qq mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 clean: ## remove the set-up and all caches

@@ -53,7 +53,6 @@ from checkpoint_engine.world.hello import Hello
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_TEN_MINUTES = timedelta(minutes=10)
 _LONGEST_READ = 120.0  # seconds that a P2P read of one bucket may take after its owner withdrew it
 
 
@@ -80,7 +79,8 @@ class ParameterServer(Contract):
         """Nothing is connected yet; ranks meet in their first collective call.
 
         Args:
-            rank, world_size: default: ``RANK``, ``WORLD_SIZE``.
+            rank: default: ``RANK``.
+            world_size: default: ``WORLD_SIZE``.
             auto_pg: who owns torch's default process group. True: this server, whose
                 ``gather_metas`` makes it; it is gone after every update. False: the caller. None:
                 whoever made it, by ``init_process_group`` or without this server.
@@ -88,8 +88,8 @@ class ParameterServer(Contract):
                 ``LOCAL_WORLD_SIZE``, else 1.
             mem_fraction: share of free device memory that an update's buffers may take.
                 Default: ``PS_MEM_FRACTION``, else 0.9.
-            master_addr, master_port: where the ranks meet, on rank 0's host. Default:
-                ``MASTER_ADDR`` and ``MASTER_PORT`` + 1.
+            master_addr: rank 0's host, where the ranks meet. Default: ``MASTER_ADDR``.
+            master_port: a port of it. Default: ``MASTER_PORT`` + 1.
 
         Raises:
             ValueError: a value is missing or out of range.
@@ -176,7 +176,9 @@ class ParameterServer(Contract):
 
     # ------------------------------------------------------------------ who owns what
 
-    def gather_metas(self, checkpoint_name: str, *, timeout: timedelta = _TEN_MINUTES) -> None:
+    def gather_metas(
+        self, checkpoint_name: str, *, timeout: timedelta = timedelta(minutes=10)
+    ) -> None:
         """Learn what every rank owns of a checkpoint, replacing what was gathered before. All
         ranks.
 
@@ -214,7 +216,7 @@ class ParameterServer(Contract):
         *,
         master_addr: str | None = None,
         master_port: int | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         """Create torch's default process group of the world, for the caller's use. All ranks.
 
@@ -227,7 +229,7 @@ class ParameterServer(Contract):
         ranks: Sequence[int],
         *,
         master_port: int | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         """Create a default process group of exactly ``ranks``; other ranks return at once."""
         if self._rank in ranks:
@@ -257,7 +259,7 @@ class ParameterServer(Contract):
         req_func: RequestFunction,
         *,
         ranks: Sequence[int] | None = None,
-        timeout: timedelta = _TEN_MINUTES,
+        timeout: timedelta = timedelta(minutes=10),
         version: str | None = None,
         on_instance_failure: Literal["abort", "continue"] = "abort",
         on_progress: Callable[[Progress], None] | None = None,
@@ -311,7 +313,8 @@ class ParameterServer(Contract):
             if self._auto_pg:
                 self._default_group.leave()
         report = report.completed(call.clock.seconds, *self._checkpoints.memory.usage)
-        self._log.log("INFO" if call.leads else "DEBUG", "updated {}", report)
+        if call.leads:
+            self._log.info("rank {}: updated {}", self._rank, report)
         return report
 
     @property
@@ -354,8 +357,8 @@ def _start_p2p(p2p: P2P, here: LocalRank) -> None:
         p2p.device = p2p.store.device
     except (RuntimeError, AssertionError) as error:
         p2p.missing = str(error)
-        level = "WARNING" if here.local_rank == 0 else "DEBUG"
-        logger.bind(rank=here.rank).log(level, "no P2P: {}", error)
+        if here.local_rank == 0:
+            logger.bind(rank=here.rank).log("WARNING", "rank {}: no P2P: {}", here.rank, error)
 
 
 def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:

@@ -144,6 +144,8 @@ def connect(args: argparse.Namespace) -> None:
     if args.ray_address is not None:
         ray.init(address=args.ray_address)
         return
+    # Ray runs actors at nice 15, where any busy program of the node keeps the weights waiting.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=args.servers_per_node * args.nodes,
         include_dashboard=False,

@@ -1,9 +1,10 @@
 """Draws the figures of the documentation, as SVG.
 
-    python figures/draw.py                       # architecture.svg
+    python figures/draw.py                       # overview.svg, architecture.svg
     python figures/draw.py --trace trace.json    # pipeline.svg, from a trace of PS_TRACE
 
-Text and lines take the colour of the page, so that they are readable on light and dark ones.
+A figure of something measured is drawn from that measurement alone. Text and lines take the colour
+of the page, so that they are readable on light and dark ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ text { font: 14px system-ui, sans-serif; fill: #1c2330; }
 .box { fill: #ffffff; stroke: #9aa5b8; } .host { fill: #f1f4f9; stroke: #c6cedb; }
 .line { stroke: #5d6778; fill: none; stroke-width: 1.5; } .head { fill: #5d6778; }
 .bulk { stroke: #2f7bf0; fill: none; stroke-width: 3; } .bulkhead { fill: #2f7bf0; }
-.inside { fill: #ffffff; font-size: 11px; }
+.inside { fill: #ffffff; font-size: 13px; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6e9ef; } .small { fill: #9aa5b8; }
   .box { fill: #222a37; stroke: #5d6778; } .host { fill: #171d27; stroke: #39435a; }
@@ -78,6 +79,41 @@ class Drawing:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'role="img">\n{body}\n</svg>\n'
         )
+
+
+def overview() -> Drawing:
+    """The README's picture: where the bytes go, and what the engine does meanwhile."""
+    drawing = Drawing(860, 372, "From a trainer into an inference engine that keeps running")
+    drawing.box(8, 88, 132, 64, "trainer", "or files: step 42")
+    drawing.box(196, 12, 196, 216, "host memory, pinned", kind="host")
+    drawing.box(430, 12, 176, 216, "GPUs", kind="host")
+    drawing.box(646, 12, 206, 216, "inference engine", kind="host")
+    middle = 120
+    for rank, y in ((0, 52), (1, 140)):
+        drawing.box(
+            212, y, 164, 72, f"server rank {rank}", f"part {rank + 1} of 2", "of all tensors"
+        )
+        drawing.box(446, y, 144, 72, "staging", "one bucket", "after the other")
+        drawing.box(662, y, 174, 72, f"worker {rank}", "its shard", "of every tensor")
+        drawing.arrow(f"M140 {middle} C170 {middle} 178 {y + 36} 208 {y + 36}", bulk=True)
+        drawing.arrow(f"M376 {y + 36} H442", bulk=True)
+        drawing.arrow(f"M590 {y + 36} H658", bulk=True)
+    drawing.arrow("M590 102 C625 110 625 142 658 152", bulk=True)
+    drawing.arrow("M590 162 C625 154 625 122 658 112", bulk=True)
+    drawing.text(168, 250, "register", "small")
+    drawing.text(411, 250, "pinned copies", "small")
+    drawing.text(626, 250, "each worker loads its shard", "small")
+    drawing.text(8, 284, "the engine's process, which is never restarted", "b", "start")
+    for x, width, colour, words in (
+        (8, 300, "#64748b", "serves step 41"),
+        (308, 136, "#2f7bf0", "update"),
+        (444, 408, "#168a56", "serves step 42"),
+    ):
+        drawing.bar(x, 296, width, 30, colour, words)
+        drawing.text(x + width / 2, 316, words, "inside")
+    drawing.text(8, 350, "time", "small", "start")
+    drawing.arrow("M44 346 H852")
+    return drawing
 
 
 def architecture() -> Drawing:
@@ -174,6 +210,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=HERE, help="where the figures go")
     arguments = parser.parse_args()
     if arguments.trace is None:
+        overview().save(arguments.folder / "overview.svg")
         architecture().save(arguments.folder / "architecture.svg")
     else:
         pipeline(arguments.trace, arguments.seconds).save(arguments.folder / "pipeline.svg")

@@ -150,6 +150,38 @@ def test_another_checkpoint_may_lack_a_configuration(model: Path, tmp_path: Path
     assert told["other_checkpoint"] == str(other)
 
 
+def write_shards(folder: Path, seed: int, shards: dict[str, list[str]]) -> Path:
+    """``shards``: file to the tensors that it holds."""
+    file = write_model(folder, seed) / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / shard)
+    places = {name: shard for shard, names in shards.items() for name in names}
+    index = {"weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+ALL = [*(f"experts.{number}" for number in range(EXPERTS)), "embedding", "norm"]
+
+
+def test_both_checkpoints_may_have_an_index(tmp_path: Path) -> None:
+    one = write_shards(tmp_path / "one", 0, {"a.safetensors": ALL[:3], "b.safetensors": ALL[3:]})
+    other = write_shards(tmp_path / "other", 1, {"model-1-of-1.safetensors": ALL})
+    told = certify(one, "Right", f"--other-checkpoint={other}")
+    assert told["result"] == "right"
+
+
+def test_what_depends_on_the_order_of_the_files_is_no_difference(tmp_path: Path) -> None:
+    """Updates send tensors in an order of their own."""
+    shards = {"1.safetensors": ALL[2:], "2.safetensors": ALL[:2]}
+    told = certify(write_shards(tmp_path / "one", 0, shards), "KeepingTheLast")
+    assert told["result"] == "right"
+    assert told["undetermined"] == ["last"]
+    assert "two fresh starts do not agree on last" in told["reason"]
+
+
 def test_the_table_is_for_readers(model: Path) -> None:
     command = ["certify", str(model), "--engine=certified_engine:LeavingOut"]
     lines = CliRunner().invoke(commands, command).stdout.splitlines()

@@ -431,6 +431,20 @@ def test_an_unregister_that_one_rank_refuses_says_who_has_done_it() -> None:
         json_of("unregister", "c", *places)
 
 
+def test_status_says_how_far_a_call_is_and_what_is_served() -> None:
+    served = {"checkpoint": "step-1", "version": "a51c", "engine": "engine 0", "since": 0.0}
+    about = {"call": "update", "checkpoint": "step-2", "phase": "reload"}
+    progress = {**about, "done_bytes": 2_000_000, "total_bytes": 8_000_000}
+    known: dict[str, Any] = {"device": "cpu", "pinned_bytes": 8_000_000}
+    with ranks("step-1", of=1, served=served, progress=progress, **known) as places:
+        (line,) = run("status", *places).stdout.splitlines()
+        assert line.endswith(
+            "1 checkpoints, 8.0 MB, serves step-1 version a51c, idle (reload 25% of 8.0 MB)"
+        )
+    with ranks("step-1", of=1, served=None, progress=None, **known) as places:
+        assert run("status", *places).stdout.endswith("1 checkpoints, 8.0 MB, idle\n")
+
+
 def test_metas_that_were_loaded_are_read_where_nothing_is_registered() -> None:
     """These servers have no route to gather."""
     engines = ["--engine", "http://127.0.0.1:9", "--engine", "http://127.0.0.1:10"]

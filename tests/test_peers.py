@@ -458,10 +458,10 @@ def test_an_owner_that_sums_up_staging_offers_nothing_that_is_damaged(damaged: b
         make, copy = peers.PeersMover.__init__, Checkpoint.copy
 
         def summing(mover: Any, *args: Any) -> None:
-            with mock.patch.object(peers.PeersMover, "_advance"):
+            with mock.patch.object(peers.PeersMover, "_fill_slots"):
                 make(mover, *args)
             mover._factors = torch.from_numpy(FACTORS)
-            mover._advance()
+            mover._fill_slots(0)
 
         def damaging(source: Checkpoint, bucket: Any, target: torch.Tensor) -> None:
             copy(source, bucket, target)

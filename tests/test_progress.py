@@ -103,8 +103,8 @@ def test_a_bar_is_drawn_on_terminals_alone(
     ps.update("c", ask_engine)
     assert ("100%" in stream.getvalue()) == draws
     ps.register_checkpoint("d", named_tensors=WEIGHTS)
-    assert ("register: filling 0.00 GB" in stream.getvalue()) == draws
-    assert ("register: summing 0.00 GB" in stream.getvalue()) == draws
+    assert ("register: filling 2.1 MB" in stream.getvalue()) == draws
+    assert ("register: summing 2.1 MB" in stream.getvalue()) == draws
     assert stream.getvalue().count("100%") == (3 if draws else 0)
     before = stream.getvalue()
     ps.register_checkpoint("nothing")
@@ -169,20 +169,35 @@ def logged(ps: ParameterServer, level: str) -> list[Any]:
     return records
 
 
-def test_one_line_for_each_phase(ps: ParameterServer) -> None:
-    records = logged(ps, "INFO")
-    *phases, end = [record["message"] for record in records]
-    assert phases == [
-        f"updating c: {phase}"
+def test_one_line_for_an_update(ps: ParameterServer) -> None:
+    (record,) = logged(ps, "DEBUG")
+    assert record["message"].startswith("rank 0: updated c: 0.002 GB in 8 tensors and 8 buckets")
+    assert (record["level"].name, record["extra"]) == ("INFO", {"rank": 0})
+
+
+@pytest.fixture
+def details() -> Iterator[None]:
+    """As a program asks for them."""
+    logger.enable("checkpoint_engine")
+    yield
+    logger.disable("checkpoint_engine.ground.details")
+
+
+@pytest.mark.usefixtures("details")
+def test_one_more_line_for_each_phase_where_details_are_asked_for(ps: ParameterServer) -> None:
+    *details, end = [record["message"] for record in logged(ps, "DEBUG")]
+    assert [text for text in details if "buckets of up to" not in text] == [
+        f"rank 0: updating c: {phase}"
         for phase in (
             "plan", "buffers", "handshake", "transfer", "reload", "release", "post hook",
             "completion",
         )
     ]  # fmt: skip
-    assert end.startswith("updated c: 0.002 GB in 8 tensors and 8 buckets")
-    assert {record["extra"]["rank"] for record in records} == {0}
+    assert end.startswith("rank 0: updated c: ")
+    assert [record["level"].name for record in logged(ps, "INFO")] == ["INFO"]
 
 
+@pytest.mark.usefixtures("details")
 def test_nothing_for_each_bucket(ps: ParameterServer, monkeypatch: pytest.MonkeyPatch) -> None:
     many = len(logged(ps, "DEBUG"))
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "1")

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint_engine.data_types import align_up
-from checkpoint_engine.loading.replay import comparison
+from checkpoint_engine.loading.replay import digests as digests_of
 from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.canvas import Canvas
-from checkpoint_engine.loading.replay.comparison import digest as _digest
 from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.replay import Replayed, replayed
@@ -88,6 +87,10 @@ def state(model: torch.nn.Module) -> dict[str, str]:
         ).hexdigest()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    return digests_of.digests([tensor])[0]
 
 
 def update(model: Model, checkpoint: Bytes, buckets: list[list[str]] | None = None) -> Replayed:
@@ -768,8 +771,10 @@ def test_learning_does_nothing_tensor_by_tensor_that_can_be_done_at_once(
 ) -> None:
     """Experts in an order that is not that of their places: neither a grid nor a sum for each."""
     sums: list[int] = []
-    digest = comparison.digest
-    monkeypatch.setattr(comparison, "digest", lambda t: sums.append(t.numel()) or digest(t))
+    weighted = digests_of.weighted
+    monkeypatch.setattr(
+        digests_of, "weighted", lambda t, seed: sums.append(t.numel()) or weighted(t, seed)
+    )
     monkeypatch.setattr(Canvas, "_write_on_grid", lambda *_: pytest.fail("a grid"))
     experts = 150
     names = sorted(f"{e}.{part}" for e in range(experts) for part in ("down", "gate", "up"))

@@ -279,5 +279,25 @@ def test_one_server_alone_until_a_signal(
         server.process.send_signal(how)
         ended, errors = server.await_end()
         assert ended == code
-        assert "Traceback" not in errors  # Mooncake has lines of its own there
+        assert f"rank 0 of 1 serves on {path}\n" in errors
+        for noise in ("Traceback", "Local segment descriptor", "DEBUG"):
+            assert noise not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_ends_during_an_update_leaves_no_traceback(tmp_path: Path) -> None:
+    """No engine is asked, so the update waits for a worker, and longer than uvicorn for it."""
+    file, path = tmp_path / "m.safetensors", tmp_path / "server.sock"
+    save_file({"w": torch.zeros(4)}, file)
+    with running(["checkpoint_engine", "--uds", str(path)], tmp_path) as server:
+        with client_of(path) as client, ThreadPoolExecutor() as pool:
+            route = "/v1/checkpoints/c"
+            assert client.post(f"{route}/files", json={"files": [str(file)]}).is_success
+            assert client.post(f"{route}/gather-metas").is_success
+            update = pool.submit(client.post, f"{route}/update", json={"timeout": 8})
+            while (client.get("/v1/status").json()["progress"] or {}).get("phase") != "handshake":
+                assert not update.done()
+            server.process.send_signal(signal.SIGINT)
+            assert update.result().status_code == 503
+        _, errors = server.await_end()
+    assert "Traceback" not in errors

@@ -123,7 +123,8 @@ class Buckets:
         self._peers = peers
         memory = {rank: mapped(handle) for rank, (handle, _) in peers.handles.items()}
         self._memory = memory
-        self._mover = PeersMover(move, peers, me.streams, memory, 2)
+        self._mover = PeersMover(move, peers, me.streams, 2)
+        self._mover.connected(memory)
         self._mover.handed_over("these tests have no workers")
 
     def _fill(self, bucket: H2DBucket, target: torch.Tensor) -> None:

@@ -175,7 +175,8 @@ def _described(difference: Difference | None) -> str:
     if difference.log_probability:
         texts.append(f"log probabilities differ by up to {difference.log_probability:.2g}")
     if not difference.shown:
-        texts.append("no output shows it")
+        is_noise = difference.tokens or difference.log_probability
+        texts.append("no more than equal starts do" if is_noise else "no output shows it")
     return "; ".join(texts)
 
 

@@ -23,7 +23,11 @@ import checkpoint_engine
 from checkpoint_engine.certify.certificate import Certificate, Started, Updated
 from checkpoint_engine.certify.comparison import Seen, compare, differing, largest_distance
 from checkpoint_engine.certify.engine import Adapter, Engine, OrderError, Start, find_adapter
-from checkpoint_engine.certify.perturb import link_the_rest, perturb_checkpoint
+from checkpoint_engine.certify.perturb import (
+    link_the_rest,
+    perturb_checkpoint,
+    reverse_files,
+)
 from checkpoint_engine.certify.ranks import Ranks
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import checkpoint_of
@@ -91,7 +95,7 @@ def certify(order: Order, tell: Callable[[str], None] = lambda _: None) -> Certi
         try:
             other = _other_checkpoint(order, work, tell)
             checkpoints = {FIRST: order.model.resolve(), OTHER: other}
-            run = _Run(order, adapter, checkpoints, certificate, tell)
+            run = _Run(order, adapter, checkpoints, certificate, work, tell)
         except (OSError, ValueError) as error:
             raise OrderError(f"a checkpoint cannot be read: {error}") from error
         try:
@@ -113,9 +117,10 @@ class _Run:
         adapter: Adapter,
         checkpoints: dict[str, Path],
         certificate: Certificate,
+        work: Path,
         tell: Callable[[str], None],
     ) -> None:
-        self._order, self._adapter = order, adapter
+        self._order, self._adapter, self._work = order, adapter, work
         self._checkpoints, self._certificate, self._tell = checkpoints, certificate, tell
         self._prompts = _prompts(order.model)
         stored = [open_files([folder]).values() for folder in checkpoints.values()]
@@ -132,8 +137,11 @@ class _Run:
             after = list(self._after_updates(engine, ranks))
         undetermined: frozenset[str] = frozenset()
         if any(seen and compare(seen, fresh[one.to]).any for one, seen in after):
-            # It may be memory that no start initialises, or a kernel that each start tunes anew:
-            # what do two fresh starts agree on?
+            # It may be memory that no start initialises, a kernel that each start tunes anew, or a
+            # tensor that has what came last: what do two fresh starts agree on, of which one reads
+            # the files in the opposite order?
+            model = self._order.model.resolve()
+            self._checkpoints[FIRST] = reverse_files(model, self._work / "reversed")
             again = self._fresh(FIRST)
             undetermined = frozenset(differing(again.digests, fresh[FIRST].digests))
             noise = largest_distance(again.outputs, fresh[FIRST].outputs)
@@ -260,7 +268,7 @@ def _other_checkpoint(order: Order, work: Path, tell: Callable[[str], None]) -> 
         return perturb_checkpoint(order.model, folder)
     files = [Path(file) for file in checkpoint_of(order.other)]
     # With the first one's configuration, which a trainer may not have written.
-    link_the_rest(order.model, folder, [])
+    link_the_rest(order.model, folder)
     for file in files:
         (folder / file.name).symlink_to(file.resolve())
     return folder

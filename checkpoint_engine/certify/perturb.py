@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -39,7 +40,7 @@ def perturb_checkpoint(model: Path, folder: Path) -> Path:
             f"another checkpoint needs {needed:,} bytes in {folder.parent}, which has {free:,}: "
             "give --other-checkpoint, or set TMPDIR"
         )
-    link_the_rest(model, folder, files)
+    link_the_rest(model, folder)
     for file in files:
         if file.name.endswith(INDEX):
             shutil.copy(file, folder)
@@ -51,14 +52,30 @@ def perturb_checkpoint(model: Path, folder: Path) -> Path:
     return folder
 
 
-def link_the_rest(model: Path, folder: Path, weights: list[Path]) -> None:
+def link_the_rest(model: Path, folder: Path) -> None:
     """Make ``folder`` and links in it to the files of ``model`` that are no weights: its
     configuration, its tokenizer."""
     folder.mkdir()
-    left_out = {file.name for file in weights}
     for file in model.iterdir():
-        if file.name not in left_out and file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        if not file.name.endswith((INDEX, ".safetensors", ".bin", ".pt", ".pth")):
             os.symlink(file.resolve(), folder / file.name)
+
+
+def reverse_files(model: Path, folder: Path) -> Path:
+    """Make ``folder`` with links to all of ``model``, whose files are read in the opposite order:
+    they have each other's names."""
+    link_the_rest(model, folder)
+    files = [Path(file) for file in checkpoint_of(model)]
+    shards = [file for file in files if not file.name.endswith(INDEX)]
+    names = dict(zip((one.name for one in shards), (one.name for one in shards[::-1]), strict=True))
+    for file in files:
+        if file.name in names:
+            os.symlink(file.resolve(), folder / names[file.name])
+            continue
+        index = json.loads(file.read_text())
+        places = {tensor: names[place] for tensor, place in index["weight_map"].items()}
+        (folder / file.name).write_text(json.dumps({**index, "weight_map": places}))
+    return folder
 
 
 def _changed(name: str, tensor: torch.Tensor) -> torch.Tensor:

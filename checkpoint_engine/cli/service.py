@@ -30,6 +30,8 @@ from checkpoint_engine.cli.servers import (
     find_servers,
     plain_url,
 )
+from checkpoint_engine.cli.watch import watched
+from checkpoint_engine.ground.progress import Progress, size_text
 from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
@@ -107,7 +109,8 @@ def register(servers: list[RankService], name: str, paths: Sequence[Path], timeo
     shares = split_over_ranks(files, len(world.servers))
     bodies = [{"files": share} for share in shares]
     began = time.perf_counter()
-    answers = ask(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
+    with watched(world.servers[0], "register"):
+        answers = ask(world.servers, "POST", f"{_route_of(name)}/files", timeout, bodies)
     _undo_unless_all_did(world, name, answers)
     seconds = time.perf_counter() - began
     shared = {server.place: share for server, share in zip(world.servers, shares, strict=True)}
@@ -214,7 +217,8 @@ def update(
         _gather(world, name, timeout)
     gathered = time.perf_counter()
     route = f"{_route_of(name)}/update"
-    ask(world.servers, "POST", route, timeout + _GRACE, bodies, collective=True)
+    with watched(world.servers[0], "update"):
+        ask(world.servers, "POST", route, timeout + _GRACE, bodies, collective=True)
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
     text = f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s"
     return Shown({"checkpoint": name, "ranks": taking_part, "seconds": seconds}, text)
@@ -349,8 +353,26 @@ def _one_line(state: dict[str, Any]) -> str:
     doing = ", ".join(f"{job['call']} {job['checkpoint']} {job['state']}" for job in jobs) or "idle"
     return (
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
-        f"{len(state['checkpoints'])} checkpoints, {state['pinned_bytes'] / 1e9:.2f} GB, {doing}"
+        f"{len(state['checkpoints'])} checkpoints, {size_text(state['pinned_bytes'])}, "
+        f"{_served(state)}{doing}{_how_far(state)}"
     )
+
+
+def _served(state: dict[str, Any]) -> str:
+    """Statuses of an earlier release have neither this nor progress."""
+    served = state.get("served")
+    if not served:
+        return ""
+    version = f" version {served['version']}" if served["version"] else ""
+    return f"serves {served['checkpoint']}{version}, "
+
+
+def _how_far(state: dict[str, Any]) -> str:
+    if not state.get("progress"):
+        return ""
+    progress = Progress.model_validate(state["progress"])
+    done = f" {progress.fraction:.0%} of {size_text(progress.total_bytes)}"
+    return f" ({progress.phase}{done if progress.total_bytes else ''})"
 
 
 @click.command()

@@ -30,12 +30,20 @@ class Progress(BaseModel):
         return self.done_bytes / self.total_bytes if self.total_bytes else 0.0
 
 
+def size_text(nbytes: float) -> str:
+    """For people, in the unit that fits: ``512 bytes``, ``8.0 MB``, ``1234.5 GB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 @contextlib.contextmanager
 def drawn_bar(call: str, total_bytes: int) -> Iterator[Callable[[Progress], None]]:
     """A bar on stderr, for as long as the block lasts; it moves with what the function gets."""
     import click
 
-    label = f"{call} {total_bytes / 1e9:.2f} GB"
+    label = f"{call} {size_text(total_bytes)}"
     # Seconds that are left are guessed wrong: the first bytes wait for engines.
     with click.progressbar(length=total_bytes, label=label, file=sys.stderr, show_eta=False) as bar:
         yield lambda progress: bar.update(progress.done_bytes - bar.pos)

@@ -152,13 +152,17 @@ class WorkerLink:
                 raise WireError(_CLOSED)
         self._unanswered += 1
 
-    def receive(self, check: Callable[[], None]) -> bytes:
+    def receive(self, check: Callable[[], None], look_ms: int = _LOOK_MS) -> bytes:
         """The worker's reply to the oldest unanswered message.
+
+        Args:
+            check: called while there is none, first after ``look_ms``, then ever less often.
 
         Raises:
             WireError: the worker is gone, or has sent more replies than it got messages.
         """
-        while not self._wait(zmq.POLLIN):
+        while not self._wait(zmq.POLLIN, look_ms):
+            look_ms = min(2 * look_ms, _LOOK_MS)
             check()
             self.check()
         reply = self._socket.recv_multipart()[-1]

@@ -27,6 +27,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.errors import BusyError
 from checkpoint_engine.ground.deadline import check_cancelled
+from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory import checksum
@@ -242,14 +243,14 @@ class Checkpoints:
                 self._registered = {**self._registered, name: checkpoint}
                 self._pool = offered if pooled else self._pool
         size = f"{checkpoint.tensor_count} tensors, {checkpoint.nbytes / 1e9:.3f} GB"
-        self._log.info("registered {}: {} in {} buffers", name, size, len(buffers))
+        log_detail(self._here.rank, "registered {}: {} in {} buffers", name, size, len(buffers))
 
     def unregister(self, name: str, force: bool) -> None:
         """See ``ParameterServer.unregister_checkpoint``."""
         with self._changing:
             checkpoint = self._take_out(name)
             if checkpoint is None:
-                self._log.warning("checkpoint {} is not registered", name)
+                self._log.warning("rank {}: checkpoint {} is not registered", self._here.rank, name)
                 return
             if checkpoint.lease is not None:
                 self._readers.revoke(checkpoint.lease)

@@ -137,7 +137,10 @@ class Guard:
             return
         except HTTPException as refusal:
             answer = JSONResponse(refusal.detail, refusal.status_code, refusal.headers)
-        await answer(scope, receive, send)
+        try:
+            await answer(scope, receive, send)
+        except asyncio.CancelledError:  # else uvicorn logs a traceback for each call that runs
+            await JSONResponse("this server is shutting down", 503)(scope, receive, send)
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:

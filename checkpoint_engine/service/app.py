@@ -339,7 +339,9 @@ def _refused(error: Exception) -> Response:
     failure = CallError.of(error)
     status = _REFUSED.get(failure.code, 500)
     if status == 500:
-        logger.opt(exception=error).error("a request failed")
+        is_known = failure.code != "failed"  # then its text says what to do about it
+        told = logger.opt(exception=None if is_known else error)
+        told.error("a request failed: {}", failure.message)
     elif status == 403:
         logger.warning("refused: {}", error)
     # The body has the text alone, as the original's; this library's command line reads the rest.

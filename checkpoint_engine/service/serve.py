@@ -103,6 +103,8 @@ def serve(options: ServeOptions, rank: int, world_size: int) -> None:
 
         server = ParameterServer(rank=rank, world_size=world_size)
         app = make_app(server, options.access)
+        place = uds or "http://{}:{}".format(*listener.getsockname()[:2])
+        logger.info("rank {} of {} serves on {}", rank, world_size, place)
         uvicorn.Server(uvicorn_config(app, options)).run(sockets=[listener])
 
 
@@ -130,9 +132,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     """A listening TCP socket, IPv4 or IPv6 as ``host`` says."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    listener = socket.create_server(address, family=family, dualstack_ipv6=dual)
-    logger.info("serving on {}:{}", *listener.getsockname()[:2])
-    return listener
+    return socket.create_server(address, family=family, dualstack_ipv6=dual)
 
 
 @contextlib.contextmanager

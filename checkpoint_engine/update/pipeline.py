@@ -70,7 +70,7 @@ class Pipeline:
                 self._start_next()
             if index + 1 < count:
                 self._message(index + 1)  # while the worker loads
-            self._session.await_reload(f"bucket {index + 1} of {count}")
+            self._session.await_reload(f"bucket {index + 1} of {count}", self._mover.advance)
         self._mover.done_with(step)
 
     def _start_next(self) -> None:

@@ -166,14 +166,17 @@ class WorkerSession:
         self._link.send(message, self._check)
 
     @_step
-    def await_reload(self, what: str) -> None:
-        """Raises ``EngineError`` with the worker's traceback if it could not load the bucket."""
-        self._await_ack(what)
+    def await_reload(self, what: str, meanwhile: Callable[[], None]) -> None:
+        """``meanwhile``: called now and then until the worker is ready.
 
-    def _await_ack(self, what: str) -> None:
-        reply = self._link.receive(self._check)
-        if reply != wire.ACK:
-            raise _failed(what, reply)
+        Raises ``EngineError`` with the worker's traceback if it could not load the bucket.
+        """
+
+        def check() -> None:
+            meanwhile()
+            self._check()
+
+        _expect_ack(self._link.receive(check, look_ms=1), what)
 
     def _await_statement(self) -> dict[str, Any]:
         reply = self._link.receive(self._check)
@@ -208,7 +211,7 @@ class WorkerSession:
         """Have the worker drop the double buffer."""
         if not self._told_to_release:
             self._link.send(wire.NOTHING_MORE, self._check)
-        self._await_ack("the release of the buffer")
+        _expect_ack(self._link.receive(self._check), "the release of the buffer")
         self._may_leave = not self._extensions  # workers of release 0.2 may have finished
 
     @_step
@@ -234,6 +237,11 @@ class WorkerSession:
         poll(request.done, self._check)
         check_request(request)
         self.state = EngineState.HOLDS
+
+
+def _expect_ack(reply: bytes, what: str) -> None:
+    if reply != wire.ACK:
+        raise _failed(what, reply)
 
 
 def _failed(what: str, reply: bytes) -> EngineError:

@@ -17,6 +17,7 @@ from loguru import logger
 from checkpoint_engine.data_types import ALIGNMENT
 from checkpoint_engine.errors import EngineError, UpdateError
 from checkpoint_engine.ground.deadline import Deadline, begin
+from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
@@ -81,8 +82,7 @@ def run_update(
 
     Returns the report, and what is known of the owners now.
     """
-    log, level = logger.bind(rank=call.rank), "INFO" if call.leads else "DEBUG"
-    call.clock.on_phase = lambda phase: log.log(level, "updating {}: {}", order.checkpoint, phase)
+    call.clock.on_phase = partial(log_detail, call.rank, "updating {}: {}", order.checkpoint)
     with ExitStack() as held:
         link = _listen(held)
         hellos = _agree(call, link, source, gathered, order, server, held)
@@ -290,7 +290,7 @@ def _show_progress(
     if show is not None:
         shown = show
         call.clock.on_advance = lambda: shown(call.clock.progress)
-    logger.bind(rank=call.rank).debug("updating {}: {}", order.checkpoint, plan)
+    log_detail(call.rank, "updating {}: {}", order.checkpoint, plan)
 
 
 def _trace(

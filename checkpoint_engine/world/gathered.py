@@ -12,6 +12,7 @@ from functools import cached_property
 from loguru import logger
 
 from checkpoint_engine.data_types import DataToGather, H2DBucket, MemoryBufferMetaList
+from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.memory.checksum import Sums, check_sums, sum_of, sums_of
 from checkpoint_engine.planning.layouts import (
@@ -249,8 +250,7 @@ def gather(call: Call, source: Checkpoint, before: Gathered) -> Gathered:
         duplicates=duplicates,
         seconds=call.clock.elapsed,
     )
-    level = "INFO" if call.leads else "DEBUG"
-    logger.bind(rank=call.rank).log(level, "gathered {}: {}", source.name, gathered)
+    log_detail(call.rank, "gathered {}: {}", source.name, gathered)
     return gathered
 
 
@@ -309,9 +309,10 @@ def _is_registered(call: Call, source: Checkpoint, found: Mapping[int, DataToGat
             "ranks read from it by P2P, and no rank has P2P: is Mooncake installed, and P2P not "
             "switched off (PS_P2P=off, or a program sets _p2p_store to None)?"
         )
-    logger.bind(rank=call.rank).warning(
-        "no rank has registered checkpoint {}: {}", source.name, advice
-    )
+    if call.leads:
+        logger.bind(rank=call.rank).warning(
+            "no rank has registered checkpoint {}: {}", source.name, advice
+        )
     return False
 
 

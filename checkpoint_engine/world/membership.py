@@ -11,10 +11,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from loguru import logger
 
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
+from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -179,7 +179,7 @@ class Membership:
                 watched.wait(["outcome"], timedelta(seconds=seconds))
                 note(watched.get("outcome"))
             except RuntimeError as error:
-                logger.debug("no longer watching the ranks of call {}: {}", part, error)
+                log_detail(self.rank, "no longer watching the ranks of call {}: {}", part, error)
 
         thread = threading.Thread(target=run, name="checkpoint-engine-watch", daemon=True)
         thread.start()

@@ -1,6 +1,6 @@
 """Certifies tiny models of many architectures and writes ``docs/certified.md``: ``make certify``.
 
-certify_all.py [--only NAME ...] [--page FILE] [--certificates FOLDER]
+certify_all.py --certificates FOLDER [--only NAME ...] [--page FILE]
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> int:
     add("--page", type=Path, help="write a page of all certificates of that folder")
     add("--on-gpus", type=Path, help="folder of the certificates of GPUs, for the page")
     add("--seconds", type=float, default=600.0, help="that one model may take")
+    add("--engine-args", default=ENGINE_ARGS, help="of the engine")
     options = parser.parse_args()
     options.certificates.mkdir(exist_ok=True, parents=True)
     cases = [(name, size) for name in options.only for size in MODELS[name].sizes]
@@ -64,7 +65,7 @@ def _certify(starter: CommandStarter, name: str, size: int, options: argparse.Na
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         model = write(name, Path(folder) / name)
-        told = certify(starter, model, size, Path(folder), seconds=options.seconds)
+        told = certify(starter, model, size, Path(folder), options.engine_args, options.seconds)
         seconds = time.monotonic() - began
     result, output = str(told["result"]), told.pop("output")
     print(f"{name} tp {size}: {result}, {seconds:.1f} s {told.get('reason', '')}", flush=True)

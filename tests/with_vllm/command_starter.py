@@ -30,8 +30,10 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # small helpers of vLLM, which each worker would compile anew
     "HF_HUB_OFFLINE": "1",
-    "PS_DEVICE": "cpu",
-    "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]),
+    "PS_DEVICE": os.environ.get("PS_DEVICE", "cpu"),
+    "PYTHONPATH": os.pathsep.join(
+        [str(HERE.parent.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certified_models import CI, write
+from certified_models import CI, MODELS, write
 from certify_all import ENGINE_ARGS, certify
 from command_starter import CommandStarter
 
@@ -61,3 +61,12 @@ def test_a_fault_in_the_reload_is_found(
     assert told["result"] == "differs"
     differing = {tensor for one in told["updates"] for tensor in one["difference"]["tensors"]}
     assert tensor in differing
+
+
+def test_the_page_has_every_model_as_it_was_run_on_cpus() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "certified.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    on_cpus = {(row[1], row[4]): row[5] for row in rows if len(row) == 10}
+    for name, model in MODELS.items():
+        for size in model.sizes:
+            assert on_cpus[name, str(size)] in ("right", "refused")

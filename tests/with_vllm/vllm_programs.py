@@ -135,7 +135,7 @@ def _send_in_order(
                 message.append(entry | {"offset": position})
                 position += align_up(flat.numel())
             session.begin_reload(encode_bucket(message))
-            session.await_reload("a bucket")
+            session.await_reload("a bucket", meanwhile=lambda: None)
         session.release()
         session.finish(request)
 

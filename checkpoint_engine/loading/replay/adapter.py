@@ -79,7 +79,7 @@ class InPlace(ModelAdapter):
 
     def memory(self, slot: Slot) -> torch.Tensor:
         module = self.modules[slot.module]
-        tensor = (module._parameters | module._buffers)[slot.name]
+        tensor = module._parameters.get(slot.name, module._buffers.get(slot.name))
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
         return tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -133,17 +134,10 @@ class Canvas:
     def __init__(self, view: View) -> None:
         """Raises ``ValueError`` where elements of the view overlap."""
         self.view = view
-        dims = sorted(
-            ((s, n) for n, s in zip(view.sizes, view.strides, strict=True) if n != 1), reverse=True
-        )
-        within = 1
-        for stride, size in reversed(dims):
-            if stride < within:
-                raise ValueError(f"elements of {view.sizes} at {view.strides} overlap")
-            within = stride * size
-        self._sizes, self._strides = tuple(n for _, n in dims), tuple(s for s, _ in dims)
+        self._sizes, self._strides = _dimensions(view.sizes, view.strides)
         self._rows: dict[int, list[Piece]] = defaultdict(list)
         self._written: list[tuple[Copy, Origin]] = []
+        self._contents: list[tuple[Origin, Copy]] | None = None
         self._is_gridded = False
         self.overwritten: set[Source] = set()
 
@@ -167,23 +161,27 @@ class Canvas:
         origins = [origin for _, origin in self._written] + [p.origin for p in self._pieces()]
         return {origin.source for origin in origins if origin.source is not None}
 
-    def contents(self) -> Iterator[tuple[Origin, Copy]]:
+    def contents(self) -> list[tuple[Origin, Copy]]:
         """What its elements were copied from, simplified; the source of a constant's copy means
         nothing. Raises ``ValueError`` if what was written is no copy between regions at constant
         strides."""
-        if self._is_gridded or not self._are_runs():
-            self._fill_grid()
-        for copy, origin in self._written:
-            yield origin, copy.simplified()
-        for piece in self._pieces():
-            cells = zip(piece.start, self._strides, strict=True)
-            target = self.view.offset + sum(i * stride for i, stride in cells)
-            copy = Copy(piece.offset, target, piece.size, piece.strides, self._strides)
-            yield piece.origin, copy.simplified()
+        if self._contents is None:
+            if self._is_gridded or not self._are_runs():
+                self._fill_grid()
+            self._contents = [(origin, copy.simplified()) for copy, origin in self._written]
+            self._contents += map(self._copied, self._pieces())
+        return self._contents
+
+    def _copied(self, piece: Piece) -> tuple[Origin, Copy]:
+        cells = zip(piece.start, self._strides, strict=True)
+        target = self.view.offset + sum(i * stride for i, stride in cells)
+        copy = Copy(piece.offset, target, piece.size, piece.strides, self._strides)
+        return piece.origin, copy.simplified()
 
     def write(self, copy: Copy, origin: Origin, dtype: torch.dtype) -> None:
         """A copy from ``origin`` went to places of this memory, as elements of ``dtype``."""
         self._written.append((copy, origin.cast(dtype)))
+        self._contents = None
 
     def _are_runs(self) -> bool:
         """Whether all that was written are runs of elements that do not overlap."""
@@ -318,6 +316,18 @@ class Canvas:
                 for piece in pieces:
                     self._add(piece.split(d, length))
                 return
+
+
+@lru_cache(4096)
+def _dimensions(sizes: Cells, strides: Cells) -> tuple[Cells, Cells]:
+    """Of a grid, the sizes and strides, the largest stride first; as of ``Canvas``."""
+    dims = sorted(((s, n) for n, s in zip(sizes, strides, strict=True) if n != 1), reverse=True)
+    within = 1
+    for stride, size in reversed(dims):
+        if stride < within:
+            raise ValueError(f"elements of {sizes} at {strides} overlap")
+        within = stride * size
+    return tuple(n for _, n in dims), tuple(s for s, _ in dims)
 
 
 def _target(written: tuple[Copy, Origin]) -> int:

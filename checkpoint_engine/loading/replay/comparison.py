@@ -1,23 +1,36 @@
-"""Whether a loader left what a recording would have written, bucket by bucket."""
+"""Whether a loader left what a recording would have written, in every parameter and buffer."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
-from checkpoint_engine.loading.replay.geometry import UNITS, View, whole_storage
+from checkpoint_engine.loading.replay.digests import digests
+from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, key_of
-from checkpoint_engine.loading.replay.recording import Move, Program, Recording
+from checkpoint_engine.loading.replay.program import Flat, Move, Program
+from checkpoint_engine.loading.replay.recording import Recording
 
 _SHOWN_NAMES = 20
 
 
+class _Expected(NamedTuple):
+    """The digests of all that some moves would copy, in order."""
+
+    moves: list[Move]
+    sums: torch.Tensor
+
+
 class Comparison:
     """Sums up what a recording would write where it arrives, and what was written where it lies, as
-    soon as nothing more will be done to it. Tensors that it does not write must not change."""
+    soon as nothing more will be done to it. Tensors that it does not write must not change.
+
+    Sums stay where they are made, and are compared at the end: a device is waited for once.
+    """
 
     def __init__(
         self, model: ModelAdapter, recording: Recording | None, bucket: list[Program] | None = None
@@ -31,134 +44,112 @@ class Comparison:
         self._model = model
         self._recording = recording
         self._bucket = bucket
-        self._expected: dict[str, list[tuple[Move, torch.Tensor]]] = defaultdict(list)
+        self._expected: dict[str, list[_Expected]] = defaultdict(list)
         self._differing: set[Slot] = set()
-        self._others = {
-            slot: (tensor.detach(), digest(tensor))
-            for slot, tensor in self._not_written_by(recording)
-        }
+        self._pairs: list[tuple[list[Slot], torch.Tensor, torch.Tensor]] = []
+        others = list(self._not_written_by(recording))
+        self._others = {slot: (n, tensor.detach()) for n, (slot, tensor) in enumerate(others)}
+        self._sums = digests([tensor for _, tensor in others])
 
     def expect(self, program: Program, buffer: torch.Tensor) -> None:
         """What the program would copy is in the buffer, and about to be loaded."""
-        for move in program.moves:
-            arrives_as = move.route.arrives_as
-            sums = _digests([source.to(arrives_as) for source in move.sources(buffer)])
-            self._expected[move.route.slot.module].append((move, sums))
+        flat = Flat(buffer)
+        moves = list(program.moves)
+        sums = digests([source for move in moves for source in _arriving(move, flat)])
+        if self._model.is_persistent:  # it is compared at the end, and all at once
+            self._expected[""].append(_Expected(moves, sums))
+            return
+        lengths = [sum(len(move.copies) for move in part.moves) for part in program.parts]
+        for part, own in zip(program.parts, sums.split(lengths), strict=True):
+            if part.moves:
+                self._expected[part.module].append(_Expected(part.moves, own))
 
     def check(self, module: str) -> None:
         """What has been loaded into a module is there, and nothing has changed it yet."""
         expected = self._expected.pop(module, [])
-        for move, sums in expected:
-            memory = self._model.memory(move.route.slot)
-            if memory.is_meta or not torch.equal(_digests(move.targets(memory)), sums):
-                self._differing.add(move.route.slot)
+        for moves, sums in expected:
+            slots = [move.route.slot for move in moves for _ in move.copies]
+            memories = [self._model.memory(move.route.slot) for move in moves]
+            if any(memory.is_meta for memory in memories):
+                self._differing.update(slots)
+                continue
+            targets = zip(moves, memories, strict=True)
+            found = digests([one for move, memory in targets for one in move.targets(memory)])
+            self._pairs.append((slots, sums, found))
         # A module that is made anew is not complete after one bucket, and its fills may be missing.
-        is_filled = expected and (self._bucket is None or self._model.is_persistent)
-        if self._recording is not None and is_filled:
-            for fill in self._recording.fills.get(module, ()):
-                storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
-                there = fill.view.in_storage(storage)
-                wanted = torch.empty_like(there).fill_(fill.value)
-                if not torch.equal(_bits(there), _bits(wanted)):
-                    self._differing.add(fill.slot)
+        if self._bucket is None or self._model.is_persistent:
+            for one in {move.route.slot.module for moves, _ in expected for move in moves}:
+                self._check_fills(one)
+
+    def _check_fills(self, module: str) -> None:
+        for fill in self._recording.fills.get(module, ()) if self._recording is not None else ():
+            storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
+            there = fill.view.in_storage(storage)
+            wanted = torch.empty_like(there).fill_(fill.value)
+            self._pairs.append(([fill.slot], digests([wanted]), digests([there])))
 
     def finish(self, recording: Recording) -> str:
         """Everything is loaded. Returns what is not as ``recording`` would have it, in words; empty
         if all is."""
         for module in list(self._expected):
             self.check(module)
-        for slot, tensor in self._not_written_by(recording):
-            was, sums = self._others.get(slot, (None, None))
-            if was is None or sums is None or key_of(was) != key_of(tensor):
-                changed = self._recording is not None  # the first update may make some
-            else:
-                changed = not torch.equal(digest(tensor), sums)
-            if changed:
-                self._differing.add(slot)
+        self._check_others(recording)
+        self._compare()
         shown = sorted(slot.qualified for slot in self._differing)[:_SHOWN_NAMES]
         return f"the loader wrote something else than was recorded into {shown}" if shown else ""
+
+    def _check_others(self, recording: Recording) -> None:
+        same: list[tuple[Slot, int, torch.Tensor]] = []
+        for slot, tensor in self._not_written_by(recording):
+            place, was = self._others.get(slot, (0, None))
+            if was is not None and _is_where(tensor, was):
+                same.append((slot, place, tensor))
+            elif self._recording is not None:  # the first update may make some
+                self._differing.add(slot)
+        places = torch.tensor([place for _, place, _ in same], device=self._sums.device)
+        sums = self._sums[places] if same else self._sums[:0]
+        found = digests([tensor for _, _, tensor in same])
+        self._pairs.append(([slot for slot, _, _ in same], sums, found))
+
+    def _compare(self) -> None:
+        """The digests, for which the device is waited for."""
+        pairs, self._pairs = self._pairs, []
+        slots = [slot for some, _, _ in pairs for slot in some]
+        if slots:
+            differs = [one != other.to(one.device) for _, one, other in pairs if len(one)]
+            here = differs[0].device
+            for place in torch.cat([one.to(here) for one in differs]).nonzero().flatten().tolist():
+                self._differing.add(slots[place])
 
     def _not_written_by(self, recording: Recording | None) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Of memory that stays, that is: where an engine makes layers anew, it changes them too."""
         if not self._model.is_persistent:
             return
+        slots = recording.written(self._bucket) if recording is not None else set[Slot]()
+        own = {slot: self._model.memory(slot) for slot in slots}
+        others = [
+            (slot, tensor, key)
+            for slot, tensor in every_tensor(self._model.modules)
+            if own.get(slot) is not tensor
+            and (key := key_of(tensor)) is not None
+            and not tensor.is_meta
+        ]
+        keys = {key for _, _, key in others}
         written: dict[int | None, list[View]] = defaultdict(list)
-        for slot in recording.written(self._bucket) if recording is not None else ():
-            tensor = self._model.memory(slot)
-            written[key_of(tensor)].append(View.of(tensor))
-        for slot, tensor in every_tensor(self._model.modules):
-            key = key_of(tensor)
-            if key is not None and not tensor.is_meta:
-                view = View.of(tensor)
-                if not any(view.overlaps(one) for one in written[key]):
-                    yield slot, tensor
+        for tensor in own.values() if others else ():
+            if (key := key_of(tensor)) in keys:
+                written[key].append(View.of(tensor))
+        for slot, tensor, key in others:
+            near = written.get(key, ())
+            if not near or not any(View.of(tensor).overlaps(one) for one in near):
+                yield slot, tensor
 
 
-def _digests(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of tensors of one dtype, in order. Many small ones are gathered first: they would cost more
-    than their bytes."""
-    if len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) > _GATHERED * len(tensors):
-        return torch.stack([digest(tensor) for tensor in tensors])
-    return digest(torch.cat([_bits(tensor).reshape(-1) for tensor in tensors]))
+def _arriving(move: Move, flat: Flat) -> list[torch.Tensor]:
+    sources = move.sources(flat)
+    return [one.to(move.route.arrives_as) for one in sources] if move.route.casts else sources
 
 
-def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Tells tensors of one shape and dtype apart, by bits and their places, at the speed of memory.
-
-    It is a sum of words of 4 bytes, each times a factor that depends on its place, in 8 bytes: two
-    factors differ by so few powers of two that no difference of words is lost. Where there are
-    many, words that are a row apart are added up first, in the same way.
-    """
-    tensor = tensor.detach().squeeze()
-    largest = _LARGEST[tensor.device.type == "cpu"]
-    if tensor.nbytes > largest and tensor.dim() and len(tensor) > 1:
-        each = max(1, len(tensor) * largest // tensor.nbytes)
-        sums = torch.stack([digest(part) for part in tensor.split(each)])
-        return _weighted(sums)
-    flat = _bits(tensor).contiguous().view(-1).view(torch.uint8)
-    if flat.numel() % 8 or flat.storage_offset() % 8:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    return _digest_of_words(flat.view(torch.int64))
-
-
-_ROWS, _ROW = 16, 2047  # an odd length: rows of a matrix do not lie at multiples of it
-_BLOCK = _ROWS * _ROW
-_STEP = 31  # between the factors of two rows
-_FEW = _BLOCK - 1
-_LARGEST = {True: 4 << 20, False: 256 << 20}
-"""Bytes that are summed up at a time, and copied first if they do not lie one behind the other; on
-CPUs, so few that they stay in a cache."""
-_GATHERED = 64 << 10
-
-
-def _digest_of_words(words: torch.Tensor) -> torch.Tensor:
-    if len(words) <= _FEW:
-        return _weighted(words.view(torch.int32).to(torch.int64))
-    whole = len(words) // _BLOCK * _BLOCK
-    rows = words[:whole].view(torch.int32).view(-1, _ROWS, 2 * _ROW)
-    sums = rows[:, 0].to(torch.int64)
-    for row in range(1, _ROWS):
-        sums = sums * _STEP + rows[:, row]
-    return _digest_of_words(sums.view(-1)) + 5 * _digest_of_words(words[whole:])
-
-
-def _weighted(sums: torch.Tensor) -> torch.Tensor:
-    return (sums * _factors(len(sums), sums.device)).sum()
-
-
-def _factors(count: int, device: torch.device) -> torch.Tensor:
-    if device not in _of_devices:
-        places = torch.arange(1, 2 * _FEW + 1, device=device)
-        _of_devices[device] = (
-            places * places * 0x1E3779B97F4A7C15 + places * 0x14D049BB133111EB
-        ) * 2 + 1
-    return _of_devices[device][:count]
-
-
-_of_devices: dict[torch.device, torch.Tensor] = {}
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
-    return tensor.view(UNITS[tensor.itemsize])
+def _is_where(tensor: torch.Tensor, was: torch.Tensor) -> bool:
+    """Whether both are the same elements of the same memory."""
+    return key_of(tensor) == key_of(was) and View.of(tensor) == View.of(was)

@@ -36,7 +36,7 @@ class View(NamedTuple):
         """The first byte of the storage that it uses, and the byte after the last one."""
         itemsize = self.dtype.itemsize
         begin = self.offset * itemsize
-        return begin, begin + _extent(self.sizes, self.strides) * itemsize
+        return begin, begin + extent(self.sizes, self.strides) * itemsize
 
     def overlaps(self, other: View) -> bool:
         """Whether the spans of two views of one storage have a byte in common."""
@@ -117,7 +117,7 @@ def _simplest(sizes: Dims, source_strides: Dims, target_strides: Dims) -> tuple[
 
 
 @lru_cache(4096)
-def _extent(sizes: Dims, strides: Dims) -> int:
+def extent(sizes: Dims, strides: Dims) -> int:
     """The elements from the first one to the last one."""
     if 0 in sizes:
         return 0
@@ -143,6 +143,8 @@ def coalesced(copies: Iterable[Copy]) -> list[Copy]:
     stacked in a parameter. The copies' targets are disjoint.
     """
     current = [copy.simplified() for copy in copies]
+    if len(current) == 1:
+        return current
     while len(merged := list(_merge_once(current))) < len(current):
         current = merged
     return merged

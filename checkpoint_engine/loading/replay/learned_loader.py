@@ -18,11 +18,12 @@ import torch
 
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
 from checkpoint_engine.loading.replay.comparison import Comparison
-from checkpoint_engine.loading.replay.geometry import View, whole_storage
+from checkpoint_engine.loading.replay.geometry import whole_storage
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.program import Program
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
-    Program,
     ReceivedBucket,
     Recording,
     placements_of,
@@ -64,20 +65,22 @@ class LearnedLoader:
         reason = "PS_REPLAY=off" if mode == "off" else self.why_not or model.cannot()
         if reason:
             return ModelUpdate(self, model, reason)
-        fingerprint = _fingerprint(model, version)
+        tensors = list(model.tensors())
+        fingerprint = _fingerprint(tensors, version)
         if self.recording is not None and not self.recording.holds(fingerprint, model.modules):
             self._restart("its parameters, or what it looks at, are others in every update")
         if self.why_not:
             return ModelUpdate(self, model, self.why_not)
         if self.recording is None or self.agreed < (3 if mode == "verify" else 2):
-            return _Learning(self, model, fingerprint)
+            with _collector_at_rest():
+                return _Learning(self, model, fingerprint)
         self._restarts = 0
         self._replays += 1
         checks, rest = divmod(self._replays, every)
         if rest == 0 and self.recording.together:  # one bucket says little
             return _Learning(self, model, fingerprint)
         checked = checks % max(1, self.recording.buckets) if rest == 0 else None
-        return _Replaying(self, model, self.recording, checked)
+        return _Replaying(self, model, self.recording, tensors, checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun to find
@@ -196,6 +199,8 @@ class _Learning(ModelUpdate):
         super().__init__(learned, model)
         self.how = "verified" if learned.agreed > 1 else "recorded"
         self._before = learned.recording
+        for program in self._before.programs.values() if self._before is not None else ():
+            program.release()  # the recorder counts who has the model's memory
         self._fingerprint = fingerprint
         self._recorder = Recorder(model.tensors(), every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
@@ -269,11 +274,21 @@ class _Replaying(ModelUpdate):
     how = "replayed"
 
     def __init__(
-        self, learned: LearnedLoader, model: ModelAdapter, recording: Recording, checked: int | None
+        self,
+        learned: LearnedLoader,
+        model: ModelAdapter,
+        recording: Recording,
+        tensors: list[tuple[Slot, torch.Tensor]],
+        checked: int | None,
     ) -> None:
-        """``checked``: the bucket that goes through the loader, and is compared."""
+        """
+        Args:
+            tensors: the model's, whose places were compared: they stay as long as this is.
+            checked: the bucket that goes through the loader, and is compared.
+        """
         super().__init__(learned, model)
         self._recording = recording
+        self._tensors = tensors
         self._checked = checked
         self._comparison: Comparison | None = None
         self._bucket = 0
@@ -377,20 +392,24 @@ class _Replaying(ModelUpdate):
             raise
 
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
+        memory = self._model.memory
+        if self._model.is_persistent:
+            program.batch.execute(buffer, memory, stays=True)
+            for part in program.parts if self._recording.fills else ():
+                self._fill(part.module)
+            return
         for part in program.parts:
             self._model.open(part.module)
-            if part.module not in self._filled:
-                self._fill(part.module)
-            for move in part.moves:
-                move.execute(buffer, self._model.memory(move.route.slot))
-            is_complete = self._model.delivered(part.module, part.numel)
-            if not (is_complete or self._model.is_persistent):
+            self._fill(part.module)
+            part.batch.execute(buffer, memory, stays=False)
+            if not self._model.delivered(part.module, part.numel):
                 self.held_bytes += part.nbytes
 
     def _fill(self, module: str) -> None:
-        """Write a module's constants, where no copy of the recording goes."""
+        """Write a module's constants once, where no copy of the recording goes."""
+        fills = () if module in self._filled else self._recording.fills.get(module, ())
         self._filled.add(module)
-        for fill in self._recording.fills.get(module, ()):
+        for fill in fills:
             storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
             fill.view.in_storage(storage).fill_(fill.value)
 
@@ -408,9 +427,16 @@ def _collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
-def _fingerprint(model: ModelAdapter, version: str) -> Hashable:
+def _fingerprint(tensors: list[tuple[Slot, torch.Tensor]], version: str) -> Hashable:
     """Changes when the engine's tensors do."""
     return version, tuple(
-        (slot, None if tensor.is_meta else tensor.data_ptr(), View.of(tensor))
-        for slot, tensor in model.tensors()
+        (
+            slot,
+            tensor.data_ptr(),  # 0 on the meta device
+            tensor.dtype,
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+        )
+        for slot, tensor in tensors
     )

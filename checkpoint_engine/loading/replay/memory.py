@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from checkpoint_engine.loading.replay.canvas import Canvas, Origin, Source
-from checkpoint_engine.loading.replay.geometry import Copy, View
+from checkpoint_engine.loading.replay.geometry import Copy, View, extent
 
 
 class Slot(NamedTuple):
@@ -62,14 +62,14 @@ class Known:
 
     Attributes:
         given: the tensors of the checkpoint that it holds: the first byte, the byte after the last
-            one, and the tensor; they do not overlap.
+            one, the tensor, and the origin of its elements; they do not overlap.
         traced: the tensors in it that a loader may copy into.
         model: the model's tensors in it, which a loader may look at until something is written.
         is_numbers: it holds what Python had, and nothing of the checkpoint or the model.
     """
 
     storage: Any = None
-    given: list[tuple[int, int, Source]] = field(default_factory=list)
+    given: list[tuple[int, int, Source, Origin]] = field(default_factory=list)
     traced: list[Traced] = field(default_factory=list)
     model: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
     is_numbers: bool = False
@@ -78,7 +78,7 @@ class Known:
         """The tensor of the checkpoint that a view is of, and where it begins, in elements of the
         view's dtype."""
         first, last = view.span
-        begin, end, source = self._nearest(first)
+        begin, end, source, _ = self.nearest(first)
         start, odd = divmod(begin, view.dtype.itemsize)
         if odd or not begin <= first <= last <= end:
             raise ValueError("it reaches beyond a tensor of the checkpoint")
@@ -93,7 +93,7 @@ class Known:
     def called(self, view: View) -> str:
         """For messages: what a view of it is a part of."""
         if self.given:
-            return self._nearest(view.span[0])[2].name
+            return self.nearest(view.span[0])[2].name
         for traced in self.traced:
             if traced.slots:
                 return traced.slots[0].qualified
@@ -101,7 +101,7 @@ class Known:
                 return f"a copy of {source.name}"
         return self.model[0][0].qualified if self.model else "a tensor"
 
-    def _nearest(self, first: int) -> tuple[int, int, Source]:
+    def nearest(self, first: int) -> tuple[int, int, Source, Origin]:
         return self.given[max(0, bisect_right(self.given, (first, math.inf)) - 1)]
 
 
@@ -143,6 +143,23 @@ class KnownMemory:
             raise ValueError("into memory that is no parameter or buffer")
         for origin, copy in self._origins_of(source, known, view):
             self._write(traced, copy, origin, view.dtype)
+
+    def copy_of_given(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """As ``copy``, if it is what nearly all copies are: of a tensor of the checkpoint, or a part
+        of it, into a tensor that is alone in its storage. Returns whether it is."""
+        into, known, sizes = self._find(target), self._find(source), tuple(target.shape)
+        if not known.given or len(into.traced) != 1 or source.shape != sizes:
+            return False
+        offset, strides, itemsize = source.storage_offset(), source.stride(), source.itemsize
+        begin, end, given, origin = known.nearest(offset * itemsize)
+        start, odd = divmod(begin, itemsize)
+        reach = extent(sizes, strides)
+        if odd or not reach or not start <= offset <= offset + reach <= end // itemsize:
+            return False
+        copy = Copy(offset - start, target.storage_offset(), sizes, strides, target.stride())
+        origin = origin if source.dtype == given.dtype else Origin(given, source.dtype)
+        self._write(into.traced[0], copy, origin, target.dtype)
+        return True
 
     def make(self, result: torch.Tensor) -> None:
         """``result`` is new memory."""
@@ -262,12 +279,14 @@ def _is_held_elsewhere(tensor: torch.Tensor, known: Known) -> bool:
     """Whether memory that torch has shared, and so never resizes, has holders that are no tensors
     of the model."""
     storage = tensor.untyped_storage()
+    if storage.resizable():
+        return False
     holders = len({id(one) for _, one in known.model}) + 1  # Python's object for the storage
 
     def is_held() -> bool:
         return int(torch._C._storage_Use_Count(storage._cdata)) > holders
 
-    if storage.resizable() or not is_held():
+    if not is_held():
         return False
     gc.collect()  # an array that nobody refers to any more
     return is_held()

@@ -27,9 +27,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.loading.replay import operations
-from checkpoint_engine.loading.replay.canvas import Source
+from checkpoint_engine.loading.replay.canvas import Origin, Source
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
-from checkpoint_engine.loading.replay.memory import KnownMemory, Slot, SlotTensors, Traced, key_of
+from checkpoint_engine.loading.replay.memory import (
+    Known,
+    KnownMemory,
+    Slot,
+    SlotTensors,
+    Traced,
+    key_of,
+)
 from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Recording
 
 
@@ -58,21 +65,25 @@ class Recorder(KnownMemory):
 
     def offer(self, weights: NamedTensors) -> NamedTensors:
         """The same tensors over the same memory, in storages that nobody else has."""
-        self._bucket = set()
-        offered = []
-        for (name, tensor), alias in zip(weights, _aliases(weights), strict=True):
-            if name in self._sources:
-                self.give_up(f"{name} came twice")
+        if again := self._sources.keys() & {name for name, _ in weights}:
+            self.give_up(f"{min(again)} came twice")
+        self._bucket = {name for name, _ in weights}
+        if len(self._bucket) < len(weights):
+            self.give_up("a tensor came twice")
+        aliases = _aliases(weights)
+        storages: dict[int | None, Known] = {}
+        for (name, tensor), alias in zip(weights, aliases, strict=True):
             source = Source(sys.intern(name), tensor.dtype, tuple(tensor.shape))
             self._sources[name] = source
-            self._bucket.add(source.name)
-            offered.append((name, alias))
             if nbytes := alias.nbytes:
+                if (known := storages.get(key := key_of(alias))) is None:
+                    known = storages[key] = self._remember(alias)
                 begin = int(alias.storage_offset()) * alias.itemsize
-                self._remember(alias).given.append((begin, begin + nbytes, source))
+                given = (begin, begin + nbytes, source, Origin(source, source.dtype))
+                known.given.append(given)
         for known in self._alive():
-            known.given.sort()
-        return offered
+            known.given.sort(key=_begin)
+        return [(name, alias) for (name, _), alias in zip(weights, aliases, strict=True)]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -115,7 +126,7 @@ class Recorder(KnownMemory):
         held: set[int] = set()
 
         def notice(frame: Any, event: Any, function: Any) -> None:
-            if event != "c_call" or functions.is_in_view:
+            if event != "c_call":
                 return
             owner = getattr(function, "__self__", None)
             if type(owner) in _HARMLESS:
@@ -132,9 +143,12 @@ class Recorder(KnownMemory):
 
         # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would
         # change them for the whole program.
+        functions.hook = notice
         sys.setprofile(notice)
         try:
             yield
+            if sys.getprofile() is not notice:
+                self.give_up("the loader has a profiler, whose place the recorder needs")
         finally:
             sys.setprofile(None)
 
@@ -204,13 +218,12 @@ class Recorder(KnownMemory):
         """Call a function of torch's for the loader; it may do more than copy."""
         if self.failure:
             return func(*args, **kwargs)
-        with _unnoticed():
-            is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
-            if not (self._is_paused or is_seen_later or func in operations.FUNCTIONS):
-                with self.paused():
-                    name = getattr(func, "__qualname__", func)
-                    self._look(func in operations.LOOKS, name, _tensors_in((args, kwargs)))
-            return func(*args, **kwargs)
+        is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
+        if not (self._is_paused or is_seen_later or func in operations.FUNCTIONS):
+            with self.paused():
+                name = getattr(func, "__qualname__", func)
+                self._look(func in operations.LOOKS, name, _tensors_in((args, kwargs)))
+        return func(*args, **kwargs)
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and note what it did. The loader goes on whatever happens in here."""
@@ -221,7 +234,7 @@ class Recorder(KnownMemory):
 
     def note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Most of a loader's operations that are no views."""
-        if not (self._is_paused or self.failure):
+        if not (self._is_paused or self.failure or self.copy_of_given(target, source)):
             self._note(operations.COPY, (target, source), {}, target)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -305,19 +318,24 @@ class _Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self.is_in_view = False
+        self.hook: Any = None  # of the profile, while the loader is at work
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The hook need not see what torch does, and would be called a dozen times for each of the
+        # loader's calls.
+        _set_hook(None)
+        try:
+            return self._call(func, args, kwargs)
+        finally:
+            _set_hook(self.hook)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Most calls make views or ask for shapes, and whatever this costs is paid by each of them,
         # twice for a function of Python's. So they stay in here, and nobody else looks at them.
         if kwargs or not args or type(args[0]) not in _TENSORS:
             return self._recorder.call(func, args, kwargs or {})
         if func in operations.SHAPES:
-            self.is_in_view = True
-            try:
-                return func(*args)
-            finally:
-                self.is_in_view = False
+            return func(*args)
         if _count_modes() != 1:  # the loader has one of its own, which sees everything
             return self._recorder.call(func, args, {})
         if func not in operations.QUICK:
@@ -329,27 +347,21 @@ class _Functions(TorchFunctionMode):
                 for part in one if type(one) is tuple else (one,):
                     if type(part) not in _PLAIN and not _is_plain_slice(part):
                         return self._recorder.call(func, args, {})
-        self.is_in_view, was_hidden = True, _is_hidden(_MODES)
+        return self._unseen(func, args)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        self._unseen(torch.Tensor.copy_, (target, source))  # the engine's own, if it has one
+        self._recorder.note_copy(target, source)
+        return target
+
+    def _unseen(self, func: Any, args: Any) -> Any:
+        """Call it without the mode of operations."""
+        was_hidden = _is_hidden(_MODES)
         _hide(_MODES, True)
         try:
             return func(*args)
         finally:
             _hide(_MODES, was_hidden)
-            self.is_in_view = False
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        hook, was_hidden = sys.getprofile(), _is_hidden(_MODES)
-        sys.setprofile(None)
-        try:
-            _hide(_MODES, True)
-            try:
-                torch.Tensor.copy_(target, source)  # the engine may have given it another one
-            finally:
-                _hide(_MODES, was_hidden)
-            self._recorder.note_copy(target, source)
-        finally:
-            sys.setprofile(hook)
-        return target
 
 
 class _unnoticed:  # noqa: N801
@@ -364,6 +376,7 @@ class _unnoticed:  # noqa: N801
 
 
 _Lock = type(threading.Lock())
+_set_hook = sys.setprofile
 _modes_see = torch._C._is_torch_function_mode_enabled
 _hide = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_hidden = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -406,6 +419,10 @@ def _aliases(weights: NamedTensors) -> list[torch.Tensor]:
         else:
             found.update(zip(some, map(_alias, tensors), strict=True))
     return [found[place] for place in range(len(weights))]
+
+
+def _begin(given: tuple[Any, ...]) -> Any:
+    return given[0]
 
 
 def _overlap(tensors: list[torch.Tensor]) -> bool:

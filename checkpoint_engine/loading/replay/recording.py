@@ -10,18 +10,17 @@ import gc
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.canvas import Source
-from checkpoint_engine.loading.replay.geometry import UNITS, Copy, View, coalesced, whole_storage
+from checkpoint_engine.loading.replay.geometry import Copy, View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, Traced
+from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, Program, Route
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -31,13 +30,6 @@ class ReceivedBucket(NamedTuple):
 
     message: bytes
     buffer: torch.Tensor
-
-
-class Placed(NamedTuple):
-    """A tensor of a bucket: ``offset`` in bytes from the start of the buffer."""
-
-    source: Source
-    offset: int
 
 
 class Placement(NamedTuple):
@@ -63,106 +55,6 @@ def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> lis
         placement.placed.append(Placed(source, offset))
     message = None if received is None else received.message
     return [one._replace(key=message or tuple(one.placed)) for one in found.values()]
-
-
-class Route(NamedTuple):
-    """How elements get into a slot: read as ``dtype`` and converted to each of ``casts`` in order;
-    bits are moved where there are none."""
-
-    slot: Slot
-    dtype: torch.dtype
-    casts: tuple[torch.dtype, ...]
-
-    @property
-    def arrives_as(self) -> torch.dtype:
-        return (self.dtype, *self.casts)[-1]
-
-
-@dataclass(eq=False)
-class Move:
-    """Copies between a bucket and one slot, in elements of the route's dtype, from the buffer's
-    start and from the start of the slot's storage."""
-
-    route: Route
-    copies: list[Copy]
-    _table: fused_copies.Table | None = None
-
-    @staticmethod
-    def of(route: Route, copies: list[Copy]) -> Move:
-        """In as few copies as possible, and the largest units that fit where bits are moved."""
-        copies = coalesced(copies)
-        for size in () if route.casts else sorted(UNITS, reverse=True):
-            times = size // route.dtype.itemsize
-            units = [unit for copy in copies if times and (unit := copy.in_units(times))]
-            if len(units) == len(copies):
-                return Move(route._replace(dtype=UNITS[size]), units)
-        return Move(route, copies)
-
-    def sources(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """What it copies, of the dtype before the last."""
-        flat = _flat(buffer, self.route.dtype)
-        at = flat.storage_offset()
-        sources = [flat.as_strided(c.sizes, c.source_strides, at + c.source) for c in self.copies]
-        for dtype in self.route.casts[:-1]:
-            sources = [source.to(dtype) for source in sources]
-        return sources
-
-    def targets(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """Where it copies to, in the slot's memory."""
-        storage = whole_storage(memory, self.route.arrives_as)
-        return [storage.as_strided(c.sizes, c.target_strides, c.target) for c in self.copies]
-
-    def execute(self, buffer: torch.Tensor, memory: torch.Tensor) -> None:
-        """Copy out of the bucket's buffer into the slot's memory."""
-        dtype, is_of_bits = self.route.dtype, not self.route.casts
-        if is_of_bits and dtype.itemsize in UNITS and fused_copies.fits(self.copies, buffer.device):
-            if self._table is None:
-                self._table = fused_copies.build_table(self.copies, buffer.device)
-            flat = whole_storage(memory, dtype)
-            return fused_copies.gather_scatter(flat, _flat(buffer, dtype), self._table)
-        targets, sources = self.targets(memory), self.sources(buffer)
-        if len(targets) == 1:
-            targets[0].copy_(sources[0])
-        else:
-            torch._foreach_copy_(targets, sources)
-
-
-@dataclass(eq=False)
-class ModulePart:
-    """What a bucket has for one module; ``numel`` as the engine counts."""
-
-    module: str
-    moves: list[Move]
-    nbytes: int
-    numel: int
-
-
-@dataclass(eq=False)
-class Program:
-    """What is done with a bucket.
-
-    Attributes:
-        tensors, nbytes: of the bucket.
-        names: of its tensors that the recording knows.
-        unknown: its tensors that the recording lacks; they go through the engine's loader.
-    """
-
-    tensors: int
-    nbytes: int
-    parts: list[ModulePart]
-    names: frozenset[str]
-    unknown: list[Placed]
-
-    @property
-    def moves(self) -> Iterator[Move]:
-        return (move for part in self.parts for move in part.moves)
-
-
-def _flat(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As many elements of ``dtype`` as are in the buffer."""
-    if buffer.storage_offset() % dtype.itemsize:  # no buffer of ours
-        buffer = buffer.clone()
-    return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 class Entry(NamedTuple):
@@ -288,9 +180,10 @@ class Recording:
         """
         known, unknown = [], []
         copies: dict[str, dict[Route, list[Copy]]] = defaultdict(lambda: defaultdict(list))
-        nbytes, numel = Counter[str](), Counter[str]()
+        total, nbytes, numel = 0, Counter[str](), Counter[str]()
         for placed in bucket:
             source, offset = placed
+            total += (size := source.nbytes)
             if (entries := self.entries.get(source)) is None:
                 unknown.append(placed)
                 continue
@@ -300,7 +193,7 @@ class Recording:
                 if odd:
                     raise ValueError(f"tensor {source.name!r} lies at {offset}")
                 copies[route.slot.module][route].append(Copy(begin + copy.source, *copy[1:]))
-                nbytes[route.slot.module] += source.nbytes
+                nbytes[route.slot.module] += size
             if source in self.counts:
                 numel.update(self.counts[source])
         parts = []
@@ -309,7 +202,7 @@ class Recording:
             parts.append(ModulePart(module, moves, nbytes[module], numel[module]))
         return Program(
             tensors=len(bucket),
-            nbytes=sum(placed.source.nbytes for placed in bucket),
+            nbytes=total,
             parts=parts,
             names=frozenset(known),
             unknown=unknown,
@@ -347,21 +240,23 @@ class Recording:
     @property
     def needed(self) -> list[Needed]:
         """Which bytes of which tensors the model needs; those that it does not are left out."""
-        needed = []
-        for source, entries in self.entries.items():
-            regions = list(dict.fromkeys(entry.region() for entry in entries))
-            total = sum(region.length * math.prod(region.counts) for region in regions)
-            if regions:
-                needed.append(Needed(source.name, min(total, source.nbytes), regions))
-        return needed
+        return [
+            Needed(
+                source.name,
+                _needed_of(source, entries),
+                list(dict.fromkeys(entry.region() for entry in entries)),
+            )
+            for source, entries in self.entries.items()
+            if entries
+        ]
 
     @cached_property
     def figures(self) -> dict[str, Any]:
         """For reports. Each asks, and large models take a while: they are worked out once."""
-        needed, total = self.needed, sum(source.nbytes for source in self.entries)
-        nbytes = sum(one.nbytes for one in needed)
+        total = sum(source.nbytes for source in self.entries)
+        nbytes = sum(_needed_of(source, entries) for source, entries in self.entries.items())
         return {
-            "needed_tensors": len(needed),
+            "needed_tensors": len(self.copied),
             "needed_bytes": nbytes,
             "needed_share": nbytes / max(1, total),
             "plan_bytes": self._plan_bytes,
@@ -371,13 +266,26 @@ class Recording:
     def _plan_bytes(self) -> int:
         """About how many bytes of host memory it takes: to look at all of them takes as long as to
         learn them."""
-        every = len(self.entries)
-        some = dict(islice(self.entries.items(), 0, None, max(1, every // _LOOKED_AT)))
-        known = _memory_of({**vars(self), "entries": None})
-        return known + _memory_of(some) * every // max(1, len(some))
+        moves = [move for program in self.programs.values() for move in program.moves]
+        every = (self.entries.items(), self.counts.items(), self.loaded or (), moves)
+        return sum(_memory_of_many(list(things)) for things in every) + _memory_of(self.fills)
 
 
 _LOOKED_AT = 200
+
+
+def _needed_of(source: Source, entries: list[Entry]) -> int:
+    """How many bytes of a tensor are read."""
+    if len(entries) == 1 and 0 not in entries[0].copy.source_strides:
+        (route, copy) = entries[0]
+        return copy.numel * route.dtype.itemsize
+    regions = {entry.region() for entry in entries}
+    return min(source.nbytes, sum(one.length * math.prod(one.counts) for one in regions))
+
+
+def _memory_of_many(things: list[Any]) -> int:
+    some = things[:: max(1, len(things) // _LOOKED_AT)]
+    return _memory_of(some) * len(things) // max(1, len(some))
 
 
 def _memory_of(thing: Any) -> int:

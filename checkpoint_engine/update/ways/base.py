@@ -205,6 +205,10 @@ class Mover(ABC):
             RuntimeError: it will not come.
         """
 
+    def advance(self) -> None:
+        """Do whatever can be done by now, without waiting. Called while the worker loads."""
+        return
+
     def lies_at(self, step: Step) -> tuple[int, int]:
         """Where the worker finds a bucket that has arrived: 0 for its own rank's buffer, else the
         place among ``sources``, from 1; and the first byte there."""

@@ -100,20 +100,22 @@ class Peers(Way):
         def make_handle() -> bytes:
             return wire.encode_handle(*move.buffer.handle(), {})
 
+        memory: dict[int, torch.Tensor] = {}
+        held.callback(memory.clear)
+        streams = make_streams(self.here.device_manager, orders_double_buffer=True)
+        held.callback(streams.close)  # first: it may copy out of others' memory
+        double = self._double_slots(move.plan, hellos)
+        mover = PeersMover(move, peers, streams, double)
         addresses = {one.rank: one.neighbour for one in hellos}
         if why := _first(call.all_gather("peers", peers.reach(addresses, make_handle).encode())):
             return why
         peers.accept()
-        double = self._double_slots(move.plan, hellos)
-        memory: dict[int, torch.Tensor] = {}
-        held.callback(memory.clear)
         if not all(hello.maps_peers for hello in hellos):
             why = self._map(peers, memory) if double else ""
             if why := _first(call.all_gather("mapped", why.encode())):
                 return why
-        streams = make_streams(self.here.device_manager, orders_double_buffer=True)
-        held.callback(streams.close)
-        return PeersMover(move, peers, streams, memory, double)
+        mover.connected(memory)
+        return mover
 
     def _map(self, peers: HostPeers, memory: dict[int, torch.Tensor]) -> str:
         """Map the others' memory; returns why that cannot be done."""
@@ -143,28 +145,20 @@ _Filling = tuple[Step, int, Event, torch.Tensor | None]
 
 
 class PeersMover(Mover):
-    """Fills this rank's staging with what it owns, as soon as every worker has read what was there.
+    """Fills this rank's staging with what it owns, as soon as every worker has read what was there;
+    the first buckets set out before the ranks have reached each other.
 
     Where this rank's own worker cannot read the others' staging, this rank copies each bucket into
     the double buffer.
     """
 
-    def __init__(
-        self,
-        move: Move,
-        peers: HostPeers,
-        streams: Streams,
-        memory: dict[int, torch.Tensor],
-        double_slots: int,
-    ) -> None:
-        """``memory``: the other ranks', where there is a double buffer to copy into."""
+    def __init__(self, move: Move, peers: HostPeers, streams: Streams, double_slots: int) -> None:
         super().__init__(move)
         self._peers = peers
         self._streams = streams
-        self._memory = memory
+        self._memory: dict[int, torch.Tensor] = {}
         self._rank = move.call.rank
-        self._others = sorted(peers.handles)
-        self.sources = [peers.handles[rank][1] for rank in self._others]
+        self._others: list[int] = []
         self.must_map = double_slots == 0
         self._reads_straight: bool | None = None
         self._staging = double_slots * move.plan.bucket_bytes
@@ -178,7 +172,15 @@ class PeersMover(Mover):
         self._factors: torch.Tensor | None = None
         if streams.are_queues and move.buffer.tensor.is_cuda:
             self._factors = torch.from_numpy(FACTORS).to(move.buffer.tensor.device)
-        self._advance()
+        self._fill_slots(read_by_all=0)
+
+    def connected(self, memory: dict[int, torch.Tensor]) -> None:
+        """All ranks have reached each other. ``memory``: the others', where there is a double
+        buffer to copy into."""
+        self._memory = memory
+        self._others = sorted(self._peers.handles)
+        self.sources = [self._peers.handles[rank][1] for rank in self._others]
+        self.advance()
 
     # ------------------------------------------------------------------ as of Mover
 
@@ -186,15 +188,15 @@ class PeersMover(Mover):
         self.served = unmapped
         self._reads_straight = not unmapped or self.must_map
         self._peers.tell_all(MAPPED)
-        self._advance()
+        self.advance()
 
     def start(self, step: Step) -> None:
         self._started.append(step)
         self._wanted_at[id(step)] = time.monotonic()
-        self._advance()
+        self.advance()
 
     def has_arrived(self, step: Step) -> bool:
-        self._advance()
+        self.advance()
         if self._reads_straight:
             if self._find(step) is None:
                 return False
@@ -205,6 +207,19 @@ class PeersMover(Mover):
             return False
         self._finish(step)
         return True
+
+    def advance(self) -> None:
+        is_open = self.move.buffer.is_named and self._reads_straight is not None
+        if is_open and self._peers.all_said(MAPPED):
+            self.move.buffer.unlink()
+        self._fill_slots(self._count_read())
+        while self._filling and self._filling[0][2].query():
+            self._offer(self._filling.popleft())
+        while self._started and self._reads_straight is False:
+            start = self._find(self._started[0])
+            if start is None:
+                break
+            self._copy(self._started.popleft(), start)
 
     def lies_at(self, step: Step) -> tuple[int, int]:
         if not self._reads_straight:
@@ -218,7 +233,7 @@ class PeersMover(Mover):
     def done_with(self, step: Step) -> None:
         if self._reads_straight:
             self._finish(step)
-        self._advance()
+        self.advance()
 
     def let_go(self) -> None:
         self._memory.clear()
@@ -233,26 +248,14 @@ class PeersMover(Mover):
 
     # ------------------------------------------------------------------ parts of the above
 
-    def _advance(self) -> None:
-        """Do whatever can be done by now, without waiting."""
-        is_open = self.move.buffer.is_named and self._reads_straight is not None
-        if is_open and self._peers.all_said(MAPPED):
-            self.move.buffer.unlink()
-        read_by_all = self._count_read()
-        while self._waiting and self._filled - read_by_all < _SLOTS:
-            self._fill(self._waiting.popleft())
-        while self._filling and self._filling[0][2].query():
-            self._offer(self._filling.popleft())
-        while self._started and self._reads_straight is False:
-            start = self._find(self._started[0])
-            if start is None:
-                break
-            self._copy(self._started.popleft(), start)
-
     def _count_read(self) -> int:
         """How many own buckets every rank has done with."""
         count, reader = self._peers.slowest(TAKEN)
         return self._done if reader is None else min(count, self._done)
+
+    def _fill_slots(self, read_by_all: int) -> None:
+        while self._waiting and self._filled - read_by_all < _SLOTS:
+            self._fill(self._waiting.popleft())
 
     def _fill(self, step: Step) -> None:
         """Begin to copy an own bucket into its slot of staging, which nobody reads any more."""

@@ -1,0 +1,108 @@
+"""Sums that tell tensors apart, many at a time: so few operations that a GPU is not kept waiting."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from checkpoint_engine.loading.replay.geometry import UNITS
+
+_AT_ONCE = {True: 1 << 20, False: 64 << 20}
+_GATHERED = {True: 128 << 10, False: 64 << 20}
+"""Bytes that are summed up at a time, of one tensor and of several; on CPUs, so few that they stay
+in a cache."""
+_ROW = 1 << 14
+
+
+def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of each tensor, a number that tells it from others of its shape and dtype, in order.
+
+    It is a sum of words of 4 bytes or fewer, each times an odd factor of 8 bytes that depends on
+    its place in the tensor. No change of one word is lost, and others about as often as the factors
+    of two places, which are as good as random, differ by 2 to the power of 33.
+    """
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        alike[tensor.shape, tensor.dtype, tensor.device].append(place)
+    if not alike:
+        return torch.empty(0, dtype=torch.int64)
+    sums = [_of_alike([tensors[place] for place in places]) for places in alike.values()]
+    if len(sums) == 1:
+        return sums[0]
+    device = sums[0].device
+    order = torch.tensor([place for places in alike.values() for place in places])
+    together = torch.cat([one.to(device) for one in sums])
+    return torch.empty_like(together).index_copy_(0, order.to(device), together)
+
+
+def _of_alike(tensors: list[torch.Tensor]) -> torch.Tensor:
+    nbytes, is_on_cpu = tensors[0].nbytes, tensors[0].device.type == "cpu"
+    if nbytes > _AT_ONCE[is_on_cpu]:
+        return torch.stack([_of_large(tensor, _AT_ONCE[is_on_cpu]) for tensor in tensors])
+    each = max(1, _GATHERED[is_on_cpu] // max(1, nbytes))
+    groups = (tensors[begin : begin + each] for begin in range(0, len(tensors), each))
+    return torch.cat([_of_group(group) for group in groups])
+
+
+def _of_large(tensor: torch.Tensor, most: int) -> torch.Tensor:
+    tensor = tensor.squeeze()
+    rows = max(1, len(tensor) * most // tensor.nbytes)
+    return weighted(digests(tensor.split(rows))[None], 2)[0]
+
+
+def _of_group(tensors: list[torch.Tensor]) -> torch.Tensor:
+    bits = [_bits(tensor) for tensor in tensors]
+    stacked = bits[0][None] if len(bits) == 1 else torch.stack(bits)
+    words = stacked.reshape(len(bits), bits[0].numel()).contiguous()
+    if words.shape[1] * words.itemsize % 4 == 0:
+        if words.storage_offset() * words.itemsize % 4:
+            words = words.clone()
+        words = words.view(torch.int32)
+    return _sum_words(words)
+
+
+def _sum_words(words: torch.Tensor) -> torch.Tensor:
+    count, length = words.shape
+    if length <= _ROW:
+        return weighted(words, 0)
+    whole = length // _ROW * _ROW
+    rows = words[:, :whole].reshape(count, -1, _ROW)
+    return weighted(weighted(rows, 0), 1) + 5 * _sum_words(words[:, whole:])
+
+
+def weighted(words: torch.Tensor, seed: int) -> torch.Tensor:
+    return (words * _factors(words.shape[-1], words.device, seed)).sum(-1)
+
+
+def _factors(count: int, device: torch.device, seed: int) -> torch.Tensor:
+    """Odd numbers, as random as those of SplitMix64."""
+    if count > _ROW:
+        return _mixed(count, device, seed)
+    return _kept(device, seed)[:count]
+
+
+@cache
+def _kept(device: torch.device, seed: int) -> torch.Tensor:
+    return _mixed(_ROW, device, seed)
+
+
+def _mixed(count: int, device: torch.device, seed: int) -> torch.Tensor:
+    x = (torch.arange(count, device=device) + (seed << 32) + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift)) * factor
+    return (x ^ (x >> 31)) | 1
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype in _INTEGERS:
+        return tensor
+    tensor = tensor.detach()
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(UNITS[tensor.itemsize])
+
+
+_INTEGERS = set(UNITS.values())
