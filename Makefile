@@ -29,10 +29,11 @@ FAST := access api checkpoint_files checkpoint_folder checksum client contract d
 	store threads wire worker
 FAST_TESTS := $(FAST:%=tests/test_%.py)
 SOAK_UPDATES ?= 200
+SOAK_STEPS ?= 2000
 
 .DEFAULT_GOAL := help
 .PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-vllm certify lint format \
-	install clean test-faults soak
+	install clean test-faults soak soak-long
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +53,9 @@ test-lowest: $(LOWEST_INSTALLED) ## with the lowest versions of Python, torch an
 
 test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
 	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+soak-long: $(INSTALLED) ## random faults, sizes, joins and restarts: SOAK_STEPS of them; what grows?
+	@$(BIN)/python tests/faults/soak_long.py --updates $(SOAK_STEPS)
 
 soak: $(INSTALLED) ## updates with random faults: SOAK_UPDATES of them
 	@$(BIN)/python tests/faults/soak.py --updates $(SOAK_UPDATES)

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     NonNegativeInt,
     PlainSerializer,
     PlainValidator,
@@ -189,7 +190,7 @@ class MemoryBufferMetas(BaseModel):
     ``checksums`` is this library's: of each tensor, see ``memory.checksum``, base64.
     """
 
-    metas: list[ParameterMeta]
+    metas: Annotated[list[ParameterMeta], FailFast()]
     ptr: NonNegativeInt
     size: NonNegativeInt
     checksums: str | None = None
@@ -232,7 +233,7 @@ class MemoryBufferMetaList(BaseModel):
     """
 
     p2p_store_addr: str | None
-    memory_buffer_metas_list: list[MemoryBufferMetas]
+    memory_buffer_metas_list: Annotated[list[MemoryBufferMetas], FailFast()]
     rdma_device: Annotated[str, BeforeValidator(lambda v: "" if v is None else v)]
     lease: Lease | None = None
     __setstate__ = _set_valid_state

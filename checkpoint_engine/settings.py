@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 GIB = 1 << 30
 LONGEST_UPDATE = 30 * 86_400.0
@@ -134,9 +134,26 @@ p2p_host = Variable("PS_P2P_HOST", None, _own_address, "an IP address of this ho
 p2p_protocol = _one_of("PS_P2P_PROTOCOL", None, "rdma", "efa", "ascend_direct", "tcp")
 rdma_devices, nccl_ib_hca = _text("PS_P2P_STORE_RDMA_DEVICES"), _text("NCCL_IB_HCA")
 gloo_interface = _text("GLOO_SOCKET_IFNAME")
+liveness_port = Variable("PS_LIVENESS_PORT", 0, _port, "a port from 1 to 65534")
 master_addr = Variable("MASTER_ADDR", None, _host, "a host name or an IP address, without a port")
 master_port = Variable(
     "MASTER_PORT", None, _port, "a port from 1 to 65534: the ranks meet at the next one"
+)
+
+
+_OF_SERVERS: tuple[Variable[Any], ...] = (
+    max_bucket_bytes,
+    retain_host_memory,
+    keeps_groups,
+    shares_memory,
+    cpu_transport,
+    checksum,
+    ipc_abstract,
+    admitted_users,
+    p2p,
+    p2p_host,
+    p2p_protocol,
+    liveness_port,
 )
 
 
@@ -146,19 +163,7 @@ def check_server() -> None:
     Raises:
         ValueError: one is not allowed.
     """
-    for variable in (
-        max_bucket_bytes,
-        retain_host_memory,
-        keeps_groups,
-        shares_memory,
-        cpu_transport,
-        checksum,
-        ipc_abstract,
-        admitted_users,
-        p2p,
-        p2p_host,
-        p2p_protocol,
-    ):
+    for variable in _OF_SERVERS:
         variable()
 
 

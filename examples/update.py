@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from loguru import logger
 
 from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
 from checkpoint_engine.distributed import use_backend
@@ -38,7 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint-path", type=Path, help="folder of the checkpoint")
     add("--save-metas-file", type=Path, help="write for --load-metas-file who owns what")
-    add("--load-metas-file", type=Path, help="take the weights from the ranks that wrote this")
+    add("--load-metas-file", type=Path, help="take the weights from the ranks that wrote this, "
+        "also where --checkpoint-path is given")  # fmt: skip
     add("--metas-url", help="the same, from a server's /v1/metas; PS_HTTP_TOKEN is sent")
     add("--sleep-time", type=float, default=0, help="seconds to stay alive for others to read from")
     add("--endpoint", default="http://localhost:19730", help="of the engine")
@@ -51,9 +54,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ready-timeout", type=float, default=300, help="seconds that the engine may take to be up"
     )
     args = parser.parse_args(argv)
-    sources = [args.checkpoint_path, args.load_metas_file, args.metas_url]
-    if sum(source is not None for source in sources) != 1:
-        parser.error("give one of --checkpoint-path, --load-metas-file and --metas-url")
+    metas = [args.load_metas_file, args.metas_url]
+    if None not in metas:
+        parser.error("give one of --load-metas-file and --metas-url")
+    if args.checkpoint_path is None and metas == [None, None]:
+        parser.error("give --checkpoint-path, --load-metas-file or --metas-url")
     if args.inference_parallel_size < 1:
         parser.error("--inference-parallel-size must be at least 1")
     return args
@@ -61,12 +66,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if missing := [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]:
+        sys.exit(
+            f"{' and '.join(missing)} not set: start one process per worker, as torchrun does: "
+            f"torchrun --nproc-per-node {args.inference_parallel_size} {' '.join(sys.argv)}"
+        )
     use_backend(args.custom_dist)
     job = Job(args, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
-    if args.checkpoint_path is not None:
+    if args.load_metas_file is None and args.metas_url is None:
         job.send()
     else:
         job.join()
+    time.sleep(args.sleep_time)
 
 
 class Job:
@@ -81,37 +92,37 @@ class Job:
     def send(self) -> None:
         """Load the checkpoint, a part on each rank, and send it to the engines."""
         args, name = self.args, self.args.checkpoint_name
-        with self.phase("register") as done:
+        with self.phase("register", "Register checkpoint") as done:
             files, tensors, nbytes = load_share(args.checkpoint_path, self.rank, self.world_size)
             self.ps.register_checkpoint(name, files=files, named_tensors=tensors)
             done(nbytes)
-        self.gather()
+        self.gather("Gather metas")
         if args.save_metas_file is not None and self.rank == 0:
             write_atomically(args.save_metas_file, encode_metas(self.ps.get_metas()))
         if args.update_method in ("broadcast", "all"):
-            self.update("broadcast", None)
+            self.update("broadcast", None, "Update weights without setting ranks")
         if args.update_method in ("p2p", "all"):
-            self.update("p2p", self.first_engine())
-        time.sleep(args.sleep_time)
+            self.update("p2p", self.first_engine(), "Update weights with setting ranks")
 
     def join(self) -> None:
         """Take the weights from the memory of another world's ranks."""
         self.ps.register_checkpoint(self.args.checkpoint_name)
-        self.gather()
+        self.gather("Gather metas before join")
         self.ps.load_metas(read_metas(self.args))
-        self.update("p2p", list(range(self.world_size)))
+        text = f"Update weights with setting ranks as range(0, {self.world_size}) by using p2p"
+        self.update("p2p", list(range(self.world_size)), text)
 
-    def gather(self) -> None:
+    def gather(self, text: str) -> None:
         """Learn who owns what, once the engines are up: this is where ranks start to wait."""
         if self.leads_engine():
-            with self.phase("wait"):
+            with self.phase("wait", "Wait for the engine"):
                 health = f"{self.args.endpoint}/health"
                 wait_until_ready(health, self.args.ready_timeout, self.args.uds)
-        with self.phase("gather"):
+        with self.phase("gather", text):
             self.ps.gather_metas(self.args.checkpoint_name)
 
-    def update(self, method: str, ranks: list[int] | None) -> None:
-        with self.phase(method) as done:
+    def update(self, method: str, ranks: list[int] | None, text: str) -> None:
+        with self.phase(method, text) as done:
             name = self.args.checkpoint_name
             done(self.ps.update(name, self.ask_engine, ranks=ranks).bytes)
 
@@ -130,8 +141,9 @@ class Job:
         return list(range(min(self.args.inference_parallel_size, self.world_size)))
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[int], None]]:
-        """Time a step and print it on rank 0. The step may say how many bytes it moved."""
+    def phase(self, name: str, text: str) -> Iterator[Callable[[int], None]]:
+        """Time a step: rank 0 prints it, and all ranks log it as the original's example does. The
+        step may say how many bytes it moved."""
         moved = 0
 
         def done(nbytes: int) -> None:
@@ -141,6 +153,7 @@ class Job:
         start = time.perf_counter()
         yield done
         seconds = time.perf_counter() - start
+        logger.info(f"{text} duration: {seconds:.2f} seconds")
         if self.rank == 0:
             rate = f" {moved / 1e9:8.3f} GB {moved / 1e9 / seconds:7.2f} GB/s" if moved else ""
             print(f"{name:<9} {seconds:8.3f} s{rate}", flush=True)

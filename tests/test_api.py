@@ -245,7 +245,7 @@ def test_openapi_describes_every_route(api: httpx.Client) -> None:
         "/v1/metas": ["get", "post"],
         "/v1/status": ["get"],
         "/v1/jobs": ["get"],
-        "/v1/jobs/{id}": ["get"],
+        "/v1/jobs/{id}": ["delete", "get"],
         "/metrics": ["get"],
     }
 

@@ -239,16 +239,22 @@ def test_a_checkpoint_that_one_rank_cannot_register_is_on_none(
     good = sorted(checkpoint.iterdir())[0]
     error = json_of("register", "step-4", good, tmp_path / "none.safetensors", *server, code=1)
     assert "none.safetensors" in error["error"]["message"]
-    assert error["error"]["hint"] == ""
+    assert error["error"]["cause"] == "not_found"
+    assert error["error"]["hint"].startswith("see that the path is the same on the server's")
     json_of("register", "step-4", checkpoint, *server)
     json_of("unregister", "step-4", *server)
 
 
-@pytest.mark.parametrize("command", ["update", "unregister"])
-def test_a_name_that_no_rank_knows(server: list[str], registered: str, command: str) -> None:
-    error = json_of(command, "step-9", *server, code=1)["error"]
+@pytest.mark.parametrize("command", [["update", "--engine", "http://127.0.0.1:9"], ["unregister"]])
+def test_a_name_that_no_rank_knows(server: list[str], registered: str, command: list[str]) -> None:
+    error = json_of(*command, "step-9", *server, code=1)["error"]
     assert "no rank has registered 'step-9'; registered: step-1" in error["message"]
     assert len(json_of("metas", registered, *server)) == RANKS
+
+
+def test_an_update_that_asks_nobody_is_wrong_usage(server: list[str], registered: str) -> None:
+    error = json_of("update", registered, *server, code=2)["error"]
+    assert "nobody is asked to receive" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -441,14 +447,16 @@ def test_status_says_how_far_a_call_is_and_what_is_served() -> None:
 
 def test_metas_that_were_loaded_are_read_where_nothing_is_registered() -> None:
     """These servers have no route to gather."""
-    with ranks(metas_loaded=True) as places:
+    engines = ["--engine", "http://127.0.0.1:9", "--engine", "http://127.0.0.1:10"]
+    with ranks(metas_loaded=True) as servers:
+        places = [*servers, *engines]
         assert json_of("update", "c", *places, "--ranks", "0-1")["ranks"] == [0, 1]
         error = json_of("update", "c", *places, code=1)["error"]
         assert "no rank has registered 'c'; registered: nothing" in error["message"]
         error = json_of("update", "c", *places, "--ranks", "0", "--gather", code=1)["error"]
         assert "no rank has registered 'c'" in error["message"]
-    with ranks() as places:
-        error = json_of("update", "c", *places, "--ranks", "0", code=1)["error"]
+    with ranks() as servers:
+        error = json_of("update", "c", *servers, *engines, "--ranks", "0", code=1)["error"]
         assert "no-gather" not in error["message"]
 
 

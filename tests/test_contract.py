@@ -176,7 +176,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> ps.ParameterServer:
 def test_attributes_that_clients_touch(server: ps.ParameterServer) -> None:
     assert [name for name in ATTRIBUTES.split() if not hasattr(server, name)] == []
     assert server.device_manager.device_type == "cpu"
-    assert server.device_manager.device_module is torch.cpu
+    module = server.device_manager.device_module
+    assert (module.current_device, module.Stream) == (torch.cpu.current_device, torch.cpu.Stream)
+    module.empty_cache()
+    free, total = module.mem_get_info()
+    assert 0 < free <= total
     assert server.device_manager.backend == "gloo"
     server._p2p_store = None
     server.my_own_method = print  # verl puts a method of its own on the instance

@@ -29,7 +29,7 @@ def test_ps_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PS_DEVICE", "cpu")
     assert detect_device_type() == "cpu"
     assert DeviceManager().device_type == "cpu"
-    assert DeviceManager().device_module is torch.cpu
+    assert DeviceManager().device_module.Stream is torch.cpu.Stream
 
 
 @pytest.mark.parametrize("wanted", ["tpu", "", "CPU", "cuda:0"])

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from checkpoint_engine.cli import commands
 from checkpoint_engine.ground import rdma
 from checkpoint_engine.tools import doctor
 from checkpoint_engine.tools.doctor import Finding
+from checkpoint_engine.world.control import ControlPlane
 
 
 def findings_of(check: object) -> list[Finding]:
@@ -143,6 +146,80 @@ def test_mooncake_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert finding.level == "warning"
     wheel = "mooncake-transfer-engine" + ("" if torch.cuda.is_available() else "-non-cuda")
     assert finding.mend == f"pip install {wheel}"
+
+
+def test_a_mooncake_for_cuda_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "mooncake.engine":
+                raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "_installed", lambda *names: SimpleNamespace(version="1"))
+    monkeypatch.delitem(sys.modules, "mooncake.engine", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    (finding,) = findings_of(doctor._mooncake)
+    assert (finding.level, "libcudart.so.12" in finding.seen) == ("warning", True)
+    assert "pip install mooncake-transfer-engine-non-cuda" in finding.mend
+
+
+def test_where_p2p_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_P2P_HOST", "127.0.0.1")
+    (finding,) = findings_of(doctor._p2p_exposure)
+    assert (finding.level, "127.0.0.1" in finding.seen) == ("ok", True)
+    monkeypatch.delenv("PS_P2P_HOST")
+    monkeypatch.setattr(ControlPlane, "reachable_ip", lambda control: "8.8.8.8")
+    (finding,) = findings_of(doctor._p2p_exposure)
+    assert (finding.level, "PS_P2P_HOST" in finding.mend) == ("warning", True)
+    monkeypatch.setenv("PS_P2P", "off")
+    (finding,) = findings_of(doctor._p2p_exposure)
+    assert (finding.level, finding.seen) == ("ok", "PS_P2P=off: nothing listens")
+
+
+def test_ports_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert findings_of(doctor._ports) == []
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("PS_LIVENESS_PORT", str(port))
+        (finding,) = findings_of(doctor._ports)
+        assert (finding.level, finding.subject) == ("warning", "PS_LIVENESS_PORT")
+        monkeypatch.setenv("MASTER_PORT", str(port - 1))
+        monkeypatch.delenv("PS_LIVENESS_PORT")
+        (finding,) = findings_of(doctor._ports)
+        assert (finding.level, finding.subject) == ("warning", "MASTER_PORT + 1")
+        assert "in use" in finding.seen
+    (finding,) = findings_of(doctor._ports)
+    assert (finding.level, finding.seen) == ("ok", f"port {port}")
+
+
+def test_where_the_sockets_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "sockets"
+    monkeypatch.setenv("PS_IPC_DIR", str(folder))
+    (finding,) = findings_of(doctor._sockets)
+    assert (finding.level, finding.seen) == ("ok", f"in {folder}")
+    assert not folder.exists()  # it changes nothing
+    folder.mkdir()
+    folder.chmod(0o777)
+    (finding,) = findings_of(doctor._sockets)
+    assert (finding.level, "other users may write" in finding.seen) == ("broken", True)
+    monkeypatch.setenv("PS_IPC_DIR", str(tmp_path / ("x" * 100)))
+    (finding,) = findings_of(doctor._sockets)
+    assert (finding.level, "longer than 107 bytes" in finding.seen) == ("broken", True)
+    monkeypatch.setenv("PS_IPC_ABSTRACT", "1")
+    (finding,) = findings_of(doctor._sockets)
+    assert finding.level == "note"
+
+
+def test_a_second_copy_of_this_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(Path(doctor.__file__).parents[2])])
+    (finding,) = findings_of(doctor._copies)
+    assert finding.level == "ok"
+    other = tmp_path / "checkpoint_engine" / "__init__.py"
+    other.parent.mkdir()
+    other.touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (finding,) = findings_of(doctor._copies)
+    assert (finding.level, str(other.parent) in finding.seen) == ("warning", True)
 
 
 def test_a_slow_copy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,3 +259,17 @@ def test_lines_of_rank_0_may_come_in_pieces(rank_0: Rank0) -> None:
         connection.sendall(b"\n")
         soon(lambda: not guest.gone, "the third line")
         guest.close()
+
+
+def test_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("PS_LIVENESS_PORT", str(port))
+        with pytest.raises(
+            RuntimeError, match=f"cannot listen at PS_LIVENESS_PORT={port}: .*in use"
+        ):
+            LivenessServer(SIZE)
+    host = LivenessServer(SIZE)
+    assert host.port == port
+    host.close()
+    LivenessServer(SIZE).close()  # a restarted rank 0 takes the same

@@ -55,7 +55,7 @@ REPORT = UpdateReport(
 
 def test_a_job_that_is_waited_for() -> None:
     jobs = Jobs()
-    assert jobs.run("update", "c", lambda: REPORT) is REPORT
+    assert jobs.start("update", "c", lambda: REPORT)[1].result() is REPORT
     (job,) = jobs.all()
     assert (job.call, job.checkpoint, job.state, job.report) == ("update", "c", "done", REPORT)
 
@@ -63,7 +63,7 @@ def test_a_job_that_is_waited_for() -> None:
 def test_a_job_that_fails_raises_and_is_remembered() -> None:
     jobs = Jobs()
     with pytest.raises(BusyError):
-        jobs.run("update", "c", lambda: raising(BusyError("another one runs")))
+        jobs.start("update", "c", lambda: raising(BusyError("another one runs")))[1].result()
     (job,) = jobs.all()
     assert job.state == "failed"
     assert job.error is not None
@@ -72,7 +72,7 @@ def test_a_job_that_fails_raises_and_is_remembered() -> None:
 
 def test_a_job_that_is_not_waited_for() -> None:
     jobs, go_on = Jobs(), threading.Event()
-    job = jobs.start("gather", "c", lambda: go_on.wait(20))
+    job, _ = jobs.start("gather", "c", lambda: go_on.wait(20))
     assert job.state == "running"
     assert until(lambda: jobs.find(job.id), lambda found: found.seconds > 0).state == "running"
     go_on.set()
@@ -81,9 +81,9 @@ def test_a_job_that_is_not_waited_for() -> None:
 
 def test_only_the_last_jobs_are_remembered_and_none_that_runs_is_forgotten() -> None:
     jobs, go_on = Jobs(), threading.Event()
-    running = jobs.start("update", "slow", lambda: go_on.wait(20))
+    running, _ = jobs.start("update", "slow", lambda: go_on.wait(20))
     for number in range(150):
-        jobs.run("gather", str(number), lambda: None)
+        jobs.start("gather", str(number), lambda: None)[1].result()
     listed = jobs.all()
     assert listed[0].checkpoint == "149"
     assert len(listed) <= 102
@@ -221,7 +221,7 @@ def test_metrics_count_what_happened(world: World, engine: Engine, url: str) -> 
         return after[key] - before[key]
 
     assert rise("checkpoint_engine_calls_total", "update", "done") == 1
-    assert rise("checkpoint_engine_failures_total", "update", "request_failed") == 1
+    assert rise("checkpoint_engine_failures_total", "request_failed") == 1
     moved = sum(weight.nbytes for weight in WEIGHTS.values())
     assert moved <= rise("checkpoint_engine_updated_bytes_total") <= moved + 256 * len(WEIGHTS)
     assert rise("checkpoint_engine_phase_seconds_total", "reload") > 0
@@ -233,8 +233,11 @@ def test_metrics_count_what_happened(world: World, engine: Engine, url: str) -> 
     )
 
 
-def served(world: World) -> list[tuple[str, ...]]:
-    return [key[1:] for key in figures(world) if key[0] == "checkpoint_engine_served"]
+def served(world: World) -> dict[str, float]:
+    """By engine, a number of what it serves."""
+    found = figures(world)
+    engines = [key[1] for key in found if key[0] == "checkpoint_engine_served"]
+    return {one: found["checkpoint_engine_served_version", one] for one in engines}
 
 
 @pytest.mark.usefixtures("registered")
@@ -242,21 +245,36 @@ def test_metrics_say_which_version_each_engine_serves(
     world: World, engine: Engine, url: str
 ) -> None:
     assert_good(world.update(url))
-    ((checkpoint, name, version),) = served(world)
+    ((name, number),) = served(world).items()
     status = world.clients[0].get("/v1/status").json()
-    assert checkpoint == "c"
-    assert version == status["jobs"][0]["report"]["version"] == status["served"]["version"]
-    assert name
+    assert status["jobs"][0]["report"]["version"] == status["served"]["version"]
+    assert status["served"]["engine"] == name
     engine.refusal = "no"
     world.update(url)
-    assert served(world) == [(checkpoint, name, version)]  # nothing has been written
+    assert served(world) == {name: number}  # nothing has been written
     engine.refusal = ""
     engine.on_bucket = lambda: raising(RuntimeError("no room"))
     world.update(url)
-    assert served(world) == []
+    assert served(world) == {}
     engine.on_bucket = lambda: None
     assert_good(world.update(url))
-    assert [labels[0] for labels in served(world)] == ["c"]
+    assert served(world)[name] not in (number, 0)  # another version
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_rank_has_few_series_and_no_more_with_every_update(
+    world: World, engine: Engine, url: str
+) -> None:
+    idle = figures(world).keys()
+    assert len(idle) <= 78  # and two of what its engine serves
+    assert_good(world.update(url))
+    first = figures(world).keys()
+    assert len(first) <= 80
+    assert_good(world.update(url))
+    engine.refusal = "no"
+    world.update(url)
+    assert figures(world).keys() == first
+    assert not [key for key in first if "_created" in key[0]]
 
 
 def while_reloading(world: World) -> dict[str, Any]:
@@ -339,7 +357,7 @@ def test_what_is_known_of_a_failure_is_told() -> None:
     error.trace = "/traces/c-1-failed.json"
     jobs = Jobs()
     with pytest.raises(UpdateError):
-        jobs.run("update", "c", lambda: raising(error))
+        jobs.start("update", "c", lambda: raising(error))[1].result()
     told = json.loads(jobs.all()[0].model_dump_json())["error"]
     assert (told["rank"], told["phase"]) == (1, "reload")
     assert told["engines"] == {"0": "untouched", "1": "partly written"}

@@ -496,6 +496,10 @@ def test_the_protocol_fits_the_hardware(
             "raise ImportError('libibverbs.so.1: cannot open shared object file')",
             "libibverbs.so.1: cannot open.*packages libibverbs1 and libnuma1",
         ),
+        (
+            "raise ImportError('libcudart.so.12: cannot open shared object file')",
+            "libcudart.so.12: cannot open.*wheel is for CUDA.*mooncake-transfer-engine-non-cuda",
+        ),
         (None, "Mooncake is not installed.*checkpoint-engine.p2p.*non-cuda"),
     ],
 )

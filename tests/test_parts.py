@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import TensorPart, align_up
 from checkpoint_engine.errors import UpdateError, WireError
+from checkpoint_engine.ground import devices
 from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import BucketSize
@@ -246,3 +248,31 @@ def test_what_came_in_parts_is_learned_and_replayed(
         server.unregister_checkpoint("m")
     assert how[0] == "recorded"
     assert how[-2:] == ["replayed", "replayed"]
+
+
+def test_the_first_update_sends_in_parts_what_shared_memory_has_no_room_for(
+    server: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker is asked in the handshake, and no earlier one needs to have said that it can."""
+    monkeypatch.setattr(plan, "SMALLEST_CUT", 1 << 10)
+    room = SimpleNamespace(free=60_000)
+    monkeypatch.setattr(devices.shutil, "disk_usage", lambda folder: room)
+    assert server._server.joins_parts is None
+    with pytest.raises(UpdateError, match="update again"):
+        server.update("c", OtherWorker())
+    with pytest.raises(UpdateError, match=r"can spare 54000 bytes.*: free room in /dev/shm or"):
+        server.update("c", OtherWorker())
+    server._server.joins_parts = None
+    loaded: dict[str, torch.Tensor] = {}
+
+    def load(weights: Any) -> None:
+        loaded.update({name: tensor.clone() for name, tensor in weights})
+
+    def receive(paths: list[tuple[str, str]]) -> None:
+        with zmq.Context() as context:
+            update_weights_from_ipc(context, paths[0][1], None, run=load)
+
+    report = server.update("c", receive)
+    assert report.bucket_bytes < 30_000
+    assert digests(loaded) == digests(tensors())

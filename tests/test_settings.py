@@ -29,6 +29,7 @@ GIB = 1 << 30
         ("PS_P2P_PROTOCOL", None, {"tcp": "tcp", "ascend_direct": "ascend_direct"}),
         ("PS_P2P", "on", {"on": "on", "off": "off"}),
         ("PS_P2P_HOST", None, {"127.0.0.1": "127.0.0.1"}),
+        ("PS_LIVENESS_PORT", 0, {"19": 19, "65534": 65534}),
         ("PS_TRACE", "", {"/a b": "/a b"}),
         ("MASTER_PORT", None, {"1": 1, "65534": 65534}),
         (

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 from safetensors.torch import save_file
 
 from checkpoint_engine.memory.files import open_files, view_tensors
@@ -51,7 +53,6 @@ def test_defaults() -> None:
     "argv",
     [
         [],
-        ["--checkpoint-path=a", "--load-metas-file=b"],
         ["--load-metas-file=b", "--metas-url=http://c"],
         ["--checkpoint-path=a", "--inference-parallel-size=0"],
         ["--checkpoint-path=a", "--update-method=magic"],
@@ -178,3 +179,44 @@ def test_metas_are_written_whole_and_read_back(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=f"{path}: not the metas"):
         update.read_metas(args)
+
+
+def test_metas_count_where_there_is_a_path_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the original's example."""
+    done: list[str] = []
+    for call in ("send", "join"):
+        monkeypatch.setattr(update.Job, call, lambda job, call=call: done.append(call))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P", "off")
+    for more in ([], ["--load-metas-file=b"], ["--metas-url=http://c"]):
+        monkeypatch.setattr("sys.argv", ["update.py", "--checkpoint-path=a", *more])
+        update.main()
+    assert done == ["send", "join", "join"]
+
+
+def test_without_torchrun_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("sys.argv", ["update.py", "--checkpoint-path=a"])
+    with pytest.raises(
+        SystemExit, match=r"RANK and WORLD_SIZE not set.*torchrun --nproc-per-node 8"
+    ):
+        update.main()
+
+
+def test_what_scripts_read_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """The original's lines, on every rank."""
+    logged: list[str] = []
+    sink = logger.add(lambda line: logged.append(line.record["message"]))
+    try:
+        job: Any = SimpleNamespace(rank=1, phase=update.Job.phase)
+        with update.Job.phase(job, "gather", "Gather metas"):
+            pass
+    finally:
+        logger.remove(sink)
+    assert [re.sub(r"[0-9.]+", "N", line) for line in logged] == [
+        "Gather metas duration: N seconds"
+    ]
+    assert capsys.readouterr().out == ""

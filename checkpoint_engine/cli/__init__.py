@@ -4,7 +4,7 @@ certify an engine.
 Exit codes: 0 done; 1 it failed, ``doctor`` found something broken, or
 ``certify`` something that is not right; 2 wrong usage; 3 a server
 does not answer; 4 it is busy. With ``--json`` every command but ``serve`` writes one JSON document
-to stdout, and a failure writes ``{"error": {"code", "message", "hint"}}``.
+to stdout, and a failure writes ``{"error": {"code", "message", "cause", "hint"}}``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from checkpoint_engine.cli.doctor import doctor
 from checkpoint_engine.cli.output import Commands
 from checkpoint_engine.cli.plan import plan
 from checkpoint_engine.cli.serve import serve
-from checkpoint_engine.cli.service import metas, register, status, unregister, update
+from checkpoint_engine.cli.service import cancel, metas, register, status, unregister, update
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,7 +34,7 @@ def commands() -> None:
     """
 
 
-for command in (serve, register, update, metas, status, unregister, plan, doctor, certify):
+for command in (serve, register, update, metas, status, cancel, unregister, plan, doctor, certify):
     commands.add_command(command)
 
 

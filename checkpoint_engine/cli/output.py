@@ -14,8 +14,14 @@ import click
 
 from checkpoint_engine.settings import LONGEST_UPDATE
 
-FAILED, WRONG_USAGE, UNREACHABLE, BUSY = 1, 2, 3, 4
-_CODES = {FAILED: "failed", WRONG_USAGE: "usage", UNREACHABLE: "unreachable", BUSY: "busy"}
+FAILED, WRONG_USAGE, UNREACHABLE, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
+_CODES = {
+    FAILED: "failed",
+    WRONG_USAGE: "usage",
+    UNREACHABLE: "unreachable",
+    BUSY: "busy",
+    INTERRUPTED: "interrupted",
+}
 
 
 class Shown(NamedTuple):
@@ -27,11 +33,17 @@ class Shown(NamedTuple):
 
 
 class Failure(click.ClickException):
-    """A command could not do what it was asked to. ``hint``: what to do about it."""
+    """A command could not do what it was asked to.
+
+    Attributes:
+        hint: what to do about it.
+        cause: one of ``errors.KINDS``, where the server said so.
+    """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = FAILED) -> None:
         super().__init__(message)
         self.hint = hint
+        self.cause = ""
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: IO[Any] | None = None) -> None:
@@ -60,7 +72,8 @@ class Commands(click.Group):
         except (click.ClickException, click.Abort) as error:
             failure = error if isinstance(error, click.ClickException) else Failure("interrupted")
             told = {"code": _CODES[failure.exit_code], "message": failure.format_message()}
-            told["hint"] = getattr(failure, "hint", "")  # click's own have none
+            told["cause"] = getattr(failure, "cause", "")  # click's own have neither
+            told["hint"] = getattr(failure, "hint", "")
             click.echo(json.dumps({"error": told}, indent=1))
             sys.exit(failure.exit_code)
 

@@ -68,7 +68,11 @@ class RankService:
         except ValueError as error:
             raise ServiceError(self.place, 400, str(error)) from None
         except httpx.HTTPStatusError as error:
-            raise refusal(self.place, error.response.status_code, error.response.text) from None
+            response = error.response
+            failure = refusal(self.place, response.status_code, response.text)
+            failure.cause = response.headers.get("x-error-cause", failure.cause)
+            failure.hint = failure.hint or response.headers.get("x-error-hint", "")
+            raise failure from None
         except httpx.RequestError as error:
             raise ServiceError(self.place, None, str(error), _START) from error
         with contextlib.suppress(ValueError):

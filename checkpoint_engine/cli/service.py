@@ -1,4 +1,4 @@
-"""Commands for a running service: register, update, metas, status, unregister."""
+"""Commands for a running service: register, update, metas, status, cancel, unregister."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from urllib.parse import quote
 
 import click
 
-from checkpoint_engine.cli.output import FAILED, SECONDS, UNREACHABLE, Failure, Shown, shown
+from checkpoint_engine.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    SECONDS,
+    UNREACHABLE,
+    Failure,
+    Shown,
+    shown,
+)
 from checkpoint_engine.cli.servers import (
     RankService,
     ServiceError,
@@ -50,7 +58,15 @@ def service_command(function: Callable[..., Shown]) -> Callable[..., None]:
             from checkpoint_engine.service.serve import read_token
 
             token = read_token(token_file)
-        return function(find_servers(places, (token or "").strip() or None), **arguments)
+        servers = find_servers(places, (token or "").strip() or None)
+        try:
+            return function(servers, **arguments)
+        except KeyboardInterrupt:
+            text = (
+                "interrupted: a registration goes on, and so does an update that ranks have begun"
+            )
+            hint = "`checkpoint-engine status` shows them, `checkpoint-engine cancel` ends them"
+            raise Failure(text, hint, INTERRUPTED) from None
 
     return command
 
@@ -160,7 +176,7 @@ def _check_registered(world: WorldService, name: str) -> None:
 @click.argument("name", type=_name)
 @click.option("--engine", "engines", multiple=True, metavar="URL", type=plain_url,
               help="An engine, as http://localhost:19730; repeat it in the order of the ranks "
-              "that serve it. None: no engine is asked.")  # fmt: skip
+              "that serve it.")  # fmt: skip
 @click.option("--engine-uds", "sockets", multiple=True, metavar="PATH",
               help="An engine's Unix socket; these come after --engine.")  # fmt: skip
 @click.option("--inference-parallel-size", "workers", type=click.IntRange(1), metavar="N",
@@ -182,6 +198,8 @@ def update(
     timeout: float,
 ) -> Shown:
     """Send checkpoint NAME to the engines of all ranks, or of --ranks."""
+    if not engines and not sockets:
+        raise click.UsageError("no --engine or --engine-uds: nobody is asked to receive")
     members = parse_ranks(ranks)
     world = WorldService(servers)
     size = len(world.servers)
@@ -214,7 +232,7 @@ def _requests(
     Raises:
         click.UsageError: a rank that takes part would wait for an engine that nobody asks.
     """
-    workers = workers or max(1, size // max(1, len(engines)))
+    workers = workers or max(1, size // len(engines))
     served = len(engines) * workers
     text = f"{len(engines)} engines of {workers} workers"
     if served > size:
@@ -227,9 +245,9 @@ def _requests(
             raise click.UsageError(f"ranks {group} serve one engine: name all of them or none")
         if taking_part:
             requests[first] = {**engine, "inference_group_ranks": group}
-    if engines and (alone := [rank for rank in members if rank >= served]):
+    if alone := [rank for rank in members if rank >= served]:
         text += f" serve the first {served} ranks, so ranks {alone} have none: give one --engine "
-        raise click.UsageError(text + "for each group of ranks, in their order, or none at all")
+        raise click.UsageError(text + "for each group of ranks, in their order")
     return requests
 
 
@@ -256,7 +274,7 @@ def parse_ranks(text: str) -> list[int]:
     return ranks
 
 
-# ---------------------------------------------------------------------- metas, status
+# ---------------------------------------------------------------------- metas, status, cancel
 
 
 @click.command()
@@ -355,3 +373,22 @@ def _how_far(state: dict[str, Any]) -> str:
     progress = Progress.model_validate(state["progress"])
     done = f" {progress.fraction:.0%} of {size_text(progress.total_bytes)}"
     return f" ({progress.phase}{done if progress.total_bytes else ''})"
+
+
+@click.command()
+@service_command
+def cancel(servers: list[RankService]) -> Shown:
+    """End the calls that run on the servers. A gather or an update ends on all ranks of its world;
+    an engine that was being updated may be left partly written until the next update."""
+    told = ask(servers, "GET", "/v1/jobs", collective=True)
+    running = [
+        (server, job)
+        for server, jobs in zip(servers, told, strict=True)
+        for job in jobs
+        if job["state"] == "running"
+    ]
+    for server, job in running:
+        server.ask("DELETE", f"/v1/jobs/{job['id']}")
+    cancelled = [{"server": server.place, **job} for server, job in running]
+    lines = [f"{one['server']}: cancelled {one['call']} {one['checkpoint']}" for one in cancelled]
+    return Shown({"cancelled": cancelled}, "\n".join(lines) or "nothing runs")

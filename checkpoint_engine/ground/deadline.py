@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,6 +16,29 @@ from checkpoint_engine.settings import LONGEST_UPDATE
 T = TypeVar("T")
 
 _LOOKS_PER_CHECK = 20
+_why_cancelled: ContextVar[Callable[[], str]] = ContextVar("why_cancelled", default=str)
+
+
+@contextmanager
+def cancellable(why: Callable[[], str]) -> Iterator[None]:
+    """What this thread begins in here is given up once ``why`` returns a reason."""
+    token = _why_cancelled.set(why)
+    try:
+        yield
+    finally:
+        _why_cancelled.reset(token)
+
+
+def check_cancelled() -> None:
+    """Raise if the call that this thread is in was cancelled.
+
+    Raises:
+        CollectiveError: of kind ``interrupted``; the reason.
+    """
+    if reason := _why_cancelled.get()():
+        from checkpoint_engine.errors import CollectiveError  # imports torch
+
+        raise CollectiveError(reason, "interrupted")
 
 
 class Deadline:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +127,30 @@ def detect_device_type() -> str:
     return settings.device() or next(available)
 
 
+def _cpu_memory(device: object = None) -> tuple[int, int]:
+    """Bytes of host memory: free, and of the machine."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(available_host_memory()[0], total), total
+
+
+def _memory_for_files() -> list[tuple[int, str]]:
+    """Of the cpu device: buffers are files in shared memory, and count as host memory."""
+    available, limit = available_host_memory()
+    room = shutil.disk_usage(SHARED_MEMORY_FOLDER).free
+    return [(room, f"room in {SHARED_MEMORY_FOLDER}"), (available, f"host memory ({limit})")]
+
+
+_CPU = SimpleNamespace(**vars(torch.cpu), empty_cache=lambda: None, mem_get_info=_cpu_memory)
+"""``torch.cpu``, with what programs that free and measure memory call of other devices' modules."""
+
+
 class DeviceManager:
     """The device of this process. Servers and workers make one each.
 
     Attributes:
         device_type: ``"cuda"``, ``"cpu"`` or ``"npu"``.
-        device_module: the torch module of that device, as ``torch.cuda``.
+        device_module: the torch module of that device, as ``torch.cuda``; on the cpu device also
+            with ``empty_cache`` and ``mem_get_info``.
     """
 
     def __init__(self, device_type: str | None = None) -> None:
@@ -145,7 +164,7 @@ class DeviceManager:
                 f"device type {self.device_type!r} is not available here: set PS_DEVICE to another "
                 f"of {sorted(_DEVICES)}, or unset it to choose by what the machine has"
             )
-        self.device_module: Any = getattr(torch, self.device_type)
+        self.device_module: Any = getattr(torch, self.device_type) if self.is_accelerator else _CPU
 
     @property
     def backend(self) -> str:
@@ -184,10 +203,15 @@ class DeviceManager:
 
     def free_memory(self) -> int:
         """Bytes that new buffers on the current device could take."""
-        if not self.is_accelerator:  # buffers are files in shared memory, and count as host memory
-            return min(available_host_memory()[0], shutil.disk_usage(SHARED_MEMORY_FOLDER).free)
+        if not self.is_accelerator:
+            return min(_memory_for_files())[0]
         self.device_module.empty_cache()  # memory that torch caches and does not use
         return int(self.device_module.mem_get_info()[0])
+
+    @property
+    def scarcest_memory(self) -> str:
+        """What bounds ``free_memory``, for errors."""
+        return "device memory" if self.is_accelerator else min(_memory_for_files())[1]
 
     def synchronize(self) -> None:
         """Wait for everything queued on the current device."""

@@ -1,14 +1,37 @@
-"""How much host memory this process may still take: of the machine, and of its cgroups."""
+"""What this process may still take: host memory, of the machine and its cgroups; descriptors."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+_RESERVE = 32  # descriptors; a zmq context and its sockets take 10
 CGROUP_ROOT = "/sys/fs/cgroup"
+
+
+def check_descriptors() -> None:
+    """Raise ``RuntimeError`` unless some descriptors are left for libzmq, which aborts the whole
+    process where it gets none."""
+    held: list[int] = []
+    try:
+        while len(held) < _RESERVE:
+            held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise RuntimeError(
+            f"this process has only {len(held)} file descriptors left and needs {_RESERVE}: close "
+            f"some, or raise its limit of {soft} (ulimit -n; at most {hard})"
+        ) from error
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def available_host_memory() -> tuple[int, str]:

@@ -9,6 +9,7 @@ import torch
 
 from checkpoint_engine import settings
 from checkpoint_engine.ground.devices import DeviceManager
+from checkpoint_engine.ground.limits import available_host_memory
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class LocalRank:
         """Bytes that buffers may take; the ranks of a host share the memory of the cpu device."""
         sharers = 1 if self.device_manager.is_accelerator else self.gpu_count
         return int(self.device_manager.free_memory() // sharers * self.mem_fraction)
+
+    def spare_beside(self, spare: int) -> int:
+        """Bytes that buffers of up to ``spare`` bytes and other tensors of the worker may take. On
+        the cpu device only buffers have to be in shared memory."""
+        if self.device_manager.is_accelerator:
+            return spare
+        return int(available_host_memory()[0] // self.gpu_count * self.mem_fraction)
 
 
 def find_local_rank(

@@ -43,13 +43,13 @@ def listen_only_at(listener: socket.socket, address: str) -> None:
     ``OSError`` where there are no socket filters."""
     ours = ipaddress.ip_address(address)
     protocol, offset = _DESTINATION[ours.version]
-    words = struct.unpack(f"!{len(ours.packed) // 4}I", ours.packed)
-    wanted = [(_PROTOCOL, protocol)]
-    wanted += [(_NETWORK_HEADER + offset + 4 * at, word) for at, word in enumerate(words)]
-    program: list[tuple[int, int, int, int]] = []
-    for left, (place, value) in zip(range(len(wanted), 0, -1), wanted, strict=True):
-        program += [(_LOAD, 0, 0, place), (_JUMP_UNLESS_EQUAL, 0, 2 * left - 1, value)]
-    program += [(_RETURN, 0, 0, _WHOLE_PACKET), (_RETURN, 0, 0, _NOTHING)]
+    words = enumerate(struct.unpack(f"!{len(ours.packed) // 4}I", ours.packed))
+    places = [(_NETWORK_HEADER + offset + 4 * at, word) for at, word in words]
+    wanted = [(_PROTOCOL, protocol), *places]
+    program = [(_RETURN, 0, 0, _WHOLE_PACKET), (_RETURN, 0, 0, _NOTHING)]
+    for place, value in reversed(wanted):
+        skip = len(program) - 1  # to the last one
+        program[:0] = [(_LOAD, 0, 0, place), (_JUMP_UNLESS_EQUAL, 0, skip, value)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
     option = struct.pack("HP", len(program), ctypes.addressof(code))
     listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, option)

@@ -21,6 +21,7 @@ from checkpoint_engine import settings
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.folders import check_private
+from checkpoint_engine.ground.limits import check_descriptors
 from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.stale_files import create_locked, stale_files
 from checkpoint_engine.handover.wire import ACK, encode_abort
@@ -53,11 +54,7 @@ def new_address() -> tuple[str, Path | None, int]:
     folder = _socket_folder()
     for stale in stale_files(folder, f"{_PREFIX}*.lock"):
         _remove_files(stale)
-    if len(os.fsencode(folder / name)) > _MAX_PATH:
-        raise RuntimeError(
-            f"the socket path {folder / name} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR "
-            "to a shorter folder, or PS_IPC_ABSTRACT=1"
-        )
+    check_length(folder / name)
     lock, descriptor = create_locked(folder, _PREFIX, ".lock")
     path = lock.with_suffix(".sock")
     return f"ipc://{path}", path, descriptor
@@ -68,29 +65,49 @@ def _remove_files(path: Path) -> None:
         path.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _socket_folder() -> Path:
+def check_length(path: Path) -> None:
+    """Raise ``RuntimeError`` for a socket that has no room in an address of the kernel."""
+    if len(os.fsencode(path)) > _MAX_PATH:
+        raise RuntimeError(
+            f"the socket path {path} is longer than {_MAX_PATH} bytes: set PS_IPC_DIR "
+            "to a shorter folder, or PS_IPC_ABSTRACT=1"
+        )
+
+
+def where_sockets_are() -> Path:
+    """The folder of the sockets, which need not be there."""
     if chosen := settings.ipc_folder():
-        folder = Path(chosen).absolute()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(chosen).absolute()
+    runtime = settings.runtime_folder()
+    base = runtime if os.path.isdir(runtime) else tempfile.gettempdir()
+    return Path(base) / f"checkpoint-engine-{os.getuid()}"
+
+
+def _socket_folder() -> Path:
+    folder = where_sockets_are()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ``RuntimeError`` if others may change what is in the folder of the sockets."""
+    if settings.ipc_folder():
         try:
             check_private(folder, settings.admitted_users())
         except PermissionError as error:
             raise RuntimeError(f"PS_IPC_DIR cannot be used: {error}") from error
-        return folder
-    runtime = settings.runtime_folder()
-    base = runtime if os.path.isdir(runtime) else tempfile.gettempdir()
-    folder = Path(base) / f"checkpoint-engine-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+        return
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RuntimeError(
             f"{folder} must be a folder that only user {os.getuid()} can enter: remove it, or set "
             "PS_IPC_DIR"
         )
-    return folder
 
 
 def _new_socket(context: zmq.Context, kind: int, max_message: int) -> zmq.Socket:
+    check_descriptors()
     made: zmq.Socket = context.socket(kind)
     made.setsockopt(zmq.LINGER, _LINGER_MS)
     made.setsockopt(zmq.MAXMSGSIZE, max_message)
@@ -160,6 +177,11 @@ class WorkerLink:
         if not self._wait(zmq.POLLIN, 0) and is_gone:
             raise WireError(_CLOSED)
         self._worker_kept_turn()
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether a worker has come: it is connected, or was sent a message."""
+        return self._authenticator.closed or self._authenticator.worker_is_connected
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up; it does not reply."""
@@ -280,7 +302,12 @@ class ServerLink:
 
 @contextlib.contextmanager
 def open_context() -> Iterator[zmq.Context]:
-    """A zmq context of one update; on leaving, what is still being sent gets ``_LINGER_MS``."""
+    """A zmq context of one update; on leaving, what is still being sent gets ``_LINGER_MS``.
+
+    Raises:
+        RuntimeError: there are too few descriptors left.
+    """
+    check_descriptors()
     context = zmq.Context()
     try:
         yield context

@@ -26,6 +26,7 @@ from checkpoint_engine.data_types import (
     tensor_nbytes,
 )
 from checkpoint_engine.errors import BusyError
+from checkpoint_engine.ground.deadline import check_cancelled
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress, drawn_bar
@@ -203,6 +204,7 @@ class Checkpoints:
     ) -> None:
         """See ``ParameterServer.register_checkpoint``."""
         with self._changing, ExitStack() as undo:
+            check_cancelled()  # while it waited for another registration
             self._check_can_register(name, pooled)
             in_place = in_place and not pooled
             paths = expand_folders(files, allowed_folders)
@@ -306,6 +308,7 @@ class Checkpoints:
             about: dict[str, Any] = {"call": "register", "checkpoint": name, "phase": phase}
 
             def advance(share: float) -> None:
+                check_cancelled()
                 done = int(share * total)
                 self.filling = Progress(**about, done_bytes=done, total_bytes=total)
                 if show is not None:

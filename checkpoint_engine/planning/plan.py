@@ -129,9 +129,15 @@ def _sizes(metas: Metas) -> Iterator[int]:
 
 
 def bucket_size(
-    free_bytes: int, largest: int, cap: int, may_cut: bool = False, shares: int = 3
+    free_bytes: int,
+    largest: int,
+    cap: int,
+    may_cut: bool = False,
+    shares: int = 3,
+    beside: int | None = None,
+    memory: str = "device memory",
 ) -> BucketSize:
-    """Divide ``free_bytes`` of device memory into a double buffer and, where it fits, staging.
+    """Divide ``free_bytes`` of memory into a double buffer and, where it fits, staging.
 
     Args:
         free_bytes: what every rank can spare: the minimum over the ranks.
@@ -139,20 +145,23 @@ def bucket_size(
         cap: upper bound that the user set for a bucket.
         may_cut: whether it need not: then it takes memory of its own, where it is put together.
         shares: how many buckets all buffers take, staging included.
+        beside: bytes for the buffers and that memory together. Default: ``free_bytes``.
+        memory: what ``free_bytes`` is of, for the error.
 
     Raises:
         ValueError: the largest tensor does not fit even without staging.
     """
-    is_huge = largest > min(max(cap, SMALLEST_CUT), LARGEST_WHOLE)
-    if may_cut and is_huge and free_bytes - largest >= shares * SMALLEST_CUT:
-        return bucket_size(free_bytes - largest, SMALLEST_CUT, cap, shares=shares)
     share = free_bytes // (shares * ALIGNMENT) * ALIGNMENT
     staging = largest <= share
     limit = share if staging else free_bytes // (2 * ALIGNMENT) * ALIGNMENT
+    is_huge = largest > min(max(cap, SMALLEST_CUT), LARGEST_WHOLE, limit)
+    left = min(free_bytes, (free_bytes if beside is None else beside) - largest)
+    if may_cut and is_huge and left >= shares * SMALLEST_CUT:
+        return bucket_size(left, SMALLEST_CUT, cap, shares=shares)
     if largest > limit:
         raise ValueError(
             f"the largest tensor takes {largest} bytes, but the rank with the least memory can "
-            f"spare {free_bytes} bytes, which allows buckets of {limit}: free device memory or "
+            f"spare {free_bytes} bytes, which allows buckets of {limit}: free {memory} or "
             "raise mem_fraction (PS_MEM_FRACTION)"
         )
     capped = max(cap // ALIGNMENT * ALIGNMENT, largest, ALIGNMENT)

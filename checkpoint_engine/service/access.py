@@ -171,10 +171,8 @@ def _check_site(request: Request, names: Collection[str]) -> None:
     rebinding), or from a page of its own. Other programs send neither header."""
     host = request.headers.get("host", "localhost").lower()
     if not _is_own_name(host, names):
-        raise HTTPException(
-            403, f"without a token this service is not asked as {host!r:.200}: localhost, an "
-            "address, the host's own name"
-        )  # fmt: skip
+        text = "without a token this service is asked by an address or a name of its own host alone"
+        raise HTTPException(403, f"{text}, not as {host!r:.200}")
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site", "none")
     follows_link = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"

@@ -1,38 +1,46 @@
 """The routes of one rank's ``ParameterServer``.
 
 Every rank serves its own; a collective call (gather, update) is posted to all of them at once.
+
+Handlers never block the event loop: calls run in threads of their own, bodies are parsed in others.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from loguru import logger
-from pydantic import Field
+from pydantic import BaseModel, FailFast, Field, TypeAdapter, ValidationError
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import request_inference_to_update
-from checkpoint_engine.errors import AccessError
+from checkpoint_engine.errors import AccessError, BusyError
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.settings import LONGEST_UPDATE
 from checkpoint_engine.update.snapshot import Described
-from checkpoint_engine.world.metas_file import Metas, encode_metas
+from checkpoint_engine.world.metas_file import Metas, encode_metas, read_metas
 
 if TYPE_CHECKING:
     from checkpoint_engine.ps import ParameterServer
 
-Ranks = Annotated[list[int], Field(max_length=65_536)]
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
+Ranks = Annotated[list[int], FailFast(), Field(max_length=65_536)]
 ShortText = Annotated[str, Field(max_length=4096)]
 Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
@@ -41,6 +49,7 @@ _meeting = Query(gt=0, le=LONGEST_UPDATE, description="Seconds for all ranks to 
 GatherTimeout = Annotated[float | None, _meeting]
 WithReport = Annotated[bool, Query(description="true: answer with the report of the update.")]
 
+JobId = Annotated[str, Path(description="As the call was answered.")]
 _LONG_CALL: dict[int | str, dict[str, Any]] = {
     200: {"description": "It is done. Empty, unless a report was asked for."},
     202: {"model": Job, "description": "It has begun; only with wait=false."},
@@ -51,8 +60,14 @@ _LONG_CALL: dict[int | str, dict[str, Any]] = {
 _DESCRIPTION = """One rank's ParameterServer. Every rank serves its own; collective calls (gather,
 update) are posted to all of them at once. Errors of the routes below /v1/checkpoints and /v1/metas
 are a JSON string, as the original's; those of the others an object with code, message and hint."""
+# FastAPI's pages run scripts of another host, which could do all that a caller can.
+_ABOUT: dict[str, Any] = {"description": _DESCRIPTION, "docs_url": None, "redoc_url": None}
 _REFUSED = {"busy": 409, "forbidden": 403}
 _SHOWN_ERRORS = 10
+_JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)")
+_LONGEST_REASON = 1000
+_MEETING = ("start", "plan")
+"""The phases of an update in which a rank may wait for others that do not come."""
 _OWN_HOST_ONLY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -62,7 +77,9 @@ _OWN_HOST_ONLY = (
 class RegisterRequest(Described):
     """The files whose tensors this rank shall own."""
 
-    files: list[ShortText] = Field(max_length=65_536, examples=[["/models/step-1/m.safetensors"]])
+    files: Annotated[list[ShortText], FailFast()] = Field(
+        max_length=65_536, examples=[["/models/step-1/m.safetensors"]]
+    )
     """safetensors files, or .npy files with their .meta, on the server's host. A folder stands for
     all files of its checkpoint; an index among the files selects tensors."""
 
@@ -95,18 +112,11 @@ def make_app(ps: ParameterServer, access: Access | None = None) -> FastAPI:
     """The HTTP service of one rank's server.
 
     A call that fails answers 500, one that conflicts with a running call 409, one that names files
-    that ``access`` does not allow 403, each with the error's text as a JSON string. The handlers
-    run in threads, so that a long call does not hold up others.
+    that ``access`` does not allow 403, each with the error's text as a JSON string.
     """
     rules = Access() if access is None else access
     ps.allowed_folders = rules.folders
-    app = FastAPI(
-        title="checkpoint-engine",
-        version=__version__,
-        description=_DESCRIPTION,
-        docs_url=None,  # such pages run scripts of another host
-        redoc_url=None,
-    )
+    app = FastAPI(title="checkpoint-engine", version=__version__, **_ABOUT)
     app.add_exception_handler(RequestValidationError, _explain)
     jobs = Jobs()
     _add_calls(app, ps, rules, jobs)
@@ -118,51 +128,79 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
     """The routes that do something."""
     calls = APIRouter(prefix="/v1/checkpoints/{name}", responses=_LONG_CALL)
 
-    def do(call: str, name: str, action: Callable[[], object], wait: bool = True) -> Response:
-        if wait:
-            return _answer(lambda: jobs.run(call, name, action))
-        return _json(jobs.start(call, name, action), 202)
+    async def do(
+        request: Request,
+        call: str,
+        name: str,
+        action: Callable[[], object],
+        wait: bool = True,
+        report: bool = False,
+    ) -> Response:
+        try:
+            job, done = jobs.start(call, name, action)
+        except BusyError as error:
+            return _refused(error)
+        if not wait:
+            return _json(job, 202)
+        await _until_done(request, done, lambda: _cancel_meeting(ps, jobs, job))
+        if report:
+            return _answer(lambda: done.result().model_dump_json().encode())
+        return _answer(done.result)
 
     @app.get("/v1/healthz", summary="Whether this rank answers, also during an update")
     async def healthz() -> Response:
         return Response()
 
-    @calls.post("/files", summary="Register files")
-    def register_files(name: Name, request: RegisterRequest, wait: Wait = True) -> Response:
-        return do("register", name, lambda: ps.register_checkpoint(name, files=request.files), wait)
+    @calls.post("/files", summary="Register files", openapi_extra=_takes(RegisterRequest))
+    async def register_files(name: Name, request: Request, wait: Wait = True) -> Response:
+        files = (await _body(request, RegisterRequest)).files
+        register = partial(ps.register_checkpoint, name, files=files)
+        return await do(request, "register", name, register, wait)
 
     @calls.delete("", summary="Free this rank's part of a checkpoint")
-    def unregister_checkpoint(name: Name) -> Response:
-        return do("unregister", name, lambda: ps.unregister_checkpoint(name))
+    async def unregister_checkpoint(name: Name, request: Request) -> Response:
+        return await do(request, "unregister", name, partial(ps.unregister_checkpoint, name))
 
     @calls.post("/gather-metas", summary="Learn who owns what; post it to all ranks")
-    def gather_metas(name: Name, wait: Wait = True, timeout: GatherTimeout = None) -> Response:
-        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        return do("gather", name, lambda: ps.gather_metas(name, **limit), wait)
-
-    @calls.post("/update", summary="Send a checkpoint to the engines; post it to all ranks")
-    def update(
-        name: Name, request: UpdateRequest, wait: Wait = True, report: WithReport = False
+    async def gather_metas(
+        name: Name, request: Request, wait: Wait = True, timeout: GatherTimeout = None
     ) -> Response:
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        return await do(request, "gather", name, partial(ps.gather_metas, name, **limit), wait)
+
+    @calls.post(
+        "/update",
+        summary="Send a checkpoint to the engines; post it to all ranks",
+        openapi_extra=_takes(UpdateRequest),
+    )
+    async def update(
+        name: Name, request: Request, wait: Wait = True, report: WithReport = False
+    ) -> Response:
+        order = await _body(request, UpdateRequest)
         try:
-            if request.update_url is not None:
-                rules.check_engine(request.update_url, request.uds)
+            if order.update_url is not None:
+                rules.check_engine(order.update_url, order.uds)
         except AccessError as error:
             return _refused(error)
-        ask_engine = partial(_ask_engine, request)
-        timeout = timedelta(seconds=request.timeout)
-        send = partial(ps.update, name, ask_engine, ranks=request.ranks, timeout=timeout)
-        if wait and report:
-            return _answer(lambda: jobs.run("update", name, send).model_dump_json().encode())
-        return do("update", name, send, wait)
+
+        def send() -> object:
+            timeout = timedelta(seconds=order.timeout)
+            return ps.update(name, partial(_ask_engine, order), ranks=order.ranks, timeout=timeout)
+
+        return await do(request, "update", name, send, wait, report)
 
     @app.get("/v1/metas", response_model=Metas, summary="Who owns what, as gathered last")
     def get_metas() -> Response:
         return _answer(lambda: encode_metas(ps.get_metas()))
 
-    @app.post("/v1/metas", summary="Take over another world's metas, to read its memory by P2P")
-    def load_metas(metas: Metas) -> Response:
-        return do("load metas", "", lambda: ps.load_metas(metas))
+    @app.post(
+        "/v1/metas",
+        summary="Take over another world's metas, to read its memory by P2P",
+        openapi_extra=_takes(Metas),
+    )
+    async def load_metas(request: Request) -> Response:
+        metas = await _parsed(request, read_metas)
+        return await do(request, "load metas", "", partial(ps.load_metas, metas))
 
     app.include_router(calls)
 
@@ -183,9 +221,14 @@ def _views(read: Callable[[], Status], jobs: Jobs) -> APIRouter:
         return jobs.all()
 
     @views.get("/v1/jobs/{id}", summary="One call", response_model=Job, responses=_NO_JOB)
-    def job(id: Annotated[str, Path(description="As the call was answered.")]) -> object:
-        hint = "only the last 100 that have ended are remembered, and none of before a restart"
-        return jobs.find(id) or _failed(404, "not_found", f"there is no job {id!r:.100}", hint)
+    def job(id: JobId) -> object:
+        return jobs.find(id) or _no_job(id)
+
+    @views.delete("/v1/jobs/{id}", summary="Cancel one call", response_model=Job, responses=_NO_JOB)
+    def cancel(id: JobId) -> object:
+        """A collective call ends on all ranks. The job as it is then: it runs on until its next
+        wait."""
+        return jobs.cancel(id, "it was cancelled") or _no_job(id)
 
     @views.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     def prometheus() -> Response:
@@ -201,6 +244,76 @@ def _views(read: Callable[[], Status], jobs: Jobs) -> APIRouter:
         return HTMLResponse(content, headers=headers)
 
     return views
+
+
+def _takes(body: Any) -> dict[str, Any]:
+    """The description of a body that a handler reads by itself, for openapi.json."""
+    schema = TypeAdapter(body).json_schema(ref_template="#/components/schemas/{model}")
+    # FastAPI describes types of answers; those of these bodies alone stand where they are used.
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _body(request: Request, kind: type[Body]) -> Body:
+    return await _parsed(request, kind.model_validate_json)
+
+
+async def _parsed(request: Request, parse: Callable[[bytes], T]) -> T:
+    """What ``parse`` makes of the body, in a thread.
+
+    Raises:
+        RequestValidationError: it is not what the route takes.
+    """
+    if not _JSON_TYPE.match(request.headers.get("content-type", "application/json").lower()):
+        raise _wrong_body("Content-Type must be application/json")
+    data = await request.body()
+    try:
+        return await run_in_threadpool(parse, data)
+    except ValidationError as error:
+        wrong_values = error.errors(include_url=False, include_context=False, include_input=False)
+        found = [{**one, "loc": ("body", *one["loc"])} for one in wrong_values]
+        raise RequestValidationError(found) from None
+    except ValueError as error:
+        raise _wrong_body(str(error)) from None
+
+
+def _wrong_body(reason: str) -> RequestValidationError:
+    wrong = {"loc": ["body"], "msg": reason[:_LONGEST_REASON], "type": "json_invalid"}
+    return RequestValidationError([wrong])
+
+
+async def _until_done(request: Request, done: Future[Any], leave: Callable[[], object]) -> None:
+    """Wait for a call; ``leave`` if the client goes away meanwhile."""
+    ended = asyncio.wrap_future(done)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            leave()
+        await asyncio.wait({ended})
+        ended.exception()  # it is looked at where the answer is made
+    finally:
+        gone.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _cancel_meeting(ps: ParameterServer, jobs: Jobs, job: Job) -> None:
+    """The client may have asked this rank alone, and the others never will come. Once the ranks
+    have met, an update ends by itself; to end it now would leave engines partly written. A
+    registration keeps nobody waiting."""
+    now = ps.progress
+    have_met = now is not None and now.call == "update" and now.phase not in _MEETING
+    if job.call in ("gather", "update") and not have_met:
+        jobs.cancel(job.id, "the client that asked for it has gone away")
+
+
+def _no_job(job_id: str) -> Response:
+    hint = "only the last 100 that have ended are remembered, and none of before a restart"
+    return _failed(404, "not_found", f"there is no job {job_id!r:.100}", hint)
 
 
 def _failed(status: int, code: str, message: str, hint: str) -> Response:
@@ -231,7 +344,10 @@ def _refused(error: Exception) -> Response:
         told.error("a request failed: {}", failure.message)
     elif status == 403:
         logger.warning("refused: {}", error)
-    return JSONResponse(failure.message.encode(errors="replace").decode(), status_code=status)
+    # The body has the text alone, as the original's; this library's command line reads the rest.
+    about = {"x-error-code": failure.code, "x-error-cause": failure.cause}
+    about |= {"x-error-hint": failure.hint} if failure.hint else {}
+    return JSONResponse(failure.message.encode(errors="replace").decode(), status, about)
 
 
 def _explain(request: Request, error: Exception) -> Response:

@@ -1,26 +1,30 @@
 """What this rank's service was asked to do, and how it ended: jobs, errors and history.
 
-Calls run in the caller's thread, or in one of their own that the caller does not wait for.
+Every call has a thread of its own, so that callers that wait hold none of the service's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
 from checkpoint_engine import __version__
-from checkpoint_engine.errors import UpdateError, kind_of
+from checkpoint_engine.errors import BusyError, UpdateError, kind_of
+from checkpoint_engine.ground.deadline import begin, cancellable
 from checkpoint_engine.ground.report import UpdateReport
 from checkpoint_engine.update.snapshot import Described, Snapshot
 
 _KEPT = 100
 """Calls that are remembered once they have ended."""
+_MOST_AT_ONCE = 64
+"""Calls, most of which wait for another one. Above all, connections must be left for status."""
 
 CALLS = ("register", "unregister", "gather", "load metas", "update")
 """What the service is asked to do."""
@@ -94,23 +98,28 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._cancelled: dict[str, str] = {}
         self.on_end: Callable[[Job], None] = lambda job: None
         """Called with every job that ends, in the thread that ran it."""
 
-    def run(self, call: str, checkpoint: str, action: Callable[[], Any]) -> Any:
-        """Do it in this thread; returns or raises what ``action`` does."""
-        return self._perform(self._open(call, checkpoint), action)
+    def start(
+        self, call: str, checkpoint: str, action: Callable[[], Any]
+    ) -> tuple[Job, Future[Any]]:
+        """Begin it; the future is what ``action`` will have returned or raised.
 
-    def start(self, call: str, checkpoint: str, action: Callable[[], Any]) -> Job:
-        """Do it in a thread of its own; returns at once."""
+        Raises:
+            BusyError: too many are under way.
+        """
         job = self._open(call, checkpoint)
+        return job, begin(partial(self._perform, job, action), f"checkpoint-engine-{call}")
 
-        def perform() -> None:
-            with contextlib.suppress(Exception):  # the job says so
-                self._perform(job, action)
-
-        threading.Thread(target=perform, name=f"checkpoint-engine-{call}", daemon=True).start()
-        return job
+    def cancel(self, job_id: str, reason: str) -> Job | None:
+        """Have a call end with ``reason``, a collective one on all ranks, at its next wait. The job
+        as it is then; ``None``: there is none of that id."""
+        with self._lock:
+            if job_id in self._jobs and self._jobs[job_id].state == "running":
+                self._cancelled.setdefault(job_id, reason)
+        return self.find(job_id)
 
     def find(self, job_id: str) -> Job | None:
         return next((job for job in self.all() if job.id == job_id), None)
@@ -128,6 +137,9 @@ class Jobs:
     def _open(self, call: str, checkpoint: str) -> Job:
         job = Job(call=call, checkpoint=checkpoint)
         with self._lock:
+            running = [one for one in self._jobs.values() if one.state == "running"]
+            if len(running) >= _MOST_AT_ONCE:
+                raise BusyError(f"{call} refused: {len(running)} calls are under way on this rank")
             self._jobs[job.id] = job
             ended = [job.id for job in self._jobs.values() if job.state != "running"]
             for forgotten in ended[:-_KEPT]:
@@ -138,7 +150,8 @@ class Jobs:
         began = time.perf_counter()
         outcome: dict[str, Any] = {"state": "done"}
         try:
-            result = action()
+            with cancellable(lambda: self._cancelled.get(job.id, "")):
+                result = action()
             outcome["report"] = result if isinstance(result, UpdateReport) else None
             return result
         except BaseException as error:
@@ -149,6 +162,7 @@ class Jobs:
             ended = job.model_copy(update=outcome)
             with self._lock:
                 self._jobs[job.id] = ended
+                self._cancelled.pop(job.id, None)
             self.on_end(ended)
 
 

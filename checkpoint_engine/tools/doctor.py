@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.metadata
+import ipaddress
 import os
 import re
 import resource
 import shutil
+import socket
+import sys
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +25,14 @@ from typing import Any, Literal
 
 import torch
 
+import checkpoint_engine
+from checkpoint_engine import settings
 from checkpoint_engine.ground import rdma
 from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
 from checkpoint_engine.ground.limits import available_host_memory
+from checkpoint_engine.handover import link
+from checkpoint_engine.transfer.p2p_store import loading_advice
+from checkpoint_engine.world.control import ControlPlane
 
 GB = 1e9
 _RATE_BYTES = 256 << 20
@@ -172,13 +180,80 @@ def _mooncake() -> Iterator[Finding]:
         mend = f"pip install {names[0 if torch.cuda.is_available() else 1]}"
         yield Finding("warning", "Mooncake", "not installed", cost, mend)
         return
-    fault = ""
+    fault = mend = ""
     try:
         import mooncake.engine  # noqa: F401
     except ImportError as error:
-        fault = f" does not load: {error}"
-    mend = f"install what it names (libibverbs1, libnuma1); without CUDA, wheel {names[1]}"
+        fault, mend = f" does not load: {error}", loading_advice(error)
     yield _judge(bool(fault), "Mooncake", f"{installed.version}{fault}", cost, mend)
+
+
+def _p2p_exposure() -> Iterator[Finding]:
+    """Mooncake asks nobody who it is."""
+    if settings.p2p() == "off":
+        yield Finding("ok", "P2P exposure", "PS_P2P=off: nothing listens")
+        return
+    address = settings.p2p_host() or ControlPlane(0, 1, None, None).reachable_ip()
+    seen = f"each rank listens at {address}, on ports that are free"
+    cost = "whoever reaches them reads and writes the pinned weights"
+    mend = "PS_P2P_HOST=an address of the cluster's own network, or PS_P2P=off"
+    yield _judge(ipaddress.ip_address(address).is_global, "P2P exposure", seen, cost, mend)
+
+
+def _ports() -> Iterator[Finding]:
+    """Where other hosts reach rank 0."""
+    meeting = settings.master_port()
+    ports = {"PS_LIVENESS_PORT": settings.liveness_port()}
+    ports["MASTER_PORT + 1"] = 0 if meeting is None else meeting + 1
+    for name, port in ports.items():
+        if not port:
+            continue
+        fault = ""
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            fault = f": {error.strerror}"
+        cost = "rank 0 cannot start here, unless it is what listens there already"
+        mend = "choose another one, or end the program that has it (ss -ltnp)"
+        yield _judge(bool(fault), name, f"port {port}{fault}", cost, mend)
+
+
+def _sockets() -> Iterator[Finding]:
+    """Where servers and workers meet."""
+    if settings.ipc_abstract():
+        seen = "abstract: server and worker need one network namespace"
+        yield Finding("note", "sockets", seen)
+        return
+    folder = link.where_sockets_are()
+    cost, mend = "no worker can be reached", "set PS_IPC_DIR to a short path of this user's own"
+    fault = ""
+    try:
+        link.check_length(folder / "ps-0123456789abcdef.sock")
+        if folder.exists():
+            link.check_folder(folder)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            fault = f", but {there} cannot be written"
+    except RuntimeError as error:
+        fault = f", but {error}"
+    yield _judge(bool(fault), "sockets", f"in {folder}{fault}", cost, mend, "broken")
+
+
+def _copies() -> Iterator[Finding]:
+    """Of this package, which takes the name of the original's."""
+    found = {
+        str(Path(folder or ".", "checkpoint_engine").resolve())
+        for folder in sys.path
+        if Path(folder or ".", "checkpoint_engine", "__init__.py").is_file()
+    }
+    used = str(Path(checkpoint_engine.__file__).resolve().parent)
+    others = sorted(found - {used})
+    seen = f"{checkpoint_engine.__version__} in {used}"
+    if others:
+        seen += f"; also in {', '.join(others)}"
+    cost = "which one a program or an engine gets depends on its path"
+    mend = "pip uninstall checkpoint-engine until none is left, then install one"
+    yield _judge(bool(others), "installed copies", seen, cost, mend)
 
 
 def _installed(*names: str) -> importlib.metadata.Distribution | None:
@@ -318,6 +393,9 @@ _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _collectives,
     _nics,
     _mooncake,
+    _p2p_exposure,
+    _ports,
+    _sockets,
     _memory_limits,
     _huge_pages,
     _host_memory,
@@ -325,5 +403,6 @@ _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _affinity,
     _peers,
     _engines,
+    _copies,
 ]
 _RATES: list[Callable[[], Iterator[Finding]]] = [_copy_rates, _device_rates]

@@ -348,11 +348,10 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
     """A started engine; tries again where a port was taken between choosing and using it."""
     if ":" in host:
         settings.set_unless_set("MC_USE_IPV6", "1")  # Mooncake reads it when it is loaded
-    engine_class = _import_engine()
     for attempt in range(_START_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
-        engine = engine_class()
+        engine = _import_engine()()
         is_last = attempt == _START_ATTEMPTS - 1
         with _confined_to(host), contextlib.nullcontext() if is_last else _unheard():
             code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
@@ -411,7 +410,16 @@ def _import_engine() -> Any:
         ) from error
     except ImportError as error:
         raise RuntimeError(
-            f"Mooncake cannot be loaded: {error}; on Debian and Ubuntu it needs the packages "
-            "libibverbs1 and libnuma1"
+            f"Mooncake cannot be loaded: {error}; {loading_advice(error)}"
         ) from error
     return TransferEngine
+
+
+def loading_advice(error: ImportError) -> str:
+    """What to do where Mooncake is installed and does not load."""
+    if "libcu" in str(error):
+        return (
+            "this wheel is for CUDA, which is not here: pip uninstall mooncake-transfer-engine, "
+            "pip install mooncake-transfer-engine-non-cuda"
+        )
+    return "on Debian and Ubuntu it needs the packages libibverbs1 and libnuma1"

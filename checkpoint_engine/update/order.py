@@ -49,6 +49,7 @@ class Order:
             address: where its worker connects.
             metas: digest of what it gathered or loaded.
         """
+        spare = here.spare_memory()
         return Hello(
             rank=here.rank,
             call="update",
@@ -60,7 +61,9 @@ class Order:
             metas=metas,
             device=here.device_uuid,
             address=address,
-            free_bytes=here.spare_memory(),
+            free_bytes=spare,
+            free_beside=here.spare_beside(spare),
+            memory=here.device_manager.scarcest_memory,
             bucket_cap=max_bucket_bytes(),
             host=here.host_ip,
             instance=str(getattr(self.req_func, "instance", f"rank {here.rank}")),

@@ -110,8 +110,9 @@ class WorkerSession:
         self._accepted = True
         if in_parts and not self.worker_joins_parts:
             raise EngineError(
-                "this worker cannot put tensors together that travel in parts, which the one "
-                "before it could: update again, and they will travel whole"
+                "this worker cannot put tensors together that travel in parts, as they must for "
+                "want of memory, or as the worker before it could: update again, and they will "
+                "travel whole"
             )
         if sources:
             self.unmapped = self._share(sources)

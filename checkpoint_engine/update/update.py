@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from typing import Any
 from loguru import logger
 
 from checkpoint_engine.data_types import ALIGNMENT
-from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.ground.deadline import begin
+from checkpoint_engine.errors import EngineError, UpdateError
+from checkpoint_engine.ground.deadline import Deadline, begin
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
@@ -38,6 +38,9 @@ from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
 
 _FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
+_COMES_WITHIN = 30.0  # seconds for a worker, once all engines that were asked have answered
+_LOOK_AGAIN = 0.5  # seconds between two looks at whether they have
+_NAMED_BEFORE = 1.0  # seconds before the end at which a rank without a worker says so
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Server:
 
     Attributes:
         ways: in the order of preference; the first that serves all ranks is taken.
-        joins_parts: whether the worker puts tensors together that travel in parts. Plans are made
-            before a worker is there to be asked.
+        joins_parts: whether the worker puts tensors together that travel in parts; ``None``: none
+            has said so. Plans are made before a worker is there to be asked.
         maps_peers: whether it mapped the other ranks' buffers, when it was last asked to.
         served: what the engine holds; ``None`` before the first update, and while the weights are
             partly written.
@@ -55,7 +58,7 @@ class Server:
 
     here: LocalRank
     ways: Sequence[Way]
-    joins_parts: bool = False
+    joins_parts: bool | None = None
     maps_peers: bool = False
     served: LoadedCheckpoint | None = None
 
@@ -224,6 +227,7 @@ def _open_session(
     else:
         session = WorkerSession(link, call, version)
         held.enter_context(call.guarded(partial(check_request, request)))
+        held.enter_context(call.guarded(_expect_worker(call, link, request, hellos)))
     held.enter_context(call.guarded(session.check))
     call.state = session.describe_state
     mine = next(one for one in hellos if one.rank == call.rank)
@@ -232,6 +236,45 @@ def _open_session(
     )
     held.callback(server.learn, session, loaded)
     return session
+
+
+def _expect_worker(
+    call: Call, link: WorkerLink, request: Future[Any], hellos: Sequence[Hello]
+) -> Callable[[], None]:
+    """A guard: raises on the rank whose worker does not come, before the others' time is up. Once
+    every rank's ``req_func`` has returned, a worker comes soon or never; before that, the rank that
+    asks the engine may still be waiting for it."""
+    told = False
+    comes_until: Deadline | None = None
+    look_again_at = 0.0
+    names_it = min(_NAMED_BEFORE, call.deadline.seconds / 10)
+    device = next(one.device for one in hellos if one.rank == call.rank)
+    nobody = f"no inference worker has connected to rank {call.rank}, for {device} at {link.url}"
+
+    def check() -> None:
+        nonlocal told, comes_until, look_again_at
+        if not told and request.done():
+            call.tell(f"answered/{call.rank}", b"")
+            told = True
+        if link.has_worker:
+            return
+        if call.deadline.remaining() < names_it:
+            raise _late_worker(call, request, nobody)
+        if comes_until is not None and comes_until.remaining() == 0.0:
+            text = f"req_func has returned on every rank, and within {_COMES_WITHIN:g} s {nobody}"
+            raise EngineError(f"{text}: was that engine asked?", "worker_lost")
+        if comes_until is None and told and time.monotonic() > look_again_at:
+            look_again_at = time.monotonic() + _LOOK_AGAIN
+            if call.store.check([f"answered/{rank}" for rank in call.members]):
+                comes_until = Deadline(_COMES_WITHIN)
+
+    return check
+
+
+def _late_worker(call: Call, request: Future[Any], nobody: str) -> EngineError:
+    waiting = f"gave up after {call.deadline.seconds:g} s waiting for {call.clock.phase}"
+    asked = "has returned" if request.done() else "has not returned: does its engine answer?"
+    return EngineError(f"{waiting}: {nobody}; this rank's req_func {asked}", "timeout")
 
 
 # ---------------------------------------------------------------------- what is said about it

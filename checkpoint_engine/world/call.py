@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
-from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
@@ -160,6 +160,7 @@ class Call:
                 self.deadline.check(f"{self.clock.phase} of {self.name}")
                 raise gone(absent, self.name)
         self._raise_failure()
+        check_cancelled()
         self.deadline.check(f"{self.clock.phase} of {self.name}")
         for guard in self._guards:
             guard()

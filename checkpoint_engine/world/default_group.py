@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint_engine import distributed
+from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane, master_addr, master_port
 from checkpoint_engine.world.store import connect_store
@@ -28,6 +29,7 @@ class DefaultGroup:
         self, ranks: Sequence[int], addr: str | None, port: int | None, timeout: timedelta
     ) -> None:
         """Called by each of ``ranks``. Does nothing if there is a default group."""
+        timeout = timedelta(seconds=Deadline(timeout).seconds)  # torch's waits overflow
         if distributed.is_initialized():
             return
         members = tuple(ranks)

@@ -19,6 +19,7 @@ from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layouts,
     decode_place,
+    encode_layout,
     encode_place,
     known_digest,
     missing_layouts,
@@ -195,10 +196,9 @@ def load(metas: Metas) -> Gathered:
             "the checkpoint while it is read, nobody notices",
             unleased,
         )
-    plain = {rank: owned.model_dump(mode="json") for rank, owned in owners.items()}
     return Gathered(
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
-        digest=hashlib.sha256(json.dumps(plain).encode()).hexdigest(),
+        digest=_digest(owners),
         is_loaded=True,
         duplicates=frozenset(_find_duplicates(owners)),
     )
@@ -263,6 +263,19 @@ def topology(nics: Iterable[tuple[int, str, str]]) -> dict[str, set[int]]:
 
 
 # ---------------------------------------------------------------------- parts of the above
+
+
+def _digest(owners: Metas) -> str:
+    """Of all that loaded metas say."""
+    digest = hashlib.sha256()
+    for rank, owned in owners.items():
+        buffers = owned.memory_buffer_metas_list
+        lease = getattr(owned, "lease", None)
+        place = [rank, owned.p2p_store_addr, owned.rdma_device, lease and [lease.ptr, lease.id]]
+        lies = [[one.ptr, one.size, getattr(one, "checksums", None)] for one in buffers]
+        digest.update(json.dumps([place, lies]).encode())
+        digest.update(encode_layout([one.metas for one in buffers]))
+    return digest.hexdigest()
 
 
 def _as_owner(owned: MemoryBufferMetaList) -> MemoryBufferMetaList:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from checkpoint_engine.errors import CollectiveError
 
@@ -36,10 +38,13 @@ class Hello:
         place: what this rank owns and where, as ``layouts.encode_place`` made it.
         layout, known: digests of the layout of that, and of the layouts that this rank knows.
         address: of an update, where this rank's worker connects.
-        free_bytes: device memory that the buffers of an update may take.
+        free_bytes: memory that the buffers of an update may take.
+        free_beside: memory for them and for a tensor that the worker puts together.
+        memory: what ``free_bytes`` is of, for errors.
         bucket_cap: ``PS_MAX_BUCKET_SIZE_GB`` in bytes.
         nic, host: RDMA device and host that this rank reads through.
-        joins_parts: whether the worker of the last update takes tensors in parts.
+        joins_parts: whether the worker of the last update takes tensors in parts; ``None``: there
+            was none.
         maps_peers: whether the worker of the last update mapped all ranks' staging buffers.
         neighbour: the host, and where ranks of the same host reach this one; empty: it shares no
             memory with them.
@@ -63,10 +68,12 @@ class Hello:
     known: str = ""
     address: str = ""
     free_bytes: int = 0
+    free_beside: int = 0
+    memory: str = "device memory"
     bucket_cap: int = 0
     nic: str = ""
     host: str = ""
-    joins_parts: bool = False
+    joins_parts: bool | None = None
     maps_peers: bool = False
     neighbour: str = ""
     group: str = ""
@@ -79,9 +86,13 @@ class Hello:
 
     @staticmethod
     def decode(blob: bytes) -> Hello:
-        fields: dict[str, Any] = json.loads(blob)
-        ranks = fields["ranks"]
-        return Hello(**{**fields, "ranks": None if ranks is None else tuple(ranks)})
+        """Raises ``ValueError`` if no rank of this release said that: whoever reaches the store may
+        write there."""
+        try:
+            return _adapter().validate_json(blob)
+        except ValidationError as error:
+            text = f"what the store holds for a rank was not written by one: {blob!r:.200}"
+            raise ValueError(text) from error
 
     def terms(self) -> Hello:
         """The part that the ranks must agree on."""
@@ -108,6 +119,11 @@ class Hello:
             for name in _MUST_AGREE
             for mine, theirs in [(getattr(self, name), getattr(other, name))]
         )
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Hello]:
+    return TypeAdapter(Hello)
 
 
 def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CollectiveError:

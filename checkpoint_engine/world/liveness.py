@@ -17,6 +17,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+from checkpoint_engine import settings
+
 _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
 _HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answer
 _LOOK = 0.15  # seconds between two looks at the clock
@@ -62,8 +64,12 @@ class LivenessServer(Liveness):
     """
 
     def __init__(self, size: int) -> None:
-        """``size``: of the world."""
-        self._listener = _listen()
+        """``size``: of the world.
+
+        Raises:
+            RuntimeError: ``PS_LIVENESS_PORT`` is taken.
+        """
+        self._listener = _listen(settings.liveness_port())
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._size = size
@@ -242,12 +248,14 @@ class _Lines:
         return line.split()
 
 
-def _listen() -> socket.socket:
+def _listen(port: int) -> socket.socket:
     """On every interface, as the store does; who has no token is sent away."""
-    if socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        listener = socket.create_server(("", 0))
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise RuntimeError(f"rank 0 cannot listen at PS_LIVENESS_PORT={port}: {error}") from error
     listener.setblocking(False)
     _sockets.add(listener)
     return listener

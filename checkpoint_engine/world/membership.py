@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint_engine.errors import CollectiveError
-from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
@@ -309,6 +309,7 @@ class Membership:
             return bool(ended) and self.store.add("started", 0) <= finished
 
         def check() -> None:
+            check_cancelled()
             deadline.check(f"{name} of ranks {list(self.members)}")
             if (absent := self.gone()) and not is_over():
                 raise gone(absent, name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import validate_call
 
 from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 
@@ -43,7 +44,25 @@ def encode_failure(error: BaseException, rank: int, phase: str, lost: str) -> by
 
 
 def decode_failure(outcome: bytes) -> CollectiveError:
-    return CollectiveError(**json.loads(outcome))
+    """Also of what no rank wrote: whoever reaches the store may write there."""
+    try:
+        return _failure(**json.loads(outcome))
+    except (TypeError, ValueError, RecursionError):
+        text = "what the store holds as the outcome of this call was not written by a rank"
+        return CollectiveError(f"{text}: {outcome!r:.200}", "store_lost")
+
+
+@validate_call
+def _failure(
+    cause: str,
+    kind: str,
+    missing: list[int],
+    rank: int | None,
+    calls: list[str],
+    phase: str,
+    other: list[str],
+) -> CollectiveError:
+    return CollectiveError(cause, kind, missing, rank, calls, phase, other)
 
 
 def error_of(outcome: bytes, call: str) -> UpdateError:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from loguru import logger
 
-from checkpoint_engine.ground.deadline import Deadline, in_thread
+from checkpoint_engine.ground.deadline import Deadline, check_cancelled, in_thread
 from checkpoint_engine.ground.sockets import connections
 from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer
 
@@ -299,6 +299,7 @@ def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
     not let go on Ctrl-C."""
     pause = 0.001
     while True:
+        check_cancelled()
         try:
             seconds = min(5.0, deadline.remaining() + 0.001)
             with socket.create_connection((addr, port), seconds) as reached:
@@ -317,4 +318,9 @@ def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:
 def _within(deadline: Deadline, addr: str, port: int, action: Callable[[], T]) -> T:
     """What ``action`` returns. Another thread does it, which may be blocked for longer."""
     waiting_for = f"rank 0 at {addr}:{port}, which listens but does not answer"
-    return in_thread(action, lambda: deadline.check(waiting_for), "checkpoint-engine-connect")
+
+    def check() -> None:
+        check_cancelled()
+        deadline.check(waiting_for)
+
+    return in_thread(action, check, "checkpoint-engine-connect")

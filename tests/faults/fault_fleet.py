@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import programs_of_faults
-from programs_of_faults import NAME, RANKS, ask_worker, part_of
+from programs_of_faults import NAME, RANKS, TENSORS, ask_worker, part_of
 from steps import Fault, await_file
 
 from fleet import digests
@@ -205,17 +205,25 @@ class Fleet:
 
     # health
 
-    def good_update(self) -> None:
-        """What must work after every fault: new weights for everybody, bit for bit."""
+    def good_update(
+        self, tensors: int = TENSORS, members: Sequence[int] = tuple(range(RANKS))
+    ) -> None:
+        """What must work after every fault: new weights for everybody, bit for bit.
+
+        Args:
+            tensors: of each rank.
+            members: the ranks that are updated; if not all, by P2P.
+        """
         self.seed += 1
         version = f"good-{self.seed}"
-        self.call_all("register", seed=self.seed)
+        self.call_all("register", seed=self.seed, tensors=tensors)
         self.call_all("gather")
         for rank in range(RANKS):
             self.ask_worker(rank, "forget")
-        reports = self.call_all("update", version=version)
-        assert [report["version"] for report in reports] == [version] * RANKS
-        self.check_workers(self.seed, version)
+        by_p2p = {} if len(members) == RANKS else {"ranks": list(members)}
+        reports = self.call_on(members, "update", version=version, **by_p2p)
+        assert [report["version"] for report in reports] == [version] * len(members)
+        self.check_workers(self.seed, version, tensors, members)
         self.call_all("unregister")
         self.call_all("barrier")
 
@@ -227,17 +235,23 @@ class Fleet:
             self.call_on(ranks, "update", ranks=ranks)
         self.call_all("clear")
 
-    def expected(self, seed: int) -> dict[str, str]:
+    def expected(self, seed: int, tensors: int = TENSORS) -> dict[str, str]:
         """What a worker holds after an update of ``seed``."""
         return {
             name: value
             for rank in range(RANKS)
-            for name, value in digests(part_of(rank, seed)).items()
+            for name, value in digests(part_of(rank, seed, tensors)).items()
         }
 
-    def check_workers(self, seed: int, version: str) -> None:
-        expected = self.expected(seed)
-        for rank in range(RANKS):
+    def check_workers(
+        self,
+        seed: int,
+        version: str,
+        tensors: int = TENSORS,
+        members: Sequence[int] = tuple(range(RANKS)),
+    ) -> None:
+        expected = self.expected(seed, tensors)
+        for rank in members:
             held = self.ask_worker(rank, "version")
             assert held == {"version": version, "state": "complete", "updating": None}
             assert self.ask_worker(rank, "digests") == expected, f"worker {rank}"

@@ -40,14 +40,14 @@ NAME = "good"
 MOONCAKE_PORTS = range(15_000, 17_001)
 
 
-def part_of(rank: int, seed: int) -> dict[str, torch.Tensor]:
+def part_of(rank: int, seed: int, tensors: int = TENSORS) -> dict[str, torch.Tensor]:
     """A rank's tensors: two of them fill a bucket."""
     generator = torch.Generator().manual_seed(100 * seed + rank)
     return {
         f"layers.{i}.rank.{rank}": torch.randint(
             0, 2**16, (BUCKET_BYTES // 4,), dtype=torch.int32, generator=generator
         ).to(torch.int16)
-        for i in range(TENSORS)
+        for i in range(tensors)
     }
 
 
@@ -204,8 +204,9 @@ class ServerRank:
 
     # what is called, one at a time
 
-    def register(self, seed: int, name: str = NAME, **options: Any) -> None:
-        self.ps.register_checkpoint(name, named_tensors=part_of(self._rank, seed), **options)
+    def register(self, seed: int, name: str = NAME, tensors: int = TENSORS, **options: Any) -> None:
+        part = part_of(self._rank, seed, tensors)
+        self.ps.register_checkpoint(name, named_tensors=part, **options)
 
     def register_files(self, files: list[str], name: str) -> None:
         self.ps.register_checkpoint(name, files=files)

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import re
 import socket
 import struct
 import tempfile
@@ -25,8 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from loguru import logger
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from uvicorn.server import ServerState
 
 from checkpoint_engine.api import _init_api
 from checkpoint_engine.data_types import (
@@ -44,9 +47,12 @@ from checkpoint_engine.loading.parts import Parts
 from checkpoint_engine.loading.receive import _check_bytes, extract_weights
 from checkpoint_engine.memory import files, folder
 from checkpoint_engine.planning import layouts as gather
-from checkpoint_engine.service.access import Guard
-from checkpoint_engine.world import metas_file
+from checkpoint_engine.service.access import Guard, ImpatientProtocol
+from checkpoint_engine.service.serve import ServeOptions, uvicorn_config
+from checkpoint_engine.world import gathered, metas_file
+from checkpoint_engine.world.hello import Hello
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
+from checkpoint_engine.world.outcome import encode_failure, error_of
 from samples import CUDA_ARGS
 
 logger.remove()
@@ -64,6 +70,8 @@ OWNED = MemoryBufferMetaList(
     rdma_device="mlx5_0",
     lease=Lease(ptr=1, id="ab"),
 )
+LOADABLE = OWNED.model_copy(update={"lease": Lease(ptr=1, id="ab" * 32)})
+HELLO = Hello(1, "update", "c", ranks=(0, 1), version="v", address="ipc:///x", nonce="1")
 PLACE = DataToGather(**dict(OWNED), host_ip="192.0.2.1", device_uuid="GPU-1")
 
 
@@ -241,6 +249,40 @@ def answer_of_rank_0(data: bytes) -> None:
     assert guest.gone == {0}
 
 
+@functools.cache
+def _store() -> Any:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def stranger_at_the_store(data: bytes) -> None:
+    """The store is torch's; it must go on serving the ranks."""
+    store = _store()
+    with (
+        contextlib.suppress(ConnectionError),
+        socket.create_connection(("127.0.0.1", store.port), timeout=5) as connection,
+    ):
+        reset = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.sendall(data)
+    store.set("rank", "is here")
+    assert store.get("rank") == b"is here"
+
+
+def hello_in_the_store(data: bytes) -> None:
+    said = Hello.decode(data)
+    said.differs_from(HELLO)
+    assert said.wish
+    Hello.decode(said.encode())
+
+
+def outcome_in_the_store(data: bytes) -> None:
+    assert str(error_of(data, "update"))
+
+
+def loaded_metas(data: bytes) -> None:
+    gathered.load(metas_file.decode_metas(data))
+
+
 # ---------------------------------------------------------------------- ranks and HTTP
 
 
@@ -256,6 +298,7 @@ class _Server:
     """Takes every call and does nothing."""
 
     allowed_folders: Any = None
+    progress: Any = None
 
     def register_checkpoint(self, name: str, *, files: list[str]) -> None: ...
     def unregister_checkpoint(self, name: str) -> None: ...
@@ -288,19 +331,80 @@ def http(data: bytes) -> None:
         "asgi": {"version": "3.0"},
     }
     answers: list[Any] = []
+    waiting = [body]
 
     async def receive() -> Any:
+        if not waiting:
+            await asyncio.Future()  # as a server does while the client is there
+        waiting.clear()
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Any) -> None:
         answers.append(message)
 
     _LOOP.run_until_complete(_APP(scope, receive, send))
+    _check_answers(answers)
+
+
+def _check_answers(answers: list[Any]) -> None:
     status, sent = answers[0]["status"], sum(len(a.get("body", b"")) for a in answers)
     if status >= 500:
         raise AssertionError(f"answered {status}")
     if sent > 10_000:
         raise AssertionError(f"answered with {sent} bytes")
+
+
+class _Wire(asyncio.Transport):
+    """What uvicorn writes to a connection."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("192.0.2.1", 1), "sockname": ("192.0.2.2", 80)})
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def set_protocol(self, protocol: Any) -> None: ...
+
+
+@functools.cache
+def _uvicorn() -> Any:
+    config = uvicorn_config(_init_api(_Server()), ServeOptions(uds="/x"))  # type: ignore[arg-type]
+    config.load()
+    return config
+
+
+def http_head(data: bytes) -> None:
+    """All that comes over a connection, as the server that is used reads it."""
+    wire_, errors = _Wire(), list[Any]()
+
+    async def serve() -> None:
+        _LOOP.set_exception_handler(lambda loop, context: errors.append(context))
+        protocol = ImpatientProtocol(_uvicorn(), ServerState(), {})
+        protocol.connection_made(wire_)
+        for start in range(0, len(data), 64):
+            if not wire_.closed:
+                protocol.data_received(data[start : start + 64])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    _LOOP.run_until_complete(serve())
+    if errors or re.match(rb"HTTP/1.1 5", wire_.written):
+        raise AssertionError(f"{errors}, {wire_.written!r:.300}")
 
 
 def _pickles(content: Any) -> tuple[bytes, ...]:
@@ -373,6 +477,42 @@ TARGETS = (
         answer_of_rank_0,
         (OSError, ValueError),
         (b"0\n", b"1 0 2\n0\n", b"0 1\n0 1 2\n"),
+    ),
+    Target(
+        "store: strangers",
+        stranger_at_the_store,
+        (),
+        (
+            b"\x00\x3c\x85\xf7\xb2",  # who connects says this first
+            b"\x00\x3c\x85\xf7\xb2\x09\x01\x00\x00\x00",
+            b"\x00\x3c\x85\xf7\xb2\x01\x04\x00\x00\x00\x00\x00\x00\x00/key",
+        ),
+    ),
+    Target("store: hello", hello_in_the_store, (ValueError,), (HELLO.encode(),)),
+    Target(
+        "store: outcome",
+        outcome_in_the_store,
+        (),
+        (encode_failure(RuntimeError("why"), 1, "plan", ""), b"ok"),
+    ),
+    Target(
+        "metas: load",
+        loaded_metas,
+        (ValueError,),
+        (metas_file.encode_metas({0: LOADABLE}), *_pickles({0: LOADABLE})[-1:]),
+    ),
+    Target(
+        "HTTP heads",
+        http_head,
+        (),
+        (
+            b"GET /v1/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"DELETE /v1/checkpoints/%41 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic eDp5\r\n\r\n",
+            b"POST /v1/metas?wait=false HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
+            b"Origin: http://a\r\nSec-Fetch-Site: cross-site\r\n\r\n{}",
+            b"POST /v1/checkpoints/c/files HTTP/1.1\r\nHost: localhost\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        ),
     ),
     Target(
         "HTTP bodies",

@@ -24,12 +24,15 @@ def bucket_size(
     hellos: Sequence[Hello], gathered: Gathered, may_cut: bool, shares: int = 3
 ) -> plan.BucketSize:
     """How the memory that every rank can spare is shared out."""
+    least = min(hellos, key=lambda hello: hello.free_bytes)
     return plan.bucket_size(
-        min(hello.free_bytes for hello in hellos),
+        least.free_bytes,
         plan.largest_tensor(gathered.metas),
         min(hello.bucket_cap for hello in hellos),
         may_cut,
         shares,
+        min(hello.free_beside for hello in hellos),
+        least.memory,
     )
 
 
@@ -83,7 +86,7 @@ class Way(ABC):
         Raises:
             ValueError: there is nothing to move, or the largest tensor does not fit.
         """
-        may_cut = self._may_cut(hellos)
+        may_cut = self._may_cut(gathered, hellos)
         size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
         size = plan.paced(size, self.pace, gathered.metas, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
@@ -115,8 +118,20 @@ class Way(ABC):
         """How many buckets the buffer takes that this rank's worker maps."""
         return min(2, len(transfer.steps))
 
-    def _may_cut(self, hellos: Sequence[Hello]) -> bool:
-        return self.joins_parts and all(hello.joins_parts for hello in hellos)
+    def _may_cut(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+        """A worker that has not said is asked in the handshake, where nothing else would do."""
+        known = {hello.joins_parts for hello in hellos}
+        if not self.joins_parts or False in known:
+            return False
+        return None not in known or not self._has_room(gathered, hellos)
+
+    def _has_room(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+        """Whether all tensors can travel whole."""
+        try:
+            bucket_size(hellos, gathered, may_cut=False, shares=self.shares(hellos))
+        except ValueError:
+            return False
+        return True
 
     # ------------------------------------------------------------------ moving it
 

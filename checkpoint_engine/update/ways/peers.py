@@ -63,14 +63,14 @@ class Peers(Way):
         hosts = {hello.neighbour.partition("/")[0] for hello in hellos}
         if len(hosts) > 1:
             return f"the ranks are on {len(hosts)} hosts, or in as many network namespaces"
-        if not self._has_room(gathered, hellos):
+        if not self._can_stage(gathered, hellos):
             return "the rank with the least memory has no room for two staging buffers"
         return None
 
-    def _has_room(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+    def _can_stage(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+        may_cut = self._may_cut(gathered, hellos)
         try:
-            size = bucket_size(hellos, gathered, self._may_cut(hellos), self.shares(hellos))
-            return size.staging
+            return bucket_size(hellos, gathered, may_cut, self.shares(hellos)).staging
         except ValueError:  # the way that is taken instead says so
             return False
 
