@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 RequestFunction = Callable[[list[tuple[str, str]]], None]
 
+_RECEIVE = "update_weights_from_ipc"
 _RESUME_SECONDS = 30.0  # also when the time for the update is used up
 
 
@@ -35,10 +37,13 @@ def vllm_request(
     pause: Literal["abort", "wait", "keep"] | None = None,
     resume_after_failure: bool = False,
     reset_prefix_cache: bool = False,
+    weight_version: str | None = None,
     timeout: float = 300.0,
     uds: str | None = None,
 ) -> RequestFunction:
-    """A ``req_func`` for vLLM, started with the worker extension and ``VLLM_SERVER_DEV_MODE=1``.
+    """A ``req_func`` for vLLM, started with the worker extension or with
+    ``--weight-transfer-config '{"backend": "checkpoint_engine"}'``; it finds out which. Either needs
+    ``VLLM_SERVER_DEV_MODE=1``, or the routes of ``VLLM_PLUGINS=checkpoint_engine``.
 
     Args:
         url: the engine, as ``http://localhost:8000``.
@@ -50,6 +55,8 @@ def vllm_request(
         resume_after_failure: let it serve all the same.
         reset_prefix_cache: after the update, forget what was computed with the old weights.
             Requests in flight are not lost, but computed anew.
+        weight_version: what ``/weight_info`` of the engine shall answer afterwards. Only vLLM's own
+            weight transfer tells its engine.
         timeout: seconds for all of it.
         uds: path of the Unix socket that the engine listens on, where it is not TCP.
 
@@ -57,20 +64,92 @@ def vllm_request(
         ValueError: a number is out of range. What the function raises is the engine's error, whole.
     """
 
+    route = _VllmRoute(weight_version)
+
     def ask(handles: dict[str, str]) -> None:
         deadline = Deadline(timeout)
 
-        def post(route: str) -> httpx.Response:
-            remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
-            return send("POST", f"{url}{route}", remaining, uds)
+        def post(path: str, body: Any = None) -> httpx.Response:
+            remaining = max(deadline.remaining(), _RESUME_SECONDS if path == "/resume" else 0.1)
+            return send("POST", f"{url}{path}", remaining, uds, body)
 
         with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
-            request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
+            extension = partial(
+                request_inference_to_update, f"{url}/collective_rpc", handles, seconds, uds
+            )
+            route.update(post, extension, handles)
             if reset_prefix_cache:
                 _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
 
     return _for_engine(ask, rank, inference_parallel_size)
+
+
+class _VllmRoute:
+    """How a vLLM engine is told to update; the first request to it finds out."""
+
+    _STARTS = 3  # two refusals say what to do first
+
+    def __init__(self, weight_version: str | None) -> None:
+        self._version = {} if weight_version is None else {"weight_version": weight_version}
+        self._has_backend = False
+
+    def update(
+        self,
+        post: Callable[..., httpx.Response],
+        ask_extension: Callable[[], Any],
+        handles: dict[str, str],
+    ) -> None:
+        import httpx
+
+        refusal = None
+        if not self._has_backend:
+            refusal = _refusal_of(ask_extension)
+            if refusal is None:
+                return
+        self._has_backend = False  # unless it still has: the URL may be another engine's by now
+        self._start(post, refusal)
+        self._has_backend = True
+        post("/update_weights", {"update_info": {"zmq_handles": handles}})
+        post("/finish_weight_update", self._version)
+        with suppress(httpx.HTTPStatusError):  # releases without that cache
+            post("/reset_encoder_cache")
+
+    def _start(
+        self, post: Callable[..., httpx.Response], refusal: httpx.HTTPStatusError | None
+    ) -> None:
+        """Begin an update. What an earlier one has left open on some workers ends before."""
+        import httpx
+
+        for _ in range(self._STARTS):
+            try:
+                post("/start_weight_update")
+                return
+            except httpx.HTTPStatusError as error:
+                failure = error
+            if "start_draft_weight_update" in str(failure):
+                post("/start_draft_weight_update")
+            elif "already active" not in str(failure):
+                break
+            with suppress(httpx.HTTPStatusError):  # of the workers where none is open
+                post("/finish_weight_update")
+        raise failure if refusal is None or failure.response.status_code != 404 else refusal
+
+
+def _refusal_of(ask_extension: Callable[[], Any]) -> httpx.HTTPStatusError | None:
+    """Have the worker extension receive; returns the refusal of an engine that has none. There
+    nothing has happened yet."""
+    import httpx
+
+    try:
+        ask_extension()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != 404 and f"{_RECEIVE}' is not implemented" not in str(
+            error
+        ):
+            raise
+        return error
+    return None
 
 
 def sglang_request(
@@ -205,7 +284,7 @@ def request_inference_to_update(
         httpx.HTTPStatusError: the engine refused or failed; the text holds its whole answer.
         httpx.TransportError: the engine is not up, or did not answer in time.
     """
-    body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
+    body = {"method": _RECEIVE, "args": [socket_paths], "timeout": timeout}
     send("POST", url, timeout, uds, body)
 
 
