@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 RequestFunction = Callable[[list[tuple[str, str]]], None]
 
-_RECEIVE = "update_weights_from_ipc"
+BACKEND = "checkpoint_engine"
+"""Our name in vLLM's ``--weight-transfer-config``."""
 _RESUME_SECONDS = 30.0  # also when the time for the update is used up
 
 
@@ -41,9 +41,9 @@ def vllm_request(
     timeout: float = 300.0,
     uds: str | None = None,
 ) -> RequestFunction:
-    """A ``req_func`` for vLLM, started with the worker extension or with
-    ``--weight-transfer-config '{"backend": "checkpoint_engine"}'``; it finds out which. Either needs
-    ``VLLM_SERVER_DEV_MODE=1``, or the routes of ``VLLM_PLUGINS=checkpoint_engine``.
+    """A ``req_func`` for vLLM, started with ``--weight-transfer-config`` and the backend
+    ``checkpoint_engine``, or with the worker extension; it finds out which. Either needs
+    ``VLLM_SERVER_DEV_MODE=1``.
 
     Args:
         url: the engine, as ``http://localhost:8000``.
@@ -64,8 +64,6 @@ def vllm_request(
         ValueError: a number is out of range. What the function raises is the engine's error, whole.
     """
 
-    route = _VllmRoute(weight_version)
-
     def ask(handles: dict[str, str]) -> None:
         deadline = Deadline(timeout)
 
@@ -75,81 +73,73 @@ def vllm_request(
 
         with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
-            extension = partial(
-                request_inference_to_update, f"{url}/collective_rpc", handles, seconds, uds
-            )
-            route.update(post, extension, handles)
+            if _has_backend(url, seconds, uds):
+                _VllmTransfer(post, weight_version).update(handles)
+            else:
+                request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             if reset_prefix_cache:
                 _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
 
     return _for_engine(ask, rank, inference_parallel_size)
 
 
-class _VllmRoute:
-    """How a vLLM engine is told to update; the first request to it finds out."""
+class _VllmTransfer:
+    """An update by vLLM's own weight transfer routes.
+
+    No request may fail on one worker alone, or on all: vLLM would take what the others answered for
+    answers to its next request. So nothing is tried out here, and the plug-in raises on the last
+    worker only; an update that failed is open on the others, which ``finish`` ends.
+    """
 
     _STARTS = 3  # two refusals say what to do first
 
-    def __init__(self, weight_version: str | None) -> None:
+    def __init__(self, post: Callable[..., Any], weight_version: str | None) -> None:
+        self._post = post
         self._version = {} if weight_version is None else {"weight_version": weight_version}
-        self._has_backend = False
 
-    def update(
-        self,
-        post: Callable[..., httpx.Response],
-        ask_extension: Callable[[], Any],
-        handles: dict[str, str],
-    ) -> None:
-        import httpx
+    def update(self, handles: dict[str, str]) -> None:
+        self._start()
+        try:
+            self._post("/update_weights", {"update_info": {"zmq_handles": handles}})
+        except BaseException:
+            self._finish_failed()
+            raise
+        self._post("/finish_weight_update", self._version)
+        self._post("/reset_encoder_cache")
 
-        refusal = None
-        if not self._has_backend:
-            refusal = _refusal_of(ask_extension)
-            if refusal is None:
-                return
-        self._has_backend = False  # unless it still has: the URL may be another engine's by now
-        self._start(post, refusal)
-        self._has_backend = True
-        post("/update_weights", {"update_info": {"zmq_handles": handles}})
-        post("/finish_weight_update", self._version)
-        with suppress(httpx.HTTPStatusError):  # releases without that cache
-            post("/reset_encoder_cache")
-
-    def _start(
-        self, post: Callable[..., httpx.Response], refusal: httpx.HTTPStatusError | None
-    ) -> None:
-        """Begin an update. What an earlier one has left open on some workers ends before."""
+    def _start(self) -> None:
         import httpx
 
         for _ in range(self._STARTS):
             try:
-                post("/start_weight_update")
+                self._post("/start_weight_update")
                 return
             except httpx.HTTPStatusError as error:
                 failure = error
+            self._finish_failed()
             if "start_draft_weight_update" in str(failure):
-                post("/start_draft_weight_update")
+                self._post("/start_draft_weight_update")
+                self._post("/finish_weight_update", {})
             elif "already active" not in str(failure):
                 break
-            with suppress(httpx.HTTPStatusError):  # of the workers where none is open
-                post("/finish_weight_update")
-        raise failure if refusal is None or failure.response.status_code != 404 else refusal
+        raise failure
+
+    def _finish_failed(self) -> None:
+        with suppress(Exception):  # of the worker that failed; there it is over
+            self._post("/finish_weight_update", {})
 
 
-def _refusal_of(ask_extension: Callable[[], Any]) -> httpx.HTTPStatusError | None:
-    """Have the worker extension receive; returns the refusal of an engine that has none. There
-    nothing has happened yet."""
+def _has_backend(url: str, timeout: float, uds: str | None) -> bool:
+    """Whether a vLLM engine was started with our backend for its weight transfer."""
     import httpx
 
     try:
-        ask_extension()
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code != 404 and f"{_RECEIVE}' is not implemented" not in str(
-            error
-        ):
-            raise
-        return error
-    return None
+        answer = send("GET", f"{url}/server_info?config_format=json", timeout, uds).json()
+        return bool(answer["vllm_config"]["weight_transfer_config"]["backend"] == BACKEND)
+    except httpx.ConnectError:
+        return False  # the next request says so
+    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
+        return False  # a release without that route, or another backend, or none
 
 
 def sglang_request(
@@ -284,7 +274,7 @@ def request_inference_to_update(
         httpx.HTTPStatusError: the engine refused or failed; the text holds its whole answer.
         httpx.TransportError: the engine is not up, or did not answer in time.
     """
-    body = {"method": _RECEIVE, "args": [socket_paths], "timeout": timeout}
+    body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
     send("POST", url, timeout, uds, body)
 
 

@@ -6,8 +6,7 @@ registers is imported when vLLM asks for it.
 
 from __future__ import annotations
 
-NAME = "checkpoint_engine"
-"""The backend's name in ``--weight-transfer-config``."""
+from checkpoint_engine.client import BACKEND
 
 
 def register() -> None:
@@ -19,7 +18,7 @@ def register() -> None:
         return
     try:
         WeightTransferEngineFactory.register_engine(
-            NAME, "checkpoint_engine.integrations.vllm.worker", "CheckpointEngineTransfer"
+            BACKEND, "checkpoint_engine.integrations.vllm.worker", "CheckpointEngineTransfer"
         )
     except ValueError:  # it is registered
         return

@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from checkpoint_engine.ground.devices import DeviceManager, worker_index
+from checkpoint_engine.loading.vllm_ranks import raise_on_last_rank
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 SUPPORTED = "0.26 to 0.33"
@@ -112,13 +113,22 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         """Nothing to do: each update brings its addresses."""
 
     def start_weight_update(self) -> None:
-        """Raises ``RuntimeError`` if an update would leave a drafter behind."""
+        """Raises ``RuntimeError``, on the last rank, if an update would leave a drafter behind."""
         if self.model is self._default_model and self._lacks_drafter():
-            raise RuntimeError(INTRODUCE_DRAFTER)
+            raise_on_last_rank(RuntimeError(INTRODUCE_DRAFTER))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """All of one update; returns when the engine may compute with the new weights."""
-        self.receive_weights(self.parse_update_info(update_info))
+        """All of one update; returns when the engine may compute with the new weights.
+
+        A failure on any rank is raised on the last one. vLLM ends the session there alone:
+        ``finish_weight_update``, which then fails on that rank, ends it on the others.
+        """
+        failure = None
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception as error:
+            failure = error
+        raise_on_last_rank(failure)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         target = self._model

@@ -1,0 +1,82 @@
+"""A real vLLM with ``--weight-transfer-config``, and no worker extension."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+from test_models import CPU, PROGRAMS
+from test_server import running
+
+from demo_vllm import TP, VllmServer
+from torchrun import torchrun
+
+FLAG = ["--weight-transfer-config", '{"backend": "checkpoint_engine"}']
+WRONG = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def broken(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A checkpoint with a tensor in the middle that no engine of this model can load."""
+    folder = tmp_path / "broken"
+    shutil.copytree(models["dense-1"], folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if WRONG in tensors:
+            tensors[WRONG] = tensors[WRONG][:7, :5].clone()
+            save_file(tensors, path)
+    return folder
+
+
+def get(server: VllmServer, route: str) -> Any:
+    return httpx.get(f"{server.url}{route}", timeout=60, trust_env=False).raise_for_status().json()
+
+
+def checksums(server: VllmServer) -> Any:
+    """Of every parameter on every worker."""
+    body = {"action": "checksum"}
+    answer = httpx.post(f"{server.url}/weight_checker", json=body, timeout=60, trust_env=False)
+    return answer.raise_for_status().json()["checksums"]
+
+
+@pytest.mark.timeout(420)
+def test_updates_by_the_flag_alone(
+    models: dict[str, Path], broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dummy weights, an update, one that fails half-way, and more: the last are learned."""
+    one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
+    wrong = {"name": "broken", "model": str(broken)}
+
+    def update(name: str, *steps: dict[str, Any]) -> list[str]:
+        ranks = torchrun(
+            tmp_path / name,
+            TP,
+            "transferred",
+            150,
+            CPU,
+            script=PROGRAMS,
+            url=server.url,
+            steps=steps,
+        )
+        assert all(errors == ranks[0] for errors in ranks)
+        return ranks[0]
+
+    with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
+        fresh = server.generate(), checksums(server)
+    with running(models["dense-2"], monkeypatch, "dummy", options=FLAG) as server:
+        assert server.generate() != fresh[0]
+        assert update("first", one) == [""]
+        assert (server.generate(), checksums(server)) == fresh
+        assert get(server, "/weight_info") == {"weight_version": "dense-1"}
+        (error,) = update("fails", wrong)
+        assert re.match(r"update failed on rank [01] during reload: .* in bucket \d+ of \d+", error)
+        assert checksums(server) != fresh[1]  # partly written, and nothing on meta
+        assert get(server, "/weight_info") == {"weight_version": "dense-1"}
+        each = two | {"address_for_each": True}
+        assert update("repairs", two, one, each, one) == [""] * 4
+        assert (server.generate(), checksums(server)) == fresh
