@@ -64,7 +64,8 @@ class VllmServer:
         command += ["--disable-uvicorn-access-log", "--enable-scale-out"]  # for tokens in and out
         with (model.parent / f"{model.name}-{port}.log").open("wb") as log:
             env = {**ENVIRONMENT, **os.environ, "TMPDIR": str(model.parent)}  # vLLM leaves files
-            self.process = start(command, env=env, stderr=log)
+            # Its workers log failures there, and would stand still at a pipe that nobody reads.
+            self.process = start(command, env=env, stdout=log, stderr=log)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
 
     def __enter__(self) -> VllmServer:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_models import CPU, PROGRAMS
 from test_server import running
 
+from conftest import EngineHost
 from demo_vllm import TP, VllmServer
 from torchrun import torchrun
 
@@ -24,7 +25,7 @@ WRONG = "model.layers.2.mlp.down_proj.weight"
 def broken(models: dict[str, Path], tmp_path: Path) -> Path:
     """A checkpoint with a tensor in the middle that no engine of this model can load."""
     folder = tmp_path / "broken"
-    shutil.copytree(models["dense-1"], folder)
+    shutil.copytree(models["dense-2"], folder)
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         if WRONG in tensors:
@@ -42,6 +43,34 @@ def checksums(server: VllmServer) -> Any:
     body = {"action": "checksum"}
     answer = httpx.post(f"{server.url}/weight_checker", json=body, timeout=60, trust_env=False)
     return answer.raise_for_status().json()["checksums"]
+
+
+@pytest.mark.timeout(240)
+def test_an_engine_starts_from_a_running_world_without_weight_files(
+    engine_host: EngineHost,
+    models: dict[str, Path],
+    sources: dict[tuple[str, int], Path],
+    tmp_path: Path,
+) -> None:
+    expected = engine_host.tokens_of_a_fresh_start(models["dense-2"], 2)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(models["dense-2"] / "config.json", empty)
+    extra = {"metas_file": str(sources["dense-2", 3])}
+    engine_host.start(empty, 2, load_format="checkpoint_engine", model_loader_extra_config=extra)
+    assert engine_host.generate() == expected
+
+
+@pytest.mark.timeout(240)
+def test_without_a_source_an_engine_starts_from_its_files_and_says_so(
+    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = engine_host.tokens_of_a_fresh_start(models["dense-1"], 1)
+    extra = {"metas_file": str(tmp_path / "nothing")}
+    options = {"load_format": "checkpoint_engine", "model_loader_extra_config": extra}
+    engine_host.start(models["dense-1"], 1, **options)
+    assert engine_host.generate() == expected
+    assert f"no metas from {tmp_path / 'nothing'}: " in engine_host.output()
 
 
 @pytest.mark.timeout(420)
