@@ -34,6 +34,14 @@ def broken(models: dict[str, Path], tmp_path: Path) -> Path:
     return folder
 
 
+def update(folder: Path, server: VllmServer, *steps: dict[str, Any]) -> list[str]:
+    """The errors of these updates, which all ranks have seen."""
+    options: dict[str, Any] = {"url": server.url, "steps": steps}
+    ranks: list[Any] = torchrun(folder, TP, "transferred", 150, CPU, script=PROGRAMS, **options)
+    assert all(errors == ranks[0] for errors in ranks)
+    return ranks[0]
+
+
 def get(server: VllmServer, route: str) -> Any:
     return httpx.get(f"{server.url}{route}", timeout=60, trust_env=False).raise_for_status().json()
 
@@ -43,6 +51,41 @@ def checksums(server: VllmServer) -> Any:
     body = {"action": "checksum"}
     answer = httpx.post(f"{server.url}/weight_checker", json=body, timeout=60, trust_env=False)
     return answer.raise_for_status().json()["checksums"]
+
+
+@pytest.mark.timeout(300)
+def test_the_routes_are_served_with_a_token_without_the_mode_of_development(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [{"name": name, "model": str(models[name])} for name in ("dense-2", "dense-1")]
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    monkeypatch.setenv("VLLM_PLUGINS", "checkpoint_engine")
+    monkeypatch.setenv("PS_ENGINE_TOKEN", "open-sesame")
+    with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
+        before = server.generate()
+        assert update(tmp_path / "there", server, *steps[:1]) == [""]
+        assert server.generate() != before
+        assert update(tmp_path / "back", server, *steps[1:]) == [""]
+        assert server.generate() == before
+        for wrong in ({}, {"authorization": "Bearer open-barley"}):
+            url = f"{server.url}/start_weight_update"
+            answer = httpx.post(url, headers=wrong, timeout=60, trust_env=False)
+            assert answer.status_code == 401
+        url = f"{server.url}/collective_rpc"
+        assert httpx.post(url, json={}, timeout=60, trust_env=False).status_code == 404
+
+
+@pytest.mark.timeout(300)
+def test_a_failed_update_leaves_the_extension_as_ready_as_before(
+    models: dict[str, Path], broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
+    wrong = {"name": "broken", "model": str(broken)}
+    with running(models["dense-1"], monkeypatch) as server:
+        before = server.generate()
+        errors = update(tmp_path / "ranks", server, two, wrong, two, one)
+        assert [bool(error) for error in errors] == [False, True, False, False], errors
+        assert server.generate() == before
 
 
 @pytest.mark.timeout(240)
@@ -81,31 +124,17 @@ def test_updates_by_the_flag_alone(
     one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
     wrong = {"name": "broken", "model": str(broken)}
 
-    def update(name: str, *steps: dict[str, Any]) -> list[str]:
-        ranks = torchrun(
-            tmp_path / name,
-            TP,
-            "transferred",
-            150,
-            CPU,
-            script=PROGRAMS,
-            url=server.url,
-            steps=steps,
-        )
-        assert all(errors == ranks[0] for errors in ranks)
-        return ranks[0]
-
     with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
         fresh = server.generate(), checksums(server)
     with running(models["dense-2"], monkeypatch, "dummy", options=FLAG) as server:
         assert server.generate() != fresh[0]
-        assert update("first", one) == [""]
+        assert update(tmp_path / "first", server, one) == [""]
         assert (server.generate(), checksums(server)) == fresh
         assert get(server, "/weight_info") == {"weight_version": "dense-1"}
-        (error,) = update("fails", wrong)
+        (error,) = update(tmp_path / "fails", server, wrong)
         assert re.match(r"update failed on rank [01] during reload: .* in bucket \d+ of \d+", error)
         assert checksums(server) != fresh[1]  # partly written, and nothing on meta
         assert get(server, "/weight_info") == {"weight_version": "dense-1"}
         each = two | {"address_for_each": True}
-        assert update("repairs", two, one, each, one) == [""] * 4
+        assert update(tmp_path / "repairs", server, two, one, each, one) == [""] * 4
         assert (server.generate(), checksums(server)) == fresh

@@ -134,9 +134,10 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         target = self._model
         if self.model is not self._default_model and self._drafter is not None:
             target = self._drafter
-        target.update_weights_from_ipc(
-            update_info.zmq_handles or {target.identity(): update_info.address}
-        )
+        handles = update_info.zmq_handles
+        if update_info.address is not None:
+            handles = {target.identity(): update_info.address}
+        target.update_weights_from_ipc(handles or {})
 
     def finish_weight_update(self) -> None:
         """Nothing to do: ``update_weights`` has processed what it loaded."""
