@@ -7,6 +7,7 @@ only the last rank may raise.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch.distributed as dist
@@ -14,11 +15,10 @@ import torch.distributed as dist
 
 def raise_on_last_rank(failure: Exception | None) -> None:
     """Raise on the engine's last rank what any of its ranks has failed with; called on all ranks.
-    Returns on the others, also on those that failed, when all have called it."""
-    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
+    Returns on the others, also on those that failed, when all have called it. A worker of another
+    engine raises its own."""
+    groups = [group for group in _groups() if group.world_size > 1]
     failures = [] if failure is None else [f"{type(failure).__name__}: {failure}"]
-    groups = [group for group in (get_tp_group(), get_pp_group()) if group.world_size > 1]
     for group in groups:
         told: list[Any] = [None] * group.world_size
         dist.all_gather_object(told, failures, group=group.cpu_group)
@@ -27,3 +27,11 @@ def raise_on_last_rank(failure: Exception | None) -> None:
         if failure is not None:
             raise failure
         raise RuntimeError(f"another worker of this engine failed: {failures[0]}")
+
+
+def _groups() -> list[Any]:
+    """Those that together hold one executor's workers; none outside vLLM."""
+    state = sys.modules.get("vllm.distributed.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return []
+    return [state.get_tp_group(), state.get_pp_group()]

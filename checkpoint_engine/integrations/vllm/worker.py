@@ -80,6 +80,10 @@ class _Target(VllmColocateWorkerExtension):
         self.local_rank = get_world_group().local_rank
         self.model_runner = SimpleNamespace(model=model, model_config=config, drafter=None)
 
+    def receive(self, handles: dict[str, str]) -> None:
+        """Raises on every rank that fails."""
+        self._receive_from_ipc(handles)
+
     def identity(self) -> str:
         """Of its device, as server ranks name it."""
         index = self.device.index if self.device.index is not None else self.local_rank
@@ -137,7 +141,7 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         handles = update_info.zmq_handles
         if update_info.address is not None:
             handles = {target.identity(): update_info.address}
-        target.update_weights_from_ipc(handles or {})
+        target.receive(handles or {})
 
     def finish_weight_update(self) -> None:
         """Nothing to do: ``update_weights`` has processed what it loaded."""
