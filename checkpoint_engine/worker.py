@@ -52,7 +52,10 @@ class VllmColocateWorkerExtension:
             report = self._receive_from_ipc(zmq_handles)
         except Exception as error:
             failure = error
-        raise_on_last_rank(failure)
+        try:
+            raise_on_last_rank(failure)
+        finally:
+            del failure  # its traceback leads here, and must not lead back to it
         return report
 
     def _receive_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:

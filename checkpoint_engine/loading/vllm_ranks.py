@@ -23,10 +23,14 @@ def raise_on_last_rank(failure: Exception | None) -> None:
         told: list[Any] = [None] * group.world_size
         dist.all_gather_object(told, failures, group=group.cpu_group)
         failures = [one for of_rank in told for one in of_rank]
-    if failures and all(group.is_last_rank for group in groups):
-        if failure is not None:
-            raise failure
+    if not (failures and all(group.is_last_rank for group in groups)):
+        return
+    if failure is None:
         raise RuntimeError(f"another worker of this engine failed: {failures[0]}")
+    try:
+        raise failure
+    finally:
+        del failure
 
 
 def _groups() -> list[Any]:

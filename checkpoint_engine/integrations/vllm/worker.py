@@ -132,7 +132,10 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
             self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
             failure = error
-        raise_on_last_rank(failure)
+        try:
+            raise_on_last_rank(failure)
+        finally:
+            del failure  # its traceback leads here, and must not lead back to it
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         target = self._model
