@@ -34,6 +34,7 @@ class Engine:
         self.text = ""
         self.bodies: list[Any] = []
         self.authorizations: list[str | None] = []  # of those that only ask
+        self.keys: list[str | None] = []  # that came with them
         self.server_info: dict[str, Any] | None = None
         self.hold = threading.Event()
         self.hold.set()
@@ -48,6 +49,7 @@ class Engine:
 
             def do_GET(self) -> None:
                 if self.path.startswith("/server_info"):  # what vLLM says of itself
+                    engine.keys.append(self.headers["authorization"] or self.headers["x-key"])
                     body = json.dumps(engine.server_info).encode()
                     self.send_response(404 if engine.server_info is None else 200)
                     self.end_headers()
@@ -60,6 +62,7 @@ class Engine:
                 length = int(self.headers["content-length"])
                 body = self.rfile.read(length)
                 engine.bodies.append((self.path, json.loads(body) if body else None))
+                engine.keys.append(self.headers["authorization"] or self.headers["x-key"])
                 self.answer()
 
             def address_string(self) -> str:
@@ -401,3 +404,35 @@ def test_a_start_that_vllm_refuses_is_an_error(engine: Engine, url: str) -> None
     with pytest.raises(httpx.HTTPStatusError, match=r"/start_weight_update: no memory$"):
         vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
     assert engine.bodies == [START, FINISH]
+
+
+MAKERS = [vllm_request, sglang_request, lmdeploy_request]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("info", [None, WITH_BACKEND])
+def test_every_request_has_the_headers(engine: Engine, url: str, make: Any, info: Any) -> None:
+    engine.server_info = info
+    make(url, rank=0, inference_parallel_size=2, headers={"x-key": "7"})(HANDLES)
+    assert set(engine.keys) == {"7"}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_token_of_the_environment_is_sent(
+    engine: Engine, url: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_ENGINE_TOKEN", "open-sesame")
+    make(url, rank=0, inference_parallel_size=2)(HANDLES)
+    assert set(engine.keys) == {"Bearer open-sesame"}
+    engine.keys.clear()
+    make(url, rank=0, inference_parallel_size=2, headers={})(HANDLES)
+    assert set(engine.keys) == {None}
+
+
+@pytest.mark.parametrize(("plugin", "path"), [(True, START[0]), (False, "/collective_rpc")])
+def test_who_says_how_vllm_receives_is_not_asked(
+    engine: Engine, url: str, plugin: bool, path: str
+) -> None:
+    vllm_request(url, rank=0, inference_parallel_size=2, plugin=plugin)(HANDLES)
+    assert engine.bodies[0][0] == path
+    assert len(engine.keys) == len(engine.bodies)
