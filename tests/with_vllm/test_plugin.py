@@ -4,21 +4,85 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_models import CPU, PROGRAMS
 from test_server import running
+from vllm.config.load import LoadConfig
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.model_executor.model_loader import get_model_loader
 
+from checkpoint_engine.client import BACKEND
+from checkpoint_engine.integrations import vllm as plugin
+from checkpoint_engine.integrations.vllm import worker
+from checkpoint_engine.integrations.vllm.loader import CheckpointEngineLoader
+from checkpoint_engine.integrations.vllm.worker import CheckpointEngineTransfer
 from conftest import EngineHost
 from demo_vllm import TP, VllmServer
 from torchrun import torchrun
 
 FLAG = ["--weight-transfer-config", '{"backend": "checkpoint_engine"}']
 WRONG = "model.layers.2.mlp.down_proj.weight"
+
+
+def test_registering_twice_is_registering_once() -> None:
+    plugin.register()
+    plugin.register()
+    assert WeightTransferEngineFactory._registry[BACKEND]() is CheckpointEngineTransfer
+    loader = get_model_loader(LoadConfig(load_format=BACKEND))
+    assert isinstance(loader, CheckpointEngineLoader)
+    assert loader.load_config.load_format == "auto"  # of the files, where they are loaded
+
+
+def test_another_interface_is_refused_with_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: Any, config: Any, parallel_config: Any) -> None: ...
+
+    monkeypatch.setattr(WeightTransferEngine, "__init__", init)
+    found = r"engines of \['config', 'parallel_config'\].* --worker-extension-cls checkpoint_engine"
+    with pytest.raises(RuntimeError, match=found):
+        CheckpointEngineTransfer(None, None, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(("drafted", "needs"), [("same", True), ("other", False), (None, False)])
+def test_a_drafter_of_the_same_checkpoint_has_to_be_shown_once(
+    monkeypatch: pytest.MonkeyPatch, drafted: str | None, needs: bool
+) -> None:
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
+    drafter_config = SimpleNamespace(model=drafted)
+    config = SimpleNamespace(
+        parallel_config=None,
+        model_config=SimpleNamespace(model="same"),
+        speculative_config=drafted and SimpleNamespace(draft_model_config=drafter_config),
+    )
+    model, drafter = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    engine = CheckpointEngineTransfer(None, config, torch.device("cpu"), model)
+    refused = pytest.raises(RuntimeError, match="/start_draft_weight_update")
+    with refused if needs else nullcontext():
+        engine.start_weight_update()
+    engine.set_weight_update_target(drafter, drafter_config)
+    engine.start_weight_update()  # for it alone
+    engine.finish_weight_update()
+    engine.reset_weight_update_target()
+    engine.start_weight_update()
+    assert engine._model.model_runner.drafter.model is drafter
+
+
+@pytest.mark.parametrize("info", [{}, {"zmq_handles": {}, "address": "ipc://x"}, {"names": []}])
+def test_an_update_without_one_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, info: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
+    config = SimpleNamespace(parallel_config=None, model_config=None, speculative_config=None)
+    engine = CheckpointEngineTransfer(None, config, torch.device("cpu"), None)
+    with pytest.raises(ValueError, match=r"either zmq_handles or address|Invalid update_info"):
+        engine.update_weights(info)
 
 
 @pytest.fixture
