@@ -202,8 +202,8 @@ def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "has_plugins", "level"),
     [
-        (doctor.__version__, True, "ok"),
-        (doctor.__version__, False, "note"),
+        (__version__, True, "ok"),
+        (__version__, False, "note"),
         ("0.1.2", True, "note"),
     ],
 )
