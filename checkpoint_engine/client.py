@@ -8,14 +8,14 @@ second. All ranks pass theirs to ``update``; the first one of each engine asks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline
-from checkpoint_engine.settings import from_launcher
+from checkpoint_engine.settings import engine_token, from_launcher
 
 if TYPE_CHECKING:
     import httpx
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from checkpoint_engine.world.metas_file import Metas
 
 RequestFunction = Callable[[list[tuple[str, str]]], None]
+Headers = Mapping[str, str]
 
+BACKEND = "checkpoint_engine"
+"""Our name in vLLM's ``--weight-transfer-config``."""
 _RESUME_SECONDS = 30.0  # also when the time for the update is used up
 
 
@@ -35,10 +38,14 @@ def vllm_request(
     pause: Literal["abort", "wait", "keep"] | None = None,
     resume_after_failure: bool = False,
     reset_prefix_cache: bool = False,
+    weight_version: str | None = None,
+    plugin: bool | None = None,
     timeout: float = 300.0,
     uds: str | None = None,
+    headers: Headers | None = None,
 ) -> RequestFunction:
-    """A ``req_func`` for vLLM, started with the worker extension and ``VLLM_SERVER_DEV_MODE=1``.
+    """A ``req_func`` for vLLM, started with ``--weight-transfer-config`` and the backend
+    ``checkpoint_engine``, or with the worker extension. Either needs ``VLLM_SERVER_DEV_MODE=1``.
 
     Args:
         url: the engine, as ``http://localhost:8000``.
@@ -50,8 +57,13 @@ def vllm_request(
         resume_after_failure: let it serve all the same.
         reset_prefix_cache: after the update, forget what was computed with the old weights.
             Requests in flight are not lost, but computed anew.
+        weight_version: what ``/weight_info`` of the engine shall answer afterwards. Only vLLM's own
+            weight transfer tells its engine.
+        plugin: whether the backend receives, not the extension. Default: what the engine's
+            ``/server_info`` says, whose first answer takes vLLM seconds.
         timeout: seconds for all of it.
         uds: path of the Unix socket that the engine listens on, where it is not TCP.
+        headers: of every request, as an API key. Default: the bearer token in ``PS_ENGINE_TOKEN``.
 
     Raises:
         ValueError: a number is out of range. What the function raises is the engine's error, whole.
@@ -60,17 +72,89 @@ def vllm_request(
     def ask(handles: dict[str, str]) -> None:
         deadline = Deadline(timeout)
 
-        def post(route: str) -> httpx.Response:
-            remaining = max(deadline.remaining(), _RESUME_SECONDS if route == "/resume" else 0.1)
-            return send("POST", f"{url}{route}", remaining, uds)
+        def post(path: str, body: Any = None) -> httpx.Response:
+            remaining = max(deadline.remaining(), _RESUME_SECONDS if path == "/resume" else 0.1)
+            return send("POST", f"{url}{path}", remaining, uds, body, headers=_sent(headers))
 
         with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
-            request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
+            if _has_backend(url, seconds, uds, headers) if plugin is None else plugin:
+                _VllmTransfer(post, weight_version).update(handles)
+            elif headers is None:
+                request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
+            else:
+                _ask_extension(f"{url}/collective_rpc", handles, seconds, uds, headers)
             if reset_prefix_cache:
                 _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
 
     return _for_engine(ask, rank, inference_parallel_size)
+
+
+class _VllmTransfer:
+    """An update by vLLM's own weight transfer routes.
+
+    No request may fail on one worker alone, or on all: vLLM would take what the others answered for
+    answers to its next request. So nothing is tried out here, and the plug-in raises on the last
+    worker only; an update that failed is open on the others, which ``finish`` ends.
+    """
+
+    _STARTS = 3  # two refusals say what to do first
+
+    def __init__(self, post: Callable[..., Any], weight_version: str | None) -> None:
+        self._post = post
+        self._version = {} if weight_version is None else {"weight_version": weight_version}
+
+    def update(self, handles: dict[str, str]) -> None:
+        self._start()
+        try:
+            self._post("/update_weights", {"update_info": {"zmq_handles": handles}})
+        except BaseException:
+            self._finish_failed()
+            raise
+        self._post("/finish_weight_update", self._version)
+        self._post("/reset_encoder_cache")
+
+    def _start(self) -> None:
+        import httpx
+
+        for _ in range(self._STARTS):
+            try:
+                self._post("/start_weight_update")
+                return
+            except httpx.HTTPStatusError as error:
+                failure = error
+            self._finish_failed()
+            if "start_draft_weight_update" in str(failure):
+                self._post("/start_draft_weight_update")
+                self._post("/finish_weight_update", {})
+            elif "already active" not in str(failure):
+                break
+        raise failure
+
+    def _finish_failed(self) -> None:
+        with suppress(Exception):  # of the worker that failed; there it is over
+            self._post("/finish_weight_update", {})
+
+
+def _sent(headers: Headers | None) -> Headers:
+    """With every request to an engine."""
+    if headers is None and (token := engine_token()):
+        return {"authorization": f"Bearer {token}"}
+    return headers or {}
+
+
+def _has_backend(url: str, timeout: float, uds: str | None, headers: Headers | None) -> bool:
+    """Whether a vLLM engine was started with our backend for its weight transfer."""
+    import httpx
+
+    try:
+        route = f"{url}/server_info?config_format=json"
+        answer = send("GET", route, timeout, uds, headers=_sent(headers)).json()
+        return bool(answer["vllm_config"]["weight_transfer_config"]["backend"] == BACKEND)
+    except httpx.ConnectError:
+        return False  # the next request says so
+    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
+        return False  # a release without that route, or another backend, or none
 
 
 def sglang_request(
@@ -82,6 +166,7 @@ def sglang_request(
     weight_version: str | None = None,
     timeout: float = 300.0,
     uds: str | None = None,
+    headers: Headers | None = None,
 ) -> RequestFunction:
     """A ``req_func`` for SGLang, which receives by ``/update_weights_from_ipc``; the other
     arguments are as of ``vllm_request``.
@@ -95,7 +180,7 @@ def sglang_request(
     """
 
     options = {"flush_cache": flush_cache, "weight_version": weight_version}
-    return _by_ipc_route(url, options, rank, inference_parallel_size, timeout, uds)
+    return _by_ipc_route(url, options, rank, inference_parallel_size, timeout, uds, headers)
 
 
 def lmdeploy_request(
@@ -105,17 +190,34 @@ def lmdeploy_request(
     rank: int | None = None,
     timeout: float = 300.0,
     uds: str | None = None,
+    headers: Headers | None = None,
 ) -> RequestFunction:
     """A ``req_func`` for lmdeploy; arguments and errors as of ``sglang_request``."""
-    return _by_ipc_route(url, {}, rank, inference_parallel_size, timeout, uds)
+    return _by_ipc_route(url, {}, rank, inference_parallel_size, timeout, uds, headers)
+
+
+REQUESTS: dict[str, Callable[..., RequestFunction]] = {
+    "vllm": vllm_request,
+    "sglang": sglang_request,
+    "lmdeploy": lmdeploy_request,
+}
+"""By the kind of engine, what makes its ``req_func``."""
 
 
 def _by_ipc_route(
-    url: str, body: dict[str, Any], rank: int | None, workers: int, timeout: float, uds: str | None
+    url: str,
+    body: dict[str, Any],
+    rank: int | None,
+    workers: int,
+    timeout: float,
+    uds: str | None,
+    headers: Headers | None,
 ) -> RequestFunction:
+    route = f"{url}/update_weights_from_ipc"
+
     def ask(handles: dict[str, str]) -> None:
         content = {"zmq_handles": handles, **body}
-        _check_success(send("POST", f"{url}/update_weights_from_ipc", timeout, uds, content))
+        _check_success(send("POST", route, timeout, uds, content, headers=_sent(headers)))
 
     return _for_engine(ask, rank, workers)
 
@@ -205,8 +307,14 @@ def request_inference_to_update(
         httpx.HTTPStatusError: the engine refused or failed; the text holds its whole answer.
         httpx.TransportError: the engine is not up, or did not answer in time.
     """
+    _ask_extension(url, socket_paths, timeout, uds, None)
+
+
+def _ask_extension(
+    url: str, socket_paths: Any, timeout: float, uds: str | None, headers: Headers | None
+) -> None:
     body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
-    send("POST", url, timeout, uds, body)
+    send("POST", url, timeout, uds, body, headers=_sent(headers))
 
 
 def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:
@@ -270,7 +378,13 @@ def parse_url(text: str) -> httpx.URL:
 
 
 def send(
-    verb: str, url: str, timeout: float, uds: str | None, body: Any = None, token: str | None = None
+    verb: str,
+    url: str,
+    timeout: float,
+    uds: str | None,
+    body: Any = None,
+    token: str | None = None,
+    headers: Headers | None = None,
 ) -> httpx.Response:
     """One request, and the answer to it.
 
@@ -281,7 +395,9 @@ def send(
     """
     import httpx
 
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    headers = dict(headers or {})
+    if token is not None:
+        headers["authorization"] = f"Bearer {token}"
     # Reading the certificates takes longer than most requests.
     transport = httpx.HTTPTransport(uds=uds, verify=url.startswith("https:"))
     # No proxy, netrc or certificates from the environment: who is asked are neighbours.

@@ -129,6 +129,8 @@ admitted_users: Variable[frozenset[int]] = Variable(
     "PS_IPC_UIDS", frozenset(), _users, "user ids, as numbers with commas"
 )
 http_token = _text("PS_HTTP_TOKEN")
+engine_token = _text("PS_ENGINE_TOKEN")
+metas_url = _text("PS_METAS_URL")
 p2p = _one_of("PS_P2P", "on", "on", "off")
 p2p_host = Variable("PS_P2P_HOST", None, _own_address, "an IP address of this host")
 p2p_protocol = _one_of("PS_P2P_PROTOCOL", None, "rdma", "efa", "ascend_direct", "tcp")

@@ -16,6 +16,7 @@ from checkpoint_engine.handover.wire import FlattenedTensorMetadata
 from checkpoint_engine.loading.receive import update_weights_from_ipc
 from checkpoint_engine.loading.reload import EngineReload
 from checkpoint_engine.loading.version import WeightVersion
+from checkpoint_engine.loading.vllm_ranks import raise_on_last_rank
 
 __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
 
@@ -42,8 +43,22 @@ class VllmColocateWorkerExtension:
             parameters, ``unused`` tensors and more; see ``reload.ModelReload``.
 
         Raises:
-            KeyError: this worker's device is not among them.
+            KeyError: this worker's device is not among them. This, and whatever else fails on any
+                worker of a vLLM, is raised on its last rank; see ``loading.vllm_ranks``.
         """
+        report: dict[str, Any] = {}
+        failure = None
+        try:
+            report = self._receive_from_ipc(zmq_handles)
+        except Exception as error:
+            failure = error
+        try:
+            raise_on_last_rank(failure)
+        finally:
+            del failure  # its traceback leads here, and must not lead back to it
+        return report
+
+    def _receive_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         device_manager = DeviceManager(self.device.type)
         index = self.device.index if self.device.index is not None else self.local_rank
         identity = device_manager.identity(worker_index(self.device.type, index))

@@ -113,10 +113,9 @@ class Engine:
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
     """A child in a session of its own: Ctrl-C reaches this process alone, which ends the others."""
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, **options}
     with _signals_deferred():  # one that came within Popen would leave a child that nobody knows
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
-        )
+        process = subprocess.Popen(command, **options)
         _children.append(process)
     return process
 

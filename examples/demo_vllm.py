@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -48,18 +49,23 @@ EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
 class VllmServer:
     """vLLM's own API server, for as long as the ``with`` block lasts."""
 
-    def __init__(self, model: Path, load_format: str = "auto") -> None:
+    def __init__(
+        self, model: Path, load_format: str = "auto", options: Sequence[str] | None = None
+    ) -> None:
+        """``options``: how it receives weights; by default, by the worker extension."""
         self._segments = set(SHARED_MEMORY.iterdir())
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, *PROGRAM, "--port", str(port)]
         command += ["--host=127.0.0.1", f"--model={model}", f"--tensor-parallel-size={TP}"]
-        command += [f"--load-format={load_format}", f"--worker-extension-cls={EXTENSION}"]
+        command += [f"--load-format={load_format}"]
+        command += [f"--worker-extension-cls={EXTENSION}"] if options is None else options
         command += ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=256"]
         command += ["--disable-uvicorn-access-log", "--enable-scale-out"]  # for tokens in and out
         with (model.parent / f"{model.name}-{port}.log").open("wb") as log:
             env = {**ENVIRONMENT, **os.environ, "TMPDIR": str(model.parent)}  # vLLM leaves files
-            self.process = start(command, env=env, stderr=log)
+            # Its workers log failures there, and would stand still at a pipe that nobody reads.
+            self.process = start(command, env=env, stdout=log, stderr=log)
         self._http = httpx.Client(trust_env=False, timeout=TIMEOUT)
 
     def __enter__(self) -> VllmServer:

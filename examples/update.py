@@ -22,15 +22,13 @@ from typing import cast
 import torch
 from loguru import logger
 
-from checkpoint_engine.client import fetch_metas, request_inference_to_update, wait_until_ready
+from checkpoint_engine.client import REQUESTS, fetch_metas, wait_until_ready
 from checkpoint_engine.distributed import use_backend
 from checkpoint_engine.memory.files import open_files, view_tensors
 from checkpoint_engine.memory.folder import INDEX, checkpoint_of, split_over_ranks
 from checkpoint_engine.memory.sources import FileParts, TensorSource, file_of, natural_key
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.world.metas_file import Metas, decode_metas, encode_metas
-
-SocketPaths = list[tuple[str, str]]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--metas-url", help="the same, from a server's /v1/metas; PS_HTTP_TOKEN is sent")
     add("--sleep-time", type=float, default=0, help="seconds to stay alive for others to read from")
     add("--endpoint", default="http://localhost:19730", help="of the engine")
+    add("--engine-kind", choices=list(REQUESTS), default="vllm")
     add("--inference-parallel-size", type=int, default=8, help="workers per engine")
     add("--checkpoint-name", default="my-checkpoint-iter-0")
     add("--update-method", choices=["broadcast", "p2p", "all"], default="broadcast")
@@ -88,6 +87,9 @@ class Job:
         self.rank = rank
         self.world_size = world_size
         self.ps = ParameterServer(auto_pg=True)
+        self.ask_engine = REQUESTS[args.engine_kind](
+            args.endpoint, inference_parallel_size=args.inference_parallel_size, uds=args.uds
+        )
 
     def send(self) -> None:
         """Load the checkpoint, a part on each rank, and send it to the engines."""
@@ -125,13 +127,6 @@ class Job:
         with self.phase(method, text) as done:
             name = self.args.checkpoint_name
             done(self.ps.update(name, self.ask_engine, ranks=ranks).bytes)
-
-    def ask_engine(self, socket_paths: SocketPaths) -> None:
-        """One rank per engine asks it, with the sockets of its workers."""
-        if self.leads_engine():
-            mine = socket_paths[self.rank : self.rank + self.args.inference_parallel_size]
-            url = f"{self.args.endpoint}/collective_rpc"
-            request_inference_to_update(url, dict(mine), uds=self.args.uds)
 
     def leads_engine(self) -> bool:
         workers: int = self.args.inference_parallel_size

@@ -325,6 +325,26 @@ def test_another_worlds_metas_are_not_gathered_away(
     assert [weights.keys() for weights in engine.weights] == [WEIGHTS.keys()] * RANKS
 
 
+@pytest.mark.parametrize("kind", ["sglang", "lmdeploy"])
+def test_an_engine_of_another_kind_is_asked_with_its_key(
+    server: list[str], registered: str, kind: str
+) -> None:
+    keys: list[Any] = []
+    refusal = {"POST /update_weights_from_ipc": lambda _: (500, "no room")}
+    with serve_http(refusal, lambda headers: keys.append(headers["x-key"])) as url:
+        of_kind = ["--engine-kind", kind, "--engine-header", "x-key: 7", "--engine", url]
+        error = json_of("update", registered, *server, *of_kind, code=1)["error"]
+    assert "no room" in error["message"]
+    assert keys == ["7"]
+
+
+@pytest.mark.parametrize("wrong", [["--engine-header", "x-key:7"], ["--engine-header", "sesame"]])
+def test_a_header_needs_a_kind_and_a_name(server: list[str], wrong: list[str]) -> None:
+    outcome = run("update", "any", *server, "--engine", "http://localhost:1", *wrong)
+    assert outcome.exit_code == 2
+    assert "sesame" not in outcome.output
+
+
 def test_what_runs_is_what_status_shows(server: list[str], registered: str) -> None:
     asked, go_on = threading.Event(), threading.Event()
 

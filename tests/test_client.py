@@ -34,6 +34,8 @@ class Engine:
         self.text = ""
         self.bodies: list[Any] = []
         self.authorizations: list[str | None] = []  # of those that only ask
+        self.keys: list[str | None] = []  # that came with them
+        self.server_info: dict[str, Any] | None = None
         self.hold = threading.Event()
         self.hold.set()
 
@@ -46,6 +48,13 @@ class Engine:
                 self.wfile.write(engine.text.encode())
 
             def do_GET(self) -> None:
+                if self.path.startswith("/server_info"):  # what vLLM says of itself
+                    engine.keys.append(self.headers["authorization"] or self.headers["x-key"])
+                    body = json.dumps(engine.server_info).encode()
+                    self.send_response(404 if engine.server_info is None else 200)
+                    self.end_headers()
+                    self.wfile.write(body)
+                    return
                 engine.authorizations.append(self.headers["authorization"])
                 self.answer()
 
@@ -53,6 +62,7 @@ class Engine:
                 length = int(self.headers["content-length"])
                 body = self.rfile.read(length)
                 engine.bodies.append((self.path, json.loads(body) if body else None))
+                engine.keys.append(self.headers["authorization"] or self.headers["x-key"])
                 self.answer()
 
             def address_string(self) -> str:
@@ -346,3 +356,83 @@ def test_numbers_out_of_range_are_refused(make: Callable[..., Any], wrong: dict[
 def test_engines_on_unix_sockets(engine: Engine, uds: str, make: Callable[..., Any]) -> None:
     make("http://localhost", rank=0, uds=uds)(WORLD)
     assert len(engine.bodies) == 1
+
+
+WITH_BACKEND = {"vllm_config": {"weight_transfer_config": {"backend": "checkpoint_engine"}}}
+HANDLES = [("GPU-0", "ipc:///tmp/0"), ("GPU-1", "ipc:///tmp/1")]
+START, FINISH = ("/start_weight_update", None), ("/finish_weight_update", {})
+UPDATE = ("/update_weights", {"update_info": {"zmq_handles": dict(HANDLES)}})
+
+
+def test_vllm_with_our_backend_is_asked_by_its_own_routes(engine: Engine, url: str) -> None:
+    engine.server_info = WITH_BACKEND
+    vllm_request(url, inference_parallel_size=2, rank=0, weight_version="7")(HANDLES)
+    finish = ("/finish_weight_update", {"weight_version": "7"})
+    assert engine.bodies == [START, UPDATE, finish, ("/reset_encoder_cache", None)]
+
+
+def test_vllm_with_another_backend_is_asked_by_its_extension(engine: Engine, url: str) -> None:
+    engine.server_info = {"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}}
+    vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
+    assert [path for path, _ in engine.bodies] == ["/collective_rpc"]
+
+
+def test_an_update_that_failed_is_ended_on_vllms_other_workers(engine: Engine, url: str) -> None:
+    engine.server_info, engine.statuses, engine.text = WITH_BACKEND, [200, 500, 500], "layer 3"
+    with pytest.raises(httpx.HTTPStatusError, match=r"/update_weights: layer 3$"):
+        vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
+    assert engine.bodies == [START, UPDATE, FINISH]
+
+
+def test_a_session_that_is_open_is_ended_first(engine: Engine, url: str) -> None:
+    engine.server_info, engine.statuses = WITH_BACKEND, [500, 500]
+    engine.text = "a weight update is already active"
+    vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
+    assert engine.bodies[:4] == [START, FINISH, START, UPDATE]
+
+
+def test_vllm_is_made_to_show_its_drafter(engine: Engine, url: str) -> None:
+    engine.server_info, engine.statuses = WITH_BACKEND, [500, 500]
+    engine.text = "POST /start_draft_weight_update and /finish_weight_update, then start again"
+    vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
+    draft = ("/start_draft_weight_update", None)
+    assert engine.bodies[:6] == [START, FINISH, draft, FINISH, START, UPDATE]
+
+
+def test_a_start_that_vllm_refuses_is_an_error(engine: Engine, url: str) -> None:
+    engine.server_info, engine.statuses, engine.text = WITH_BACKEND, [500, 500], "no memory"
+    with pytest.raises(httpx.HTTPStatusError, match=r"/start_weight_update: no memory$"):
+        vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
+    assert engine.bodies == [START, FINISH]
+
+
+MAKERS = [vllm_request, sglang_request, lmdeploy_request]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("info", [None, WITH_BACKEND])
+def test_every_request_has_the_headers(engine: Engine, url: str, make: Any, info: Any) -> None:
+    engine.server_info = info
+    make(url, rank=0, inference_parallel_size=2, headers={"x-key": "7"})(HANDLES)
+    assert set(engine.keys) == {"7"}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_token_of_the_environment_is_sent(
+    engine: Engine, url: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_ENGINE_TOKEN", "open-sesame")
+    make(url, rank=0, inference_parallel_size=2)(HANDLES)
+    assert set(engine.keys) == {"Bearer open-sesame"}
+    engine.keys.clear()
+    make(url, rank=0, inference_parallel_size=2, headers={})(HANDLES)
+    assert set(engine.keys) == {None}
+
+
+@pytest.mark.parametrize(("plugin", "path"), [(True, START[0]), (False, "/collective_rpc")])
+def test_who_says_how_vllm_receives_is_not_asked(
+    engine: Engine, url: str, plugin: bool, path: str
+) -> None:
+    vllm_request(url, rank=0, inference_parallel_size=2, plugin=plugin)(HANDLES)
+    assert engine.bodies[0][0] == path
+    assert len(engine.keys) == len(engine.bodies)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from checkpoint_engine import __version__
 from checkpoint_engine.cli import commands
 from checkpoint_engine.ground import rdma
 from checkpoint_engine.tools import doctor
@@ -272,3 +274,24 @@ def test_it_says_what_it_costs_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatc
 def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
     _, text = run_doctor(monkeypatch, "--json", found=[WARNING])
     assert json.loads(text) == {"healthy": True, "findings": [vars(WARNING)]}
+
+
+@pytest.mark.parametrize(
+    ("version", "has_plugins", "level"),
+    [
+        (__version__, True, "ok"),
+        (__version__, False, "note"),
+        ("0.1.2", True, "note"),
+    ],
+)
+def test_which_implementation_engines_load(
+    monkeypatch: pytest.MonkeyPatch, version: str, has_plugins: bool, level: str
+) -> None:
+    ours = "checkpoint_engine.integrations.vllm:register"
+    points = [EntryPoint("checkpoint_engine", ours, "vllm.general_plugins")]
+    installed = SimpleNamespace(version=version, entry_points=points if has_plugins else [])
+    monkeypatch.setattr(doctor, "_installed", lambda *names: installed)
+    (finding,) = findings_of(doctor._implementation)
+    assert finding.level == level
+    assert f"installed: {version}, plug-ins: " in finding.seen
+    assert ("vllm.general_plugins" in finding.seen) == has_plugins

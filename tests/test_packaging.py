@@ -21,11 +21,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "checkpoint_engine"
 
 IMPORT_EVERYTHING = """
-import importlib, json, pkgutil
+import importlib.util, json, pkgutil
 import checkpoint_engine
 names = [m.name for m in pkgutil.walk_packages(checkpoint_engine.__path__, "checkpoint_engine.")]
-modules = [checkpoint_engine, *map(importlib.import_module, names)]
-print(json.dumps({module.__name__: module.__file__ for module in modules}))
+files = {"checkpoint_engine": checkpoint_engine.__file__}
+for name in names:
+    try:
+        files[name] = importlib.import_module(name).__file__
+    except ModuleNotFoundError as error:  # of a plug-in, which only its program imports
+        if not name.startswith("checkpoint_engine.integrations.") or error.name != "vllm":
+            raise
+        files[name] = importlib.util.find_spec(name).origin
+print(json.dumps(files))
 """
 IMPORT_WORKER = """
 import json, sys

@@ -286,3 +286,42 @@ def test_what_neither_loader_nor_engine_tells_is_not_said_to_be_complete(
         assert reload.statement() == {
             "model": {"tensors": 1, "left_over": 0, "partial": 0} | counts
         }
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What vLLM 0.33's functions were called with, in order; a stand-in for that module."""
+    calls: list[Any] = []
+    module: Any = ModuleType("lm_head")
+    module.share_source_lm_heads = lambda model: calls.append(("share", model))
+    module.restore_quantized_lm_heads = lambda model, refresh: calls.append((refresh, model))
+    package = "vllm.model_executor.layers.quantization.online"
+    parts = package.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, f"{package}.lm_head", module)
+    return calls
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_drafters_copies_of_heads_are_away_while_it_is_loaded(
+    heads: list[Any], fails: bool
+) -> None:
+    drafter = Model()
+    worker = worker_of(Model())
+    worker.model_runner.drafter = SimpleNamespace(model=drafter)
+    reload = EngineReload(worker, {})
+    assert heads == [("share", drafter)]
+    if not fails:
+        memory = torch.ones(8)
+        reload.load([("a", memory[:4]), ("b", memory[4:])])
+        reload.finish()
+    reload.close()
+    reload.close()
+    assert heads[1:] == [(not fails, drafter)]
+
+
+def test_an_engine_without_a_drafter_shares_no_heads(heads: list[Any]) -> None:
+    update(worker_of(Model()), {}, {"a": 1.0, "b": 2.0})
+    assert heads == []

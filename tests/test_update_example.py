@@ -40,6 +40,7 @@ def test_defaults() -> None:
         "metas_url": None,
         "sleep_time": 0,
         "endpoint": "http://localhost:19730",
+        "engine_kind": "vllm",
         "inference_parallel_size": 8,
         "checkpoint_name": "my-checkpoint-iter-0",
         "update_method": "broadcast",

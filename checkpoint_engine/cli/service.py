@@ -172,6 +172,13 @@ def _check_registered(world: WorldService, name: str) -> None:
 # ---------------------------------------------------------------------- update
 
 
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (name.strip() and colon):
+        raise click.BadParameter("a header is NAME:VALUE")  # not shown: it may be a key
+    return name.strip(), value.strip()
+
+
 @click.command()
 @click.argument("name", type=_name)
 @click.option("--engine", "engines", multiple=True, metavar="URL", type=plain_url,
@@ -179,6 +186,13 @@ def _check_registered(world: WorldService, name: str) -> None:
               "that serve it.")  # fmt: skip
 @click.option("--engine-uds", "sockets", multiple=True, metavar="PATH",
               help="An engine's Unix socket; these come after --engine.")  # fmt: skip
+@click.option("--engine-kind", "kind", type=click.Choice(["vllm", "sglang", "lmdeploy"]),
+              help="vllm: with the plug-in or the worker extension. Default: vLLM with the worker "
+              "extension.")  # fmt: skip
+@click.option("--engine-header", "headers", multiple=True, metavar="NAME:VALUE", type=_header,
+              help="With every request to the engines, as an API key; may be repeated, needs "
+              "--engine-kind. Default: the bearer token in the servers' PS_ENGINE_TOKEN."
+              )  # fmt: skip
 @click.option("--inference-parallel-size", "workers", type=click.IntRange(1), metavar="N",
               help="Workers per engine. Default: the ranks divided by the engines.")  # fmt: skip
 @click.option("--ranks", default="", metavar="LIST", help="P2P to these ranks, as 0,1,4-7.")
@@ -192,6 +206,8 @@ def update(
     name: str,
     engines: Sequence[str],
     sockets: Sequence[str],
+    kind: str | None,
+    headers: Sequence[tuple[str, str]],
     workers: int | None,
     ranks: str,
     gather_first: bool | None,
@@ -206,8 +222,7 @@ def update(
     if members and max(members) >= size:
         raise click.UsageError(f"--ranks names rank {max(members)}; the last one is {size - 1}")
     taking_part = members or list(range(size))
-    asked = [{"update_url": f"{url}/collective_rpc"} for url in engines]
-    asked += [{"update_url": "http://engine/collective_rpc", "uds": path} for path in sockets]
+    asked = _engines(engines, sockets, kind, dict(headers))
     requests = _requests(asked, workers, taking_part, size)
     bodies = [{"ranks": members, "timeout": timeout, **requests.get(r, {})} for r in range(size)]
     if gather_first is None:
@@ -222,6 +237,18 @@ def update(
     seconds = {"gather": gathered - began, "update": time.perf_counter() - gathered}
     text = f"updated {name}: gather {seconds['gather']:.3f} s, update {seconds['update']:.3f} s"
     return Shown({"checkpoint": name, "ranks": taking_part, "seconds": seconds}, text)
+
+
+def _engines(
+    urls: Sequence[str], sockets: Sequence[str], kind: str | None, headers: dict[str, str]
+) -> list[dict[str, Any]]:
+    """What the service is told of each engine."""
+    if headers and kind is None:
+        raise click.UsageError("--engine-header needs --engine-kind")
+    path = "/collective_rpc" if kind is None else ""
+    how = {} if kind is None else {"engine_kind": kind, "engine_headers": headers or None}
+    found = [{"update_url": f"{url}{path}", **how} for url in urls]
+    return found + [{"update_url": f"http://engine{path}", "uds": at, **how} for at in sockets]
 
 
 def _requests(

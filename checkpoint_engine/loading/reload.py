@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.loading.adapters import adapter_for
+from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
 from checkpoint_engine.loading.replay.learned_loader import (
     KEEPS_TENSORS,
@@ -234,16 +235,24 @@ class EngineReload:
         Args:
             worker: has ``device`` and ``model_runner``, as vLLM's workers.
             habits: kept by the worker, from update to update.
+
+        ``close`` it in any case: a drafter's heads are away until then.
         """
         runner = worker.model_runner
         self._worker = worker
         self._config = getattr(worker, "vllm_config", None)
         self._habits = habits
         self._models: dict[str, ModelReload] = {}
-        for role, model, model_config in models_of(runner, self._config):
-            if role not in habits or habits[role].model is not model:
-                habits[role] = LoaderHabits(model)
-            self._models[role] = ModelReload(habits[role], model_config, worker.device)
+        models = list(models_of(runner, self._config))
+        self._heads = SourceHeads(next((m for role, m, _ in models if role == "drafter"), None))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._heads.restore, refresh=False)
+            self._heads.share()  # first: what is made for a model looks at its layers
+            for role, model, model_config in models:
+                if role not in habits or habits[role].model is not model:
+                    habits[role] = LoaderHabits(model)
+                self._models[role] = ModelReload(habits[role], model_config, worker.device)
+            undo.pop_all()
 
     def check(self) -> None:
         """Raises ``RuntimeError`` if the engine cannot take weights now."""
@@ -283,6 +292,8 @@ class EngineReload:
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""
         self._each(ModelReload.finish)
+        with self._surroundings():
+            self._heads.restore(refresh=True)
         for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             getattr(self._worker.model_runner, cache, lambda: None)()  # not every engine has it
 
@@ -302,7 +313,10 @@ class EngineReload:
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        self._each(ModelReload.close)
+        try:
+            self._each(ModelReload.close)
+        finally:
+            self._heads.restore(refresh=False)
 
     abandon = close
 
@@ -311,7 +325,12 @@ class EngineReload:
         return {role: model.report for role, model in self._models.items()}
 
     def _each(self, action: Callable[[ModelReload], Any]) -> list[Any]:
-        """In the surroundings in which the engine loaded its models at start-up."""
+        with self._surroundings():
+            return [action(model) for model in self._models.values()]
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """Those in which the engine loaded its models at start-up."""
         default = torch.get_default_dtype()
         dtype = getattr(getattr(self._worker.model_runner, "model_config", None), "dtype", None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -323,7 +342,7 @@ class EngineReload:
                 from vllm.config import set_current_vllm_config
 
                 around.enter_context(set_current_vllm_config(self._config))
-            return [action(model) for model in self._models.values()]
+            yield
 
 
 def models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:

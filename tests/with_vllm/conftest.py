@@ -57,6 +57,9 @@ class EngineHost:
 
     def tokens_of_a_fresh_start(self, model: Path, tp: int) -> list[list[int]]:
         self.start(model, tp)
+        return self.generate()
+
+    def generate(self) -> list[list[int]]:
         return self._post("generate")
 
     def start(self, model: Path, tp: int, **options: Any) -> None:

@@ -25,12 +25,14 @@ from torchrun import Run
 
 
 @contextmanager
-def running(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmServer]:
+def running(
+    model: Path, monkeypatch: pytest.MonkeyPatch, *how: Any, **options: Any
+) -> Iterator[VllmServer]:
     path = os.pathsep.join([ENGINE_ENV["PYTHONPATH"], str(Path(__file__).parent)])
     for name, value in (ENGINE_ENV | {"PYTHONPATH": path}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(demo_vllm, "PROGRAM", [str(Path(__file__).parent / "forking_server.py")])
-    with VllmServer(model) as server:
+    with VllmServer(model, *how, **options) as server:
         server.wait_until_healthy()
         yield server
 

@@ -180,6 +180,35 @@ def served(
     return seen
 
 
+def transferred(url: str, steps: list[dict[str, Any]]) -> list[str]:
+    """Updates of a vLLM server by its own weight transfer; returns the errors."""
+    ps = ParameterServer(auto_pg=False)
+    os.environ["PS_MAX_BUCKET_SIZE_GB"] = "1e-4"
+    errors = []
+    for step in steps:
+        name = step["name"]
+        ask = vllm_request(url, inference_parallel_size=WORLD_SIZE, weight_version=name)
+        if step.get("address_for_each"):
+            ask = partial(_transfer_to_each, url)
+        ps.register_checkpoint(name, named_tensors=my_part(Path(step["model"])))
+        ps.gather_metas(name)
+        errors.append("")
+        try:
+            ps.update(name, ask, timeout=TIMEOUT)
+        except UpdateError as failure:
+            errors[-1] = str(failure)
+        ps.unregister_checkpoint(name)
+    return errors
+
+
+def _transfer_to_each(url: str, socket_paths: list[tuple[str, str]]) -> None:
+    """vLLM's payload by worker, as clients of its own would send it."""
+    if RANK == 0:
+        _post(url, "start_weight_update", {})
+        _post(url, "update_weights", {"update_info": [{"address": one} for _, one in socket_paths]})
+        _post(url, "finish_weight_update", {})
+
+
 def _request(url: str, results: list[Any]) -> Any:
     def request(socket_paths: list[tuple[str, str]]) -> None:
         if RANK == 0:
@@ -205,7 +234,7 @@ def _post(url: str, route: str, body: dict[str, Any]) -> Any:
     return answer.json()
 
 
-PROGRAMS = {f.__name__: f for f in (source, updates, orders, served)}
+PROGRAMS = {f.__name__: f for f in (source, updates, orders, served, transferred)}
 
 if __name__ == "__main__":
     program, arguments, output = sys.argv[1:]

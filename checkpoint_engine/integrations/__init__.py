@@ -1,0 +1,1 @@
+"""Plug-ins of engines and trainers, each imported by its own program alone."""

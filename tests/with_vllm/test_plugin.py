@@ -1,0 +1,204 @@
+"""A real vLLM with ``--weight-transfer-config``, and no worker extension."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_models import CPU, PROGRAMS
+from test_server import running
+from vllm.config.load import LoadConfig
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.model_executor.model_loader import get_model_loader
+
+from checkpoint_engine.client import BACKEND
+from checkpoint_engine.integrations import vllm as plugin
+from checkpoint_engine.integrations.vllm import worker
+from checkpoint_engine.integrations.vllm.loader import CheckpointEngineLoader
+from checkpoint_engine.integrations.vllm.worker import CheckpointEngineTransfer
+from conftest import EngineHost
+from demo_vllm import TP, VllmServer
+from torchrun import torchrun
+
+FLAG = ["--weight-transfer-config", '{"backend": "checkpoint_engine"}']
+WRONG = "model.layers.2.mlp.down_proj.weight"
+
+
+def test_registering_twice_is_registering_once() -> None:
+    plugin.register()
+    plugin.register()
+    assert WeightTransferEngineFactory._registry[BACKEND]() is CheckpointEngineTransfer
+    loader = get_model_loader(LoadConfig(load_format=BACKEND))
+    assert isinstance(loader, CheckpointEngineLoader)
+    assert loader.load_config.load_format == "auto"  # of the files, where they are loaded
+
+
+def test_another_interface_is_refused_with_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: Any, config: Any, parallel_config: Any) -> None: ...
+
+    monkeypatch.setattr(WeightTransferEngine, "__init__", init)
+    found = r"engines of \['config', 'parallel_config'\].* --worker-extension-cls checkpoint_engine"
+    with pytest.raises(RuntimeError, match=found):
+        CheckpointEngineTransfer(None, None, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(("drafted", "needs"), [("same", True), ("other", False), (None, False)])
+def test_a_drafter_of_the_same_checkpoint_has_to_be_shown_once(
+    monkeypatch: pytest.MonkeyPatch, drafted: str | None, needs: bool
+) -> None:
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
+    drafter_config = SimpleNamespace(model=drafted)
+    config = SimpleNamespace(
+        parallel_config=None,
+        model_config=SimpleNamespace(model="same"),
+        speculative_config=drafted and SimpleNamespace(draft_model_config=drafter_config),
+    )
+    model, drafter = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    engine = CheckpointEngineTransfer(None, config, torch.device("cpu"), model)
+    refused = pytest.raises(RuntimeError, match="/start_draft_weight_update")
+    with refused if needs else nullcontext():
+        engine.start_weight_update()
+    engine.set_weight_update_target(drafter, drafter_config)
+    engine.start_weight_update()  # for it alone
+    engine.finish_weight_update()
+    engine.reset_weight_update_target()
+    engine.start_weight_update()
+    assert engine._model.model_runner.drafter.model is drafter
+
+
+@pytest.mark.parametrize("info", [{}, {"zmq_handles": {}, "address": "ipc://x"}, {"names": []}])
+def test_an_update_without_one_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, info: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
+    config = SimpleNamespace(parallel_config=None, model_config=None, speculative_config=None)
+    engine = CheckpointEngineTransfer(None, config, torch.device("cpu"), None)
+    with pytest.raises(ValueError, match=r"either zmq_handles or address|Invalid update_info"):
+        engine.update_weights(info)
+
+
+@pytest.fixture
+def broken(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A checkpoint with a tensor in the middle that no engine of this model can load."""
+    folder = tmp_path / "broken"
+    shutil.copytree(models["dense-2"], folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if WRONG in tensors:
+            tensors[WRONG] = tensors[WRONG][:7, :5].clone()
+            save_file(tensors, path)
+    return folder
+
+
+def update(folder: Path, server: VllmServer, *steps: dict[str, Any]) -> list[str]:
+    """The errors of these updates, which all ranks have seen."""
+    options: dict[str, Any] = {"url": server.url, "steps": steps}
+    ranks: list[Any] = torchrun(folder, TP, "transferred", 150, CPU, script=PROGRAMS, **options)
+    assert all(errors == ranks[0] for errors in ranks)
+    return ranks[0]
+
+
+def get(server: VllmServer, route: str) -> Any:
+    return httpx.get(f"{server.url}{route}", timeout=60, trust_env=False).raise_for_status().json()
+
+
+def checksums(server: VllmServer) -> Any:
+    """Of every parameter on every worker."""
+    body = {"action": "checksum"}
+    answer = httpx.post(f"{server.url}/weight_checker", json=body, timeout=60, trust_env=False)
+    return answer.raise_for_status().json()["checksums"]
+
+
+@pytest.mark.timeout(300)
+def test_the_routes_are_served_with_a_token_without_the_mode_of_development(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [{"name": name, "model": str(models[name])} for name in ("dense-2", "dense-1")]
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    monkeypatch.setenv("VLLM_PLUGINS", "checkpoint_engine")
+    monkeypatch.setenv("PS_ENGINE_TOKEN", "open-sesame")
+    with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
+        before = server.generate()
+        assert update(tmp_path / "there", server, *steps[:1]) == [""]
+        assert server.generate() != before
+        assert update(tmp_path / "back", server, *steps[1:]) == [""]
+        assert server.generate() == before
+        for wrong in ({}, {"authorization": "Bearer open-barley"}):
+            url = f"{server.url}/start_weight_update"
+            answer = httpx.post(url, headers=wrong, timeout=60, trust_env=False)
+            assert answer.status_code == 401
+        url = f"{server.url}/collective_rpc"
+        assert httpx.post(url, json={}, timeout=60, trust_env=False).status_code == 404
+
+
+@pytest.mark.timeout(300)
+def test_a_failed_update_leaves_the_extension_as_ready_as_before(
+    models: dict[str, Path], broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
+    wrong = {"name": "broken", "model": str(broken)}
+    with running(models["dense-1"], monkeypatch) as server:
+        before = server.generate()
+        errors = update(tmp_path / "ranks", server, two, wrong, two, one)
+        assert [bool(error) for error in errors] == [False, True, False, False], errors
+        assert server.generate() == before
+
+
+@pytest.mark.timeout(240)
+def test_an_engine_starts_from_a_running_world_without_weight_files(
+    engine_host: EngineHost,
+    models: dict[str, Path],
+    sources: dict[tuple[str, int], Path],
+    tmp_path: Path,
+) -> None:
+    expected = engine_host.tokens_of_a_fresh_start(models["dense-2"], 2)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(models["dense-2"] / "config.json", empty)
+    extra = {"metas_file": str(sources["dense-2", 3])}
+    engine_host.start(empty, 2, load_format="checkpoint_engine", model_loader_extra_config=extra)
+    assert engine_host.generate() == expected
+
+
+@pytest.mark.timeout(240)
+def test_without_a_source_an_engine_starts_from_its_files_and_says_so(
+    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = engine_host.tokens_of_a_fresh_start(models["dense-1"], 1)
+    extra = {"metas_file": str(tmp_path / "nothing")}
+    options = {"load_format": "checkpoint_engine", "model_loader_extra_config": extra}
+    engine_host.start(models["dense-1"], 1, **options)
+    assert engine_host.generate() == expected
+    assert f"no metas from {tmp_path / 'nothing'}: " in engine_host.output()
+
+
+@pytest.mark.timeout(420)
+def test_updates_by_the_flag_alone(
+    models: dict[str, Path], broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dummy weights, an update, one that fails half-way, and more: the last are learned."""
+    one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
+    wrong = {"name": "broken", "model": str(broken)}
+
+    with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
+        fresh = server.generate(), checksums(server)
+    with running(models["dense-2"], monkeypatch, "dummy", options=FLAG) as server:
+        assert server.generate() != fresh[0]
+        assert update(tmp_path / "first", server, one) == [""]
+        assert (server.generate(), checksums(server)) == fresh
+        assert get(server, "/weight_info") == {"weight_version": "dense-1"}
+        (error,) = update(tmp_path / "fails", server, wrong)
+        assert re.match(r"update failed on rank [01] during reload: .* in bucket \d+ of \d+", error)
+        assert checksums(server) != fresh[1]  # partly written, and nothing on meta
+        assert get(server, "/weight_info") == {"weight_version": "dense-1"}
+        each = two | {"address_for_each": True}
+        assert update(tmp_path / "repairs", server, two, one, each, one) == [""] * 4
+        assert (server.generate(), checksums(server)) == fresh
