@@ -356,10 +356,11 @@ def _implementation() -> Iterator[Finding]:
     groups = sorted(
         {one.group for one in points if one.value.startswith("checkpoint_engine.integrations.")}
     )
-    seen = f"{checkpoint_engine.__version__}, installed: {version}, plug-ins: {', '.join(groups) or 'none'}"
+    here, plugins = checkpoint_engine.__version__, ", ".join(groups) or "none"
+    seen = f"{here}, installed: {version}, plug-ins: {plugins}"
     cost = "engines load what is installed: another implementation, or no plug-in"
     mend = "install this package again, after sglang[checkpoint-engine] where you use that"
-    is_off = version != checkpoint_engine.__version__ or not groups
+    is_off = version != here or not groups
     yield _judge(is_off, "checkpoint-engine", seen, cost, mend, "note")
 
 
