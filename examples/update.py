@@ -87,8 +87,12 @@ class Job:
         self.rank = rank
         self.world_size = world_size
         self.ps = ParameterServer(auto_pg=True)
+        told = {"weight_version": args.checkpoint_name} if args.engine_kind == "vllm" else {}
         self.ask_engine = REQUESTS[args.engine_kind](
-            args.endpoint, inference_parallel_size=args.inference_parallel_size, uds=args.uds
+            args.endpoint,
+            inference_parallel_size=args.inference_parallel_size,
+            uds=args.uds,
+            **told,
         )
 
     def send(self) -> None:

@@ -30,7 +30,7 @@ EXCEPTED = {
     ("README.md", "pip install vllm"): INSTALLS,
     ("README.md", "VLLM_SERVER_DEV_MODE=1 vllm serve"): ENGINE,
     ("README.md", "torchrun --nproc-per-node 1 examples/update.py"): ENGINE,
-    ("README.md", "curl http://localhost:19730/collective_rpc"): ENGINE,
+    ("README.md", "curl http://localhost:19730/weight_info"): ENGINE,
     ("README.md", "make demo"): INSTALLS,
     ("README.md", "pip install ."): INSTALLS,
     ("README.md", "# the running world writes down"): CLUSTER,
