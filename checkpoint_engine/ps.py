@@ -271,7 +271,8 @@ class ParameterServer(Contract):
         Args:
             req_func: asks the inference engine to start receiving. Gets the (device identity, zmq
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
-                Once it has returned on all ranks, a worker that has not come has 30 s to.
+                Once it has returned on all ranks, a worker has 30 s or half of
+                ``timeout`` to come, whichever is longer.
             ranks: P2P: send to the workers of these ranks only. Other ranks that call it return
                 once it is over; of updates with one checkpoint they call all or none.
             timeout: of the whole call.

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import zmq
 from click.testing import CliRunner
 
 from checkpoint_engine.cli import commands, servers, service
@@ -27,6 +28,8 @@ from checkpoint_engine.handover.link import open_context
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.service import jobs
 from checkpoint_engine.update import update
+from checkpoint_engine.worker import update_weights_from_ipc
+from engines import serve_http
 from test_api import METAS, Server, serving
 from torchrun import free_port_pair
 
@@ -211,7 +214,7 @@ def test_an_engine_that_answers_while_no_worker_comes(monkeypatch: pytest.Monkey
         "rank 0 during handshake: req_func has returned on every rank, and within .* no inference"
     )
     with pytest.raises(UpdateError, match=says) as failed:
-        server.update("c", lambda paths: None)
+        server.update("c", lambda paths: None, timeout=timedelta(seconds=6))
     assert (failed.value.kind, time.monotonic() - began < 30) == ("worker_lost", True)
 
 
@@ -274,3 +277,90 @@ def test_the_rank_without_a_worker_is_named_before_the_others_give_up(
     finally:
         go_on.set()
     assert failed.value.kind == "timeout"
+
+
+@pytest.mark.parametrize("other", ["gone", "hanging"])
+def test_cancel_ends_what_it_can_and_names_the_server_that_does_not_answer(
+    lonely: httpx.Client, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setattr(RankService.ask, "__defaults__", (1.0, None))
+    lonely.post("/v1/checkpoints/c/gather-metas?wait=false")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "hanging"))
+        silent.listen()
+        places = ["--server", str(tmp_path / other), "--server", path]
+        found = CliRunner().invoke(commands, ["cancel", *places, "--json"])
+    told = json.loads(found.stdout)
+    assert found.exit_code == 3
+    assert [one["call"] for one in told["cancelled"]] == ["gather"]
+    assert [one["server"] for one in told["failed"]] == [str(tmp_path / other)]
+    job_that(lonely, lambda one: one["state"] == "failed")
+
+
+def test_cancel_goes_on_after_a_refusal_and_says_what_had_ended() -> None:
+    job = {"call": "gather", "checkpoint": "c", "state": "running"}
+    routes: dict[str, Any] = {
+        "GET /v1/jobs": lambda _: (200, [{**job, "id": one} for one in "abc"]),
+        "DELETE /v1/jobs/a": lambda _: (500, "no"),
+        "DELETE /v1/jobs/b": lambda _: (200, {**job, "id": "b"}),
+        "DELETE /v1/jobs/c": lambda _: (200, {**job, "id": "c", "state": "done"}),
+    }
+    with serve_http(routes) as url:
+        found = CliRunner().invoke(commands, ["cancel", "--server", url])
+    assert found.exit_code == 1
+    says = ("cancelled gather c", "gather c had ended already", "no")
+    lines = found.stdout.splitlines()
+    assert [line.partition(": ")[2] for line in lines if line] == list(says)
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_worker_has_half_of_the_timeout_to_come(
+    monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """An engine that is asked in the background loads for longer than the shortest wait."""
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    monkeypatch.setenv("PS_P2P", "off")
+    monkeypatch.setattr(update, "_COMES_WITHIN", 0.2)
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        update.logger, "warning", lambda *text: warnings.append(text[0].format(*text[1:]))
+    )
+    server = ParameterServer(rank=0, world_size=1)
+    server.register_checkpoint("c", named_tensors={"w": torch.ones(4)})
+    server.gather_metas("c")
+
+    def receive(address: str) -> None:
+        with zmq.Context() as context:
+            update_weights_from_ipc(context, address, None, run=lambda _: None)
+
+    def ask(paths: list[tuple[str, str]]) -> None:
+        if comes:
+            threading.Timer(1.0, receive, [paths[0][1]]).start()
+
+    fails = pytest.raises(UpdateError, match="and within 4 s no inference worker has connected")
+    with contextlib.nullcontext() if comes else fails:
+        server.update("c", ask, timeout=timedelta(seconds=8))
+    (told,) = [text for text in warnings if "no inference worker" in text]
+    assert told.startswith("handshake: ")
+    assert "connected to rank 0" in told
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"update_url": "http://user:SECRET@127.0.0.1:9/collective_rpc"},
+        {"update_url": "http://127.0.0.1:9/?key=SECRET"},
+        {"update_url": "ftp://127.0.0.1:9/?key=SECRET"},
+        {"update_url": "http://127.0.0.1:9", "engine_headers": {"x": "SECRET"}},
+        {"engine_kind": "sglang", "engine_headers": {"SECRET": 7}},
+        {"engine_kind": "sglang", "engine_headers": ["SECRET"]},
+    ],
+)
+def test_a_wrong_update_is_refused_and_shows_no_key(path: str, wrong: dict[str, Any]) -> None:
+    with serving(Server(), path) as api:
+        answer = api.post("/v1/checkpoints/c/update", json={"timeout": 2, **wrong})
+        jobs = api.get("/v1/jobs").json()
+    assert (answer.status_code, jobs) == (422, [])
+    assert "SECRET" not in answer.text
+    (loc,) = {tuple(one["loc"]) for one in answer.json()["detail"]}
+    assert loc in {("body",), ("body", "update_url"), ("body", "engine_headers")}

@@ -252,3 +252,13 @@ def test_processors_near_a_device(tmp_path: Path) -> None:
     assert near("0000:18:00.0", str(tmp_path)) == {0, 1, 2, 8, 10, 11}
     assert near("0000:19:00.0", str(tmp_path)) is None
     assert near("0000:1a:00.0", str(tmp_path)) is None
+
+
+def test_all_of_torchs_cpu_module_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "of_a_later_torch", 1, raising=False)
+    module = DeviceManager("cpu").device_module
+    assert isinstance(module, ModuleType)
+    assert module.of_a_later_torch == 1
+    assert [name for name in dir(torch.cpu) if not hasattr(module, name)] == []
+    assert set(dir(module)) >= {*dir(torch.cpu), "empty_cache", "mem_get_info"}
+    assert not hasattr(torch.cpu, "empty_cache")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
+import json
 import os
 import pickle
 from typing import Any
@@ -17,7 +19,8 @@ from checkpoint_engine.data_types import (
     ParameterMeta,
     make_metas,
 )
-from checkpoint_engine.world.metas_file import decode_metas, encode_metas
+from checkpoint_engine.world import metas_file
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas, read_metas
 
 # pickle.dump(ps.get_metas()) of METAS, as programs on the original's releases wrote it to a file.
 PICKLE_OF_0_2_0 = base64.b64decode(
@@ -121,3 +124,51 @@ def test_a_pickle_of_what_was_gathered(protocol: int) -> None:
     )
     read = decode_metas(pickle.dumps({0: owned}, protocol))
     assert [meta.name for meta in read[0].memory_buffer_metas_list[0].metas] == ["a", "b", "c"]
+
+
+def json_of_owner(number: str = "0", **fields: Any) -> bytes:
+    (owner,) = json.loads(encode_metas(METAS)).values()
+    return json.dumps({number: owner | fields}).encode()
+
+
+@pytest.mark.parametrize("number", ["-1", "00", "1_0", " 1", "+1", "9" * 4000, str(2**31 + 1), "x"])
+def test_an_owner_that_is_no_rank_is_refused(number: str) -> None:
+    with pytest.raises(ValueError, match="is not the number of an owner rank"):
+        read_metas(json_of_owner(number))
+
+
+def test_an_owner_that_is_named_twice_is_refused() -> None:
+    one = json_of_owner()
+    with pytest.raises(ValueError, match="owner 0 is named twice"):
+        read_metas(one[:-1] + b"," + one[1:])
+
+
+@pytest.mark.parametrize("field", ["p2p_store_addr", "rdma_device"])
+def test_text_that_cannot_be_sent_on_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match="Invalid JSON"):
+        read_metas(json_of_owner(**{field: "\ud800"}))
+    (owned,) = read_metas(json_of_owner(**{field: "\U0001f600"})).values()
+    assert getattr(owned, field) == "\U0001f600"
+
+
+@pytest.mark.parametrize("value", [b"0", b"[]", b"{}", b'{"x":0}'])
+@pytest.mark.parametrize("is_field", [True, False])
+def test_many_small_values_are_refused_before_they_take_memory(
+    value: bytes, is_field: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = b"[" + b",".join([value] * 700_000) + b"]"
+    data = json_of_owner(x=1).replace(b'"x": 1', b'"x": ' + many) if is_field else many
+    monkeypatch.setattr(metas_file, "_OWNERS", None)
+    with pytest.raises(ValueError, match=r"lists and objects, .* commas: too many"):
+        read_metas(data)
+
+
+def test_the_metas_of_many_tensors_with_short_names_are_read() -> None:
+    shape = torch.Size([3, 3, 3])
+    tensors = [ParameterMeta(name=f"w{i}", dtype=torch.int8, shape=shape) for i in range(50_000)]
+    buffer = MemoryBufferMetas(metas=tensors, ptr=0, size=256 * len(tensors))
+    metas = {7: METAS[0].model_copy(update={"memory_buffer_metas_list": [buffer]})}
+    data = encode_metas(metas)
+    assert len(data) > 3 * metas_file._SMALL
+    assert read_metas(data) == metas
+    assert gc.isenabled()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from functools import partial
@@ -200,9 +200,11 @@ def ask(
         ServiceError: of the first that fails in a collective call. The others may be waiting for
             that one, and are not waited for long.
     """
+    each = bodies or [None] * len(servers)
+    asks = [partial(s.ask, method, route, timeout, b) for s, b in zip(servers, each, strict=True)]
     futures = [
-        begin(partial(_ask_one, server, method, route, timeout, body), f"ask-{server.place}")
-        for server, body in zip(servers, bodies or [None] * len(servers), strict=True)
+        begin(partial(_answer_of, s, one), f"ask-{s.place}")
+        for s, one in zip(servers, asks, strict=True)
     ]
     # A rank that waits for one that failed learns of it late: the first failure decides.
     done, _ = wait(futures, return_when=FIRST_EXCEPTION if collective else ALL_COMPLETED)
@@ -213,9 +215,17 @@ def ask(
     return [one.exception() or one.result() for one in futures]
 
 
-def _ask_one(server: RankService, *call: Any) -> Any:
+def on_each(servers: Sequence[RankService], does: Callable[[RankService], Any]) -> list[Any]:
+    """What ``does`` returns for each server, or the ``ServiceError`` that it raises. None of them
+    waits for another one."""
+    futures = [begin(partial(_answer_of, s, partial(does, s)), f"ask-{s.place}") for s in servers]
+    wait(futures)
+    return [one.exception() or one.result() for one in futures]
+
+
+def _answer_of(server: RankService, question: Callable[[], Any]) -> Any:
     try:
-        return server.ask(*call)
+        return question()
     except ServiceError:
         raise
     except Exception as error:

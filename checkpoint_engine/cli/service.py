@@ -28,6 +28,7 @@ from checkpoint_engine.cli.servers import (
     WorldService,
     ask,
     find_servers,
+    on_each,
     plain_url,
 )
 from checkpoint_engine.cli.watch import watched
@@ -406,16 +407,30 @@ def _how_far(state: dict[str, Any]) -> str:
 @service_command
 def cancel(servers: list[RankService]) -> Shown:
     """End the calls that run on the servers. A gather or an update ends on all ranks of its world;
-    an engine that was being updated may be left partly written until the next update."""
-    told = ask(servers, "GET", "/v1/jobs", collective=True)
-    running = [
-        (server, job)
-        for server, jobs in zip(servers, told, strict=True)
-        for job in jobs
-        if job["state"] == "running"
-    ]
-    for server, job in running:
-        server.ask("DELETE", f"/v1/jobs/{job['id']}")
-    cancelled = [{"server": server.place, **job} for server, job in running]
+    an engine that was being updated may be left partly written until the next update. Ends with 3
+    if a server does not answer; on the others the calls are ended all the same."""
+    found: list[dict[str, Any]] = []
+    for server, told in zip(servers, on_each(servers, _cancel_all), strict=True):
+        found += [_state(server, told)] if isinstance(told, ServiceError) else told
+    failed = [one for one in found if "up" in one]
+    cancelled = [one for one in found if one.get("state") == "running"]
+    ended = [one for one in found if one.get("state") in ("done", "failed")]
     lines = [f"{one['server']}: cancelled {one['call']} {one['checkpoint']}" for one in cancelled]
-    return Shown({"cancelled": cancelled}, "\n".join(lines) or "nothing runs")
+    lines += [f"{o['server']}: {o['call']} {o['checkpoint']} had ended already" for o in ended]
+    lines += map(_one_line, failed)
+    is_down = not all(one["up"] for one in failed)
+    code = UNREACHABLE if is_down else FAILED if failed else 0
+    result = {"cancelled": cancelled, "ended": ended, "failed": failed}
+    return Shown(result, "\n".join(lines) or "nothing runs", code)
+
+
+def _cancel_all(server: RankService) -> list[dict[str, Any]]:
+    """Cancel what runs on one server: the jobs as they are then, and what the server refused."""
+    found = []
+    running = [job for job in server.ask("GET", "/v1/jobs") if job["state"] == "running"]
+    for job in running:
+        try:
+            found.append({"server": server.place, **server.ask("DELETE", f"/v1/jobs/{job['id']}")})
+        except ServiceError as error:
+            found.append(_state(server, error))
+    return found

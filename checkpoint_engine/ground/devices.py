@@ -11,8 +11,9 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +141,17 @@ def _memory_for_files() -> list[tuple[int, str]]:
     return [(room, f"room in {SHARED_MEMORY_FOLDER}"), (available, f"host memory ({limit})")]
 
 
-_CPU = SimpleNamespace(**vars(torch.cpu), empty_cache=lambda: None, mem_get_info=_cpu_memory)
-"""``torch.cpu``, with what programs that free and measure memory call of other devices' modules."""
+def _cpu_module() -> ModuleType:
+    """``torch.cpu``, with what programs that free and measure memory call of other devices'
+    modules. Not torch.cpu itself: in it, the whole process would see the two."""
+    module = ModuleType(torch.cpu.__name__, torch.cpu.__doc__)
+    more = {"empty_cache": lambda: None, "mem_get_info": _cpu_memory}
+    vars(module).update(more, __getattr__=partial(getattr, torch.cpu))
+    vars(module)["__dir__"] = lambda: sorted({*dir(torch.cpu), *more})
+    return module
+
+
+_CPU = _cpu_module()
 
 
 class DeviceManager:
@@ -149,8 +159,9 @@ class DeviceManager:
 
     Attributes:
         device_type: ``"cuda"``, ``"cpu"`` or ``"npu"``.
-        device_module: the torch module of that device, as ``torch.cuda``; on the cpu device also
-            with ``empty_cache`` and ``mem_get_info``.
+        device_module: the torch module of that device, as ``torch.cuda``. On the cpu device a
+            module that has all of ``torch.cpu``, and ``empty_cache`` and ``mem_get_info``, which
+            torch.cpu itself is not given: other libraries ask it whether it has them.
     """
 
     def __init__(self, device_type: str | None = None) -> None:

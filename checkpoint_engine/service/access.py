@@ -44,11 +44,20 @@ Place = tuple[tuple[str, str, int], str]
 """Of an engine: scheme, host and port; and the path. Of a Unix socket: ``unix:``, its path, 0."""
 
 
+def check_url(text: str) -> str:
+    """An engine's URL as it is, if errors and logs may show it. Raises ``ValueError``, which does
+    not show it, if it has a password or a query, or is no plain http URL."""
+    if "?" in text or "#" in text:
+        raise ValueError("an engine's URL has no query and no fragment; a key is a header")
+    parse_url(text)
+    return text
+
+
 def _place_of(text: str) -> Place:
     """Raises ``ValueError`` on what is no plain http URL, or hides where it leads."""
     if text.startswith(_UNIX):
         return (_UNIX, text.removeprefix(_UNIX), 0), "/"
-    url = parse_url(text)
+    url = parse_url(check_url(text))
     path = unquote(url.path)
     hides = "\\" in path or "//" in path or posixpath.normpath(path) != (path.rstrip("/") or "/")
     if hides or not path.isprintable():

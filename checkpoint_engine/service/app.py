@@ -23,12 +23,20 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from loguru import logger
-from pydantic import BaseModel, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    FailFast,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from checkpoint_engine import __version__
 from checkpoint_engine.client import REQUESTS, request_inference_to_update
 from checkpoint_engine.errors import AccessError, BusyError
-from checkpoint_engine.service.access import Access
+from checkpoint_engine.service.access import Access, check_url
 from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.settings import LONGEST_UPDATE
@@ -42,6 +50,7 @@ T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 Ranks = Annotated[list[int], FailFast(), Field(max_length=65_536)]
 ShortText = Annotated[str, Field(max_length=4096)]
+EngineUrl = Annotated[ShortText, AfterValidator(check_url)]
 Name = Annotated[str, Path(max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 Wait = Annotated[bool, Query(description="false: answer at once, with a job of GET /v1/jobs.")]
@@ -89,7 +98,7 @@ class UpdateRequest(Described):
 
     ranks: Ranks = Field([])
     """Empty: broadcast to all. Otherwise P2P to these."""
-    update_url: ShortText | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
+    update_url: EngineUrl | None = Field(None, examples=["http://localhost:19730/collective_rpc"])
     """The engine's /collective_rpc, or with engine_kind the engine itself; null on ranks that are
     not the first of their engine."""
     engine_kind: Literal["vllm", "sglang", "lmdeploy"] | None = None
@@ -103,6 +112,12 @@ class UpdateRequest(Described):
     """Seconds that the whole update may take."""
     uds: ShortText | None = None
     """Path of the Unix socket that the engine listens on, where it is not TCP."""
+
+    @model_validator(mode="after")
+    def _check_headers(self) -> UpdateRequest:
+        if self.engine_headers and self.engine_kind is None:
+            raise ValueError("engine_headers needs engine_kind")
+        return self
 
 
 class ErrorAnswer(Described):
@@ -277,10 +292,16 @@ async def _parsed(request: Request, parse: Callable[[bytes], T]) -> T:
         return await run_in_threadpool(parse, data)
     except ValidationError as error:
         wrong_values = error.errors(include_url=False, include_context=False, include_input=False)
-        found = [{**one, "loc": ("body", *one["loc"])} for one in wrong_values]
+        found = [{**one, "loc": ("body", *_public(one["loc"]))} for one in wrong_values]
         raise RequestValidationError(found) from None
     except ValueError as error:
         raise _wrong_body(str(error)) from None
+
+
+def _public(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where a wrong value stands, without the names of headers: one may be a key."""
+    is_header = loc[:1] == ("engine_headers",)
+    return loc[:1] if is_header else loc
 
 
 def _wrong_body(reason: str) -> RequestValidationError:

@@ -16,7 +16,7 @@ from loguru import logger
 
 from checkpoint_engine.data_types import ALIGNMENT
 from checkpoint_engine.errors import EngineError, UpdateError
-from checkpoint_engine.ground.deadline import Deadline, begin
+from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import drawn_bar
@@ -38,7 +38,7 @@ from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
 
 _FAREWELL = 1.0  # seconds that a failed update waits for req_func to return
-_COMES_WITHIN = 30.0  # seconds for a worker, once all engines that were asked have answered
+_COMES_WITHIN = 30.0  # seconds for a worker, once every req_func has returned; or half the timeout
 _LOOK_AGAIN = 0.5  # seconds between two looks at whether they have
 _NAMED_BEFORE = 1.0  # seconds before the end at which a rank without a worker says so
 
@@ -245,14 +245,15 @@ def _expect_worker(
     every rank's ``req_func`` has returned, a worker comes soon or never; before that, the rank that
     asks the engine may still be waiting for it."""
     told = False
-    comes_until: Deadline | None = None
+    answered: float | None = None
     look_again_at = 0.0
     names_it = min(_NAMED_BEFORE, call.deadline.seconds / 10)
     device = next(one.device for one in hellos if one.rank == call.rank)
     nobody = f"no inference worker has connected to rank {call.rank}, for {device} at {link.url}"
+    overdue = _overdue(call, nobody)
 
     def check() -> None:
-        nonlocal told, comes_until, look_again_at
+        nonlocal told, answered, look_again_at
         if not told and request.done():
             call.tell(f"answered/{call.rank}", b"")
             told = True
@@ -260,15 +261,33 @@ def _expect_worker(
             return
         if call.deadline.remaining() < names_it:
             raise _late_worker(call, request, nobody)
-        if comes_until is not None and comes_until.remaining() == 0.0:
-            text = f"req_func has returned on every rank, and within {_COMES_WITHIN:g} s {nobody}"
-            raise EngineError(f"{text}: was that engine asked?", "worker_lost")
-        if comes_until is None and told and time.monotonic() > look_again_at:
+        if answered is not None:
+            overdue(time.monotonic() - answered)
+        elif told and time.monotonic() > look_again_at:
             look_again_at = time.monotonic() + _LOOK_AGAIN
             if call.store.check([f"answered/{rank}" for rank in call.members]):
-                comes_until = Deadline(_COMES_WITHIN)
+                answered = time.monotonic()
 
     return check
+
+
+def _overdue(call: Call, nobody: str) -> Callable[[float], None]:
+    """Warns once, and raises once it is late, given the seconds since every rank's ``req_func``
+    has returned: an engine that was asked in the background may still load."""
+    comes_within = max(_COMES_WITHIN, call.deadline.seconds / 2)
+    warned = False
+
+    def look(seconds: float) -> None:
+        nonlocal warned
+        text = f"req_func has returned on every rank, and within {{:g}} s {nobody}"
+        if seconds >= comes_within:
+            late = f"{text.format(comes_within)}: was that engine asked?"
+            raise EngineError(late, "worker_lost")
+        if seconds >= _COMES_WITHIN and not warned:
+            warned = True
+            logger.warning("handshake: {}; waiting on", text.format(_COMES_WITHIN))
+
+    return look
 
 
 def _late_worker(call: Call, request: Future[Any], nobody: str) -> EngineError:
