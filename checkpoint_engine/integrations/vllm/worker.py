@@ -9,6 +9,7 @@ cleaned up, before vLLM's call ends, and the next session starts from scratch.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, wraps
@@ -23,7 +24,6 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.v1.worker.gpu_worker import Worker
 
 from checkpoint_engine.ground.devices import DeviceManager, worker_index
 from checkpoint_engine.loading.vllm_ranks import Reception, in_step, raise_on_last_rank
@@ -180,9 +180,11 @@ def replace_open_sessions() -> None:
     """Have vLLM's workers, in this process, start a session of ours also while one is open, as of a
     client that died. They would refuse it before they ask the engine, all of them, and may not:
     see ``loading.vllm_ranks``."""
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # a platform may have its own
+    workers = getattr(module, "Worker", None)
     for name in _STARTS:
-        if start := getattr(Worker, name, None):
-            setattr(Worker, name, _replacing(start))
+        if start := getattr(workers, name, None):
+            setattr(workers, name, _replacing(start))
 
 
 def _replacing(start: Callable[..., None]) -> Callable[..., None]:
