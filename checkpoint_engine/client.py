@@ -98,8 +98,6 @@ class _VllmTransfer:
     worker only; an update that failed is open on the others, which ``finish`` ends.
     """
 
-    _STARTS = 3  # two refusals say what to do first
-
     def __init__(self, post: Callable[..., Any], weight_version: str | None) -> None:
         self._post = post
         self._version = {} if weight_version is None else {"weight_version": weight_version}
@@ -117,19 +115,16 @@ class _VllmTransfer:
     def _start(self) -> None:
         import httpx
 
-        for _ in range(self._STARTS):
-            try:
-                self._post("/start_weight_update")
-                return
-            except httpx.HTTPStatusError as error:
-                failure = error
+        try:
+            self._post("/start_weight_update")
+            return
+        except httpx.HTTPStatusError as error:
             self._finish_failed()
-            if "start_draft_weight_update" in str(failure):
-                self._post("/start_draft_weight_update")
-                self._post("/finish_weight_update", {})
-            elif "already active" not in str(failure):
-                break
-        raise failure
+            if "start_draft_weight_update" not in str(error):
+                raise
+        self._post("/start_draft_weight_update")
+        self._post("/finish_weight_update", {})
+        self._post("/start_weight_update")
 
     def _finish_failed(self) -> None:
         with suppress(Exception):  # of the worker that failed; there it is over

@@ -16,7 +16,7 @@ from checkpoint_engine.handover.wire import FlattenedTensorMetadata
 from checkpoint_engine.loading.receive import update_weights_from_ipc
 from checkpoint_engine.loading.reload import EngineReload
 from checkpoint_engine.loading.version import WeightVersion
-from checkpoint_engine.loading.vllm_ranks import raise_on_last_rank
+from checkpoint_engine.loading.vllm_ranks import Reception, in_step, is_one_of_many
 
 __all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
 
@@ -44,21 +44,12 @@ class VllmColocateWorkerExtension:
 
         Raises:
             KeyError: this worker's device is not among them. This, and whatever else fails on any
-                worker of a vLLM, is raised on its last rank; see ``loading.vllm_ranks``.
+                worker of a vLLM, is raised on its last rank; see ``loading.vllm_ranks``. No worker
+                connects unless all can begin.
         """
-        report: dict[str, Any] = {}
-        failure = None
-        try:
-            report = self._receive_from_ipc(zmq_handles)
-        except Exception as error:
-            failure = error
-        try:
-            raise_on_last_rank(failure)
-        finally:
-            del failure  # its traceback leads here, and must not lead back to it
-        return report
+        return in_step(self._receive_from_ipc(zmq_handles), getattr(self, "vllm_config", None))
 
-    def _receive_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
+    def _receive_from_ipc(self, zmq_handles: dict[str, str]) -> Reception:
         device_manager = DeviceManager(self.device.type)
         index = self.device.index if self.device.index is not None else self.local_rank
         identity = device_manager.identity(worker_index(self.device.type, index))
@@ -68,6 +59,9 @@ class VllmColocateWorkerExtension:
             )
         habits = self.__dict__.setdefault("_loader_habits", {})
         with contextlib.closing(EngineReload(self, habits)) as reload, zmq.Context() as context:
+            if is_one_of_many():  # otherwise its server is told
+                reload.check()
+            yield {}
             update_weights_from_ipc(
                 context,
                 zmq_handles[identity],
@@ -75,7 +69,8 @@ class VllmColocateWorkerExtension:
                 run=reload,
                 version=self._weight_version(),
             )
-            return reload.summary()
+            report = reload.summary()
+        yield report
 
     def weight_version(self) -> dict[str, str | None]:
         """Which weights this worker's model holds; callable over ``/collective_rpc``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -74,3 +75,68 @@ def test_an_engine_that_is_no_vllm_raises_on_every_rank() -> None:
     with pytest.raises(ValueError, match="ours"):
         vllm_ranks.raise_on_last_rank(ValueError("ours"))
     vllm_ranks.raise_on_last_rank(None)
+
+
+EXTERNAL = types.SimpleNamespace(
+    parallel_config=types.SimpleNamespace(distributed_executor_backend="external_launcher")
+)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this one of two ranks; ``theirs``: what the other one tells, step by step."""
+
+    def make(rank: int, *theirs: list[str]) -> None:
+        steps = iter(theirs)
+
+        def gather(told: list[object], ours: list[str], group: Group) -> None:
+            told[rank], told[1 - rank] = ours, next(steps)
+
+        monkeypatch.setattr(vllm_ranks.dist, "all_gather_object", gather)
+        monkeypatch.setattr(vllm_ranks, "_groups", lambda: [Group(rank, [])])
+
+    return make
+
+
+@pytest.mark.parametrize("mine", ["ours", ""])
+def test_where_each_process_answers_for_itself_every_rank_raises(
+    two_ranks: Callable[..., None], mine: str
+) -> None:
+    two_ranks(0, ["KeyError: theirs"])
+    raised = "^ours$" if mine else "^another worker of this engine failed: KeyError: theirs$"
+    with pytest.raises(RuntimeError, match=raised):
+        vllm_ranks.raise_on_last_rank(RuntimeError(mine) if mine else None, EXTERNAL)
+
+
+def test_no_rank_receives_unless_all_can_begin(two_ranks: Callable[..., None]) -> None:
+    done = []
+
+    def reception() -> vllm_ranks.Reception:
+        try:
+            yield {}
+            done.append("received")
+            yield {"tensors": 7}
+        finally:
+            done.append("closed")
+
+    two_ranks(0, ["KeyError: theirs"])
+    assert vllm_ranks.in_step(reception(), None) == {}
+    two_ranks(1, ["KeyError: theirs"])
+    with pytest.raises(RuntimeError, match="KeyError: theirs"):
+        vllm_ranks.in_step(reception(), None)
+    assert done == ["closed"] * 2
+    two_ranks(0, [], [])
+    assert vllm_ranks.in_step(reception(), None) == {"tensors": 7}
+    assert done[2:] == ["received", "closed"]
+
+
+@pytest.mark.parametrize("names", [("tp", "pp"), ("tp", "pcp", "pp")])
+def test_the_groups_are_those_of_one_executor(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    state = types.ModuleType("vllm.distributed.parallel_state")
+    state.__dict__["model_parallel_is_initialized"] = lambda: True
+    for name in (*names, "world", "dp"):
+        state.__dict__[f"get_{name}_group"] = lambda name=name: name
+    monkeypatch.setitem(sys.modules, state.__name__, state)
+    assert vllm_ranks._groups() == list(names)

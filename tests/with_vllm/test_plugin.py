@@ -202,3 +202,29 @@ def test_updates_by_the_flag_alone(
         each = two | {"address_for_each": True}
         assert update(tmp_path / "repairs", server, two, one, each, one) == [""] * 4
         assert (server.generate(), checksums(server)) == fresh
+
+
+@pytest.mark.timeout(300)
+def test_a_session_left_open_puts_no_worker_behind(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client that died; the workers answer each call together, also afterwards."""
+    one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
+    extension = "--worker-extension-cls=checkpoint_engine.worker.VllmColocateWorkerExtension"
+
+    def post(route: str, body: Any = None) -> Any:
+        answer = httpx.post(f"{server.url}{route}", json=body, timeout=60, trust_env=False)
+        return answer.raise_for_status().json()
+
+    with running(models["dense-1"], monkeypatch, "auto", options=[*FLAG, extension]) as server:
+        before = server.generate()
+        post("/start_weight_update")
+        assert update(tmp_path / "ranks", server, two, one) == ["", ""]
+        for _ in range(2):
+            versions = post("/collective_rpc", {"method": "weight_version"})["results"]
+            assert [held["state"] for held in versions] == ["complete"] * TP
+            assert versions[0] == versions[1]
+            assert versions[0]["version"]
+            others = post("/collective_rpc", {"method": "supports_draft_weight_updates"})["results"]
+            assert others == ["False"] * TP
+        assert server.generate() == before

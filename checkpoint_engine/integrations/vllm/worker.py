@@ -9,7 +9,10 @@ cleaned up, before vLLM's call ends, and the next session starts from scratch.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from checkpoint_engine.ground.devices import DeviceManager, worker_index
-from checkpoint_engine.loading.vllm_ranks import raise_on_last_rank
+from checkpoint_engine.loading.vllm_ranks import Reception, in_step, raise_on_last_rank
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 SUPPORTED = "0.26 to 0.33"
@@ -32,6 +35,7 @@ INTRODUCE_DRAFTER = (
     "yet: POST /start_draft_weight_update and /finish_weight_update, then start again"
 )
 _ARGUMENTS = ["config", "vllm_config", "device", "model"]
+_STARTS = ("start_weight_update", "start_draft_weight_update")
 _METHODS = ("set_weight_update_target", "start_weight_update", "update_weights")
 
 
@@ -80,9 +84,13 @@ class _Target(VllmColocateWorkerExtension):
         self.local_rank = get_world_group().local_rank
         self.model_runner = SimpleNamespace(model=model, model_config=config, drafter=None)
 
-    def receive(self, handles: dict[str, str]) -> None:
-        """Raises on every rank that fails."""
-        self._receive_from_ipc(handles)
+    def receive(self, handles: dict[str, str]) -> Reception:
+        yield from self._receive_from_ipc(handles)
+
+    def share_version(self, worker: Any) -> None:
+        """A worker with the extension tells of the plug-in's updates, too."""
+        if isinstance(worker, VllmColocateWorkerExtension):
+            self.__dict__["_weights_held"] = worker._weight_version()
 
     def identity(self) -> str:
         """Of its device, as server ranks name it."""
@@ -102,9 +110,17 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
         check_interface()
+        replace_open_sessions()
         super().__init__(config, vllm_config, device, model)
         self._model = _Target(vllm_config, device, model, self.model_config)
         self._drafter: _Target | None = None
+
+    def begin_session(self, worker: Any) -> None:
+        """vLLM's ``worker`` is about to start one. One that is open ends: it holds nothing."""
+        if getattr(worker, "_weight_update_active", False):
+            worker._weight_update_active = False
+            self.reset_weight_update_target()
+        self._model.share_version(worker)
 
     def set_weight_update_target(self, model: Any, model_config: Any) -> None:
         """vLLM shows the drafter; the session that now starts is for it."""
@@ -119,7 +135,7 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
     def start_weight_update(self) -> None:
         """Raises ``RuntimeError``, on the last rank, if an update would leave a drafter behind."""
         if self.model is self._default_model and self._lacks_drafter():
-            raise_on_last_rank(RuntimeError(INTRODUCE_DRAFTER))
+            raise_on_last_rank(RuntimeError(INTRODUCE_DRAFTER), self.vllm_config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """All of one update; returns when the engine may compute with the new weights.
@@ -127,24 +143,21 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         A failure on any rank is raised on the last one. vLLM ends the session there alone:
         ``finish_weight_update``, which then fails on that rank, ends it on the others.
         """
-        failure = None
-        try:
-            self.receive_weights(self.parse_update_info(update_info))
-        except Exception as error:
-            failure = error
-        try:
-            raise_on_last_rank(failure)
-        finally:
-            del failure  # its traceback leads here, and must not lead back to it
+        in_step(self._receive(update_info), self.vllm_config)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        """As ``update_weights``."""
+        self.update_weights(asdict(update_info))
+
+    def _receive(self, update_info: dict[str, Any]) -> Reception:
+        info = self.parse_update_info(update_info)
         target = self._model
         if self.model is not self._default_model and self._drafter is not None:
             target = self._drafter
-        handles = update_info.zmq_handles
-        if update_info.address is not None:
-            handles = {target.identity(): update_info.address}
-        target.receive(handles or {})
+        handles = info.zmq_handles
+        if info.address is not None:
+            handles = {target.identity(): info.address}
+        yield from target.receive(handles or {})
 
     def finish_weight_update(self) -> None:
         """Nothing to do: ``update_weights`` has processed what it loaded."""
@@ -160,3 +173,26 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         drafted = getattr(self.vllm_config.speculative_config, "draft_model_config", None)
         same = getattr(drafted, "model", None) == self._default_model_config.model
         return same and self._model.model_runner.drafter is None
+
+
+@cache
+def replace_open_sessions() -> None:
+    """Have vLLM's workers, in this process, start a session of ours also while one is open, as of a
+    client that died. They would refuse it before they ask the engine, all of them, and may not:
+    see ``loading.vllm_ranks``."""
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # a platform may have its own
+    workers = getattr(module, "Worker", None)
+    for name in _STARTS:
+        if start := getattr(workers, name, None):
+            setattr(workers, name, _replacing(start))
+
+
+def _replacing(start: Callable[..., None]) -> Callable[..., None]:
+    @wraps(start)
+    def replace(worker: Any, *args: Any, **kwargs: Any) -> None:
+        engine = getattr(worker, "weight_transfer_engine", None)
+        if isinstance(engine, CheckpointEngineTransfer):
+            engine.begin_session(worker)
+        start(worker, *args, **kwargs)
+
+    return replace
