@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 from torchrun import free_port_pair
 
@@ -167,6 +168,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
         made._environment.pop(variable)
     yield made
     made.close()
+    logger.disable("checkpoint_engine.ground.details")  # which a page switches on
 
 
 @pytest.mark.timeout(180)

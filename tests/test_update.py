@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.ground.devices import DeviceManager
 from torchrun import torchrun
 
 pytestmark = pytest.mark.alone
@@ -111,7 +112,7 @@ def test_mistakes_of_the_caller_are_explained_on_every_rank(tmp_path: Path, devi
         "unknown checkpoint": "the metas of 'other' have not been gathered",
         "req_func raises": "engine at http://nowhere is not up",
         "nobody connects": "gave up after 2 s",
-        "memory too small": "or raise mem_fraction (PS_MEM_FRACTION)",
+        "memory too small": f"free {DeviceManager(device).scarcest_memory} or raise mem_fraction",
         "changed since gather": "call gather_metas() again",
     }
     for result in results:

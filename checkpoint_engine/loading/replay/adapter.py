@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.memory import Slot, key_of
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
 
@@ -83,6 +84,39 @@ class InPlace(ModelAdapter):
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
         return tensor
+
+
+def places_of(tensors: list[tuple[Slot, torch.Tensor]]) -> Hashable:
+    """Changes when a model's tensors move, or become others."""
+    every = [tensor for _, tensor in tensors]
+    return (
+        tuple(slot for slot, _ in tensors),
+        tuple(map(torch.Tensor.data_ptr, every)),  # 0 on the meta device
+        # Views that are kept for CPUs are of a storage, not of a place.
+        tuple(key_of(tensor) if tensor.is_cpu else None for tensor in every),
+        tuple(tensor.dtype for tensor in every),
+        tuple(map(torch.Tensor.storage_offset, every)),
+        tuple(tensor.shape for tensor in every),
+        tuple(map(torch.Tensor.stride, every)),
+    )
+
+
+def cannot_compare(modules: Mapping[str, torch.nn.Module]) -> str:
+    """Why some tensor of a model cannot be compared byte by byte; empty if all can."""
+    for slot, tensor in every_tensor(modules):
+        if not _is_of_bytes(tensor):
+            return f"{slot.qualified} is no tensor that can be compared byte by byte"
+    return ""
+
+
+def _is_of_bytes(tensor: torch.Tensor) -> bool:
+    if is_lazy(tensor) or tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return False
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = (tensor.storage_offset() + reach + 1) * tensor.itemsize if tensor.numel() else 0
+    return tensor.is_meta or tensor.untyped_storage().nbytes() >= nbytes
 
 
 def every_tensor(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[Slot, torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -28,8 +28,8 @@ def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         alike[tensor.shape, tensor.dtype, tensor.device].append(place)
     sums = [_of_alike([tensors[place] for place in places]) for places in alike.values()]
     if len(sums) < 2:
-        return sums[0] if sums else torch.empty(0, dtype=torch.int64)
-    order = torch.tensor([place for places in alike.values() for place in places])
+        return sums[0] if sums else torch.empty(0, dtype=torch.int64, device="cpu")
+    order = torch.tensor([place for places in alike.values() for place in places], device="cpu")
     device = sums[0].device
     together = torch.cat([one.to(device) for one in sums])
     order = order.to(device, non_blocking=True)
@@ -46,9 +46,17 @@ def _of_alike(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _of_large(tensor: torch.Tensor, most: int) -> torch.Tensor:
-    tensor = tensor.squeeze()
-    rows = max(1, len(tensor) * most // tensor.nbytes)
-    return weighted(digests(tensor.split(rows))[None], 2)[0]
+    return weighted(digests(list(_pieces(tensor.squeeze(), most)))[None], 2)[0]
+
+
+def _pieces(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Parts of at most so many bytes. One list of all: with sums of sums, pieces of two rows could
+    change places and none of it would show."""
+    if tensor.nbytes <= most:
+        yield tensor
+        return
+    for rows in tensor.split(max(1, len(tensor) * most // tensor.nbytes)):
+        yield from _pieces(rows.squeeze(0), most)
 
 
 def _of_group(tensors: list[torch.Tensor]) -> torch.Tensor:

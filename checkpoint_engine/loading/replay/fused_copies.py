@@ -66,12 +66,12 @@ def _build(copies: Sequence[tuple[int, Copy]], dims: int, device: torch.device) 
         for values, missing in zip(copy[2:], (1, 0, 0), strict=True):
             row += [*reversed(values), *[missing] * (dims - len(values))]
         rows.append(row)
-    table = torch.tensor(rows)
+    table = torch.tensor(rows, device="cpu")
     each = _BLOCK * _STEPS
     programs = (table[:, 3] + each - 1) // each
     begins = (programs.cumsum(0) - programs).repeat_interleave(programs)
-    of_copy = torch.arange(len(rows)).repeat_interleave(programs)
-    blocks = torch.stack([of_copy, (torch.arange(len(begins)) - begins) * each], 1)
+    of_copy = torch.arange(len(rows), device="cpu").repeat_interleave(programs)
+    blocks = torch.stack([of_copy, (torch.arange(len(begins), device="cpu") - begins) * each], 1)
     return Table(table.to(device), blocks.to(torch.int32).to(device), dims)
 
 
@@ -84,7 +84,7 @@ def places_of(targets: Sequence[torch.Tensor], unit: torch.dtype) -> torch.Tenso
     distances = [target.untyped_storage().data_ptr() - here for target in targets]
     if any(distance % size for distance in distances) or {t.device for t in targets} != {device}:
         raise ValueError(f"targets that are not aligned to {size} bytes, or on several devices")
-    found = torch.tensor([distance // size for distance in distances])
+    found = torch.tensor([distance // size for distance in distances], device="cpu")
     return places.copy_(found, non_blocking=True)
 
 

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
+from checkpoint_engine.loading.replay.adapter import (
+    ModelAdapter,
+    cannot_compare,
+    every_tensor,
+    places_of,
+)
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import whole_storage
-from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.program import Program
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import (
@@ -67,10 +71,13 @@ class LearnedLoader:
     def _begin(self, model: ModelAdapter, version: str) -> ModelUpdate:
         mode, every = replay_mode(), replay_check()
         reason = "PS_REPLAY=off" if mode == "off" else self.why_not or model.cannot()
+        if not reason and self.recording is None:
+            reason = cannot_compare(model.modules)
         if reason:
             return ModelUpdate(self, model, reason)
         tensors = list(model.tensors())
-        fingerprint = _fingerprint(tensors, version)
+        places = places_of(tensors)
+        fingerprint = version, places
         if self.recording is not None and not self.recording.holds(fingerprint, model.modules):
             self._restart("its parameters, or what it looks at, are others in every update")
         if self.why_not:
@@ -83,7 +90,8 @@ class LearnedLoader:
         if rest == 0 and self.recording.together:  # one bucket says little
             return _Learning(self, model, fingerprint)
         checked = checks % max(1, self.recording.buckets) if rest == 0 else None
-        return _Replaying(self, model, self.recording, [one for _, one in tensors], checked)
+        held = [one.untyped_storage() for _, one in tensors if not one.is_cpu]
+        return _Replaying(self, model, self.recording, (places, held), checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun to find
@@ -281,13 +289,15 @@ class _Replaying(ModelUpdate):
         learned: LearnedLoader,
         model: ModelAdapter,
         recording: Recording,
-        tensors: list[torch.Tensor],
+        where: tuple[Hashable, list[Any]],
         checked: int | None,
     ) -> None:
-        """``tensors``: the model's, whose places were compared: they stay as long as this does.
-        ``checked``: the bucket that goes through the loader, and is compared."""
+        """``where``: the places of the model's tensors, which are compared again at the end, and
+        the memory there, which stays until then whatever the engine does. ``checked``: the bucket
+        that goes through the loader, and is compared."""
         super().__init__(learned, model)
-        self._recording, self._tensors, self._checked = recording, tensors, checked
+        self._recording, self._checked = recording, checked
+        self._places, self._held = where
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
@@ -324,11 +334,23 @@ class _Replaying(ModelUpdate):
             for placement, program in programs:
                 self._comparison.expect(program, placement.buffer)
             with self._model.checking(self._comparison.check):
-                return super().load(weights, received)
+                super().load(weights, received)
+            return self._look_anew()
         for placement, program in programs:
             self._execute(placement.key, program, placement.buffer)
         if unknown:
             self._load_plainly([one for one in weights if one[0] in unknown])
+            self._look_anew()
+
+    def _look_anew(self) -> None:
+        """The engine's loader was at work: what it wrote may be elsewhere now."""
+        for program in (*self._recording.programs.values(), *self._used.values()):
+            program.release()
+        self._places = self._places_now()
+
+    def _places_now(self) -> Hashable:
+        with _collector_at_rest():
+            return places_of(list(self._model.tensors()))
 
     def settle(self) -> list[str]:
         comparison, self._comparison = self._comparison, None
@@ -338,6 +360,9 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
+        if self._model.is_persistent and self._used and self._places_now() != self._places:
+            self._learned.forget()
+            raise RuntimeError("the model's memory moved while it was updated: update again")
         if self._recording.together and (absent := self.absent()):
             self._refuse_checkpoint(f"lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
@@ -423,18 +448,3 @@ def _collector_at_rest() -> Iterator[None]:
     finally:
         if was_at_work:
             gc.enable()
-
-
-def _fingerprint(tensors: list[tuple[Slot, torch.Tensor]], version: str) -> Hashable:
-    """Changes when the engine's tensors do."""
-    return version, tuple(
-        (
-            slot,
-            tensor.data_ptr(),  # 0 on the meta device
-            tensor.dtype,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-        )
-        for slot, tensor in tensors
-    )

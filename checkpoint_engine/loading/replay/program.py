@@ -160,7 +160,8 @@ class Batch:
         for fused, places in zip(self._fused, self._places, strict=True):
             fused.execute(places, flat)
         targets = self._targets or [views.targets(memory_of) for views in self._views]
-        if stays and buffer.device.type == "cpu":  # a GPU's owner may want its memory back
+        # A GPU's owner may want its memory back, and views made in inference mode serve only there.
+        if stays and buffer.device.type == "cpu" and not torch.is_inference_mode_enabled():
             self._targets = targets
         for some, views in zip(targets, self._views, strict=True):
             torch._foreach_copy_(some, views.sources(flat))

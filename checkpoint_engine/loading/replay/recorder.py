@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -319,15 +320,24 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
         self.hook: Any = None  # of the profile, while the loader is at work
+        self._is_within = False
+        # What a mode around the loading does in the place of a call has to be seen as well.
+        around = _get_current_function_mode_stack()
+        self._is_alone = all(isinstance(mode, DeviceContext) for mode in around)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The hook need not see what torch does, and would be called a dozen times for each of the
         # loader's calls.
+        within, self._is_within = self._is_within, True
+        hook = None if within or self._recorder.is_paused else self.hook
+        if hook is not None and sys.getprofile() is not hook:
+            self._recorder.give_up("the loader has a profiler, whose place the recorder needs")
         _set_hook(None)
         try:
             return self._call(func, args, kwargs)
         finally:
-            _set_hook(None if self._recorder.is_paused else self.hook)
+            self._is_within = within
+            _set_hook(None if within or self._recorder.is_paused else self.hook)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Most calls make views or ask for shapes, and whatever this costs is paid by each of them,
@@ -336,7 +346,7 @@ class _Functions(TorchFunctionMode):
             return self._recorder.call(func, args, kwargs or {})
         if func in operations.SHAPES:
             return func(*args)
-        if _count_modes() != 1:  # the loader has one of its own, which sees everything
+        if _count_modes() != 1 or not self._is_alone:  # others have modes, which see everything
             return self._recorder.call(func, args, {})
         if func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS:
             return self._copy(*args)

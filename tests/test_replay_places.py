@@ -1,0 +1,180 @@
+"""Replay where memory, modes or tensors are not what they were: right, plain, or an error."""
+
+from __future__ import annotations
+
+import cProfile
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from checkpoint_engine.loading.replay import digests as digests_of
+from checkpoint_engine.loading.replay.adapter import places_of
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.replay import Replayed, replayed
+from test_replay import FP32, Bytes, Layout, Model, state, update
+
+THREE: Layout = {name: (FP32, (2, 4)) for name in "qkv"}
+ALONE = [["q"], ["k"], ["v"]]
+
+
+def into_rows(model: Model, name: str, tensor: torch.Tensor) -> None:
+    if name == "scale":  # which earlier checkpoints did not have
+        model.w = torch.nn.Parameter(model.w.data.clone(), requires_grad=False)
+        return
+    row = 2 * "qkv".index(name)
+    model.w.data[row : row + 2].copy_(tensor)
+
+
+def learned() -> Model:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    for seed in range(3):
+        assert not update(model, Bytes(THREE, seed), ALONE).report["reason"]
+    return model
+
+
+def rows_of(checkpoint: Bytes) -> torch.Tensor:
+    return torch.cat([tensor for name, tensor in checkpoint.weights() if name != "scale"])
+
+
+def test_what_the_loader_makes_anew_in_the_middle_is_written_where_it_is_now() -> None:
+    model, checkpoint = learned(), Bytes({**THREE, "scale": (FP32, (1,))}, 7)
+    load = update(model, checkpoint, [["q"], ["k", "scale"], ["v"]])
+    assert load.report["loaded"] == "replayed"
+    assert torch.equal(model.w, rows_of(checkpoint))
+
+
+def test_a_bucket_that_is_checked_may_move_what_it_is_loaded_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PS_REPLAY_CHECK", "1")
+    model, checkpoint = learned(), Bytes(THREE, 7)
+    load = model.load
+
+    def moving(model: Model, name: str, tensor: torch.Tensor) -> None:
+        model.w.data = model.w.data.clone()
+        load(model, name, tensor)
+
+    model.load = moving
+    assert update(model, checkpoint, ALONE).report["loaded"] == "replayed"
+    assert torch.equal(model.w, rows_of(checkpoint))
+
+
+def test_an_engine_that_moves_weights_between_buckets_is_told_to_update_again() -> None:
+    model, checkpoint = learned(), Bytes(THREE, 7)
+    load = replayed(model.load_weights)
+    for names in ALONE:
+        load(checkpoint.weights(names))
+        model.w.data = model.w.data.clone()
+    with pytest.raises(RuntimeError, match="moved while it was updated: update again"):
+        load.finish()
+    load.abandon()
+    for how in ("recorded", "recorded", "replayed"):
+        assert update(model, checkpoint, ALONE).report["loaded"] == how
+        assert torch.equal(model.w, rows_of(checkpoint))
+
+
+def test_other_memory_at_the_same_address_is_another_place() -> None:
+    memory = bytearray(64)
+    one, other = (torch.frombuffer(memory, dtype=FP32) for _ in range(2))
+    assert one.data_ptr() == other.data_ptr()
+    slot = Slot("", "w")
+    assert places_of([(slot, one)]) == places_of([(slot, one.view(16))])
+    assert places_of([(slot, one)]) != places_of([(slot, other)])
+    assert places_of([(slot, one)]) != places_of([(slot, one.view(4, 4))])
+
+
+def test_pieces_of_large_rows_that_change_places_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(digests_of, "_AT_ONCE", {True: 1 << 10, False: 1 << 10})
+    tensor = torch.rand(2, 512)  # each row is two pieces
+    moved = tensor.view(2, 2, 256).transpose(0, 1).reshape(2, 512)
+    assert len(set(digests_of.digests([tensor, moved, tensor.clone()]).tolist())) == 2
+
+
+class Clamps(TorchFunctionMode):
+    """Of an engine that keeps values in a range."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            return args[0].copy_(args[1].clamp(-1, 1))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_mode_around_the_loading_does_is_seen() -> None:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    for seed in range(4):
+        checkpoint = Bytes(THREE, seed)
+        with Clamps():
+            load = update(model, checkpoint)
+        assert "clamp" in load.report["reason"]
+        assert torch.equal(model.w, rows_of(checkpoint).clamp(-1, 1))
+
+
+def test_a_profiler_that_comes_and_goes_is_noticed() -> None:
+    def looking(model: Model, name: str, tensor: torch.Tensor) -> None:
+        profiler, seen = cProfile.Profile(), []
+        profiler.enable()
+        thread = threading.Thread(target=lambda: seen.append(tensor.numpy()[0, 0] > 0))
+        thread.start()
+        thread.join()
+        profiler.disable()
+        into_rows(model, name, tensor.view(8).view(2, 4) if seen[0] else tensor.flip(0))
+
+    load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
+    assert "profiler" in load.report["reason"]
+
+
+def replays(model: Model, context: Any) -> Replayed:
+    checkpoint = Bytes(THREE, 7)
+    with context:
+        load = update(model, checkpoint)
+    assert torch.equal(model.w, rows_of(checkpoint))
+    return load
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    for context in (torch.no_grad, torch.no_grad, torch.inference_mode, torch.no_grad):
+        load = replays(model, context())
+    assert load.report["loaded"] == "replayed"
+
+
+def test_new_tensors_may_be_made_on_meta_by_default() -> None:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    for _ in range(4):
+        load = replays(model, torch.device("meta"))
+    assert load.report["loaded"] == "replayed"
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+        torch.ones(4).to_sparse(),
+        torch.ones(4, dtype=torch.complex64).conj(),
+        torch.nn.parameter.UninitializedBuffer(),
+    ],
+    ids=["quantised", "sparse", "conjugate", "lazy"],
+)
+def test_a_model_with_a_tensor_that_cannot_be_compared_is_loaded_plainly(tensor: Any) -> None:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    model.register_buffer("strange", tensor, persistent=False)
+    for seed in range(4):
+        checkpoint = Bytes(THREE, seed)
+        load = update(model, checkpoint)
+        assert load.report["loaded"] == "plain"
+        assert "strange is no tensor" in load.report["reason"]
+        assert torch.equal(model.w, rows_of(checkpoint))
+
+
+def test_memory_that_was_freed_is_not_compared() -> None:
+    model = Model({"w": (FP32, (6, 4))}, into_rows)
+    model.spare = torch.ones(4)
+    model.spare.untyped_storage().resize_(0)
+    assert "spare is no tensor" in update(model, Bytes(THREE, 1)).report["reason"]
+    assert state(model)["w"]
