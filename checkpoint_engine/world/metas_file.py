@@ -10,7 +10,7 @@ import gc
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError, ValidationInfo
 
@@ -70,9 +70,10 @@ def _check_owner(owner: str, info: ValidationInfo) -> str:
     """``info.context``: those that were named before. A ``RuntimeError`` ends the validation."""
     if not _OWNER.fullmatch(owner) or int(owner) > _LAST_OWNER:
         raise RuntimeError(f"{owner!a:.80} is not the number of an owner rank")
-    if owner in info.context or len(info.context) == _MOST_OWNERS:
+    named = cast("set[str]", info.context)
+    if owner in named or len(named) == _MOST_OWNERS:
         raise RuntimeError(f"owner {owner} is named twice, or there are more than {_MOST_OWNERS}")
-    info.context.add(owner)
+    named.add(owner)
     return owner
 
 

@@ -259,7 +259,7 @@ def requests() -> list[Case]:
             "handshake",
             "never reaches the engine",
             "rank 1 during handshake: .*no inference worker has connected to rank 1",
-            5.0,
+            SHORT,
         ),
         of("post hook", "raises at the end", "answered nonsense"),
         *(
