@@ -104,21 +104,28 @@ def test_ctrl_c_says_what_goes_on_and_how_to_end_it(
         assert "checkpoint-engine cancel" in error["hint"]
 
 
-def test_a_client_that_goes_away_lets_a_registration_go_on(path: str) -> None:
-    """Nobody waits for it."""
-    server, go_on = Server(), threading.Event()
-    server.register_checkpoint = lambda *_, **__: go_on.wait(30)  # type: ignore[method-assign]
-    server.progress = None  # type: ignore[attr-defined]
+def goes_on_without_its_client(
+    server: Server, go_on: threading.Event, path: str, route: str, body: bytes
+) -> None:
+    """``go_on``: what the call waits for."""
     with serving(server, path) as api:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
-            head = b"POST /v1/checkpoints/c/files HTTP/1.1\r\nHost: localhost\r\n"
-            client.sendall(head + b'Content-Length: 12\r\n\r\n{"files":[]}')
+            head = f"POST /v1/checkpoints/c/{route} HTTP/1.1\r\nHost: localhost\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             job_that(api, lambda one: one["state"] == "running")
         time.sleep(0.3)
         assert api.get("/v1/jobs").json()[0]["state"] == "running"
         go_on.set()
         job_that(api, lambda one: one["state"] == "done")
+
+
+def test_a_client_that_goes_away_lets_a_registration_go_on(path: str) -> None:
+    """Nobody waits for it."""
+    server, go_on = Server(), threading.Event()
+    server.register_checkpoint = lambda *_, **__: go_on.wait(30)  # type: ignore[method-assign]
+    server.progress = None  # type: ignore[attr-defined]
+    goes_on_without_its_client(server, go_on, path, "files", b'{"files":[]}')
 
 
 def test_a_client_that_goes_away_ends_what_waits_for_other_ranks(
@@ -140,16 +147,7 @@ def test_an_update_whose_ranks_have_met_goes_on_without_its_client(path: str) ->
 
     progress = type("Progress", (), {"call": "update", "phase": "reload"})
     server.update, server.progress = update, progress  # type: ignore[method-assign,attr-defined]
-    with serving(server, path) as api:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-            head = b"POST /v1/checkpoints/c/update HTTP/1.1\r\nHost: localhost\r\n"
-            client.sendall(head + b"Content-Length: 2\r\n\r\n{}")
-            job_that(api, lambda one: one["state"] == "running")
-        time.sleep(0.3)
-        assert api.get("/v1/jobs").json()[0]["state"] == "running"
-        go_on.set()
-        job_that(api, lambda one: one["state"] == "done")
+    goes_on_without_its_client(server, go_on, path, "update", b"{}")
 
 
 def test_status_answers_while_as_many_calls_wait_as_may(path: str) -> None:

@@ -23,11 +23,7 @@ import checkpoint_engine
 from checkpoint_engine.certify.certificate import Certificate, Started, Updated
 from checkpoint_engine.certify.comparison import Seen, compare, differing, largest_distance
 from checkpoint_engine.certify.engine import Adapter, Engine, OrderError, Start, find_adapter
-from checkpoint_engine.certify.perturb import (
-    link_the_rest,
-    perturb_checkpoint,
-    reverse_files,
-)
+from checkpoint_engine.certify.perturb import link_the_rest, perturb_checkpoint, reverse_files
 from checkpoint_engine.certify.ranks import Ranks
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import checkpoint_of

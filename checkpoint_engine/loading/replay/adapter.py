@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.parameter import is_lazy
 
+from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot, key_of
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
@@ -114,9 +115,8 @@ def _is_of_bytes(tensor: torch.Tensor) -> bool:
         return False
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return False
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    nbytes = (tensor.storage_offset() + reach + 1) * tensor.itemsize if tensor.numel() else 0
-    return tensor.is_meta or tensor.untyped_storage().nbytes() >= nbytes
+    has_nothing = tensor.is_meta or not tensor.numel()
+    return has_nothing or tensor.untyped_storage().nbytes() >= View.of(tensor).span[1]
 
 
 def every_tensor(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[Slot, torch.Tensor]]:

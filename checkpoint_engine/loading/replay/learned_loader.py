@@ -76,8 +76,7 @@ class LearnedLoader:
         if reason:
             return ModelUpdate(self, model, reason)
         tensors = list(model.tensors())
-        places = places_of(tensors)
-        fingerprint = version, places
+        fingerprint = version, places_of(tensors)
         if self.recording is not None and not self.recording.holds(fingerprint, model.modules):
             self._restart("its parameters, or what it looks at, are others in every update")
         if self.why_not:
@@ -90,8 +89,8 @@ class LearnedLoader:
         if rest == 0 and self.recording.together:  # one bucket says little
             return _Learning(self, model, fingerprint)
         checked = checks % max(1, self.recording.buckets) if rest == 0 else None
-        held = [one.untyped_storage() for _, one in tensors if not one.is_cpu]
-        return _Replaying(self, model, self.recording, (places, held), checked)
+        held = [t.untyped_storage() for _, t in tensors if model.is_persistent and not t.is_cpu]
+        return _Replaying(self, model, self.recording, (fingerprint[1], held), checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun to find
@@ -344,9 +343,10 @@ class _Replaying(ModelUpdate):
 
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now."""
-        for program in (*self._recording.programs.values(), *self._used.values()):
-            program.release()
-        self._places = self._places_now()
+        if self._model.is_persistent:
+            for program in (*self._recording.programs.values(), *self._used.values()):
+                program.release()
+            self._places = self._places_now()
 
     def _places_now(self) -> Hashable:
         with _collector_at_rest():
