@@ -118,7 +118,7 @@ class Buckets:
         call = SimpleNamespace(rank=me.rank, wait=wait)
         source = SimpleNamespace(copy=self._fill)
         gathered = SimpleNamespace(sum_of=lambda owner, bucket: None)
-        tracer = RankTracer(me.rank, plan, DeviceManager("cpu"), exact=False)
+        tracer = RankTracer(me.rank, DeviceManager("cpu"), exact=False)
         move = Move(call, plan, source, gathered, me.buffer, tracer)
         self._peers = peers
         memory = {rank: mapped(handle) for rank, (handle, _) in peers.handles.items()}

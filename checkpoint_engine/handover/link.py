@@ -170,6 +170,10 @@ class WorkerLink:
         self._worker_kept_turn()
         return reply
 
+    def has_reply(self) -> bool:
+        """Whether ``receive`` would not wait."""
+        return self._wait(zmq.POLLIN, 0)
+
     def check(self) -> None:
         """Raise ``WireError`` if the worker is gone and has left no reply, or replied out of turn.
         For waits for something else."""

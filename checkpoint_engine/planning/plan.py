@@ -64,12 +64,13 @@ READ_PACE: Pace = (32 << 20, 1 << 30)
 @dataclass(frozen=True)
 class Step:
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
-    ``slot``."""
+    ``slot``. ``number``: the same on all ranks, in whatever order they take the buckets."""
 
     receiver: int
     owner: int
     bucket: H2DBucket
     slot: int
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def plan_transfer(
     ranks: Sequence[int] | None = None,
     may_cut: bool = False,
     duplicates: Set[str] = frozenset(),
+    first: int | None = None,
 ) -> TransferPlan:
     """The whole update as data: buckets cut, receivers assigned, dealt out in rounds.
 
@@ -186,10 +188,14 @@ def plan_transfer(
         size: of a bucket, see ``paced``.
         may_cut: whether a tensor that is larger than a bucket may travel in parts.
         duplicates: names that several owners have; the first owner sends them.
+        first: the receiver with which a round begins; the others follow in a circle. Not where
+            tensors travel in parts: ranks that began differently would wait for each other.
     """
     options = (ranks, may_cut, duplicates)
-    rounds = _in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options))
-    steps = tuple(Step(*entry, slot=index % 2) for index, entry in enumerate(rounds))
+    rounds = _in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options), first)
+    steps = tuple(
+        Step(*entry, slot=index % 2, number=number) for index, (number, entry) in enumerate(rounds)
+    )
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
     return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
 
@@ -363,18 +369,29 @@ def _ranges(
 
 
 def _in_rounds(
-    buckets: Sequence[tuple[int, int, H2DBucket]],
-) -> Iterator[tuple[int, int, H2DBucket]]:
+    buckets: Sequence[tuple[int, int, H2DBucket]], first: int | None
+) -> Iterator[tuple[int, tuple[int, int, H2DBucket]]]:
+    """Each with its number."""
     queues: defaultdict[int, deque[tuple[int, int, H2DBucket]]] = defaultdict(deque)
     for entry in buckets:
         queues[entry[0]].append(entry)
+    numbers = itertools.count(1)
     while any(queues.values()):
-        for queue in queues.values():
-            while queue:
-                _, _, bucket = entry = queue.popleft()
-                yield entry
-                if not isinstance(bucket, TensorPart) or bucket.is_last:
-                    break  # a worker shall put together one tensor at a time
+        turn = [(next(numbers), entry) for queue in queues.values() for entry in _whole(queue)]
+        if first is not None and not any(isinstance(e[2], TensorPart) for _, e in turn):
+            turn.sort(key=lambda numbered: numbered[1][0] < first)
+        yield from turn
+
+
+def _whole(
+    queue: deque[tuple[int, int, H2DBucket]],
+) -> Iterator[tuple[int, int, H2DBucket]]:
+    """The next bucket, or all parts of a tensor: a worker shall put together one at a time."""
+    while queue:
+        _, _, bucket = entry = queue.popleft()
+        yield entry
+        if not isinstance(bucket, TensorPart) or bucket.is_last:
+            return
 
 
 def _interleaved(

@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.report import Stage
-from checkpoint_engine.planning.plan import Step, TransferPlan
+from checkpoint_engine.planning.plan import Step
 
 PHASES = "phases"
 COPY = "host to device"
@@ -47,9 +47,7 @@ class TracedSpan:
 class RankTracer:
     """One rank's spans of one update."""
 
-    def __init__(
-        self, rank: int, plan: TransferPlan, device_manager: DeviceManager, exact: bool
-    ) -> None:
+    def __init__(self, rank: int, device_manager: DeviceManager, exact: bool) -> None:
         """
         Args:
             exact: note the end of a broadcast between hosts when it ends, by a call from gloo's
@@ -57,7 +55,6 @@ class RankTracer:
         """
         self.exact = exact
         self._rank = rank
-        self._steps = {id(step): number for number, step in enumerate(plan.steps, 1)}
         self._spans: list[TracedSpan] = []
         self._device = device_manager.device_module if device_manager.is_accelerator else None
         if self._device is not None:
@@ -69,7 +66,7 @@ class RankTracer:
 
     def begin(self, lane: str, step: Step) -> TracedSpan:
         """A span of the host. Without ``end`` it was broken off."""
-        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {self._steps[id(step)]}")
+        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {step.number}")
         self._spans.append(span)
         return span
 
@@ -81,9 +78,6 @@ class RankTracer:
         span = self.begin(lane, step)
         yield
         self.end(span, time.monotonic())
-
-    def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        return self.on_host(RELOAD, step)
 
     @contextlib.contextmanager
     def copying(self, step: Step, lane: str = COPY) -> Iterator[None]:

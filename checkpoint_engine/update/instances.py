@@ -55,6 +55,9 @@ class Instance(WorkerSession):
         """A failed engine loads nothing that would have to be checked."""
         return self._failure is not None or super().worker_checks_sums
 
+    def has_answered(self) -> bool:
+        return self._failure is not None or super().has_answered()
+
     def check(self) -> None:
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:

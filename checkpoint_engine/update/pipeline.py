@@ -1,12 +1,14 @@
 """Streams a plan to one rank's worker: each bucket behind the other.
 
-While the worker reloads one bucket, the next is on its way into the other half of a buffer. The
-first buckets set out before the worker has answered at all.
+While the worker loads one bucket, the next is on its way into the other half of a buffer, and a
+worker of ours is told of it as soon as it is there. The first buckets set out before the worker has
+answered at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +19,7 @@ from checkpoint_engine.ground.checksum import check_bytes
 from checkpoint_engine.handover.wire import CHECKSUM, PART, SOURCE, encode_extensions
 from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.planning.plan import Step, to_named_tensor
+from checkpoint_engine.transfer.tracer import RELOAD, TracedSpan
 from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.update.ways.base import Move, Mover
 
@@ -26,11 +29,14 @@ _HALVES = 2  # of the double buffer
 class Pipeline:
     """One rank's execution of a plan. Made for one update."""
 
+    _span: TracedSpan  # of the bucket that the worker loads
+
     def __init__(self, move: Move, mover: Mover, session: WorkerSession) -> None:
         self._move = move
         self._mover = mover
         self._session = session
         self._waiting = deque(move.plan.steps)
+        self._loading: deque[Step] = deque()  # what the worker has, and loads in this order
 
     def begin(self) -> None:
         """Send the first buckets on their way, where that takes no waiting."""
@@ -51,27 +57,58 @@ class Pipeline:
         for index, step in enumerate(steps):
             clock.begin("transfer")
             with self._naming_source(step):
-                self._move.call.wait(partial(self._mover.has_arrived, step))
+                self._move.call.wait(partial(self._has_arrived, step))
             clock.arrived(step.receiver)
             clock.begin("reload")
-            self._reload(index, step)
-            clock.advance(step.bucket.size)
-            if self._mover.never_waits:
-                self._start_next()
+            self._send(index, step)
+            while len(self._loading) > self._ahead:
+                self._await_oldest()
+        while self._loading:
+            self._await_oldest()
 
-    def _reload(self, index: int, step: Step) -> None:
+    @property
+    def _ahead(self) -> int:
+        """How many buckets a worker may have while it is sent another. One of ours finds the next
+        when it has loaded one, and waits for nobody; it answers each of them."""
+        return int(self._mover.never_waits and self._session.worker_is_ours)
+
+    def _has_arrived(self, step: Step) -> bool:
+        """Also takes note of what the worker has loaded meanwhile: others wait for that memory."""
+        if self._loading and self._session.has_answered():
+            self._await_oldest()
+        return self._mover.has_arrived(step)
+
+    def _send(self, index: int, step: Step) -> None:
+        """Have the worker load the bucket, and use the time."""
         count = len(self._move.plan.steps)
-        message = self._message(index)[0] + self._extensions(step)
-        with self._move.tracer.reloading(step):
-            self._session.begin_reload(message)
-            if index + 1 == count:
-                self._session.announce_end(self._planned())
-            if not self._mover.never_waits:
-                self._start_next()
-            if index + 1 < count:
-                self._message(index + 1)  # while the worker loads
-            self._session.await_reload(f"bucket {index + 1} of {count}", self._mover.advance)
+        self._session.begin_reload(self._message(index)[0] + self._extensions(step))
+        self._loading.append(step)
+        if len(self._loading) == 1:
+            self._trace_oldest()
+        if index + 1 == count:
+            self._session.announce_end(self._planned())
+        if not self._mover.never_waits:
+            self._start_next()
+        if index + 1 < count:
+            self._message(index + 1)
+
+    def _await_oldest(self) -> None:
+        """The bucket that the worker has had longest is loaded."""
+        step = self._loading[0]
+        what = f"bucket {step.number} of {len(self._move.plan.steps)}"
+        self._session.await_reload(what, self._mover.advance)
+        self._move.tracer.end(self._span, time.monotonic())
+        self._loading.popleft()
+        self._trace_oldest()
         self._mover.done_with(step)
+        self._move.call.clock.advance(step.bucket.size)
+        if self._mover.never_waits:
+            self._start_next()
+
+    def _trace_oldest(self) -> None:
+        """The worker loads it from now on."""
+        if self._loading:
+            self._span = self._move.tracer.begin(RELOAD, self._loading[0])
 
     def _start_next(self) -> None:
         if self._waiting:

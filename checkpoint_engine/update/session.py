@@ -135,6 +135,11 @@ class WorkerSession:
         return f"the worker cannot map other ranks' buffers: {why}" if why else ""
 
     @property
+    def worker_is_ours(self) -> bool:
+        """Whether the worker is of this release or a later one, or at least knows extensions."""
+        return bool(self._extensions)
+
+    @property
     def finds_sources(self) -> bool:
         """Whether the worker is told with each bucket which buffer it is in, and where."""
         return bool(self._extensions.get(wire.SOURCES))
@@ -164,6 +169,10 @@ class WorkerSession:
     def begin_reload(self, message: bytes) -> None:
         self.state = EngineState.PARTLY_WRITTEN
         self._link.send(message, self._check)
+
+    def has_answered(self) -> bool:
+        """Whether ``await_reload`` would not wait."""
+        return self._link.has_reply()
 
     @_step
     def await_reload(self, what: str, meanwhile: Callable[[], None]) -> None:

@@ -161,7 +161,7 @@ def _connect(
         if refused is None:
             plan = way.plan(gathered, hellos)
             _show_progress(call, plan, order, server, held)
-            tracer = _trace(call, plan, hellos, order, server)
+            tracer = _trace(call, hellos, order, server)
             call.begin("buffers")
             nbytes = max(way.buffer_slots(plan, hellos) * plan.bucket_bytes, ALIGNMENT)
             buffer = _share_buffer(nbytes, server.here, held)
@@ -312,12 +312,10 @@ def _show_progress(
     log_detail(call.rank, "updating {}: {}", order.checkpoint, plan)
 
 
-def _trace(
-    call: Call, plan: TransferPlan, hellos: Sequence[Hello], order: Order, server: Server
-) -> RankTracer:
+def _trace(call: Call, hellos: Sequence[Hello], order: Order, server: Server) -> RankTracer:
     """Note what this rank does. If the update fails, it writes its own part of the trace."""
     folder = next((one.trace for one in hellos if one.trace), "")
-    tracer = RankTracer(call.rank, plan, server.here.device_manager, exact=bool(folder))
+    tracer = RankTracer(call.rank, server.here.device_manager, exact=bool(folder))
     if folder:
 
         def write(failure: UpdateError) -> None:

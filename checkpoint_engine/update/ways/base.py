@@ -77,11 +77,16 @@ class Way(ABC):
         """Whether a tensor may travel in parts, where all workers put them together."""
         return True
 
+    @property
+    def first_receiver(self) -> int | None:
+        """Whose bucket comes first in each round; ``None``: the same on all ranks."""
+        return None
+
     def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> TransferPlan:
         """What the update moves.
 
-        Equal inputs give an equal plan, so all ranks have the same. The plan of the last update is
-        taken if nothing that it depends on has changed.
+        Equal inputs give an equal plan, so all ranks have the same buckets. The plan of the last
+        update is taken if nothing that it depends on has changed.
 
         Raises:
             ValueError: there is nothing to move, or the largest tensor does not fit.
@@ -101,6 +106,7 @@ class Way(ABC):
                 members,
                 may_cut=may_cut,
                 duplicates=gathered.duplicates,
+                first=self.first_receiver,
             )
             if not transfer.steps:
                 raise ValueError(

@@ -79,6 +79,11 @@ class Peers(Way):
         on_device = self.here.device_manager.is_accelerator
         return plan.PEER_PACE if on_device else plan.HOST_PACE
 
+    @property
+    def first_receiver(self) -> int:
+        """A rank begins with its own bucket: so no two workers read the same rank's at once."""
+        return self.here.rank
+
     def shares(self, hellos: Sequence[Hello]) -> int:
         """A worker that is not learned has a bucket to itself."""
         return (_SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS) + 1
