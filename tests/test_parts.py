@@ -69,6 +69,40 @@ def test_what_fits_travels_whole_and_the_rest_in_parts(metas: Metas, size: int, 
     assert transfer.tensor_count == tensors
 
 
+@quick
+@given(worlds, st.integers(1, 60).map(lambda n: n * A))
+def test_ranks_that_begin_with_their_own_buckets_never_wait_in_a_circle(
+    metas: Metas, size: int
+) -> None:
+    plans = {
+        rank: plan.plan_transfer(metas, BucketSize(size, True), {}, {}, may_cut=True, first=rank)
+        for rank in metas
+    }
+    buckets = [{step.number: step.bucket for step in one.steps} for one in plans.values()]
+    assert all(one == buckets[0] for one in buckets)
+    assert all(sorted(one) == list(range(1, len(one) + 1)) for one in buckets)
+    for rank, one in plans.items():
+        first = next(iter(one.steps), None)
+        cut = [step for step in one.steps[: len(metas)] if isinstance(step.bucket, TensorPart)]
+        if one.loads_of(rank) and not cut:
+            assert first is not None and first.receiver == rank
+    read = {rank: 0 for rank in plans}  # how many of its steps
+    slots = 2  # of each owner's staging, which all ranks have read before it is filled again
+    moved = True
+    while moved:
+        moved = False
+        done = {rank: plans[rank].steps[: read[rank]] for rank in plans}
+        for rank, one in plans.items():
+            if read[rank] == len(one.steps):
+                continue
+            owner = one.steps[read[rank]].owner
+            counts = [sum(step.owner == owner for step in steps) for steps in done.values()]
+            if sum(step.owner == owner for step in done[rank]) < min(counts) + slots:
+                read[rank] += 1
+                moved = True
+    assert all(read[rank] == len(one.steps) for rank, one in plans.items())
+
+
 def test_a_worker_puts_together_one_tensor_at_a_time() -> None:
     metas = {rank: owned(rank, [([9 * A, A, 5 * A], False)]) for rank in range(3)}
     transfer = plan.plan_transfer(metas, BucketSize(2 * A, True), {}, {}, may_cut=True)

@@ -379,7 +379,7 @@ def _in_rounds(
     while any(queues.values()):
         turn = [(next(numbers), entry) for queue in queues.values() for entry in _whole(queue)]
         if first is not None and not any(isinstance(e[2], TensorPart) for _, e in turn):
-            turn.sort(key=lambda numbered: numbered[1][0] < first)
+            turn.sort(key=lambda numbered: (numbered[1][0] < first, numbered[1][0]))
         yield from turn
 
 
