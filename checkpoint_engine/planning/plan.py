@@ -188,7 +188,7 @@ def plan_transfer(
         duplicates: names that several owners have; the first owner sends them.
     """
     options = (ranks, may_cut, duplicates)
-    rounds = _in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options))
+    rounds = in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options))
     steps = tuple(Step(*entry, slot=index % 2) for index, entry in enumerate(rounds))
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
     return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
@@ -362,9 +362,10 @@ def _ranges(
     return ranges, number
 
 
-def _in_rounds(
+def in_rounds(
     buckets: Sequence[tuple[int, int, H2DBucket]],
 ) -> Iterator[tuple[int, int, H2DBucket]]:
+    """``(receiver, owner, bucket)``, one of each receiver in turn."""
     queues: defaultdict[int, deque[tuple[int, int, H2DBucket]]] = defaultdict(deque)
     for entry in buckets:
         queues[entry[0]].append(entry)

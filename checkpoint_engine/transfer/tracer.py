@@ -38,10 +38,7 @@ class TracedSpan:
     began: Any
     ended: Any = None
     name: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.step is None else self.step.bucket.size
+    nbytes: int = 0
 
 
 class RankTracer:
@@ -69,7 +66,8 @@ class RankTracer:
 
     def begin(self, lane: str, step: Step) -> TracedSpan:
         """A span of the host. Without ``end`` it was broken off."""
-        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {self._steps[id(step)]}")
+        name = f"bucket {self._steps[id(step)]}"
+        span = TracedSpan(lane, step, time.monotonic(), name=name, nbytes=step.bucket.size)
         self._spans.append(span)
         return span
 
@@ -77,12 +75,12 @@ class RankTracer:
         span.ended = ended
 
     @contextlib.contextmanager
-    def on_host(self, lane: str, step: Step) -> Iterator[None]:
+    def on_host(self, lane: str, step: Step) -> Iterator[TracedSpan]:
         span = self.begin(lane, step)
-        yield
+        yield span
         self.end(span, time.monotonic())
 
-    def reloading(self, step: Step) -> contextlib.AbstractContextManager[None]:
+    def reloading(self, step: Step) -> contextlib.AbstractContextManager[TracedSpan]:
         return self.on_host(RELOAD, step)
 
     @contextlib.contextmanager

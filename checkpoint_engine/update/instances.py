@@ -55,6 +55,11 @@ class Instance(WorkerSession):
         """A failed engine loads nothing that would have to be checked."""
         return self._failure is not None or super().worker_checks_sums
 
+    @property
+    def reads_needs(self) -> bool:
+        """A failed engine reads nothing at all."""
+        return self._failure is not None or super().reads_needs
+
     def check(self) -> None:
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:
