@@ -42,10 +42,16 @@ Tensor = tuple[str, Any, tuple[int, ...]]
 """Name, dtype and shape."""
 
 
+def kinds_of(tensors: Iterable[Tensor]) -> tuple[list[tuple[Any, tuple[int, ...]]], list[int]]:
+    """The dtypes and shapes that there are, and which of them each tensor has."""
+    kinds: dict[tuple[Any, tuple[int, ...]], int] = {}
+    kind_of = [kinds.setdefault((dtype, shape), len(kinds)) for _, dtype, shape in tensors]
+    return list(kinds), kind_of
+
+
 def tensors_digest(tensors: Sequence[Tensor]) -> str:
     """Names a set of tensors, which are given in the order of their names."""
-    kinds: dict[tuple[Any, tuple[int, ...]], int] = {}
-    kind_of = [kinds.setdefault((dtype, tuple(shape)), len(kinds)) for _, dtype, shape in tensors]
+    kinds, kind_of = kinds_of(tensors)
     listed = [(str(dtype), list(shape)) for dtype, shape in kinds]
     content = [[name for name, _, _ in tensors], kind_of, listed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

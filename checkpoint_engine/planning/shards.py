@@ -22,7 +22,8 @@ from checkpoint_engine.data_types import (
     placed,
     tensor_nbytes,
 )
-from checkpoint_engine.ground.needs import Needs, Runs, runs_of, tensors_digest
+from checkpoint_engine.ground.needs import Needs, Runs, kinds_of, runs_of, tensors_digest
+from checkpoint_engine.planning.layouts import without_garbage_collection
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
@@ -37,6 +38,10 @@ class HostNeeds:
         Raises:
             ValueError: the needs are of other tensors than those of ``metas``.
         """
+        with without_garbage_collection():
+            self._read(metas, needs)
+
+    def _read(self, metas: Metas, needs: Sequence[Needs]) -> None:
         every = {
             meta.name: (meta.name, meta.dtype, meta.shape)
             for owned in metas.values()
@@ -46,7 +51,9 @@ class HostNeeds:
         tensors = [every[name] for name in sorted(every)]
         if {one.tensors for one in needs} != {tensors_digest(tensors)}:
             raise ValueError("the workers have stated what they need of other tensors")
-        self._sizes = np.array([tensor_nbytes(dtype, shape) for _, dtype, shape in tensors])
+        kinds, kind_of = kinds_of(tensors)
+        sizes = np.array([tensor_nbytes(*kind) for kind in kinds], dtype=np.int64)
+        self._sizes = sizes[np.array(kind_of, dtype=np.int64)]
         self._place = {name: place for place, (name, _, _) in enumerate(tensors)}
         columns = [one.numbers for one in needs]
         if {len(column) for column in columns} != {len(tensors)}:
@@ -188,6 +195,8 @@ def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
                     owners[meta.name].add(rank)
 
     def find(step: Step) -> list[int]:
+        if not owners:
+            return [step.owner]
         every = [owners.get(meta.name, {step.owner}) for meta in step.bucket.items]
         return sorted(set.intersection({*every[0]}, *every[1:])) if every else [step.owner]
 
