@@ -26,11 +26,15 @@ import torch
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.learned_loader import (
-    KEEPS_TENSORS,
     LearnedLoader,
     ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket, Recording
+from checkpoint_engine.loading.replay.recording import (
+    KEEPS_TENSORS,
+    NamedTensors,
+    ReceivedBucket,
+    Recording,
+)
 
 LoadWeights = Callable[[NamedTensors], Any]
 

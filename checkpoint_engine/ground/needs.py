@@ -7,6 +7,7 @@ dtypes and shapes, and say nothing about another.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -57,6 +58,11 @@ def tensors_digest(tensors: Sequence[Tensor]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def digest_of(text: str) -> str:
+    """Names what ``Needs.text`` states; empty text, for everything, has an empty digest."""
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What one worker reads.
@@ -84,18 +90,14 @@ class Needs:
         return Needs(tensors_digest(ordered), tuple(kinds), numbers)
 
     @cached_property
-    def encoded(self) -> bytes:
+    def text(self) -> str:
         """For ``decode``."""
-        return zlib.compress(self._content, 6)
+        content = json.dumps([self.tensors, self.kinds]).encode() + b"\n" + self.kind_of
+        return base64.b64encode(zlib.compress(content, 6)).decode()
 
     @cached_property
     def digest(self) -> str:
-        """Equal needs have an equal digest."""
-        return hashlib.sha256(self._content).hexdigest()
-
-    @property
-    def _content(self) -> bytes:
-        return json.dumps([self.tensors, self.kinds]).encode() + b"\n" + self.kind_of
+        return digest_of(self.text)
 
     @cached_property
     def numbers(self) -> np.ndarray:
@@ -103,21 +105,22 @@ class Needs:
         return np.frombuffer(self.kind_of, dtype="<i4")
 
     @staticmethod
-    def decode(blob: bytes) -> Needs:
-        """The inverse of ``encoded``.
+    def decode(text: str) -> Needs:
+        """The inverse of ``text``.
 
         Raises:
             ValueError: it is something else.
         """
         stream = zlib.decompressobj()
         try:
+            blob = base64.b64decode(text, validate=True)
             head, _, numbers = stream.decompress(blob, _LARGEST).partition(b"\n")
             tensors, kinds = json.loads(head)
             found = Needs(tensors, tuple(tuple(map(_region, kind)) for kind in kinds), numbers)
         except (zlib.error, TypeError, RecursionError, ValueError) as error:
             raise ValueError(f"not what a worker needs: {error!r:.200}") from error
         if not stream.eof or type(tensors) is not str or len(numbers) % 4:
-            raise ValueError(f"not what a worker needs: {len(blob)} bytes")
+            raise ValueError(f"not what a worker needs: {len(text)} characters")
         if len(found.numbers) and not 0 <= found.numbers.min() <= found.numbers.max() < len(kinds):
             raise ValueError("not what a worker needs: a kind of tensor is missing")
         return found

@@ -11,7 +11,6 @@ buckets are JSON.
 
 from __future__ import annotations
 
-import base64
 import builtins
 import importlib
 import json
@@ -67,7 +66,7 @@ NEEDS = "needs"
 """An extension between several hosts. The server offers the digest of what it knows that this
 worker needs; empty: nothing is known. A worker that accepts answers with the digest of what it is
 going to read in this update; empty: everything. With its last answer it states what its loader
-needs from now on: ``ground.needs.Needs``, base64; ``True``: what the offered digest stands for;
+needs from now on, as ``ground.needs.Needs.text``; ``True``: what the offered digest stands for;
 empty: everything. With a bucket: the digest of the needs that its bytes suffice for. What else the
 bucket holds is not what was registered: a worker that does not read by just these needs fails."""
 
@@ -181,15 +180,15 @@ def encode_needs(needs: Needs | None, known: str) -> str | bool:
     """What a worker states with its last answer; ``known``: the digest that the server offered."""
     if needs is None:
         return ""
-    return True if needs.digest == known else base64.b64encode(needs.encoded).decode()
+    return True if needs.digest == known else needs.text
 
 
-def decode_needs(told: Any) -> Needs | None:
-    """Raises ``WireError`` if it is anything else."""
-    if told == "":
-        return None
+def decode_needs(told: Any) -> str:
+    """That text. Raises ``WireError`` if it is anything else."""
     try:
-        return Needs.decode(base64.b64decode(told, validate=True))
+        if told != "":
+            Needs.decode(told)
+        return str(told)
     except (TypeError, ValueError) as error:
         raise WireError(f"a worker has stated its needs wrongly: {error}") from error
 

@@ -23,11 +23,10 @@ from checkpoint_engine.loading.adapters import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
 from checkpoint_engine.loading.replay.learned_loader import (
-    KEEPS_TENSORS,
     LearnedLoader,
     ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
+from checkpoint_engine.loading.replay.recording import KEEPS_TENSORS, NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.views import KeptView, keep_views, kept_views
 from checkpoint_engine.replay import summary, version_of
 
@@ -106,10 +105,8 @@ class ModelReload:
 
     @property
     def reads_next(self) -> str:
-        """The digest of what this update is going to read, or what it began to read; empty:
-        everything. Nothing is begun to find out."""
-        needs = self._learned.needs
-        return "" if needs is None or self._learned.checks_next else needs.digest
+        """The digest of what the next update reads at most; empty: everything."""
+        return self._learned.reads_next
 
     def _load(self, weights: NamedTensors | None, delivery: ReceivedBucket | None) -> None:
         session = self._begun()

@@ -64,12 +64,17 @@ READ_PACE: Pace = (32 << 20, 1 << 30)
 @dataclass(frozen=True)
 class Step:
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
-    ``slot``."""
+    ``slot``, or stages it.
+
+    ``sources``: the ranks that have its bytes, in the order to be asked, where the owner is not the
+    only one: the receiver itself, or others of other hosts.
+    """
 
     receiver: int
     owner: int
     bucket: H2DBucket
     slot: int
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,14 @@ class TransferPlan:
 
     Attributes:
         bucket_bytes: the size of each half of the double buffer.
+        needs: what is read of the buckets, a ``shards.HostNeeds``; ``None``: everything.
         messages: what workers are told of its buckets, once that has been encoded.
     """
 
     steps: tuple[Step, ...]
     bucket_bytes: int
     staging: bool
+    needs: Any = None
     messages: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

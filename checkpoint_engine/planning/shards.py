@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 
 import numpy as np
@@ -113,22 +113,6 @@ def _clipped(runs: Runs, start: int, size: int) -> Runs:
     return begins[some], ends[some]
 
 
-@dataclass(frozen=True)
-class HostShare:
-    """What one host stages.
-
-    Attributes:
-        plan: every bucket of the checkpoint; the receiver of each is the rank that stages it.
-        sources: of each bucket, by ``id``, the owners of its bytes, in the order to be asked: one
-            that is the receiver itself, or others of other hosts.
-        needs: what is read of the buckets; ``None``: everything.
-    """
-
-    plan: TransferPlan
-    sources: Mapping[int, tuple[int, ...]]
-    needs: HostNeeds | None = None
-
-
 def share(
     transfer: TransferPlan,
     hosts: Sequence[Sequence[int]],
@@ -136,8 +120,8 @@ def share(
     metas: Metas,
     duplicates: Set[str] = frozenset(),
     needs: HostNeeds | None = None,
-) -> HostShare:
-    """Divide a plan of all buckets among the ranks of one host.
+) -> TransferPlan:
+    """A plan of all buckets for one host: the receiver of each is the rank that stages it.
 
     What has to come from other hosts is dealt out so that each rank reads as much as the others, as
     far as whole buckets allow. Host number n asks the owners of host n + 1 first, then those of
@@ -165,11 +149,12 @@ def share(
         lambda unit: distance[sources[id(unit[0].bucket)][0]],
     )
     entries = [(rank, step.owner, step.bucket) for rank, some in queues.items() for step in some]
-    steps = [Step(*one, slot=index % 2) for index, one in enumerate(in_rounds(entries))]
-    for step in steps:
-        if step.receiver in sources[id(step.bucket)]:
-            sources[id(step.bucket)] = (step.receiver,)
-    return HostShare(replace(transfer, steps=tuple(steps), messages={}), sources, needs)
+    steps = []
+    for index, (rank, owner, bucket) in enumerate(in_rounds(entries)):
+        held_by = sources[id(bucket)]
+        held_by = (rank,) if rank in held_by else held_by
+        steps.append(Step(rank, owner, bucket, index % 2, held_by))
+    return replace(transfer, steps=tuple(steps), needs=needs, messages={})
 
 
 Unit = list[Step]

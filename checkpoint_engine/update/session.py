@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.ground.needs import Needs
+from checkpoint_engine.ground.needs import digest_of
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -53,8 +53,8 @@ class WorkerSession:
         statement: what it says that the update wrote; see ``UpdateReport.engines``.
         unmapped: why the worker has not mapped the other ranks' buffers; empty if it has, ``None``
             while it is not known.
-        needs: what the worker's loader reads, as it stated last; ``None``: everything. Of the
-            update before, until this one says something else.
+        needs: what the worker's loader reads, as it stated last; empty: everything. Of the update
+            before, until this one says something else.
         failed: engine instances that were not updated; none, for a session that fails raises.
     """
 
@@ -66,7 +66,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
-        self.needs: Needs | None = None
+        self.needs = ""
         self.unmapped: str | None = None
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
@@ -94,7 +94,7 @@ class WorkerSession:
         in_parts: bool = False,
         sources: Sequence[bytes] | None = None,
         must_map: bool = False,
-        needs: Needs | None = None,
+        needs: str = "",
         asks_needs: bool = False,
     ) -> None:
         """Share the double buffer; returns when the worker has mapped it.
@@ -110,7 +110,7 @@ class WorkerSession:
         offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources or ())}
         if asks_needs:
             self.needs = needs
-            offered[wire.NEEDS] = "" if needs is None else needs.digest
+            offered[wire.NEEDS] = digest_of(needs)
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
@@ -150,8 +150,7 @@ class WorkerSession:
     @property
     def reads_needs(self) -> bool:
         """Whether the worker is going to read no more than ``needs``, as it has said."""
-        said = self._extensions.get(wire.NEEDS)
-        return self.needs is not None and said == self.needs.digest
+        return self.needs != "" and self._extensions.get(wire.NEEDS) == digest_of(self.needs)
 
     @property
     def finds_sources(self) -> bool:

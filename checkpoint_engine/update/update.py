@@ -19,7 +19,7 @@ from checkpoint_engine.errors import EngineError, UpdateError
 from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
-from checkpoint_engine.ground.needs import Needs
+from checkpoint_engine.ground.needs import digest_of
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -54,7 +54,7 @@ class Server:
         joins_parts: whether the worker puts tensors together that travel in parts; ``None``: none
             has said so. Plans are made before a worker is there to be asked.
         maps_peers: whether it mapped the other ranks' buffers, when it was last asked to.
-        needs: what the worker reads, as it stated in its last update; ``None``: everything.
+        needs: what the worker reads, as it stated in its last update; empty: everything.
         served: what the engine holds; ``None`` before the first update, and while the weights are
             partly written.
     """
@@ -63,7 +63,7 @@ class Server:
     ways: Sequence[Way]
     joins_parts: bool | None = None
     maps_peers: bool = False
-    needs: Needs | None = None
+    needs: str = ""
     served: LoadedCheckpoint | None = None
 
     def learn(self, session: WorkerSession, loaded: LoadedCheckpoint) -> None:
@@ -138,8 +138,8 @@ def _agree(
     """What every member says; raises if they do not want the same."""
     call.begin("plan")
     mine = order.hello(server.here, link.url, gathered.digest)
-    needs = "" if server.needs is None else server.needs.digest
-    mine = replace(mine, joins_parts=server.joins_parts, maps_peers=server.maps_peers, needs=needs)
+    mine = replace(mine, joins_parts=server.joins_parts, maps_peers=server.maps_peers)
+    mine = replace(mine, needs=digest_of(server.needs))
     call.claim(mine)
     for way in server.ways:
         mine = way.introduce(mine, held)

@@ -36,11 +36,6 @@ from checkpoint_engine.settings import replay_check, replay_mode
 
 _MOST_RESTARTS = 2  # without a replay in between; then a loader is left alone
 
-KEEPS_TENSORS = (
-    "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
-    "update again, it will be given copies from now on"
-)
-
 
 class LearnedLoader:
     """What is known of one model's loader; kept from update to update.
@@ -93,20 +88,20 @@ class LearnedLoader:
         return _Replaying(self, model, self.recording, (fingerprint[1], held), checked)
 
     def recognises(self, message: bytes) -> bool:
-        """Whether the recording, if it still holds, has this bucket; nothing is begun to find
-        out."""
+        """Whether the recording, if it still holds, has this bucket; nothing is begun."""
         return self.agreed > 1 and self.recording is not None and message in self.recording.programs
 
     @property
     def needs(self) -> Needs | None:
-        """What it reads as long as it is replayed; ``None``: it is not, and reads everything."""
-        learned = self.agreed > 1 and not self.why_not and replay_mode() == "on"
-        return self.recording.needs if learned and self.recording is not None else None
+        """What it reads as long as it is replayed; ``None``: everything."""
+        learned = self.recording if self.agreed > 1 and replay_mode() == "on" else None
+        return None if learned is None else learned.needs
 
     @property
-    def checks_next(self) -> bool:
-        """Whether a bucket of the next update goes through the loader, too."""
-        return (self._replays + 1) % replay_check() == 0
+    def reads_next(self) -> str:
+        """The digest of what the next update reads, if it reads no more; nothing is begun."""
+        checks = (self._replays + 1) % replay_check() == 0
+        return "" if checks or self.needs is None else self.needs.digest
 
     def learn(self, recording: Recording) -> None:
         """What an update did, and whatever else is known if the one before did the same."""
@@ -146,7 +141,7 @@ class ModelUpdate:
         replayed: tensors that did not go through the loader.
         held_bytes: of those, what went to modules that the bucket left incomplete.
         loaded_plainly: the parameters that the loader says it loaded; ``None`` if it does not say.
-        needs: the digest of what it reads, and no other byte; empty: it reads everything.
+        needs: the digest of what it reads at most; empty: everything.
     """
 
     how = "plain"
@@ -337,10 +332,8 @@ class _Replaying(ModelUpdate):
         placements = placements_of(weights, received)
         programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
-        if unknown and received is not None:
-            received.check("")  # these go through the loader
         if unknown and not self._leaves_it:
-            self._meet_unknown(unknown)
+            self._meet_unknown(unknown, received)
         self._bucket += 1
         if self._leaves_it:
             return super().load(weights, received)
@@ -403,9 +396,11 @@ class _Replaying(ModelUpdate):
     def _arrived(self) -> set[str]:
         return set().union(*(program.names for program in self._used.values()))
 
-    def _meet_unknown(self, names: set[str]) -> None:
+    def _meet_unknown(self, names: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""
-        self._is_stale = True
+        self._is_stale, self.needs = True, ""
+        if received is not None:
+            received.check(self.needs)
         if self._used and self._recording.together:
             count, first = len(names), min(names)
             self._refuse_checkpoint(

@@ -26,6 +26,11 @@ from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, P
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
+KEEPS_TENSORS = (
+    "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
+    "update again, it will be given copies from now on"
+)
+
 
 class ReceivedBucket(NamedTuple):
     """A bucket as it came: the server's message, and the buffer that its tensors are in.

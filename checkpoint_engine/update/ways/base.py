@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from checkpoint_engine.ground.local_rank import LocalRank
-from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning import plan
@@ -66,7 +65,7 @@ class Way(ABC):
         """``None`` if the ranks can go this way, else why not; empty where nobody would ask. The
         same on all of them."""
 
-    def prepare(self, call: Call, hellos: Sequence[Hello], needs: Needs | None) -> None:
+    def prepare(self, call: Call, hellos: Sequence[Hello], needs: str) -> None:
         """Called by all ranks before ``plan``: exchange what the plan needs beside the hellos.
 
         Args:

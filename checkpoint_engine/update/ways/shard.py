@@ -14,9 +14,9 @@ from loguru import logger
 
 from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.local_rank import LocalRank
-from checkpoint_engine.ground.needs import Needs
+from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, HostShare, as_held_by, share
+from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
@@ -50,7 +50,7 @@ class Shard(Way):
         self._inside = inside
         self._known: dict[str, Needs] = {}
         self._every: TransferPlan | None = None  # that was shared out
-        self._shared: tuple[object, HostShare] | None = None
+        self._shared: tuple[object, TransferPlan] | None = None
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         chosen, store = transport(), self._p2p.store
@@ -74,10 +74,10 @@ class Shard(Way):
             return "over TCP between two hosts it saves nothing until a worker has stated its needs"
         return self._inside.cannot_stage(gathered, hellos)
 
-    def prepare(self, call: Call, hellos: Sequence[Hello], needs: Needs | None) -> None:
+    def prepare(self, call: Call, hellos: Sequence[Hello], needs: str) -> None:
         """Learn what the other workers of this host need; each digest is told once."""
-        if needs is not None:
-            self._known[needs.digest] = needs
+        if needs and digest_of(needs) not in self._known:
+            self._known[digest_of(needs)] = Needs.decode(needs)
         hosts = _hosts(hellos)
         mine = next(hello for hello in hellos if hello.rank == self.here.rank)
         tellers = {hello.needs: hello.rank for hello in reversed(hellos) if hello.needs}
@@ -89,15 +89,15 @@ class Shard(Way):
             if hello.needs != digest and digest not in hello.knows
         }
         for digest in asked:
-            if tellers[digest] == self.here.rank and needs is not None:
-                call.tell(f"needs/{self.here.rank}", needs.encoded)
+            if tellers[digest] == self.here.rank:
+                call.tell(f"needs/{self.here.rank}", needs.encode())
         wanted = {hello.needs for hello in _host_of(mine, hosts)} - {"", *self._known}
         for digest in sorted(wanted):
             (blob,) = call.read([f"needs/{tellers[digest]}"])
-            told = Needs.decode(blob)
-            if told.digest != digest:
+            told = blob.decode()
+            if digest_of(told) != digest:
                 raise ValueError(f"rank {tellers[digest]} told other needs than it had announced")
-            self._known[digest] = told
+            self._known[digest] = Needs.decode(told)
         kept = {hello.needs for hello in _host_of(mine, hosts)}
         self._known = {digest: one for digest, one in self._known.items() if digest in kept}
 
@@ -123,7 +123,7 @@ class Shard(Way):
             options = gathered.metas, gathered.duplicates, self._needs_of(gathered, here)
             shared = share(every, ranks, hosts.index(here), *options)
             self._every, self._shared = every, (basis, shared)
-        return self._shared[1].plan
+        return self._shared[1]
 
     def _needs_of(self, gathered: Gathered, here: Sequence[Hello]) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
@@ -137,7 +137,6 @@ class Shard(Way):
             return None
 
     def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
-        assert self._shared is not None
         store, here = self._p2p.require("reading other hosts' memory"), self.here
         if store.needs_registered_targets:
             store.register_named_tensors({"__staging__": move.buffer.tensor})
@@ -145,7 +144,7 @@ class Shard(Way):
         remote = RemoteLoader(store, move.gathered.metas, here.device_manager, here.device)
         held.callback(remote.close)
         mine = next(hello for hello in hellos if hello.rank == here.rank)
-        make = partial(_ShardMover, self._shared[1], remote, mine.needs)
+        make = partial(_ShardMover, remote, mine.needs)
         return self._inside.join(move, hellos, held, _host_of(mine, _hosts(hellos)), make)
 
 
@@ -177,7 +176,6 @@ class _ShardMover(PeersMover):
 
     def __init__(
         self,
-        shared: HostShare,
         remote: RemoteLoader,
         needs: str,
         move: Move,
@@ -186,11 +184,10 @@ class _ShardMover(PeersMover):
         double_slots: int,
     ) -> None:
         """``needs``: the digest of what this rank's worker reads."""
-        self._shared = shared
         self._remote = remote
         self._needs = needs
         self._reads_needs: bool | None = None
-        self._is_whole: bool | None = True if shared.needs is None else None
+        self._is_whole: bool | None = True if move.plan.needs is None else None
         super().__init__(move, peers, streams, double_slots)
 
     def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
@@ -206,36 +203,32 @@ class _ShardMover(PeersMover):
         super().advance()
 
     def needs_for(self, step: Step) -> str:
-        if self._sources_of(step) == (step.receiver,):
+        if step.sources == (step.receiver,):
             return ""
         if self._is_whole is None:
             raise broadcast_failed("a bucket is there before the workers of this host agreed")
-        needs = None if self._is_whole else self._shared.needs
+        needs = None if self._is_whole else self.move.plan.needs
         return "" if needs is None or needs.runs_in(step.bucket) is None else self._needs
 
     def has_checked(self, step: Step) -> bool:
-        return super().has_checked(step) and self._sources_of(step) == (step.receiver,)
+        return super().has_checked(step) and step.sources == (step.receiver,)
 
     def source_of(self, step: Step) -> str:
-        sources = self._sources_of(step)
-        if sources == (step.receiver,):
+        if step.sources == (step.receiver,):
             return super().source_of(step)
-        return f"rank {step.receiver}, which reads it from ranks {list(sources)},"
-
-    def _sources_of(self, step: Step) -> tuple[int, ...]:
-        return self._shared.sources[id(step.bucket)]
+        return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
 
     def _bring(self, step: Step, target: torch.Tensor) -> tuple[Event, torch.Tensor | None]:
-        metas, sources = self.move.gathered.metas, self._sources_of(step)
+        metas = self.move.gathered.metas
         held = {
             rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
-            for rank in sources
+            for rank in step.sources
         }
-        if sources == (self._rank,):
+        if step.sources == (self._rank,):
             return self._copy_own(step, held[self._rank], target)
 
         def read() -> None:
-            needs = None if self._is_whole else self._shared.needs
+            needs = None if self._is_whole else self.move.plan.needs
             runs = None if needs is None else needs.runs_in(step.bucket)
             with self.move.tracer.on_host(READ, step) as span:
                 span.nbytes = self._remote.read_any(held, target, runs)
