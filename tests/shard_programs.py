@@ -59,19 +59,24 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def total_bytes() -> int:
-    return sum(2 * torch.Size(shape).numel() for shape in SHAPES.values())
+def foreign_bytes() -> int:
+    """All that the ranks of other hosts own."""
+    return sum(
+        2 * torch.Size(shape).numel()
+        for place, shape in enumerate(SHAPES.values())
+        if place % WORLD_SIZE // EACH != RANK // EACH
+    )
 
 
 def needed_bytes(tp: int) -> int:
-    """What the workers of one host read, by the rules of the layers: norms in full, of all other
-    tensors the shares of the host's tensor-parallel ranks. Of ``o_proj``, whose rows are short,
-    everything is read."""
-    here = {rank % tp for rank in range(WORLD_SIZE) if rank // EACH == RANK // EACH}
-    whole = ("norm.weight", "o_proj.weight")
+    """What the workers of this host read of what its ranks do not own, by the rules of the layers:
+    norms in full, of all other tensors the shares of the host's tensor-parallel ranks."""
+    here = [rank for rank in range(WORLD_SIZE) if rank // EACH == RANK // EACH]
+    shares = len({rank % tp for rank in here})
     return sum(
-        2 * torch.Size(shape).numel() * (tp if name.endswith(whole) else len(here)) // tp
-        for name, shape in SHAPES.items()
+        2 * torch.Size(shape).numel() * (tp if name.endswith("norm.weight") else shares) // tp
+        for place, (name, shape) in enumerate(SHAPES.items())
+        if place % WORLD_SIZE not in here
     )
 
 
@@ -88,16 +93,6 @@ class MiniWorker(VllmColocateWorkerExtension):
         config = ModelConfig(**CONFIG, qkv_bias=True, dtype=torch.bfloat16)
         return new_model(config, TensorParallel(*self._place), self.device)
 
-    def restart(self) -> None:
-        """The engine is started again: nothing is learned any more."""
-        self.model_runner.model = self._fresh()
-        self.__dict__.pop("_loader_habits", None)
-
-    def shift(self, rank: int, tp: int) -> None:
-        """It becomes another rank's worker."""
-        self._place = rank, tp
-        self.restart()
-
     def is_right(self, seed: int) -> bool:
         """Compared with a model that is loaded without any server."""
         plain = self._fresh()
@@ -107,9 +102,6 @@ class MiniWorker(VllmColocateWorkerExtension):
     def clear(self) -> None:
         for parameter in self.model_runner.model.parameters():
             parameter.data.zero_()
-
-    def set(self, name: str, value: str) -> None:
-        os.environ[name] = value
 
 
 def digests(model: CausalLM) -> dict[str, str]:
@@ -138,14 +130,14 @@ class Rank:
         self.workers = Workers(make, 1)
         self.ps = ParameterServer()
 
-    def register(self, seed: int, copies: int = 1) -> str:
-        """This rank's share of the checkpoint. ``copies``: how many ranks own each tensor."""
+    def register(self, seed: int) -> str:
+        """This rank's share of the checkpoint."""
         name = f"step-{seed}"
         every = weights(seed)
         owned = {
             one: tensor
             for place, (one, tensor) in enumerate(every.items())
-            if (RANK - place) % WORLD_SIZE < copies
+            if place % WORLD_SIZE == RANK
         }
         self.ps.register_checkpoint(name, named_tensors=owned)
         self.ps.gather_metas(name, timeout=SHORT)
@@ -154,12 +146,12 @@ class Rank:
     def ask(self, paths: list[tuple[str, str]]) -> None:
         self.workers.call("update_weights_from_ipc", dict(paths))
 
-    def update(self, seed: int, copies: int = 1, **options: Any) -> dict[str, Any]:
-        name = self.register(seed, copies)
+    def update(self, seed: int) -> dict[str, Any]:
+        name = self.register(seed)
         self.workers.call("clear")
         self.ps.store_based_barrier()
         before = received_bytes()
-        report = self.ps.update(name, self.ask, timeout=SHORT, **options)
+        report = self.ps.update(name, self.ask, timeout=SHORT)
         self.ps.store_based_barrier()
         received = received_bytes() - before
         (right,) = self.workers.call("is_right", seed)
@@ -175,30 +167,25 @@ class Rank:
         }
 
 
-def sharded(tp: int, updates: int, steps: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``steps``: by update, what happens on this rank before it: ``{"3": {"0": ["restart"]}}``."""
+def sharded(tp: int, updates: int, layers: int = 2) -> dict[str, Any]:
+    """One update after the other, of a model of so many layers."""
+    CONFIG["num_hidden_layers"] = layers
+    SHAPES.update(tensor_shapes(CONFIG))
     rank = Rank(tp)
-    seen = []
-    for seed in range(1, updates + 1):
-        change = (steps or {}).get(str(seed), {})
-        copies = change.get("copies", 1)
-        if (call := change.get(str(RANK))) is not None:
-            rank.workers.call(*call)
-        if "env" in change:
-            os.environ.update(change["env"])
-        seen.append(rank.update(seed, copies))
+    seen = [rank.update(seed) for seed in range(1, updates + 1)]
     rank.workers.stop()
     return {
         "seen": seen,
         "needed": needed_bytes(tp),
-        "total": total_bytes(),
+        "elsewhere": foreign_bytes(),
         "sockets": len(list(Path(os.environ["PS_IPC_DIR"]).iterdir())),
         "shared": left_segments(),
     }
 
 
 def interrupted(tp: int, folder: str, timeout: float) -> dict[str, Any]:
-    """Two updates that teach, one that is cut off in the middle, one after that."""
+    """Two updates that teach, and one in whose middle a host is cut off. Rank 0 goes on with the
+    host's successor."""
     rank, here = Rank(tp), Path(folder)
     seen = [rank.update(seed) for seed in (1, 2)]
     name = rank.register(3)
@@ -213,11 +200,25 @@ def interrupted(tp: int, folder: str, timeout: float) -> dict[str, Any]:
     except UpdateError as error:
         failure = {"error": str(error), "kind": error.kind, "rank": error.rank}
     failure["seconds"] = time.monotonic() - began
+    if RANK == 0:
+        rank.ps.unregister_checkpoint(name)
+        while not (here / "again").exists():
+            time.sleep(0.01)
+        seen += [rank.update(seed) for seed in (4, 5, 6)]
+    rank.workers.stop()
     return {"seen": seen, "failure": failure}
+
+
+def succeeded(tp: int) -> dict[str, Any]:
+    """A host that is there again, with nothing of what it had before."""
+    rank = Rank(tp)
+    seen = [rank.update(seed) for seed in (4, 5, 6)]
+    rank.workers.stop()
+    return {"seen": seen}
 
 
 if __name__ == "__main__":
     program, arguments, results = sys.argv[1:]
-    programs = {f.__name__: f for f in (sharded, interrupted)}
+    programs = {f.__name__: f for f in (sharded, interrupted, succeeded)}
     result = programs[program](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -203,12 +203,16 @@ class RemoteLoader:
         stream = module.Stream()
         copied = [module.Event(), module.Event()]
         try:
-            for turn, (at, remote, nbytes) in enumerate(_pieces(regions)):
+            for turn, group in enumerate(_groups(_pieces(regions))):
                 half = turn % 2
                 copied[half].synchronize()
-                self._read([(bounce[half].data_ptr(), remote, nbytes)], owned, bounce, check)
+                start = bounce[half].data_ptr()
+                here = [(start + at, remote, nbytes) for at, _, remote, nbytes in group]
+                self._read(here, owned, bounce, check)
                 with module.stream(stream):
-                    target[at : at + nbytes].copy_(bounce[half][:nbytes], non_blocking=True)
+                    for at, to, _, nbytes in group:
+                        piece = bounce[half][at : at + nbytes]
+                        target[to : to + nbytes].copy_(piece, non_blocking=True)
                     copied[half].record()
         finally:
             stream.synchronize()  # also after a failure: ``target`` is given up then
@@ -239,3 +243,18 @@ def _pieces(regions: Sequence[Region]) -> Iterator[Region]:
     for at, remote, nbytes in regions:
         for start in range(0, nbytes, _BOUNCE_BYTES):
             yield at + start, remote + start, min(_BOUNCE_BYTES, nbytes - start)
+
+
+def _groups(pieces: Iterable[Region]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """As many pieces at a time as one half of the bounce memory takes, each with its place there in
+    front."""
+    group: list[tuple[int, int, int, int]] = []
+    end = 0
+    for at, remote, nbytes in pieces:
+        if end + nbytes > _BOUNCE_BYTES:
+            yield group
+            group, end = [], 0
+        group.append((end, at, remote, nbytes))
+        end += nbytes
+    if group:
+        yield group
