@@ -16,6 +16,7 @@ import torch
 
 from checkpoint_engine.replay import replayed
 from checkpoint_engine.transfer import host_peers
+from checkpoint_engine.transfer.p2p_store import P2PError
 from checkpoint_engine.update.session import WorkerSession
 from fleet import digests
 from test_control import Rank, run_world
@@ -315,6 +316,25 @@ def test_a_bucket_by_needs_that_were_never_promised_is_refused() -> None:
 
     for (error,) in run_world(2, program):
         assert "holds less than this worker said that it reads" in error
+
+
+def test_a_host_whose_memory_cannot_be_read_is_served_by_the_group() -> None:
+    """As where a firewall lets the ranks meet, and lets nobody read."""
+
+    def program(me: Rank) -> list[Any]:
+        server = server_on(me, 1)
+        if me.rank == 1:
+
+            def closed(*_: Any, **__: Any) -> None:
+                raise P2PError("nobody answers")
+
+            server.ps._p2p_store.check_lease = closed  # type: ignore[union-attr,method-assign]
+        report = server.publish(1)
+        return [report.way, report.way_reason, server.has(1)]
+
+    for way, reason, right in run_world(2, program):
+        assert (way, right) == ("broadcast", True)
+        assert "not by shard: rank 1 cannot read the memory of host 127.0.0.1" in reason
 
 
 def test_the_group_is_taken_where_it_is_asked_for() -> None:

@@ -81,6 +81,10 @@ class RemoteLoader:
         self._reads = [*(one for one in self._reads if not one.is_over), begun]
         return begun
 
+    def check(self, owner: int) -> None:
+        """Raise ``P2PError`` unless the owner's memory can be read; ends when this is closed."""
+        self._check_lease(self._owners[owner], self._check)
+
     def source_of(self, step: Step) -> str:
         """Where its bytes come from, for errors."""
         return f"{self._owners[step.owner].p2p_store_addr} (owner {step.owner})"

@@ -108,8 +108,8 @@ class WorkerSession:
         """
         offered: dict[str, Any] = {"timeout": seconds_left, "weight_version": self._version}
         offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources or ())}
+        self.needs = needs
         if asks_needs:
-            self.needs = needs
             offered[wire.NEEDS] = digest_of(needs)
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)

@@ -69,10 +69,9 @@ class Server:
     def learn(self, session: WorkerSession, loaded: LoadedCheckpoint) -> None:
         """However an update ended. ``loaded``: what the engine holds if it succeeded."""
         if session.worker_joins_parts is not None:
-            self.joins_parts = session.worker_joins_parts
+            self.joins_parts, self.needs = session.worker_joins_parts, session.needs
         if session.unmapped is not None:
             self.maps_peers = not session.unmapped
-        self.needs = session.needs
         failed = any(self.here.rank in one.ranks for one in session.failed)
         if session.state is EngineState.HOLDS and not failed:
             self.served = loaded.model_copy(update={"since": time.time()})

@@ -105,8 +105,14 @@ class Peers(Way):
         held: ExitStack,
         here: Sequence[Hello],
         make_mover: MakeMover,
+        unreached: str = "",
     ) -> Mover | str:
-        """As ``connect``. ``here``: the hellos of the ranks of this host."""
+        """As ``connect``.
+
+        Args:
+            here: the hellos of the ranks of this host.
+            unreached: why this rank cannot go this way; empty if it can.
+        """
         peers, call = self._peers, move.call
         assert peers is not None
         call.begin("process group")
@@ -122,7 +128,8 @@ class Peers(Way):
         double = self._double_slots(move.plan, hellos)
         mover = make_mover(move, peers, streams, double)
         addresses = {one.rank: one.neighbour for one in here}
-        if why := _first(call.all_gather("peers", peers.reach(addresses, make_handle).encode())):
+        why = unreached or peers.reach(addresses, make_handle)
+        if why := _first(call.all_gather("peers", why.encode())):
             return why
         peers.accept()
         if not all(hello.maps_peers for hello in hellos):

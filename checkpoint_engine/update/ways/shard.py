@@ -13,6 +13,7 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
@@ -20,8 +21,9 @@ from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.p2p_store import P2PError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
-from checkpoint_engine.transfer.streams import Event, Streams
+from checkpoint_engine.transfer.streams import HAPPENED, Event, Streams
 from checkpoint_engine.transfer.tracer import READ
 from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.update.ways.peers import Peers, PeersMover
@@ -31,6 +33,10 @@ from checkpoint_engine.world.hello import Hello
 
 _FEWEST_HOSTS = 3
 """Over TCP, with fewer, reading everything brings no host fewer bytes than a group does."""
+
+
+_REACHED_WITHIN = 5.0
+"""Seconds for the first answer of another host."""
 
 
 class Shard(Way):
@@ -51,6 +57,7 @@ class Shard(Way):
         self._known: dict[str, Needs] = {}
         self._every: TransferPlan | None = None  # that was shared out
         self._shared: tuple[object, TransferPlan] | None = None
+        self._reached: set[str] = set()
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         chosen, store = transport(), self._p2p.store
@@ -145,7 +152,26 @@ class Shard(Way):
         held.callback(remote.close)
         mine = next(hello for hello in hellos if hello.rank == here.rank)
         make = partial(_ShardMover, remote, mine.needs)
-        return self._inside.join(move, hellos, held, _host_of(mine, _hosts(hellos)), make)
+        unreached = self._try_hosts(move, remote)
+        inside = _host_of(mine, _hosts(hellos))
+        return self._inside.join(move, hellos, held, inside, make, unreached)
+
+    def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
+        """Why another host's memory cannot be read, as behind a firewall; each is tried once."""
+        tried: dict[str, Event] = {}
+        for step in move.plan.loads_of(self.here.rank):
+            owned = move.gathered.metas[step.sources[0]]
+            host = str(owned.p2p_store_addr).rpartition(":")[0]
+            if step.sources[0] != self.here.rank and host not in self._reached | tried.keys():
+                tried[host] = remote.begin(partial(remote.check, step.sources[0]), HAPPENED)
+        soon = Deadline(_REACHED_WITHIN)
+        for host, event in tried.items():
+            try:
+                poll(event.query, partial(soon.check, "an answer"))
+            except (P2PError, TimeoutError) as error:
+                return f"rank {self.here.rank} cannot read the memory of host {host}: {error}"
+        self._reached |= tried.keys()
+        return ""
 
 
 def can_shard(hellos: Sequence[Hello]) -> bool:
