@@ -44,6 +44,7 @@ from checkpoint_engine.update.update import Server, run_update
 from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.update.ways.peers import Peers
 from checkpoint_engine.update.ways.pull import Pull
+from checkpoint_engine.update.ways.shard import Shard
 from checkpoint_engine.world import control
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
@@ -114,7 +115,8 @@ class ParameterServer(Contract):
         _start_p2p(p2p, here)
         self._checkpoints = Checkpoints(_host_memory(here, p2p), p2p, here)
         self._gathered = Gathered()
-        ways = (Peers(here), Pull(here, p2p), Broadcast(here))
+        inside = Peers(here)
+        ways = (inside, Shard(here, p2p, inside), Pull(here, p2p), Broadcast(here))
         self._server = Server(here, ways)
 
     # ------------------------------------------------------------------ checkpoints on this rank

@@ -23,13 +23,18 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.learned_loader import (
-    KEEPS_TENSORS,
     LearnedLoader,
     ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket, Recording
+from checkpoint_engine.loading.replay.recording import (
+    KEEPS_TENSORS,
+    NamedTensors,
+    ReceivedBucket,
+    Recording,
+)
 
 LoadWeights = Callable[[NamedTensors], Any]
 
@@ -54,15 +59,29 @@ class Replayed:
         """Load some tensors of an update; the first one begins it."""
         self._load(list(weights), None)
 
-    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+    @property
+    def needs(self) -> Needs | None:
+        """As of ``BucketLoader``."""
+        return self._learned.needs
+
+    @property
+    def reads_next(self) -> str:
+        """As of ``BucketLoader``."""
+        return self._begun().needs
+
+    def load_bucket(
+        self, weights: NamedTensors, message: bytes, buffer: torch.Tensor, needs: str = ""
+    ) -> None:
         """Called by ``worker.update_weights_from_ipc`` for a bucket that is new."""
-        self._load(weights, ReceivedBucket(message, buffer))
+        self._load(weights, ReceivedBucket(message, buffer, needs))
 
     def knows(self, message: bytes) -> bool:
         return self._learned.recognises(message) and self._begun().knows(message)
 
-    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
-        self._begun().replay(ReceivedBucket(message, buffer))
+    def replay(self, message: bytes, buffer: torch.Tensor, needs: str = "") -> None:
+        received = ReceivedBucket(message, buffer, needs)
+        received.check(self._begun().needs)
+        self._begun().replay(received)
 
     def finish(self) -> None:
         """The update is complete: keep what was learned, and fill in ``report``.
@@ -109,6 +128,8 @@ class Replayed:
 
     def _load(self, weights: NamedTensors, received: ReceivedBucket | None) -> None:
         update = self._begun()
+        if received is not None:
+            received.check(update.needs)
         with torch.no_grad():
             update.load(weights, received)
         kept = update.settle()

@@ -16,6 +16,7 @@ GIB = 1 << 30
 LONGEST_UPDATE = 30 * 86_400.0
 """Seconds; more than anybody waits for one."""
 SHARED_MEMORY, GLOO = "shared-memory", "gloo"
+AUTO, SHARD, GROUP = "auto", "shard", "group"
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ retain_host_memory = _switch("PS_RETAIN_HOST_MEMORY", True)
 keeps_groups = _switch("PS_KEEP_GROUPS", True)  # making and destroying one takes 0.5 s on GPUs
 shares_memory = _switch("PS_PEERS", True)
 cpu_transport = _one_of("PS_CPU_TRANSPORT", SHARED_MEMORY, SHARED_MEMORY, GLOO)
+transport = _one_of("PS_TRANSPORT", AUTO, AUTO, SHARD, GROUP)
 checksum = _one_of("PS_CHECKSUM", "on", "on", "off")
 trace_folder = _text("PS_TRACE")
 replay_mode = _one_of("PS_REPLAY", "on", "on", "off", "verify")
@@ -149,6 +151,7 @@ _OF_SERVERS: tuple[Variable[Any], ...] = (
     keeps_groups,
     shares_memory,
     cpu_transport,
+    transport,
     checksum,
     ipc_abstract,
     admitted_users,

@@ -198,6 +198,7 @@ class World:
         self._results.mkdir(parents=True)
         shared = {"PS_IPC_DIR": socket_folder(self), "MASTER_ADDR": hosts[0].address, **env}
         shared["MASTER_PORT"] = str(MASTER_PORT)
+        self.variables = shared
         self._parts = [
             Forked(
                 folder / str(place),

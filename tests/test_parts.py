@@ -85,7 +85,8 @@ def test_ranks_that_begin_with_their_own_buckets_never_wait_in_a_circle(
         first = next(iter(one.steps), None)
         cut = [step for step in one.steps[: len(metas)] if isinstance(step.bucket, TensorPart)]
         if one.loads_of(rank) and not cut:
-            assert first is not None and first.receiver == rank
+            assert first is not None
+            assert first.receiver == rank
     read = {rank: 0 for rank in plans}  # how many of its steps
     slots = 2  # of each owner's staging, which all ranks have read before it is filled again
     moved = True

@@ -109,9 +109,13 @@ class Server:
 
     def publish(self, seed: int, **options: Any) -> Any:
         """The report, of an update whose bytes are all right."""
+        return self.send(f"step-{seed}", tensors_of(self.me.rank, seed), **options)
+
+    def send(self, name: str, owned: dict[str, torch.Tensor], **options: Any) -> Any:
+        """The report of an update in which this rank owns these tensors."""
         self.got.clear()
-        name, rank = f"step-{seed}", self.me.rank
-        self.ps.register_checkpoint(name, named_tensors=tensors_of(rank, seed))
+        rank = self.me.rank
+        self.ps.register_checkpoint(name, named_tensors=owned)
         try:
             self.ps.gather_metas(name, timeout=SECONDS)
             init = SharedBuffer.__init__

@@ -60,7 +60,8 @@ class UpdateReport(BaseModel, frozen=True):
     it. ``failed_instances`` were not updated: empty, unless the update was to go on without them.
 
     ``way`` is how the bytes travelled: ``peers`` (workers read the staging buffers of all ranks of
-    their host), ``broadcast`` (a group of NCCL, gloo or another backend; with one rank, none) or
+    their host), ``shard`` (each host reads what its workers need from the others by P2P; inside it
+    peers), ``broadcast`` (a group of NCCL, gloo or another backend; with one rank, none) or
     ``P2P``. ``way_reason`` says why not by peers, or why this rank's worker does not read those
     buffers and gets whole buckets from its server rank.
 

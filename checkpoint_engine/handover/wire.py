@@ -26,6 +26,7 @@ import torch
 
 from checkpoint_engine.data_types import is_shape, parse_dtype
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.handover.plain_pickle import PLAIN_WORDS, PlainPickleError, read_pickle
 
 ACK = b""
@@ -60,6 +61,14 @@ from the bucket's first byte."""
 SOURCE = "source"
 """With a bucket, to a worker that accepted ``SOURCES``: which buffer it is in (0: that of the first
 handle, then the others in order), where, and its bytes."""
+
+NEEDS = "needs"
+"""An extension between several hosts. The server offers the digest of what it knows that this
+worker needs; empty: nothing is known. A worker that accepts answers with the digest of what it is
+going to read in this update; empty: everything. With its last answer it states what its loader
+needs from now on, as ``ground.needs.Needs.text``; ``True``: what the offered digest stands for;
+empty: everything. With a bucket: the digest of the needs that its bytes suffice for. What else the
+bucket holds is not what was registered: a worker that does not read by just these needs fails."""
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
@@ -165,6 +174,23 @@ def encode_extensions(extensions: dict[str, Any]) -> bytes:
     """What may follow a message, where readers of 0.4 do not look; what a worker replies to a
     handle that has extensions."""
     return _EXTENSION_MARK + json.dumps(extensions).encode()
+
+
+def encode_needs(needs: Needs | None, known: str) -> str | bool:
+    """What a worker states with its last answer; ``known``: the digest that the server offered."""
+    if needs is None:
+        return ""
+    return True if needs.digest == known else needs.text
+
+
+def decode_needs(told: Any) -> str:
+    """That text. Raises ``WireError`` if it is anything else."""
+    try:
+        if told != "":
+            Needs.decode(told)
+        return str(told)
+    except (TypeError, ValueError) as error:
+        raise WireError(f"a worker has stated its needs wrongly: {error}") from error
 
 
 def split_extensions(message: bytes) -> tuple[bytes, dict[str, Any]]:

@@ -44,6 +44,11 @@ class BucketLoader(Protocol):
     ``reload.EngineReload`` and ``replay.Replayed`` are such; any other gets every bucket decoded.
     One may also have ``check()``, called before the worker accepts the update, which raises if the
     engine cannot be updated; and ``statement()``, what was written, see ``UpdateReport.engines``.
+
+    One that reads a part of the checkpoint may have ``needs``, what its next updates will read at
+    most, and ``reads_next``, the digest of what the update that begins will read, or an empty text.
+    ``load_bucket`` and ``replay`` then get ``needs=`` with buckets that hold nothing else, and must
+    raise if they would read by other needs than those.
     """
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
@@ -135,6 +140,7 @@ class _Reception:
         self._parts = Parts()
         self._own = torch.empty(0, dtype=torch.uint8)
         self._loaded = LoadedBuckets()
+        self._needs = ""
         self._failure: Exception | None = None
 
     def run(self, device_id: int | None, post_hook: Callable[[], Any] | None) -> None:
@@ -157,7 +163,9 @@ class _Reception:
                 _received.append(self._link.address)
         if server_waits and self._failure is None and wire.STATEMENT in extensions:
             stated: dict[str, Any] = getattr(self._loader, "statement", dict)()
-            self._link.reply(wire.encode_extensions({wire.STATEMENT: stated}))
+            self._link.reply(
+                wire.encode_extensions({wire.STATEMENT: stated} | self._needs_now(extensions))
+            )
         elif server_waits:
             self._acknowledge()
         if self._failure is not None:
@@ -165,6 +173,13 @@ class _Reception:
                 raise self._failure
             finally:
                 self._failure = None  # no circle from its traceback back to it
+
+    def _needs_now(self, offered: dict[str, Any]) -> dict[str, Any]:
+        """What the loader needs from now on, where the server asks."""
+        if wire.NEEDS not in offered:
+            return {}
+        needs = getattr(self._loader, "needs", None)
+        return {wire.NEEDS: wire.encode_needs(needs, offered[wire.NEEDS])}
 
     def _receive_buffer(self, device_id: int | None) -> dict[str, Any]:
         """Map the double buffer; returns the extensions that the server offers."""
@@ -174,6 +189,8 @@ class _Reception:
             if isinstance(handle, wire.Handle):
                 getattr(self._loader, "check", lambda: None)()
                 self._buffers = [open_buffer(handle.rebuild, handle.args, device_id)]
+                if wire.NEEDS in handle.extensions:
+                    self._needs = getattr(self._loader, "reads_next", "")
         except Exception:
             self._link.reply(wire.encode_failure(traceback.format_exc()))
             with contextlib.suppress(WireError, TimeoutError):
@@ -186,6 +203,8 @@ class _Reception:
             self._link.set_deadline(offered["timeout"])
         accepted = {"version": 1, wire.CHECKSUM: FORMULA, wire.PART: True, wire.DELIVERED: True}
         accepted |= {one: True for one in (wire.JSON_BUCKETS, wire.SOURCES) if one in offered}
+        if wire.NEEDS in offered:
+            accepted[wire.NEEDS] = self._needs
         self._link.reply(wire.encode_extensions(accepted) if offered else wire.ACK)
         return offered
 
@@ -238,12 +257,26 @@ class _Reception:
             source = self._copy(found)
         if source is not None:
             _check_bytes(extensions.get(wire.CHECKSUM), source)
+            part = self._part_of(extensions)
             if isinstance(bucket, bytes):
-                self._loader.replay(bucket, source)
+                self._loader.replay(bucket, source, **part)
             else:
-                self._loader.load_bucket(extract_weights(bucket, source), received, source)
+                self._loader.load_bucket(extract_weights(bucket, source), received, source, **part)
             self._loaded.note(received)
         self._device.synchronize()
+
+    def _part_of(self, extensions: dict[str, Any]) -> dict[str, str]:
+        """What a loader is told of a bucket that does not hold everything.
+
+        Raises:
+            WireError: this worker has not said that it reads by those needs.
+        """
+        needs = extensions.get(wire.NEEDS, "")
+        if not needs:
+            return {}
+        if needs != self._needs:
+            raise WireError("a bucket holds less than this worker said that it reads")
+        return {"needs": needs}
 
     def _copy(self, found: torch.Tensor) -> torch.Tensor:
         """A bucket that only this worker has: other ranks read the buffers, too, and a loader may

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.adapters import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
 from checkpoint_engine.loading.replay.learned_loader import (
-    KEEPS_TENSORS,
     LearnedLoader,
     ModelUpdate,
 )
-from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
+from checkpoint_engine.loading.replay.recording import KEEPS_TENSORS, NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.views import KeptView, keep_views, kept_views
 from checkpoint_engine.replay import summary, version_of
 
@@ -92,12 +92,26 @@ class ModelReload:
             delivery: where its tensors lie.
         """
         if weights is not None and (joined := self._habits.joined):
+            if delivery is not None:
+                delivery.check("")
             self._together += [(name, t.clone()) for name, t in weights if name in joined]
             weights = [one for one in weights if one[0] not in joined]
         self._load(weights, delivery)
 
+    @property
+    def needs(self) -> Needs | None:
+        """What the loader reads as long as it is replayed; ``None``: everything."""
+        return self._learned.needs
+
+    @property
+    def reads_next(self) -> str:
+        """The digest of what the next update reads at most; empty: everything."""
+        return self._learned.reads_next
+
     def _load(self, weights: NamedTensors | None, delivery: ReceivedBucket | None) -> None:
         session = self._begun()
+        if delivery is not None:
+            delivery.check(session.needs)
         with self._adapter.surroundings():
             if weights is not None:
                 session.load(weights, delivery)
@@ -278,16 +292,35 @@ class EngineReload:
                 habits.learned.keeps_tensors = True
             raise RuntimeError(KEEPS_TENSORS)
 
-    def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
+    @property
+    def needs(self) -> Needs | None:
+        """As of ``BucketLoader``; of an engine with a drafter it is not told."""
+        one = self._alone
+        return None if one is None else one.needs
+
+    @property
+    def reads_next(self) -> str:
+        """As of ``BucketLoader``."""
+        one = self._alone
+        return "" if one is None else one.reads_next
+
+    @property
+    def _alone(self) -> ModelReload | None:
+        models = list(self._models.values())
+        return models[0] if len(models) == 1 else None
+
+    def load_bucket(
+        self, weights: NamedTensors, message: bytes, buffer: torch.Tensor, needs: str = ""
+    ) -> None:
         """Load a bucket, and remember its message."""
-        self.load(weights, ReceivedBucket(message, buffer))
+        self.load(weights, ReceivedBucket(message, buffer, needs))
 
     def knows(self, message: bytes) -> bool:
         return all(self._each(lambda model: model.knows(message)))
 
-    def replay(self, message: bytes, buffer: torch.Tensor) -> None:
+    def replay(self, message: bytes, buffer: torch.Tensor, needs: str = "") -> None:
         """Load a bucket whose message is known."""
-        self._each(lambda model: model.load(None, ReceivedBucket(message, buffer)))
+        self._each(lambda model: model.load(None, ReceivedBucket(message, buffer, needs)))
 
     def finish(self) -> None:
         """Have the engine process what was loaded, and drop what it derived from old weights."""

@@ -104,7 +104,7 @@ def _check_layout(names: Any, kind_of: Any, counts: Any, kinds: int) -> None:
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Making objects by the hundred thousand would set it off again and again, for nothing."""
     enabled = gc.isenabled()
     gc.disable()
@@ -168,7 +168,7 @@ def decode_layouts(
     digests: Sequence[str], known: Mapping[str, Layout], received: Mapping[int, bytes]
 ) -> dict[str, Layout]:
     """The layouts of all ranks by digest: ``known`` ones, and those that were ``received``."""
-    with _without_garbage_collection():
+    with without_garbage_collection():
         fresh = {digests[rank]: decode_layout(blob) for rank, blob in received.items()}
     both = {**known, **fresh}
     return {digest: both[digest] for digest in digests}

@@ -64,13 +64,19 @@ READ_PACE: Pace = (32 << 20, 1 << 30)
 @dataclass(frozen=True)
 class Step:
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
-    ``slot``. ``number``: the same on all ranks, in whatever order they take the buckets."""
+    ``slot``, or stages it.
+
+    ``number``: the same on all ranks, in whatever order they take the buckets. ``sources``: the
+    ranks that have its bytes, in the order to be asked, where the owner is not the only one: the
+    receiver itself, or others of other hosts.
+    """
 
     receiver: int
     owner: int
     bucket: H2DBucket
     slot: int
     number: int = 0
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,14 @@ class TransferPlan:
 
     Attributes:
         bucket_bytes: the size of each half of the double buffer.
+        needs: what is read of the buckets, a ``shards.HostNeeds``; ``None``: everything.
         messages: what workers are told of its buckets, once that has been encoded.
     """
 
     steps: tuple[Step, ...]
     bucket_bytes: int
     staging: bool
+    needs: Any = None
     messages: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -192,7 +200,7 @@ def plan_transfer(
             tensors travel in parts: ranks that began differently would wait for each other.
     """
     options = (ranks, may_cut, duplicates)
-    rounds = _in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options), first)
+    rounds = in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options), first)
     steps = tuple(
         Step(*entry, slot=index % 2, number=number) for index, (number, entry) in enumerate(rounds)
     )
@@ -368,10 +376,10 @@ def _ranges(
     return ranges, number
 
 
-def _in_rounds(
-    buckets: Sequence[tuple[int, int, H2DBucket]], first: int | None
+def in_rounds(
+    buckets: Sequence[tuple[int, int, H2DBucket]], first: int | None = None
 ) -> Iterator[tuple[int, tuple[int, int, H2DBucket]]]:
-    """Each with its number."""
+    """``(receiver, owner, bucket)``, one of each receiver in turn, and its number."""
     queues: defaultdict[int, deque[tuple[int, int, H2DBucket]]] = defaultdict(deque)
     for entry in buckets:
         queues[entry[0]].append(entry)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from checkpoint_engine.errors import broadcast_failed
 
-MAPPED, TAKEN, LEFT = b"m", b"t", b"l"
-"""What a reader tells an owner: its worker has mapped the staging buffers; it has read another
-bucket; nobody on its side maps them any more."""
+WHOLE, MAPPED, TAKEN, LEFT = b"w", b"m", b"t", b"l"
+"""What a reader tells an owner: its worker reads whole buckets, said before ``MAPPED``; its worker
+has mapped the staging buffers; it has read another bucket; nobody on its side maps them any
+more."""
 
 _AT_ONCE = 1.0  # seconds for what the kernel does by itself
 _HELLO = struct.Struct("QQ")  # of a connection: its rank, the bytes of the first of two handles
@@ -27,8 +28,7 @@ _PLACE = struct.Struct("QQ")  # of a bucket in its owner's memory: start, bytes
 
 
 class HostPeers:
-    """The other ranks of one update, if all of them are on this host. Every rank makes one, and
-    closes it.
+    """The other ranks of one update that are on this host. Every rank makes one, and closes it.
 
     Ranks reach each other where they share a network namespace: a container with a network of its
     own is another host. Ranks of other users are refused.
@@ -55,8 +55,13 @@ class HostPeers:
     def reach(self, addresses: Mapping[int, str], make_handle: Callable[[], bytes]) -> str:
         """Connect to the other ranks, and give each of them two handles of this rank's memory.
 
+        Args:
+            addresses: of the ranks of this host.
+
         Returns why one cannot be reached; empty if all were.
         """
+        self._others = [rank for rank in self._others if rank in addresses]
+        self._said = {rank: self._said[rank] for rank in self._others}
         for rank in self._others:
             try:
                 self.outgoing[rank] = connection = _socket()
@@ -134,6 +139,10 @@ class HostPeers:
 
     def all_said(self, word: bytes) -> bool:
         return self.slowest(word)[0] > 0 or not self._others
+
+    def anybody_said(self, word: bytes) -> bool:
+        """Of the others, as far as their words were read."""
+        return any(said[word] for said in self._said.values())
 
     def hang_up(self) -> None:
         """End every wait for these connections, at their other ends."""

@@ -34,6 +34,8 @@ _START_ATTEMPTS = 6
 _FIRST_PAUSE = 0.1  # seconds; doubles with every attempt
 _SLICE_BYTES = 32 << 20
 _SLICES_UNDER_WAY = 4
+_RANGES_UNDER_WAY = 32  # where they are short
+_BYTES_UNDER_WAY = _SLICES_UNDER_WAY * _SLICE_BYTES
 _LONGEST_READ = 600.0  # seconds, where the caller sets no end
 _LAST_SLICES = 1.0  # seconds that a read which failed or was ended waits for its last slices
 _AT_ONCE = 0.1  # seconds; a source that is gone takes longer to fail
@@ -220,7 +222,7 @@ class P2PStore:
         seen = torch.zeros(_SLOT_BYTES, dtype=torch.uint8)
         # Mooncake keeps connections over which a source has refused something; the next read over
         # each of them fails at once.
-        for stale in reversed(range(_SLICES_UNDER_WAY + 1)):
+        for stale in reversed(range(_RANGES_UNDER_WAY + 1)):
             began = time.monotonic()
             try:
                 self.batch_transfer_sync_read(
@@ -286,17 +288,22 @@ class _Read:
     slices: Iterator[tuple[int, int, int]]
     memory: torch.Tensor | None
     failure: str = ""
-    under_way: list[int] = field(default_factory=list)
+    under_way: dict[int, int] = field(default_factory=dict)
+    """The bytes of each batch."""
 
     def advance(self) -> bool:
         """Start the next slices; returns whether all have arrived, or one failed."""
         self._look()
-        while not self.failure and len(self.under_way) < _SLICES_UNDER_WAY:
+        while not self.failure and self._has_room():
             following = next(self.slices, None)
             if following is None:
                 break
             self._start(*following)
         return bool(self.failure) or not self.under_way
+
+    def _has_room(self) -> bool:
+        nbytes = sum(self.under_way.values())
+        return len(self.under_way) < _RANGES_UNDER_WAY and nbytes < _BYTES_UNDER_WAY
 
     def is_over(self) -> bool:
         """Whether nothing that was started can write any more."""
@@ -315,12 +322,12 @@ class _Read:
         if batch == 0:
             self.failure = "code 0 (no transfer)"
         else:
-            self.under_way.append(batch)
+            self.under_way[batch] = nbytes
 
     def _look(self) -> None:
         """Ask for each status, until it is final: then Mooncake has freed the batch."""
         codes = {batch: self.engine.transfer_check_status(batch) for batch in self.under_way}
-        self.under_way = [batch for batch, code in codes.items() if code not in _FINAL]
+        self.under_way = {b: n for b, n in self.under_way.items() if codes[b] not in _FINAL}
         failed = [code for code in codes.values() if code < 0]
         if failed:
             self.failure = f"code {failed[0]}"

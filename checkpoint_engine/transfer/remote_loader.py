@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+from loguru import logger
 
 from checkpoint_engine.data_types import H2DBucket, MemoryBufferMetaList, align_up
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.devices import DeviceManager
+from checkpoint_engine.ground.needs import Runs
 from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
@@ -62,13 +65,25 @@ class RemoteLoader:
         """Begin to read the bucket into ``target``, once ``after`` has happened."""
 
         def read() -> None:
-            poll(after.query, self._check)
             with nullcontext() if self._tracer is None else self._tracer.on_host(READ, step):
                 self.read(step.owner, step.bucket, target, self._check)
 
-        begun = InThread(self._threads, read)
+        return self.begin(read, after)
+
+    def begin(self, read: Callable[[], None], after: Event) -> Event:
+        """Have a thread ``read``, once ``after`` has happened."""
+
+        def wait_and_read() -> None:
+            poll(after.query, self._check)
+            read()
+
+        begun = InThread(self._threads, wait_and_read)
         self._reads = [*(one for one in self._reads if not one.is_over), begun]
         return begun
+
+    def check(self, owner: int) -> None:
+        """Raise ``P2PError`` unless the owner's memory can be read; ends when this is closed."""
+        self._check_lease(self._owners[owner], self._check)
 
     def source_of(self, step: Step) -> str:
         """Where its bytes come from, for errors."""
@@ -87,19 +102,52 @@ class RemoteLoader:
         if self._ended.is_set():
             raise P2PError("the update has ended")
 
+    def read_any(
+        self,
+        sources: Mapping[int, H2DBucket],
+        target: torch.Tensor,
+        runs: Runs | None,
+    ) -> int:
+        """Read a bucket from the first of ``sources`` that can be read; ends when this is closed.
+
+        Args:
+            sources: by owner, the bucket as it lies there.
+
+        Returns how many bytes were read. Raises as ``read`` does, for the last of them.
+        """
+        *others, last = sources.items()
+        for owner, bucket in others:
+            try:
+                return self.read(owner, bucket, target, self._check, runs)
+            except P2PError as error:
+                logger.warning("{}; asking another owner of the same bytes", error)
+        return self.read(*last, target, self._check, runs)
+
     def read(
-        self, owner: int, bucket: H2DBucket, target: torch.Tensor, check: Check | None = None
-    ) -> None:
+        self,
+        owner: int,
+        bucket: H2DBucket,
+        target: torch.Tensor,
+        check: Check | None = None,
+        runs: Runs | None = None,
+    ) -> int:
         """Read a bucket of ``owner`` into ``target``; returns when it is there and known good.
 
         Args:
             check: called while waiting; ends the read by raising. Default: ten minutes.
+            runs: the bytes of the bucket to be read; the others stay as they are. Default: all.
+
+        Returns how many bytes were read.
 
         Raises:
             P2PError: the source is gone, or holds another checkpoint now.
         """
         owned = self._owners[owner]
         regions = _regions(owned, bucket)
+        if runs is not None:
+            regions = _within(regions, runs)
+        if not regions:
+            return 0
         try:
             if owner not in self._checked:  # for a better error: its memory may not be readable
                 self._check_lease(owned, check)
@@ -113,8 +161,9 @@ class RemoteLoader:
         except P2PError:
             self._raise_if_stale(owned)
             raise
-        for at, _, nbytes in regions:
+        for at, _, nbytes in regions if runs is None else ():
             clear_gaps(target, at, nbytes)
+        return sum(nbytes for _, _, nbytes in regions)
 
     def _check_lease(self, owned: MemoryBufferMetaList, check: Check | None) -> None:
         """Raise unless the owner still holds the checkpoint. The original's owners give no lease,
@@ -158,12 +207,16 @@ class RemoteLoader:
         stream = module.Stream()
         copied = [module.Event(), module.Event()]
         try:
-            for turn, (at, remote, nbytes) in enumerate(_pieces(regions)):
+            for turn, group in enumerate(_groups(_pieces(regions))):
                 half = turn % 2
                 copied[half].synchronize()
-                self._read([(bounce[half].data_ptr(), remote, nbytes)], owned, bounce, check)
+                start = bounce[half].data_ptr()
+                here = [(start + at, remote, nbytes) for at, _, remote, nbytes in group]
+                self._read(here, owned, bounce, check)
                 with module.stream(stream):
-                    target[at : at + nbytes].copy_(bounce[half][:nbytes], non_blocking=True)
+                    for at, to, _, nbytes in group:
+                        piece = bounce[half][at : at + nbytes]
+                        target[to : to + nbytes].copy_(piece, non_blocking=True)
                     copied[half].record()
         finally:
             stream.synchronize()  # also after a failure: ``target`` is given up then
@@ -177,8 +230,35 @@ def _regions(owned: MemoryBufferMetaList, bucket: H2DBucket) -> list[Region]:
     ]
 
 
+def _within(regions: Sequence[Region], runs: Runs) -> list[Region]:
+    """What of the regions lies within the runs."""
+    found: list[Region] = []
+    for at, remote, nbytes in regions:
+        begins, ends = (np.clip(one, at, at + nbytes) for one in runs)
+        some = begins < ends
+        begins, sizes = begins[some], (ends - begins)[some]
+        columns = begins.tolist(), (begins + (remote - at)).tolist(), sizes.tolist()
+        found += zip(*columns, strict=True)
+    return found
+
+
 def _pieces(regions: Sequence[Region]) -> Iterator[Region]:
     """The same in pieces that fit one half of the bounce memory."""
     for at, remote, nbytes in regions:
         for start in range(0, nbytes, _BOUNCE_BYTES):
             yield at + start, remote + start, min(_BOUNCE_BYTES, nbytes - start)
+
+
+def _groups(pieces: Iterable[Region]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """As many pieces at a time as one half of the bounce memory takes, each with its place there in
+    front."""
+    group: list[tuple[int, int, int, int]] = []
+    end = 0
+    for at, remote, nbytes in pieces:
+        if end + nbytes > _BOUNCE_BYTES:
+            yield group
+            group, end = [], 0
+        group.append((end, at, remote, nbytes))
+        end += nbytes
+    if group:
+        yield group

@@ -38,10 +38,7 @@ class TracedSpan:
     began: Any
     ended: Any = None
     name: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.step is None else self.step.bucket.size
+    nbytes: int = 0
 
 
 class RankTracer:
@@ -66,7 +63,8 @@ class RankTracer:
 
     def begin(self, lane: str, step: Step) -> TracedSpan:
         """A span of the host. Without ``end`` it was broken off."""
-        span = TracedSpan(lane, step, time.monotonic(), name=f"bucket {step.number}")
+        name = f"bucket {step.number}"
+        span = TracedSpan(lane, step, time.monotonic(), name=name, nbytes=step.bucket.size)
         self._spans.append(span)
         return span
 
@@ -74,9 +72,9 @@ class RankTracer:
         span.ended = ended
 
     @contextlib.contextmanager
-    def on_host(self, lane: str, step: Step) -> Iterator[None]:
+    def on_host(self, lane: str, step: Step) -> Iterator[TracedSpan]:
         span = self.begin(lane, step)
-        yield
+        yield span
         self.end(span, time.monotonic())
 
     @contextlib.contextmanager

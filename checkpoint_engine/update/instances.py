@@ -58,6 +58,11 @@ class Instance(WorkerSession):
     def has_answered(self) -> bool:
         return self._failure is not None or super().has_answered()
 
+    @property
+    def reads_needs(self) -> bool:
+        """A failed engine reads nothing at all."""
+        return self._failure is not None or super().reads_needs
+
     def check(self) -> None:
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.checksum import check_bytes
-from checkpoint_engine.handover.wire import CHECKSUM, PART, SOURCE, encode_extensions
+from checkpoint_engine.handover.wire import CHECKSUM, NEEDS, PART, SOURCE, encode_extensions
 from checkpoint_engine.loading.loaded import digest
 from checkpoint_engine.planning.plan import Step, to_named_tensor
 from checkpoint_engine.transfer.tracer import RELOAD, TracedSpan
@@ -152,6 +152,8 @@ class Pipeline:
         if isinstance(bucket, TensorPart):
             extensions[PART] = [start, bucket.size, bucket.begin, bucket.total, step.owner]
             lies_at, nbytes = 0, bucket.total  # once it has been put together
+        if needs := self._mover.needs_for(step):
+            return encode_extensions(extensions | {NEEDS: needs})  # sums are of all bytes
         expected = self._move.gathered.sum_of(step.owner, bucket)
         if self._mover.has_checked(step) and not isinstance(bucket, TensorPart):
             expected = None

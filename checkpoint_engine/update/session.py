@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.needs import digest_of
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -52,6 +53,8 @@ class WorkerSession:
         statement: what it says that the update wrote; see ``UpdateReport.engines``.
         unmapped: why the worker has not mapped the other ranks' buffers; empty if it has, ``None``
             while it is not known.
+        needs: what the worker's loader reads, as it stated last; empty: everything. Of the update
+            before, until this one says something else.
         failed: engine instances that were not updated; none, for a session that fails raises.
     """
 
@@ -63,6 +66,7 @@ class WorkerSession:
         self._version = version
         self._extensions: dict[str, Any] = {}
         self._accepted = False
+        self.needs = ""
         self.unmapped: str | None = None
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
@@ -88,18 +92,25 @@ class WorkerSession:
         buffer: SharedBuffer,
         seconds_left: float,
         in_parts: bool = False,
-        sources: Sequence[bytes] = (),
+        sources: Sequence[bytes] | None = None,
         must_map: bool = False,
+        needs: str = "",
+        asks_needs: bool = False,
     ) -> None:
         """Share the double buffer; returns when the worker has mapped it.
 
         Args:
             in_parts: whether some tensors are going to come in parts.
-            sources: handles of the other ranks' buffers.
+            sources: handles of the other ranks' buffers; ``None``: it needs none.
             must_map: whether the worker can be updated only if it maps those.
+            needs: what it reads, as far as is known.
+            asks_needs: whether it is to say what it reads.
         """
         offered: dict[str, Any] = {"timeout": seconds_left, "weight_version": self._version}
-        offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources)}
+        offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources or ())}
+        self.needs = needs
+        if asks_needs:
+            offered[wire.NEEDS] = digest_of(needs)
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._link.receive(self._check)
@@ -114,7 +125,7 @@ class WorkerSession:
                 "want of memory, or as the worker before it could: update again, and they will "
                 "travel whole"
             )
-        if sources:
+        if sources is not None:
             self.unmapped = self._share(sources)
         if must_map and self.unmapped:
             raise EngineError(
@@ -126,6 +137,8 @@ class WorkerSession:
         """Have the worker map other ranks' buffers; returns why it cannot."""
         if not self.finds_sources:
             return "the worker, of another release or library, cannot read other ranks' buffers"
+        if not sources:
+            return ""
         self._link.send(wire.encode_sources(sources), self._check)
         reply = self._link.receive(self._check)
         said = wire.decode_acceptance(reply) or {}
@@ -138,6 +151,11 @@ class WorkerSession:
     def worker_is_ours(self) -> bool:
         """Whether the worker is of this release or a later one, or at least knows extensions."""
         return bool(self._extensions)
+
+    @property
+    def reads_needs(self) -> bool:
+        """Whether the worker is going to read no more than ``needs``, as it has said."""
+        return self.needs != "" and self._extensions.get(wire.NEEDS) == digest_of(self.needs)
 
     @property
     def finds_sources(self) -> bool:
@@ -192,6 +210,8 @@ class WorkerSession:
         said = wire.decode_acceptance(reply)
         if said is None:
             raise _failed("its post hook", reply)
+        if wire.NEEDS in said and said[wire.NEEDS] is not True:
+            self.needs = wire.decode_needs(said[wire.NEEDS])
         found = said.get(wire.STATEMENT, {})
         return found if isinstance(found, dict) else {}
 

@@ -19,6 +19,7 @@ from checkpoint_engine.errors import EngineError, UpdateError
 from checkpoint_engine.ground.deadline import begin
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.needs import digest_of
 from checkpoint_engine.ground.progress import drawn_bar
 from checkpoint_engine.ground.report import LoadedCheckpoint, UpdateReport
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -33,6 +34,7 @@ from checkpoint_engine.update.pipeline import Pipeline
 from checkpoint_engine.update.session import EngineState, WorkerSession
 from checkpoint_engine.update.trace import write_trace
 from checkpoint_engine.update.ways.base import Move, Mover, Way
+from checkpoint_engine.update.ways.shard import can_shard
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello, agreed_version
@@ -52,6 +54,7 @@ class Server:
         joins_parts: whether the worker puts tensors together that travel in parts; ``None``: none
             has said so. Plans are made before a worker is there to be asked.
         maps_peers: whether it mapped the other ranks' buffers, when it was last asked to.
+        needs: what the worker reads, as it stated in its last update; empty: everything.
         served: what the engine holds; ``None`` before the first update, and while the weights are
             partly written.
     """
@@ -60,12 +63,13 @@ class Server:
     ways: Sequence[Way]
     joins_parts: bool | None = None
     maps_peers: bool = False
+    needs: str = ""
     served: LoadedCheckpoint | None = None
 
     def learn(self, session: WorkerSession, loaded: LoadedCheckpoint) -> None:
         """However an update ended. ``loaded``: what the engine holds if it succeeded."""
         if session.worker_joins_parts is not None:
-            self.joins_parts = session.worker_joins_parts
+            self.joins_parts, self.needs = session.worker_joins_parts, session.needs
         if session.unmapped is not None:
             self.maps_peers = not session.unmapped
         failed = any(self.here.rank in one.ranks for one in session.failed)
@@ -95,19 +99,20 @@ def run_update(
         session = _open_session(call, link, request, order, hellos, server, held)
         pipeline = Pipeline(move, mover, session)
         pipeline.begin()
-        options = move.plan.cuts_tensors, mover.sources, mover.must_map
+        worker = (server.needs, can_shard(hellos))
+        options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker)
         session.hand_over(move.buffer, call.deadline.remaining(), *options)
-        mover.handed_over(session.unmapped or "")
+        mover.handed_over(session.unmapped or "", session.reads_needs)
         pipeline.run()
 
         call.begin("release")
         session.release()
+        call.begin("post hook")  # the worker goes on while the ranks let go of its memory
         mover.let_go()
         served = mover.served
         moving.close()  # NICs and neighbours let go of the memory before it is given back
         del pipeline, mover  # and so does staging
         move.buffer.close(have_all_left=True)
-        call.begin("post hook")
         session.finish(request)
         return _report(call, move, session, hellos, order, server.here, served), gathered
 
@@ -133,6 +138,7 @@ def _agree(
     call.begin("plan")
     mine = order.hello(server.here, link.url, gathered.digest)
     mine = replace(mine, joins_parts=server.joins_parts, maps_peers=server.maps_peers)
+    mine = replace(mine, needs=digest_of(server.needs))
     call.claim(mine)
     for way in server.ways:
         mine = way.introduce(mine, held)
@@ -159,6 +165,7 @@ def _connect(
     for way in server.ways:
         refused = way.refusal(gathered, hellos)
         if refused is None:
+            way.prepare(call, hellos, server.needs)
             plan = way.plan(gathered, hellos)
             _show_progress(call, plan, order, server, held)
             tracer = _trace(call, hellos, order, server)

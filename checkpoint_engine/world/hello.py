@@ -48,6 +48,10 @@ class Hello:
         maps_peers: whether the worker of the last update mapped all ranks' staging buffers.
         neighbour: the host, and where ranks of the same host reach this one; empty: it shares no
             memory with them.
+        transport: ``PS_TRANSPORT``.
+        reads: the protocol by which this rank reads other hosts' memory; empty: it cannot.
+        needs: digest of what the worker of the last update reads; empty: everything.
+        knows: digests of the needs that this rank knows of others.
         group: id of the broadcast group that this rank kept from its last update.
         instance: the engine instance that this rank's worker belongs to.
         nonce: random; that of the first rank names the update, and the group if one is made.
@@ -76,6 +80,10 @@ class Hello:
     joins_parts: bool | None = None
     maps_peers: bool = False
     neighbour: str = ""
+    transport: str = ""
+    reads: str = ""
+    needs: str = ""
+    knows: tuple[str, ...] = ()
     group: str = ""
     instance: str = ""
     nonce: str = ""

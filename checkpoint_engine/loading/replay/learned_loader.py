@@ -8,14 +8,13 @@ and buffer.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.replay.adapter import (
     ModelAdapter,
     cannot_compare,
@@ -30,16 +29,12 @@ from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
     ReceivedBucket,
     Recording,
+    collector_at_rest,
     placements_of,
 )
 from checkpoint_engine.settings import replay_check, replay_mode
 
 _MOST_RESTARTS = 2  # without a replay in between; then a loader is left alone
-
-KEEPS_TENSORS = (
-    "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
-    "update again, it will be given copies from now on"
-)
 
 
 class LearnedLoader:
@@ -65,7 +60,7 @@ class LearnedLoader:
         Raises:
             ValueError: ``PS_REPLAY`` or ``PS_REPLAY_CHECK`` is not what it may be.
         """
-        with _collector_at_rest():  # else every few updates wait for it, though all of this is gone
+        with collector_at_rest():  # else every few updates wait for it, though all of this is gone
             return self._begin(model, version)
 
     def _begin(self, model: ModelAdapter, version: str) -> ModelUpdate:
@@ -93,9 +88,20 @@ class LearnedLoader:
         return _Replaying(self, model, self.recording, (fingerprint[1], held), checked)
 
     def recognises(self, message: bytes) -> bool:
-        """Whether the recording, if it still holds, has this bucket; nothing is begun to find
-        out."""
+        """Whether the recording, if it still holds, has this bucket; nothing is begun."""
         return self.agreed > 1 and self.recording is not None and message in self.recording.programs
+
+    @property
+    def needs(self) -> Needs | None:
+        """What it reads as long as it is replayed; ``None``: everything."""
+        learned = self.recording if self.agreed > 1 and replay_mode() == "on" else None
+        return None if learned is None else learned.needs
+
+    @property
+    def reads_next(self) -> str:
+        """The digest of what the next update reads, if it reads no more; nothing is begun."""
+        checks = (self._replays + 1) % replay_check() == 0
+        return "" if checks or self.needs is None else self.needs.digest
 
     def learn(self, recording: Recording) -> None:
         """What an update did, and whatever else is known if the one before did the same."""
@@ -135,9 +141,11 @@ class ModelUpdate:
         replayed: tensors that did not go through the loader.
         held_bytes: of those, what went to modules that the bucket left incomplete.
         loaded_plainly: the parameters that the loader says it loaded; ``None`` if it does not say.
+        needs: the digest of what it reads at most; empty: everything.
     """
 
     how = "plain"
+    needs = ""
 
     def __init__(self, learned: LearnedLoader, model: ModelAdapter, reason: str = "") -> None:
         self.reason = reason
@@ -219,7 +227,7 @@ class _Learning(ModelUpdate):
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
-        with _collector_at_rest():
+        with collector_at_rest():
             if self._before is not None:
                 for placement in placements_of(weights, received):
                     self._comparison.expect(self._before.program_for(placement), placement.buffer)
@@ -257,7 +265,7 @@ class _Learning(ModelUpdate):
         return set() if self._recording is None else self._recording.unused
 
     def finish(self) -> None:
-        with _collector_at_rest():
+        with collector_at_rest():
             self._finish()
 
     def _finish(self) -> None:
@@ -296,6 +304,8 @@ class _Replaying(ModelUpdate):
         that goes through the loader, and is compared."""
         super().__init__(learned, model)
         self._recording, self._checked = recording, checked
+        if checked is None and recording.needs is not None:
+            self.needs = recording.needs.digest
         self._places, self._held = where
         self._comparison: Comparison | None = None
         self._bucket = 0
@@ -323,7 +333,7 @@ class _Replaying(ModelUpdate):
         programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
         if unknown and not self._leaves_it:
-            self._meet_unknown(unknown)
+            self._meet_unknown(unknown, received)
         self._bucket += 1
         if self._leaves_it:
             return super().load(weights, received)
@@ -349,7 +359,7 @@ class _Replaying(ModelUpdate):
             self._places = self._places_now()
 
     def _places_now(self) -> Hashable:
-        with _collector_at_rest():
+        with collector_at_rest():
             return places_of(list(self._model.tensors()))
 
     def settle(self) -> list[str]:
@@ -386,9 +396,11 @@ class _Replaying(ModelUpdate):
     def _arrived(self) -> set[str]:
         return set().union(*(program.names for program in self._used.values()))
 
-    def _meet_unknown(self, names: set[str]) -> None:
+    def _meet_unknown(self, names: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""
-        self._is_stale = True
+        self._is_stale, self.needs = True, ""
+        if received is not None:
+            received.check(self.needs)
         if self._used and self._recording.together:
             count, first = len(names), min(names)
             self._refuse_checkpoint(
@@ -435,16 +447,3 @@ class _Replaying(ModelUpdate):
         for fill in fills:
             storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
             fill.view.in_storage(storage).fill_(fill.value)
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
-    through all objects of the engine again and again meanwhile, and find nothing."""
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()

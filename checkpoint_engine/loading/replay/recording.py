@@ -6,17 +6,19 @@ compiled for where the bucket's tensors lie, in as few copies as possible.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import Copy, View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, Traced
@@ -24,12 +26,29 @@ from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, P
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
+KEEPS_TENSORS = (
+    "the model's loader keeps tensors that it was given, whose memory the next buckets overwrite: "
+    "update again, it will be given copies from now on"
+)
+
 
 class ReceivedBucket(NamedTuple):
-    """A bucket as it came: the server's message, and the buffer that its tensors are in."""
+    """A bucket as it came: the server's message, and the buffer that its tensors are in.
+
+    ``needs``: the digest of the needs that its bytes suffice for; empty: they are all there.
+    """
 
     message: bytes
     buffer: torch.Tensor
+    needs: str = ""
+
+    def check(self, needs: str) -> None:
+        """Raise unless its bytes suffice for a loader that reads by these needs; empty: by none."""
+        if self.needs and self.needs != needs:
+            raise RuntimeError(
+                "the server sent only the bytes that this loader read before, and it reads others "
+                "now: update again, and it will get all of them"
+            )
 
 
 class Placement(NamedTuple):
@@ -80,16 +99,6 @@ class Fill(NamedTuple):
     slot: Slot
     view: View
     value: bool | int | float
-
-
-class Region(NamedTuple):
-    """Bytes of a tensor: ``length`` at ``offset``, repeated ``counts[i]`` times at ``strides[i]``
-    bytes."""
-
-    offset: int
-    length: int
-    counts: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 class Needed(NamedTuple):
@@ -251,6 +260,16 @@ class Recording:
         ]
 
     @cached_property
+    def needs(self) -> Needs | None:
+        """The same, to be told, of all tensors that it was given; ``None``: it cannot be told."""
+        return Needs.of(
+            {
+                source: {entry.region() for entry in entries}
+                for source, entries in self.entries.items()
+            }
+        )
+
+    @cached_property
     def figures(self) -> dict[str, Any]:
         """For reports. Each asks, and large models take a while: they are worked out once."""
         total = sum(source.nbytes for source in self.entries)
@@ -306,3 +325,16 @@ def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
         and (tensor.dtype, tensor.device) == (seen.dtype, seen.device)
         and torch.equal(tensor, seen)
     )
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
+    through all objects of the engine again and again meanwhile, and find nothing."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()

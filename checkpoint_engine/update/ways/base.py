@@ -65,6 +65,14 @@ class Way(ABC):
         """``None`` if the ranks can go this way, else why not; empty where nobody would ask. The
         same on all of them."""
 
+    def prepare(self, call: Call, hellos: Sequence[Hello], needs: str) -> None:
+        """Called by all ranks before ``plan``: exchange what the plan needs beside the hellos.
+
+        Args:
+            needs: what this rank's worker reads, as its hello says by digest.
+        """
+        return
+
     # ------------------------------------------------------------------ what is moved, and when
 
     @property
@@ -182,21 +190,25 @@ class Mover(ABC):
 
     Attributes:
         never_waits: whether ``start`` only queues work.
-        sources: handles of what this rank's worker is to map beside its own rank's buffer.
+        sources: handles of what this rank's worker is to map beside its own rank's buffer;
+            ``None``: buckets do not arrive where they are staged.
         must_map: whether it has to, as there is no double buffer.
         served: why this rank's worker does not read where buckets arrive; empty if it does.
     """
 
     never_waits = True
-    sources: Sequence[bytes] = ()
+    sources: Sequence[bytes] | None = None
     must_map = False
     served = ""
 
     def __init__(self, move: Move) -> None:
         self.move = move
 
-    def handed_over(self, unmapped: str) -> None:
-        """This rank's worker has mapped the buffer, and its ``sources`` unless it says why not."""
+    def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
+        """This rank's worker has mapped the buffer, and its ``sources`` unless it says why not.
+
+        ``reads_needs``: it is going to read no more than its hello's needs.
+        """
         self.move.buffer.unlink()
 
     @abstractmethod
@@ -223,6 +235,11 @@ class Mover(ABC):
     def has_checked(self, step: Step) -> bool:
         """Whether the bytes of a bucket that has arrived were compared with its owner's sums."""
         return False
+
+    def needs_for(self, step: Step) -> str:
+        """The digest of the needs that the bytes of a bucket suffice for, where they are not all
+        there; empty if they are."""
+        return ""
 
     def done_with(self, step: Step) -> None:  # noqa: B027  # most buckets are nobody else's
         """The worker has loaded the bucket."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from checkpoint_engine.data_types import TensorPart
+from checkpoint_engine.data_types import H2DBucket, TensorPart
 from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.checksum import FACTORS, MASK, check_sum, start_sum
 from checkpoint_engine.ground.local_rank import LocalRank
@@ -19,7 +20,7 @@ from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.settings import SHARED_MEMORY, cpu_transport, shares_memory
+from checkpoint_engine.settings import GROUP, SHARED_MEMORY, cpu_transport, shares_memory, transport
 from checkpoint_engine.transfer.host_peers import LEFT, MAPPED, TAKEN, HostPeers
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.transfer.tracer import BROADCAST
@@ -45,7 +46,11 @@ class Peers(Way):
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         device = self.here.device_manager.device_type
-        wanted = shares_memory() and (device == "cuda" or cpu_transport() == SHARED_MEMORY)
+        wanted = (
+            shares_memory()
+            and transport() != GROUP
+            and (device == "cuda" or cpu_transport() == SHARED_MEMORY)
+        )
         if self.here.world_size == 1 or device not in ("cpu", "cuda") or not wanted:
             return mine
         try:
@@ -63,16 +68,15 @@ class Peers(Way):
         hosts = {hello.neighbour.partition("/")[0] for hello in hellos}
         if len(hosts) > 1:
             return f"the ranks are on {len(hosts)} hosts, or in as many network namespaces"
-        if not self._can_stage(gathered, hellos):
-            return "the rank with the least memory has no room for two staging buffers"
-        return None
+        return self.cannot_stage(gathered, hellos)
 
-    def _can_stage(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
+    def cannot_stage(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        """Why there is no room for staging buffers; ``None`` if there is."""
         may_cut = self._may_cut(gathered, hellos)
-        try:
-            return bucket_size(hellos, gathered, may_cut, self.shares(hellos)).staging
-        except ValueError:  # the way that is taken instead says so
-            return False
+        with contextlib.suppress(ValueError):  # the way that is taken instead says so
+            if bucket_size(hellos, gathered, may_cut, self.shares(hellos)).staging:
+                return None
+        return "the rank with the least memory has no room for two staging buffers"
 
     @property
     def pace(self) -> Pace:
@@ -97,6 +101,23 @@ class Peers(Way):
         return 0 if mine.maps_peers else min(_SLOTS, len(transfer.steps))
 
     def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
+        return self.join(move, hellos, held, hellos, PeersMover)
+
+    def join(
+        self,
+        move: Move,
+        hellos: Sequence[Hello],
+        held: ExitStack,
+        here: Sequence[Hello],
+        make_mover: MakeMover,
+        unreached: str = "",
+    ) -> Mover | str:
+        """As ``connect``.
+
+        Args:
+            here: the hellos of the ranks of this host.
+            unreached: why this rank cannot go this way; empty if it can.
+        """
         peers, call = self._peers, move.call
         assert peers is not None
         call.begin("process group")
@@ -110,9 +131,10 @@ class Peers(Way):
         streams = make_streams(self.here.device_manager, orders_double_buffer=True)
         held.callback(streams.close)  # first: it may copy out of others' memory
         double = self._double_slots(move.plan, hellos)
-        mover = PeersMover(move, peers, streams, double)
-        addresses = {one.rank: one.neighbour for one in hellos}
-        if why := _first(call.all_gather("peers", peers.reach(addresses, make_handle).encode())):
+        mover = make_mover(move, peers, streams, double)
+        addresses = {one.rank: one.neighbour for one in here}
+        why = unreached or peers.reach(addresses, make_handle)
+        if why := _first(call.all_gather("peers", why.encode())):
             return why
         peers.accept()
         if not all(hello.maps_peers for hello in hellos):
@@ -150,8 +172,9 @@ _Filling = tuple[Step, int, Event, torch.Tensor | None]
 
 
 class PeersMover(Mover):
-    """Fills this rank's staging with what it owns, as soon as every worker has read what was there;
-    the first buckets set out before the ranks have reached each other.
+    """Fills this rank's staging with what it receives, as soon as every worker has read what was
+    there; the first buckets set out before the ranks have reached each other. Where all ranks are
+    on one host, a rank receives what it owns.
 
     Where this rank's own worker cannot read the others' staging, this rank copies each bucket into
     the double buffer.
@@ -189,7 +212,7 @@ class PeersMover(Mover):
 
     # ------------------------------------------------------------------ as of Mover
 
-    def handed_over(self, unmapped: str) -> None:
+    def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
         self.served = unmapped
         self._reads_straight = not unmapped or self.must_map
         self._peers.tell_all(MAPPED)
@@ -229,7 +252,7 @@ class PeersMover(Mover):
     def lies_at(self, step: Step) -> tuple[int, int]:
         if not self._reads_straight:
             return super().lies_at(step)
-        source = 0 if step.owner == self._rank else 1 + self._others.index(step.owner)
+        source = 0 if step.receiver == self._rank else 1 + self._others.index(step.receiver)
         return source, self._arrived[id(step)]
 
     def has_checked(self, step: Step) -> bool:
@@ -247,8 +270,8 @@ class PeersMover(Mover):
 
     def source_of(self, step: Step) -> str:
         count, reader = self._peers.slowest(TAKEN)
-        if step.owner == self._rank and reader is not None and count < self._filled:
-            return f"rank {step.owner}, as rank {reader} has not read the one before,"
+        if step.receiver == self._rank and reader is not None and count < self._filled:
+            return f"rank {step.receiver}, as rank {reader} has not read the one before,"
         return super().source_of(step)
 
     # ------------------------------------------------------------------ parts of the above
@@ -263,13 +286,24 @@ class PeersMover(Mover):
             self._fill(self._waiting.popleft())
 
     def _fill(self, step: Step) -> None:
-        """Begin to copy an own bucket into its slot of staging, which nobody reads any more."""
+        """Begin to fill a slot of staging, which nobody reads any more, with a bucket."""
         start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
         target = self.move.buffer.tensor[start : start + step.bucket.size]
+        self._filling.append((step, start, *self._bring(step, target)))
+        self._filled += 1
+
+    def _bring(self, step: Step, target: torch.Tensor) -> tuple[Event, torch.Tensor | None]:
+        """Begin to copy an own bucket: when it is there, and its sum then."""
+        return self._copy_own(step, step.bucket, target)
+
+    def _copy_own(
+        self, step: Step, bucket: H2DBucket, target: torch.Tensor
+    ) -> tuple[Event, torch.Tensor | None]:
+        """``bucket``: as it lies in this rank's host memory."""
 
         def copy() -> None:
             with self.move.tracer.copying(step):
-                self.move.source.copy(step.bucket, target)
+                self.move.source.copy(bucket, target)
 
         with self._streams.copying():
             event = self._streams.copy(copy, after=self._streams.event())
@@ -280,8 +314,7 @@ class PeersMover(Mover):
                 self._streams.wait(event)
                 found = start_sum(target, expected[0], self._factors)
                 event = self._streams.event()
-        self._filling.append((step, start, event, found))
-        self._filled += 1
+        return event, found
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
         """What the bytes of a bucket add up to, as far as one bucket has a sum of its own."""
@@ -299,14 +332,14 @@ class PeersMover(Mover):
 
     def _find(self, step: Step) -> int | None:
         """Where the bucket lies in its owner's memory, once it does."""
-        if step.owner == self._rank or id(step) in self._arrived:
+        if step.receiver == self._rank or id(step) in self._arrived:
             return self._arrived.get(id(step))
-        offered = self._peers.next_offer(step.owner)
+        offered = self._peers.next_offer(step.receiver)
         if offered is None:
             return None
         start, nbytes = offered
         if nbytes != step.bucket.size:
-            text = f"rank {step.owner} sent {nbytes} bytes, not {step.bucket.size}"
+            text = f"rank {step.receiver} sent {nbytes} bytes, not {step.bucket.size}"
             raise broadcast_failed(text)
         self._arrived[id(step)] = start
         return start
@@ -321,8 +354,8 @@ class PeersMover(Mover):
     def _copy(self, step: Step, start: int) -> None:
         """Begin to copy a bucket that is in its owner's staging into the double buffer."""
         memory = self.move.buffer.tensor
-        if step.owner != self._rank:
-            memory = self._memory[step.owner]
+        if step.receiver != self._rank:
+            memory = self._memory[step.receiver]
         source, target = memory[start : start + step.bucket.size], self.move.slot(step)
 
         def copy() -> None:
@@ -334,7 +367,10 @@ class PeersMover(Mover):
 
     def _finish(self, step: Step) -> None:
         """This rank and its worker do not read the bucket's staging any more."""
-        if step.owner == self._rank:
+        if step.receiver == self._rank:
             self._done += 1
         else:
-            self._peers.tell(step.owner, TAKEN)
+            self._peers.tell(step.receiver, TAKEN)
+
+
+MakeMover = Callable[[Move, HostPeers, Streams, int], PeersMover]

@@ -1,0 +1,263 @@
+"""Shard: each host reads what its workers need out of other hosts' memory, once, by P2P; inside
+the host workers read it by ``Peers``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from loguru import logger
+
+from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.local_rank import LocalRank
+from checkpoint_engine.ground.needs import Needs, digest_of
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
+from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
+from checkpoint_engine.settings import GROUP, SHARD, transport
+from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
+from checkpoint_engine.transfer.p2p import P2P
+from checkpoint_engine.transfer.p2p_store import P2PError
+from checkpoint_engine.transfer.remote_loader import RemoteLoader
+from checkpoint_engine.transfer.streams import HAPPENED, Event, Streams
+from checkpoint_engine.transfer.tracer import READ
+from checkpoint_engine.update.ways.base import Move, Mover, Way
+from checkpoint_engine.update.ways.peers import Peers, PeersMover
+from checkpoint_engine.world.call import Call
+from checkpoint_engine.world.gathered import Gathered
+from checkpoint_engine.world.hello import Hello
+
+_FEWEST_HOSTS = 3
+"""Over TCP, with fewer, reading everything brings no host fewer bytes than a group does."""
+
+
+_REACHED_WITHIN = 5.0
+"""Seconds for the first answer of another host."""
+
+
+class Shard(Way):
+    """Taken where the ranks are on several hosts, all can read the owners' memory by P2P, and those
+    of each host can read each other's staging; over TCP, where that saves bytes or a forwarding
+    host.
+
+    A bucket is staged on each host by one of its ranks: its owner, or one that reads it, of which
+    no more than the host's workers have stated to need.
+    """
+
+    name = "shard"
+
+    def __init__(self, here: LocalRank, p2p: P2P, inside: Peers) -> None:
+        super().__init__(here)
+        self._p2p = p2p
+        self._inside = inside
+        self._known: dict[str, Needs] = {}
+        self._every: TransferPlan | None = None  # that was shared out
+        self._shared: tuple[object, TransferPlan] | None = None
+        self._reached: set[str] = set()
+
+    def introduce(self, mine: Hello, held: ExitStack) -> Hello:
+        chosen, store = transport(), self._p2p.store
+        reads = "" if store is None or chosen == GROUP else store.protocol
+        return replace(mine, transport=chosen, reads=reads, knows=tuple(sorted(self._known)))
+
+    def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
+        if hellos[0].ranks is not None or len(hellos) == 1:
+            return ""
+        chosen = {hello.transport for hello in hellos}
+        if GROUP in chosen:
+            return "PS_TRANSPORT=group"
+        if len(_hosts(hellos)) == 1 or not all(hello.neighbour for hello in hellos):
+            return ""
+        if without := [hello.rank for hello in hellos if not hello.reads]:
+            return f"ranks {without} have no P2P"
+        if hidden := [rank for rank, owned in gathered.metas.items() if not owned.p2p_store_addr]:
+            return f"ranks {hidden} own what cannot be read by P2P"
+        saves = any(hello.needs for hello in hellos) or len(_hosts(hellos)) >= _FEWEST_HOSTS
+        if "tcp" in {hello.reads for hello in hellos} and not saves and SHARD not in chosen:
+            return "over TCP between two hosts it saves nothing until a worker has stated its needs"
+        return self._inside.cannot_stage(gathered, hellos)
+
+    def prepare(self, call: Call, hellos: Sequence[Hello], needs: str) -> None:
+        """Learn what the other workers of this host need; each digest is told once."""
+        if needs and digest_of(needs) not in self._known:
+            self._known[digest_of(needs)] = Needs.decode(needs)
+        hosts = _hosts(hellos)
+        mine = next(hello for hello in hellos if hello.rank == self.here.rank)
+        tellers = {hello.needs: hello.rank for hello in reversed(hellos) if hello.needs}
+        asked = {
+            digest
+            for host in hosts
+            for digest in {hello.needs for hello in host} - {""}
+            for hello in host
+            if hello.needs != digest and digest not in hello.knows
+        }
+        for digest in asked:
+            if tellers[digest] == self.here.rank:
+                call.tell(f"needs/{self.here.rank}", needs.encode())
+        wanted = {hello.needs for hello in _host_of(mine, hosts)} - {"", *self._known}
+        for digest in sorted(wanted):
+            (blob,) = call.read([f"needs/{tellers[digest]}"])
+            told = blob.decode()
+            if digest_of(told) != digest:
+                raise ValueError(f"rank {tellers[digest]} told other needs than it had announced")
+            self._known[digest] = Needs.decode(told)
+        kept = {hello.needs for hello in _host_of(mine, hosts)}
+        self._known = {digest: one for digest, one in self._known.items() if digest in kept}
+
+    @property
+    def pace(self) -> Pace:
+        return self._inside.pace
+
+    def shares(self, hellos: Sequence[Hello]) -> int:
+        return self._inside.shares(hellos)
+
+    def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
+        return self._inside.buffer_slots(transfer, hellos)
+
+    def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> TransferPlan:
+        """All buckets, received by ranks of this host; other hosts have other receivers."""
+        every = super().plan(gathered, hellos)
+        hosts = _hosts(hellos)
+        mine = next(hello for hello in hellos if hello.rank == self.here.rank)
+        here = _host_of(mine, hosts)
+        ranks = tuple(tuple(hello.rank for hello in host) for host in hosts)
+        basis = ranks, tuple(hello.needs for hello in here)
+        if self._shared is None or self._every is not every or self._shared[0] != basis:
+            options = gathered.metas, gathered.duplicates, self._needs_of(gathered, here)
+            shared = share(every, ranks, hosts.index(here), *options)
+            self._every, self._shared = every, (basis, shared)
+        return self._shared[1]
+
+    def _needs_of(self, gathered: Gathered, here: Sequence[Hello]) -> HostNeeds | None:
+        """Of the workers of this host; ``None`` if one needs everything."""
+        digests = sorted({hello.needs for hello in here})
+        if "" in digests:
+            return None
+        try:
+            return HostNeeds(gathered.metas, [self._known[digest] for digest in digests])
+        except ValueError as error:  # another checkpoint than the one that they have learned
+            logger.info("rank {} reads whole buckets: {}", self.here.rank, error)
+            return None
+
+    def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
+        store, here = self._p2p.require("reading other hosts' memory"), self.here
+        if store.needs_registered_targets:
+            store.register_named_tensors({"__staging__": move.buffer.tensor})
+            held.callback(store.unregister_named_tensors, ["__staging__"])
+        remote = RemoteLoader(store, move.gathered.metas, here.device_manager, here.device)
+        held.callback(remote.close)
+        mine = next(hello for hello in hellos if hello.rank == here.rank)
+        make = partial(_ShardMover, remote, mine.needs)
+        unreached = self._try_hosts(move, remote)
+        inside = _host_of(mine, _hosts(hellos))
+        return self._inside.join(move, hellos, held, inside, make, unreached)
+
+    def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
+        """Why another host's memory cannot be read, as behind a firewall; each is tried once."""
+        tried: dict[str, Event] = {}
+        for step in move.plan.loads_of(self.here.rank):
+            owned = move.gathered.metas[step.sources[0]]
+            host = str(owned.p2p_store_addr).rpartition(":")[0]
+            if step.sources[0] != self.here.rank and host not in self._reached | tried.keys():
+                tried[host] = remote.begin(partial(remote.check, step.sources[0]), HAPPENED)
+        soon = Deadline(_REACHED_WITHIN)
+        for host, event in tried.items():
+            try:
+                poll(event.query, partial(soon.check, "an answer"))
+            except (P2PError, TimeoutError) as error:
+                return f"rank {self.here.rank} cannot read the memory of host {host}: {error}"
+        self._reached |= tried.keys()
+        return ""
+
+
+def can_shard(hellos: Sequence[Hello]) -> bool:
+    """Whether ranks are on several hosts and may read each other's memory: workers are asked what
+    they need then."""
+    readable = all(hello.reads and hello.neighbour for hello in hellos)
+    return hellos[0].ranks is None and readable and len(_hosts(hellos)) > 1
+
+
+def _hosts(hellos: Sequence[Hello]) -> list[list[Hello]]:
+    """The ranks of each host, in the order of their first ranks."""
+    found: dict[str, list[Hello]] = {}
+    for hello in hellos:
+        found.setdefault(hello.neighbour.partition("/")[0], []).append(hello)
+    return list(found.values())
+
+
+def _host_of(mine: Hello, hosts: Sequence[list[Hello]]) -> list[Hello]:
+    return next(host for host in hosts if mine in host)
+
+
+class _ShardMover(PeersMover):
+    """Reads what no rank of the host owns, straight into staging.
+
+    Less than whole buckets are read only once every worker of this host has said in its handshake
+    that it reads by just the needs that the plan was made of.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteLoader,
+        needs: str,
+        move: Move,
+        peers: HostPeers,
+        streams: Streams,
+        double_slots: int,
+    ) -> None:
+        """``needs``: the digest of what this rank's worker reads."""
+        self._remote = remote
+        self._needs = needs
+        self._reads_needs: bool | None = None
+        self._is_whole: bool | None = True if move.plan.needs is None else None
+        super().__init__(move, peers, streams, double_slots)
+
+    def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
+        self._reads_needs = reads_needs
+        if not reads_needs:
+            self._peers.tell_all(WHOLE)
+        super().handed_over(unmapped)
+
+    def advance(self) -> None:
+        undecided = self._is_whole is None and self._reads_needs is not None
+        if undecided and self._peers.all_said(MAPPED):
+            self._is_whole = not self._reads_needs or self._peers.anybody_said(WHOLE)
+        super().advance()
+
+    def needs_for(self, step: Step) -> str:
+        if step.sources == (step.receiver,):
+            return ""
+        if self._is_whole is None:
+            raise broadcast_failed("a bucket is there before the workers of this host agreed")
+        needs = None if self._is_whole else self.move.plan.needs
+        return "" if needs is None or needs.runs_in(step.bucket) is None else self._needs
+
+    def has_checked(self, step: Step) -> bool:
+        return super().has_checked(step) and step.sources == (step.receiver,)
+
+    def source_of(self, step: Step) -> str:
+        if step.sources == (step.receiver,):
+            return super().source_of(step)
+        return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
+
+    def _bring(self, step: Step, target: torch.Tensor) -> tuple[Event, torch.Tensor | None]:
+        metas = self.move.gathered.metas
+        held = {
+            rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
+            for rank in step.sources
+        }
+        if step.sources == (self._rank,):
+            return self._copy_own(step, held[self._rank], target)
+
+        def read() -> None:
+            needs = None if self._is_whole else self.move.plan.needs
+            runs = None if needs is None else needs.runs_in(step.bucket)
+            with self.move.tracer.on_host(READ, step) as span:
+                span.nbytes = self._remote.read_any(held, target, runs)
+
+        agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
+        return self._remote.begin(read, after=agreed), None

@@ -1,0 +1,111 @@
+"""Sharded updates over hosts with networks of their own: namespaces, and Mooncake over TCP. What
+enters a host is counted by its network interface."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hosts import Host, World
+from test_hosts import IN_THE_MIDDLE, SLOW, MakeHosts, await_, check_clean, make_hosts  # noqa: F401
+from torchrun import HERE, Forked, mooncake_works, ranks_of
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not mooncake_works(), reason="P2P tests need Mooncake"),
+]
+CPU = {"PS_DEVICE": "cpu", "PS_MAX_BUCKET_SIZE_GB": str(5 / 1024)}
+
+
+def start(
+    hosts: list[Host],
+    place: Path,
+    program: str,
+    ranks_each: int = 1,
+    env: dict[str, str] | None = None,
+    **arguments: Any,
+) -> World:
+    command = [str(HERE / "shard_programs.py"), program, json.dumps(arguments)]
+    return World(hosts, place, command, ranks_each, CPU | (env or {}))
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "tp"),
+    [
+        pytest.param(2, 1, 2, id="TP over two hosts"),
+        pytest.param(2, 2, 4, id="TP over two hosts of two ranks"),
+        pytest.param(2, 2, 2, id="TP inside each of two hosts"),
+        pytest.param(3, 1, 1, id="three hosts"),
+    ],
+)
+@pytest.mark.timeout(120)
+def test_each_host_gets_what_its_workers_need_once(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    count: int,
+    each: int,
+    tp: int,
+) -> None:
+    hosts = make_hosts(count)
+    results = start(hosts, tmp_path / "w", "sharded", each, tp=tp, updates=4).wait(100)
+    check_clean(results)
+    for host in range(count):
+        here = results[host * each : (host + 1) * each]
+        assert all(one["right"] for rank in here for one in rank["seen"])
+        for number in (0, 1):  # the workers have stated nothing yet
+            seen = here[0]["seen"][number]
+            assert seen["way"] == ("shard" if count > 2 else "broadcast")
+            assert seen["received"] >= here[0]["elsewhere"]
+        for number in (2, 3):
+            seen = [rank["seen"][number] for rank in here]
+            assert {one["way"] for one in seen} == {"shard"}
+            read = sum(one["read"] for one in seen)
+            assert here[0]["needed"] <= read <= seen[0]["received"] <= 1.05 * here[0]["needed"]
+
+
+@pytest.mark.timeout(240)
+def test_a_host_is_cut_off_and_comes_again(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    """In the middle of what the other one reads. Each gets an error in time; the next update, with
+    what is started anew on that host, needs nothing to be rebuilt."""
+    near, far = make_hosts(2)
+    world = start(
+        [near, far], tmp_path / "w", "interrupted", tp=2, folder=str(tmp_path), timeout=40
+    )
+    await_(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)), world, seconds=80)
+    far.slow_down(SLOW)
+    before = far.bytes_sent()
+    (tmp_path / "slow").touch()
+    await_(lambda: far.bytes_sent() > before + IN_THE_MIDDLE, world)
+    far.unplug()
+    here, there = world._parts
+    there.join(60)
+    far.full_speed()
+    far.plug_in()
+    command = [str(HERE / "shard_programs.py"), "succeeded", json.dumps({"tp": 2})]
+    variables = CPU | ranks_of(2, 1, place=1)[0] | world.variables
+    again = Forked(
+        tmp_path / "again-there",
+        [*command, str(tmp_path / "w" / "again")],
+        [variables],
+        far.namespaces(),
+    )
+    (tmp_path / "w" / "again").mkdir()
+    (tmp_path / "again").touch()
+    again.join(60)
+    here.join(60)
+    first, second = (
+        json.loads((tmp_path / "w" / "results" / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    successor = json.loads((tmp_path / "w" / "again" / "1.json").read_text())
+    assert (first["failure"]["kind"], first["failure"]["rank"]) == ("rank_gone", 1)
+    assert second["failure"]["kind"] in ("rank_gone", "store_lost")
+    assert max(first["failure"]["seconds"], second["failure"]["seconds"]) < 30
+    for seen in (*first["seen"], *successor["seen"]):
+        assert seen["right"]
+    assert [one["way"] for one in successor["seen"]] == ["shard"] * 3

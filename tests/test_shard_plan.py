@@ -1,0 +1,273 @@
+"""What a host reads from where, as data: needs, their union, and who stages which bucket."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint_engine.data_types import TensorPart, placed
+from checkpoint_engine.ground.needs import Needs, Region, runs_of
+from checkpoint_engine.planning import shards
+from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
+from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
+from test_plan import owned
+
+quick = settings(deadline=None, max_examples=60)
+NBYTES = 1 << 12
+
+
+def tensor(name: str, nbytes: int) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    return name, torch.uint8, (nbytes,)
+
+
+@st.composite
+def regions(draw: Any, nbytes: int = NBYTES) -> Region:
+    """Within a tensor, of up to two repeats; they may overlap each other."""
+    length = draw(st.integers(0, nbytes // 8))
+    counts, strides, left = [], [], nbytes - length
+    for _ in range(draw(st.integers(0, 2))):
+        count = draw(st.integers(1, 5))
+        stride = draw(st.integers(1, max(1, left // max(1, count))))
+        if (count - 1) * stride > left:
+            continue
+        left -= (count - 1) * stride
+        counts.append(count)
+        strides.append(stride)
+    return Region(draw(st.integers(0, left)), length, tuple(counts), tuple(strides))
+
+
+def bytes_of(region: Region) -> set[int]:
+    starts = {
+        region.offset + sum(i * s for i, s in zip(index, region.strides, strict=True))
+        for index in itertools.product(*map(range, region.counts))
+    }
+    return {start + i for start in starts for i in range(region.length)}
+
+
+def covered(runs: tuple[np.ndarray, np.ndarray]) -> set[int]:
+    return {i for begin, end in zip(*runs, strict=True) for i in range(begin, end)}
+
+
+@quick
+@given(st.lists(regions(), max_size=4), st.sampled_from([0, 1, 64]))
+def test_runs_are_the_bytes_of_all_regions(some: list[Region], gap: int) -> None:
+    runs = runs_of(some, NBYTES, gap)
+    wanted = set().union(*map(bytes_of, some)) if some else set()
+    begins, ends = runs
+    assert (begins < ends).all()
+    assert (begins[1:] > ends[:-1] + gap).all()
+    if gap == 0:
+        assert covered(runs) == wanted
+    assert wanted <= covered(runs)
+    extra = sorted(covered(runs) - wanted)
+    longest = max(
+        (len(list(g)) for _, g in itertools.groupby(enumerate(extra), lambda p: p[1] - p[0])),
+        default=0,
+    )
+    assert longest <= gap
+
+
+def test_a_region_beyond_its_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="reaches beyond"):
+        runs_of([Region(NBYTES - 1, 2, (), ())], NBYTES, 0)
+    with pytest.raises(ValueError, match="reaches beyond"):
+        runs_of([Region(0, 1, (2, 1 << 40), (1, 0))], NBYTES, 0)
+
+
+@quick
+@given(st.lists(st.lists(regions(), max_size=3), min_size=1, max_size=6))
+def test_needs_survive_the_wire(some: list[list[Region]]) -> None:
+    read = {tensor(f"t{i}", NBYTES): one for i, one in enumerate(some)}
+    needs = Needs.of(read)
+    again = Needs.of(dict(reversed([(key, one[::-1]) for key, one in read.items()])))
+    assert needs is not None
+    assert again is not None
+    found = Needs.decode(needs.text)
+    assert found == needs == again
+    assert found.digest == again.digest
+    changed = {**read, tensor("t0", NBYTES): [*some[0], Region(3, 5, (), ())]}
+    other = Needs.of(changed)
+    assert other is not None
+    assert other.digest != needs.digest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "eNo=",
+        Needs("t", ((Region(0, 1, (), ()),),), b"\1\0\0\0").text,
+        Needs("t", (), b"abc").text,
+        Needs("t", ((Region(-1, 1, (), ()),),), b"\0\0\0\0").text,
+        Needs("t", ((Region(0, 1, (1,), ()),),), b"\0\0\0\0").text,
+    ],
+)
+def test_what_is_no_statement_of_needs_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not what a worker needs"):
+        Needs.decode(text)
+
+
+# ---------------------------------------------------------------------- who stages what
+
+
+@st.composite
+def worlds(draw: Any) -> tuple[Any, list[list[int]], TransferPlan, set[str]]:
+    hosts: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        first = sum(map(len, hosts))
+        hosts.append(list(range(first, first + draw(st.integers(1, 3)))))
+    ranks = [rank for host in hosts for rank in host]
+    sizes = st.lists(
+        st.tuples(st.lists(st.integers(0, 3000), min_size=1, max_size=6), st.booleans()), max_size=2
+    )
+    metas = {rank: owned(rank, draw(sizes)) for rank in ranks}
+    metas = {rank: one for rank, one in metas.items() if one.memory_buffer_metas_list}
+    duplicates: set[str] = set()
+    for rank in list(metas):  # a copy of all that another rank owns
+        if draw(st.booleans()) and draw(st.booleans()):
+            to = draw(st.sampled_from(ranks))
+            if to != rank and to not in duplicates and to not in metas:
+                metas[to] = metas[rank]
+                duplicates |= {
+                    m.name for b in metas[rank].memory_buffer_metas_list for m in b.metas
+                }
+    metas = {rank: metas[rank] for rank in sorted(metas)}
+    cut = draw(st.booleans())
+    size = BucketSize(draw(st.sampled_from([1024, 2048])) if cut else 4096, True)
+    nics = {f"rank-{rank}": {rank} for rank in ranks}
+    plan = plan_transfer(metas, size, nics, nics, may_cut=cut, duplicates=duplicates)
+    return metas, hosts, plan, duplicates
+
+
+@quick
+@given(worlds(), st.integers(0, 3))
+def test_every_bucket_is_staged_once_on_each_host(world: Any, number: int) -> None:
+    metas, hosts, plan, duplicates = world
+    here = number % len(hosts)
+    found = share(plan, hosts, here, metas, duplicates)
+    assert found == share(plan, hosts, here, metas, duplicates)
+    assert Counter(id(s.bucket) for s in found.steps) == Counter(id(s.bucket) for s in plan.steps)
+    for index, step in enumerate(found.steps):
+        assert step.slot == index % 2
+        assert step.receiver in hosts[here]
+        sources = step.sources
+        names = {m.name for m in step.bucket.items}
+        for rank in sources:
+            assert names <= {m.name for b in metas[rank].memory_buffer_metas_list for m in b.metas}
+        inside = set(sources) & set(hosts[here])
+        assert inside in (set(), {step.receiver})
+        if step.owner in hosts[here]:
+            assert sources == (step.receiver,)
+    parts = [s for s in found.steps if isinstance(s.bucket, TensorPart)]
+    tensors: dict[tuple[str, int], list[Any]] = defaultdict(list)
+    for step in parts:
+        tensors[step.bucket.items[0].name, step.owner].append(step)
+    for some in tensors.values():
+        assert len({s.receiver for s in some}) == 1
+        assert [s.bucket.begin for s in some] == sorted(s.bucket.begin for s in some)
+
+
+@quick
+@given(worlds())
+def test_another_owner_is_read_where_it_has_the_bytes(world: Any) -> None:
+    """By copying them out of memory where each owner's bytes tell name and place."""
+    metas, hosts, plan, duplicates = world
+    found = share(plan, hosts, 0, metas, duplicates)
+    for step in found.steps:
+        for rank in step.sources:
+            bucket = as_held_by(metas[rank], step.bucket)
+            wanted = [one.name for one in step.bucket.items]
+            for part, name in zip(bucket.ranges, wanted, strict=True):
+                buffer = metas[rank].memory_buffer_metas_list[part.idx]
+                at = {m.name: s for s, m in placed(buffer.metas)}[name]
+                begin = step.bucket.begin if isinstance(step.bucket, TensorPart) else 0
+                assert part.offset == at + begin
+                assert part.offset + part.size <= buffer.size
+
+
+@quick
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(8, 24), st.integers(0, 5))
+def test_reads_are_shared_evenly_and_hosts_take_turns(
+    count: int, each: int, tensors: int, number: int
+) -> None:
+    """Up to one bucket; at any time no host is asked by two others."""
+    hosts = [list(range(first, first + each)) for first in range(0, count * each, each)]
+    metas = {rank: owned(rank, [([1024] * tensors, False)]) for host in hosts for rank in host}
+    nics = {f"rank-{rank}": {rank} for rank in metas}
+    plan = plan_transfer(metas, BucketSize(1024, True), nics, nics)
+    asked = []
+    for here in range(count):
+        found = share(plan, hosts, here, metas)
+        loads: Counter[int] = Counter()
+        order = []
+        for step in found.steps:
+            (source,) = step.sources
+            if source not in hosts[here]:
+                loads[step.receiver] += step.bucket.size
+                if step.receiver == hosts[here][0]:
+                    order.append(source // each)
+        mean = sum(loads.values()) / each
+        assert max(loads.values()) <= max(1.1 * mean, mean + 1024)
+        asked.append(order)
+    for at in range(min(map(len, asked))):
+        assert len({order[at] for order in asked}) == count
+
+
+def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
+    sizes = [1 << 15, 1 << 15, 1 << 15]
+    metas = {0: owned(0, [(sizes, False)])}
+    names = [m.name for b in metas[0].memory_buffer_metas_list for m in b.metas]
+    half = 1 << 14
+    first = {tensor(n, 1 << 15): [Region(0, half, (), ())] for n in names}
+    second = {tensor(n, 1 << 15): [Region(half, half, (), ())] for n in names[:1]}
+    second |= {tensor(n, 1 << 15): [] for n in names[1:]}
+    nics = {"rank-0": {0}}
+    plan = plan_transfer(metas, BucketSize(1 << 15, True), nics, nics)
+    one, two = Needs.of(first), Needs.of(second)
+    assert one is not None
+    assert two is not None
+    needs = HostNeeds(metas, [one, two])
+    by_name = {step.bucket.items[0].name: needs.runs_in(step.bucket) for step in plan.steps}
+    assert by_name[names[0]] is None  # both halves: the whole tensor
+    for name in names[1:]:
+        begins, ends = by_name[name]  # type: ignore[misc]
+        assert (begins.tolist(), ends.tolist()) == ([0], [half])
+    assert needs.nbytes == 2 * half + 2 * half
+    other = Needs.of({tensor(n, 1 << 15): [] for n in names[:2]})
+    assert other is not None
+    with pytest.raises(ValueError, match="of other tensors"):
+        HostNeeds(metas, [other])
+
+
+def test_short_gaps_are_read_along() -> None:
+    row = shards.SHORTEST_GAP
+    rows = Region(0, row, (4,), (2 * row,))
+    begins, ends = runs_of([rows], 8 * row, shards.SHORTEST_GAP)
+    assert (begins.tolist(), ends.tolist()) == ([0], [7 * row])
+    rows = Region(0, row, (4,), (2 * row + 1,))
+    begins, _ = runs_of([rows], 9 * row, shards.SHORTEST_GAP)
+    assert len(begins) == 4
+
+
+def test_needs_of_a_large_model_are_small() -> None:
+    """138,000 tensors, as of Kimi-K2, of a rank with tensor and expert parallelism."""
+    read = {}
+    for layer in range(61):
+        for expert in range(384):
+            mine = [Region(0, 1 << 20, (), ())] if expert % 16 == 3 else []
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                for kind in ("weight", "weight_scale_inv"):
+                    name = f"model.layers.{layer}.mlp.experts.{expert}.{part}.{kind}"
+                    read[tensor(name, 1 << 24)] = mine
+    needs = Needs.of(read)
+    assert needs is not None
+    assert len(read) > 138_000
+    assert len(needs.text) <= 16 << 10
