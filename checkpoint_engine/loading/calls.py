@@ -28,7 +28,9 @@ _Lock = type(threading.Lock())
 _HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
 _HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
 _THREADS = {_thread.start_new_thread, torch._C._to_dlpack}
-_THREADS |= {getattr(_thread, name) for name in ("start_joinable_thread",) if hasattr(_thread, name)}
+_THREADS |= {
+    getattr(_thread, name) for name in ("start_joinable_thread",) if hasattr(_thread, name)
+}
 
 
 @contextlib.contextmanager

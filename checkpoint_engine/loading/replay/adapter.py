@@ -75,9 +75,10 @@ class InPlace(ModelAdapter):
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():
-            for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    yield Slot(name, own), tensor
+            for named in (module._parameters, module._buffers):
+                for own, tensor in named.items():
+                    if tensor is not None:
+                        yield Slot(name, own), tensor
 
     def memory(self, slot: Slot) -> torch.Tensor:
         module = self.modules[slot.module]

@@ -8,14 +8,13 @@ and buffer.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.adapter import (
     ModelAdapter,
     cannot_compare,
@@ -30,6 +29,7 @@ from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
     ReceivedBucket,
     Recording,
+    collector_at_rest,
     placements_of,
 )
 from checkpoint_engine.settings import replay_check, replay_mode
@@ -65,7 +65,7 @@ class LearnedLoader:
         Raises:
             ValueError: ``PS_REPLAY`` or ``PS_REPLAY_CHECK`` is not what it may be.
         """
-        with _collector_at_rest():  # else every few updates wait for it, though all of this is gone
+        with collector_at_rest():  # else every few updates wait for it, though all of this is gone
             return self._begin(model, version)
 
     def _begin(self, model: ModelAdapter, version: str) -> ModelUpdate:
@@ -215,11 +215,15 @@ class _Learning(ModelUpdate):
         self._recorder = Recorder(model.tensors(), every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
         self._buckets = 0
+        self._device: torch.device | None = None
         self._recording: Recording | None = None
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
-        with _collector_at_rest():
+        if received is not None and self._device is None:
+            self._device = received.buffer.device
+            fused_copies.warm_up(self._device)
+        with collector_at_rest():
             if self._before is not None:
                 for placement in placements_of(weights, received):
                     self._comparison.expect(self._before.program_for(placement), placement.buffer)
@@ -257,7 +261,7 @@ class _Learning(ModelUpdate):
         return set() if self._recording is None else self._recording.unused
 
     def finish(self) -> None:
-        with _collector_at_rest():
+        with collector_at_rest():
             self._finish()
 
     def _finish(self) -> None:
@@ -276,6 +280,8 @@ class _Learning(ModelUpdate):
             self._learned.refuse(self.reason)
         else:
             self._learned.learn(self._recording)
+            if self._device is not None and self._learned.agreed > 1:  # the next update replays
+                self._recording.prepare(self._device, at_once=self._model.is_persistent)
 
 
 class _Replaying(ModelUpdate):
@@ -349,7 +355,7 @@ class _Replaying(ModelUpdate):
             self._places = self._places_now()
 
     def _places_now(self) -> Hashable:
-        with _collector_at_rest():
+        with collector_at_rest():
             return places_of(list(self._model.tensors()))
 
     def settle(self) -> list[str]:
@@ -435,16 +441,3 @@ class _Replaying(ModelUpdate):
         for fill in fills:
             storage = whole_storage(self._model.memory(fill.slot), fill.view.dtype)
             fill.view.in_storage(storage).fill_(fill.value)
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
-    through all objects of the engine again and again meanwhile, and find nothing."""
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()

@@ -96,10 +96,10 @@ class Recorder(KnownMemory):
             known.given.sort(key=_begin)
         return [(name, alias) for (name, _), alias in zip(weights, aliases, strict=True)]
 
-    def is_counted(self, others: int) -> bool:
-        """Whether the one mode that is not this library's is the engine's counter."""
+    def are_for_copies(self, others: int) -> bool:
+        """Whether so many modes that are not this library's are the engine's counter alone."""
         counter = self._counter
-        return others == 1 and counter is not None and type(_mode_at(self.modes)) is counter
+        return others == 0 or (others == 1 and counter and type(_mode_at(self.modes)) is counter)
 
     @contextlib.contextmanager
     def beside(self, direct: Writes) -> Iterator[None]:
@@ -353,9 +353,8 @@ class _Functions(TorchFunctionMode):
             if func is _COPY:
                 if others == 0 and len(args) == 2 and type(args[1]) in _TENSORS:
                     return self._copy(*args)
-            elif func in _QUICK and (others == 0 or (others > 0 and recorder.is_counted(others))):
-                if _are_plain(args):
-                    return self._unseen(func, args)
+            elif func in _QUICK and recorder.are_for_copies(others) and _are_plain(args):
+                return self._unseen(func, args)
             return recorder.call(func, args, {})
         finally:
             recorder.is_unnoticed = within

@@ -6,11 +6,12 @@ compiled for where the bucket's tensors lie, in as few copies as possible.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,6 +39,19 @@ class Placement(NamedTuple):
     key: Hashable
     buffer: torch.Tensor
     placed: list[Placed]
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
+    through all objects of the engine again and again meanwhile, and find nothing."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()
 
 
 def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Placement]:
@@ -171,6 +185,12 @@ class Recording:
         if not program.unknown:
             self.programs[placement.key] = program
         return program
+
+    def prepare(self, device: torch.device, at_once: bool) -> None:
+        """Work out how the programs are executed: ``at_once``, or a module at a time."""
+        for program in self.programs.values() if device.type == "cuda" else ():
+            for batch in [program.batch] if at_once else [part.batch for part in program.parts]:
+                batch.prepare(device)
 
     def compile(self, bucket: Sequence[Placed]) -> Program:
         """What to do with tensors that lie at these places.
