@@ -205,7 +205,7 @@ class _Learning(ModelUpdate):
     """Goes through the engine's loader, and watches; compares what the loader leaves with the
     recording of the update before, where there is one."""
 
-    def __init__(self, learned: LearnedLoader, model: ModelAdapter, fingerprint: Hashable) -> None:
+    def __init__(self, learned: LearnedLoader, model: ModelAdapter, fingerprint: Any) -> None:
         super().__init__(learned, model)
         self.how = "verified" if learned.agreed > 1 else "recorded"
         self._before = learned.recording
@@ -294,7 +294,7 @@ class _Replaying(ModelUpdate):
         learned: LearnedLoader,
         model: ModelAdapter,
         recording: Recording,
-        where: tuple[Hashable, list[Any]],
+        where: tuple[Any, list[Any]],
         checked: int | None,
     ) -> None:
         """``where``: the places of the model's tensors, which are compared again at the end, and
@@ -306,6 +306,7 @@ class _Replaying(ModelUpdate):
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
+        self._arrived_with: tuple[int, set[str]] = 0, set()
         self._filled: set[str] = set()
         self._is_stale = False
 
@@ -354,7 +355,7 @@ class _Replaying(ModelUpdate):
                 program.release()
             self._places = self._places_now()
 
-    def _places_now(self) -> Hashable:
+    def _places_now(self) -> tuple[list[Any], ...]:
         with collector_at_rest():
             return places_of(list(self._model.tensors()))
 
@@ -390,7 +391,10 @@ class _Replaying(ModelUpdate):
         return set() if self._is_stale else self._recording.copied - self._arrived()
 
     def _arrived(self) -> set[str]:
-        return set().union(*(program.names for program in self._used.values()))
+        if self._arrived_with[0] != len(self._used):
+            names = (program.names for program in self._used.values())
+            self._arrived_with = len(self._used), set().union(*names)
+        return self._arrived_with[1]
 
     def _meet_unknown(self, names: set[str]) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""

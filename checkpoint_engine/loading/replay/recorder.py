@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -337,6 +338,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Most calls make views or ask for shapes, and whatever this costs is paid by each of them.
         # The hook need not see what torch does, and would be called a dozen times meanwhile.
+        if func in _SHAPES and not kwargs and type(args[0]) in _TENSORS:
+            return func(*args)
         recorder = self._recorder
         within, recorder.is_unnoticed = recorder.is_unnoticed, True
         if not within and _get_profile() is not recorder.profile:
@@ -347,8 +350,6 @@ class _Functions(TorchFunctionMode):
         try:
             if kwargs or not args or type(args[0]) not in _TENSORS:
                 return recorder.call(func, args, kwargs or {})
-            if func in _SHAPES:
-                return func(*args)
             others = _count_modes() - recorder.modes if self._is_alone else -1
             if func is _COPY:
                 if others == 0 and len(args) == 2 and type(args[1]) in _TENSORS:
@@ -390,7 +391,8 @@ _HARMLESS = {str, dict, list, tuple, set, int}
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, nor list
 _COPY = torch.Tensor.copy_
-_SHAPES, _QUICK = operations.SHAPES, operations.QUICK
+_SHAPES = {one for one in operations.SHAPES if not inspect.isfunction(one)}  # written in C
+_QUICK = operations.QUICK
 _get_profile, _set_profile = sys.getprofile, sys.setprofile
 
 

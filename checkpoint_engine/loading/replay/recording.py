@@ -135,7 +135,7 @@ class Recording:
     constants: dict[Slot, torch.Tensor]
     together: bool
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
-    fingerprint: Hashable = None
+    fingerprint: Any = None
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class Recording:
                 view = View(origin.arrives_as, copy.target, copy.sizes, copy.target_strides)
                 self.fills[slot.module].append(Fill(slot, view, origin.number()))
 
-    def holds(self, fingerprint: Hashable, modules: Mapping[str, torch.nn.Module]) -> bool:
+    def holds(self, fingerprint: Any, modules: Mapping[str, torch.nn.Module]) -> bool:
         """Whether the model is as it was, where the loader looked at it."""
         return self.fingerprint == fingerprint and all(
             _is_still(getattr(modules.get(slot.module), slot.name, None), seen)
@@ -252,7 +252,7 @@ class Recording:
         """The tensors that are copied from."""
         return {source.name for source, entries in self.entries.items() if entries}
 
-    @property
+    @cached_property
     def unused(self) -> set[str]:
         """The tensors that the loader does nothing with."""
         return {one.name for one, entries in self.entries.items() if not entries and one.nbytes}
