@@ -231,6 +231,8 @@ class Recorder(KnownMemory):
         """Call a function of torch's for the loader; it may do more than copy."""
         if self.failure:
             return func(*args, **kwargs)
+        if func in operations.CALLS_BACK:
+            self.give_up(f"the loader calls {func.__qualname__}, whose function nobody sees")
         is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
         if not (self.is_paused or is_seen_later or func in operations.FUNCTIONS):
             name = getattr(func, "__qualname__", func)
