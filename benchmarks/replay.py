@@ -202,56 +202,60 @@ class Bucket:
         ]
 
 
-def load_bucket(load: Replayed, bucket: Bucket) -> float:
-    """As the worker does; returns the seconds that the loading itself took."""
-    weights = [] if load.knows(bucket.message) else bucket.weights()
-    began = time.perf_counter()
-    if weights:
-        load.load_bucket(weights, bucket.message, bucket.buffer)
-    else:
-        load.replay(bucket.message, bucket.buffer)
-    return time.perf_counter() - began
-
-
 def growth(arguments: argparse.Namespace) -> None:
-    """Tensors of a few hundred bytes: what is left is the cost of each tensor."""
+    """CPU time per tensor. Small tensors, as is the default: all of it is Python's."""
     print(
-        f"{'tensors':>8} {'plain us':>9} {'first us':>9} {'second us':>9} {'replayed us':>12} "
-        f"{'plan bytes':>11}"
+        f"{'tensors':>8} {'GB':>6} {'plain us':>9} {'first us':>9} {'second us':>10} "
+        f"{'third us':>9} {'later us':>9} {'plan bytes':>11}"
     )
+    _grow(1, arguments)  # what torch imports and keeps for it
     for layers in arguments.layers_of_growth:
-        layout = moe_layout(layers, hidden=16, inner=8, heads=32, kv_heads=8)
-        bucket = Bucket(layout, seed=1)
-        model = StackedModel(layout, "cpu")
-        load = replayed(model.load_weights)
-        plain = statistics.median(_timed(model.load_weights, bucket.weights()) for _ in range(5))
-        recorded = []
-        for _ in range(2):
-            began = time.perf_counter()
-            load_bucket(load, bucket)
-            load.finish()
-            recorded.append(time.perf_counter() - began)
-        seconds = []
-        for seed in range(5):
-            bucket = Bucket(layout, seed)
-            seconds.append(load_bucket(load, bucket))
-            load.finish()
-        assert load.report["replayed"] == len(layout), load.report
-        wrong = model.wrong(dict(bucket.weights()))
-        assert not wrong, wrong[:3]
-        each = 1e6 / len(layout)
+        tensors, nbytes, plain, learned, plan = _grow(layers, arguments)
+        first, second, third, *later = (seconds * 1e6 / tensors for seconds in learned)
         print(
-            f"{len(layout):8} {plain * each:9.2f} {recorded[0] * each:9.2f} "
-            f"{recorded[1] * each:9.2f} "
-            f"{statistics.median(seconds) * each:12.3f} {load.report['plan_bytes']:11}",
+            f"{tensors:8} {nbytes / 1e9:6.2f} {plain * 1e6 / tensors:9.2f} {first:9.2f} "
+            f"{second:10.2f} {third:9.2f} {statistics.median(later):9.3f} {plan:11}",
             flush=True,
         )
 
 
+def _grow(layers: int, arguments: argparse.Namespace) -> tuple[int, int, float, list[float], int]:
+    """Tensors, bytes, CPU seconds of a plain load and of learned ones, the plan's bytes."""
+    hidden, inner = arguments.hidden, arguments.inner
+    layout = moe_layout(layers, hidden, inner, heads=2 * hidden, kv_heads=hidden // 2)
+    bucket = Bucket(layout, seed=1)
+    model = StackedModel(layout, "cpu")
+    load = replayed(model.load_weights)
+    plain = [_timed(model.load_weights, bucket.weights()) for _ in range(5)]
+    learned = []
+    for seed in range(3 + arguments.repeats):
+        if seed:
+            del bucket  # before there is another one
+        bucket = Bucket(layout, seed)
+        weights = [] if load.knows(bucket.message) else bucket.weights()
+        learned.append(_timed(_load_and_finish, load, bucket, weights))
+    assert load.report["replayed"] == len(layout), load.report
+    wrong = model.wrong(dict(bucket.weights()))
+    assert not wrong, wrong[:3]
+    plan = load.report["plan_bytes"]
+    return len(layout), bucket.buffer.numel(), statistics.median(plain), learned, plan
+
+
+def _load_and_finish(
+    load: Replayed, bucket: Bucket, weights: list[tuple[str, torch.Tensor]]
+) -> None:
+    if weights:
+        load.load_bucket(weights, bucket.message, bucket.buffer)
+    else:
+        load.replay(bucket.message, bucket.buffer)
+    weights.clear()
+    load.finish()
+
+
 def _timed(function: Any, *arguments: Any) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     function(*arguments)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 # ---------------------------------------------------------------------- whole updates
@@ -567,6 +571,8 @@ def main() -> None:
         one.set_defaults(command=command)
         one.add_argument("--repeats", type=int, default=5)
         if command is growth:
+            one.add_argument("--hidden", type=int, default=16)
+            one.add_argument("--inner", type=int, default=8, help="of an expert")
             layers = [3, 13, 52, 257]
             one.add_argument(
                 "--layers", dest="layers_of_growth", type=int, nargs="+", default=layers

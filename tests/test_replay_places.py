@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import sys
 import threading
 from typing import Any
 
@@ -126,6 +127,26 @@ def test_a_profiler_that_comes_and_goes_is_noticed() -> None:
 
     load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
     assert "profiler" in load.report["reason"]
+
+
+@pytest.mark.parametrize("hide", [sys.getprofile, lambda: sys.settrace(None)])
+def test_a_loader_that_asks_for_or_changes_hooks_is_left_alone(hide: Any) -> None:
+    def hiding(model: Model, name: str, tensor: torch.Tensor) -> None:
+        hide()
+        into_rows(model, name, tensor)
+
+    load = update(Model({"w": (FP32, (6, 4))}, hiding), Bytes(THREE, 1))
+    assert "where nobody sees" in load.report["reason"]
+
+
+def test_a_function_that_torch_calls_back_is_not_trusted() -> None:
+    def looking(model: Model, name: str, tensor: torch.Tensor) -> None:
+        seen: list[bool] = []
+        torch.zeros(1).apply_(lambda _: seen.append(tensor.numpy()[0, 0] > 0) or 0)
+        into_rows(model, name, tensor.flip(0) if seen[0] else tensor)
+
+    load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
+    assert "apply_" in load.report["reason"]
 
 
 def replays(model: Model, context: Any) -> Replayed:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -175,8 +176,10 @@ class Layerwise(LoadOver):
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
 
+        counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
+
         def count_unseen(*args: Any) -> Any:
-            return recorder.count(lambda: count(*args))
+            return recorder.count(lambda: count(*args), counter)
 
         def process_unseen(layer: torch.nn.Module, info: Any) -> None:
             with recorder.paused():
@@ -198,7 +201,8 @@ class Layerwise(LoadOver):
         direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
         names = ("get_numel_loaded", "_layerwise_process")
         theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
-        with self._replacing(**theirs), direct:
+        beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
+        with self._replacing(**theirs), direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():

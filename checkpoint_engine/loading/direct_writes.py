@@ -52,6 +52,10 @@ class DirectWrites(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # as in ``recorder``
 
+    def needs(self, target: torch.Tensor) -> bool:
+        """Whether a write into this tensor has to be done again."""
+        return not self._is_aside and key_of(target) in self._slots
+
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, what it writes being none of the loader's own writes."""
 

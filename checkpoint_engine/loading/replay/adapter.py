@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -75,9 +75,10 @@ class InPlace(ModelAdapter):
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():
-            for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    yield Slot(name, own), tensor
+            for named in (module._parameters, module._buffers):
+                for own, tensor in named.items():
+                    if tensor is not None:
+                        yield Slot(name, own), tensor
 
     def memory(self, slot: Slot) -> torch.Tensor:
         module = self.modules[slot.module]
@@ -87,18 +88,19 @@ class InPlace(ModelAdapter):
         return tensor
 
 
-def places_of(tensors: list[tuple[Slot, torch.Tensor]]) -> Hashable:
+def places_of(tensors: list[tuple[Slot, torch.Tensor]]) -> tuple[list[Any], ...]:
     """Changes when a model's tensors move, or become others."""
+    # Every update looks twice, while its GPU waits: of what is contiguous, strides say nothing.
     every = [tensor for _, tensor in tensors]
     return (
-        tuple(slot for slot, _ in tensors),
-        tuple(map(torch.Tensor.data_ptr, every)),  # 0 on the meta device
+        [slot for slot, _ in tensors],
+        list(map(torch.Tensor.data_ptr, every)),  # 0 on the meta device
         # Views that are kept for CPUs are of a storage, not of a place.
-        tuple(key_of(tensor) if tensor.is_cpu else None for tensor in every),
-        tuple(tensor.dtype for tensor in every),
-        tuple(map(torch.Tensor.storage_offset, every)),
-        tuple(tensor.shape for tensor in every),
-        tuple(map(torch.Tensor.stride, every)),
+        [key_of(tensor) if tensor.is_cpu else None for tensor in every],
+        [tensor.dtype for tensor in every],
+        list(map(torch.Tensor.storage_offset, every)),
+        list(map(torch.Tensor.size, every)),
+        [None if tensor.is_contiguous() else tensor.stride() for tensor in every],
     )
 
 

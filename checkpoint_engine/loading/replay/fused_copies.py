@@ -8,6 +8,7 @@ are faster here as well: torch reads a peer's memory at two thirds of its rate w
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -101,8 +102,27 @@ def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> 
         _kernel()[(len(table.blocks),)](*arguments, BLOCK=_BLOCK, STEPS=_STEPS, DIMS=table.dims)
 
 
-@cache
+def warm_up(device: torch.device) -> None:
+    """Compile the kernel aside, which takes as long as a small update, before it is needed."""
+    if device.type != "cuda" or device in _warming:
+        return
+    # Copies mostly move units of 8 bytes, which is what is tried out there.
+    thread = threading.Thread(target=_try_out, args=(device,), name="warm-up", daemon=True)
+    _warming[device] = thread
+    thread.start()
+
+
 def _works_on(device: torch.device) -> bool:
+    if (thread := _warming.get(device)) is not None:
+        thread.join()
+    return _try_out(device)
+
+
+_warming: dict[torch.device, threading.Thread] = {}
+
+
+@cache
+def _try_out(device: torch.device) -> bool:
     """Triton may be missing, or lack a compiler or a driver: tried out once."""
     if importlib.util.find_spec("triton") is None:
         return False

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.ground.needs import Needs
+from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.adapter import (
     ModelAdapter,
     cannot_compare,
@@ -213,7 +214,7 @@ class _Learning(ModelUpdate):
     """Goes through the engine's loader, and watches; compares what the loader leaves with the
     recording of the update before, where there is one."""
 
-    def __init__(self, learned: LearnedLoader, model: ModelAdapter, fingerprint: Hashable) -> None:
+    def __init__(self, learned: LearnedLoader, model: ModelAdapter, fingerprint: Any) -> None:
         super().__init__(learned, model)
         self.how = "verified" if learned.agreed > 1 else "recorded"
         self._before = learned.recording
@@ -223,10 +224,14 @@ class _Learning(ModelUpdate):
         self._recorder = Recorder(model.tensors(), every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
         self._buckets = 0
+        self._device: torch.device | None = None
         self._recording: Recording | None = None
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
+        if received is not None and self._device is None:
+            self._device = received.buffer.device
+            fused_copies.warm_up(self._device)
         with collector_at_rest():
             if self._before is not None:
                 for placement in placements_of(weights, received):
@@ -284,6 +289,8 @@ class _Learning(ModelUpdate):
             self._learned.refuse(self.reason)
         else:
             self._learned.learn(self._recording)
+            if self._device is not None and self._learned.agreed > 1:  # the next update replays
+                self._recording.prepare(self._device, at_once=self._model.is_persistent)
 
 
 class _Replaying(ModelUpdate):
@@ -296,7 +303,7 @@ class _Replaying(ModelUpdate):
         learned: LearnedLoader,
         model: ModelAdapter,
         recording: Recording,
-        where: tuple[Hashable, list[Any]],
+        where: tuple[Any, list[Any]],
         checked: int | None,
     ) -> None:
         """``where``: the places of the model's tensors, which are compared again at the end, and
@@ -310,6 +317,7 @@ class _Replaying(ModelUpdate):
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
+        self._arrived_with: tuple[int, set[str]] = 0, set()
         self._filled: set[str] = set()
         self._is_stale = False
 
@@ -358,7 +366,7 @@ class _Replaying(ModelUpdate):
                 program.release()
             self._places = self._places_now()
 
-    def _places_now(self) -> Hashable:
+    def _places_now(self) -> tuple[list[Any], ...]:
         with collector_at_rest():
             return places_of(list(self._model.tensors()))
 
@@ -394,7 +402,10 @@ class _Replaying(ModelUpdate):
         return set() if self._is_stale else self._recording.copied - self._arrived()
 
     def _arrived(self) -> set[str]:
-        return set().union(*(program.names for program in self._used.values()))
+        if self._arrived_with[0] != len(self._used):
+            names = (program.names for program in self._used.values())
+            self._arrived_with = len(self._used), set().union(*names)
+        return self._arrived_with[1]
 
     def _meet_unknown(self, names: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded: the next update learns it anew."""

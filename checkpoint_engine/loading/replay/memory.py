@@ -147,7 +147,12 @@ class KnownMemory:
     def copy_of_given(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """As ``copy``, where a tensor of the checkpoint, or a part of it, is copied into a tensor
         that is alone in its storage, as nearly always. Returns whether it is so."""
-        into, known, sizes = self._find(target), self._find(source), tuple(target.shape)
+        try:
+            known = self._known.get(source.untyped_storage()._cdata, _UNKNOWN)
+            into = self._known.get(target.untyped_storage()._cdata, _UNKNOWN)
+        except (NotImplementedError, RuntimeError, ValueError):  # as of ``key_of``
+            return False
+        sizes = tuple(target.shape)
         if not known.given or len(into.traced) != 1 or source.shape != sizes:
             return False
         offset, strides, itemsize = int(source.storage_offset()), source.stride(), source.itemsize
@@ -156,8 +161,8 @@ class KnownMemory:
         reach = extent(sizes, strides)
         if odd or not reach or not start <= offset <= offset + reach <= end // itemsize:
             return False
-        places = offset - start, int(target.storage_offset())
-        copy = Copy(*places, sizes, strides, target.stride())
+        begins = offset - start, int(target.storage_offset())
+        copy = Copy(*begins, sizes, strides, target.stride())
         origin = origin if source.dtype == given.dtype else Origin(given, source.dtype)
         self._write(into.traced[0], copy, origin, target.dtype)
         return True

@@ -129,3 +129,5 @@ QUICK = _getters("data T mT") | _named(
 """Those that can give no more than views, if no argument but the first is a tensor."""
 LOOKS = _named("item tolist __int__ __index__ __float__ __bool__")
 """What may be called with numbers of the model as it was before, as a map of experts."""
+CALLS_BACK = _named("apply_ map_ map2_")
+"""They run functions of Python's where no mode sees what these do."""

@@ -152,8 +152,7 @@ class Batch:
     def execute(self, buffer: torch.Tensor, memory_of: MemoryOf, stays: bool) -> None:
         """Copy out of a bucket's buffer into the slots' memory. ``stays``: that is where it was the
         last time, and will be the next time."""
-        if self._device != buffer.device:
-            self._compile(buffer.device)
+        self.prepare(buffer.device)
         flat = Flat(buffer)
         if self._fused and not (stays and self._places):
             self._places = [fused.places(memory_of) for fused in self._fused]
@@ -165,6 +164,11 @@ class Batch:
             self._targets = targets
         for some, views in zip(targets, self._views, strict=True):
             torch._foreach_copy_(some, views.sources(flat))
+
+    def prepare(self, device: torch.device) -> None:
+        """Work out how to execute it there, unless that is known."""
+        if self._device != device:
+            self._compile(device)
 
     def _compile(self, device: torch.device) -> None:
         self._device, self._fused, self._places, self._targets = device, [], [], []

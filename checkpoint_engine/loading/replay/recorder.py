@@ -9,15 +9,13 @@ that may depend on anything, and a loader that gets a part of its tensors may co
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import gc
+import inspect
 import sys
-import threading
-from _queue import SimpleQueue
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -26,6 +24,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpoint_engine.loading.calls import leaves_the_thread, noticing_calls
 from checkpoint_engine.loading.replay import operations
 from checkpoint_engine.loading.replay.aliases import aliases_of
 from checkpoint_engine.loading.replay.canvas import Origin, Source
@@ -41,12 +40,20 @@ from checkpoint_engine.loading.replay.memory import (
 from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Recording
 
 
+class Writes(Protocol):
+    """A mode that has to see some of a loader's writes."""
+
+    def needs(self, target: torch.Tensor) -> bool: ...
+
+
 class Recorder(KnownMemory):
     """Watches one update of one model.
 
     For each bucket ``offer`` its tensors, load them ``watching``, and ``settle``; then ``finish``.
     ``failure`` says why there will be no recording, as soon as that is known. ``is_paused``: what
-    happens is the engine's or the recorder's own.
+    happens is the engine's or the recorder's own. ``is_unnoticed``: that, or torch's own; the hook
+    need not see it. ``profile``: Python's, while the loader is at work. ``modes``: how many modes
+    of operations there are if nobody but this library has any; ``direct``: the second of them.
     """
 
     def __init__(self, tensors: SlotTensors, model: SlotTensors) -> None:
@@ -61,7 +68,12 @@ class Recorder(KnownMemory):
         self._sources: dict[str, Source] = {}
         self._counts: dict[Source, Counter[str]] = defaultdict(Counter)
         self._constants: dict[Slot, torch.Tensor] = {}
-        self.is_paused = False
+        self.is_paused = self.is_unnoticed = False
+        self.profile: Any = None
+        self.modes = 1
+        self.direct: Writes | None = None
+        self._counter: Any = None
+        self._locks: set[int] = set()
 
     # ------------------------------------------------------------------ the update as it goes
 
@@ -85,73 +97,73 @@ class Recorder(KnownMemory):
             known.given.sort(key=_begin)
         return [(name, alias) for (name, _), alias in zip(weights, aliases, strict=True)]
 
+    def are_for_copies(self, others: int) -> bool:
+        """Whether so many modes that are not this library's are the engine's counter alone."""
+        counter = self._counter
+        return others == 0 or (others == 1 and counter and type(_mode_at(self.modes)) is counter)
+
+    @contextlib.contextmanager
+    def beside(self, direct: Writes) -> Iterator[None]:
+        """Another mode of this library's is at work, for writes alone."""
+        self.modes, self.direct = self.modes + 1, direct
+        try:
+            yield
+        finally:
+            self.modes, self.direct = self.modes - 1, None
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the loader, in its thread; other threads are not watched, but noticed."""
-        if sys.getprofile() is not None:
-            self.give_up("this thread has a profiler, whose place the recorder needs")
-            yield
-            return
-        with _Functions(self) as functions, _Operations(self):
+        with _Functions(self), _Operations(self):
             with self.paused():
                 torch.empty(0)  # under a mode, the first operation of a process imports a lot
-            with self._noticing(functions):
+            self._locks.clear()
+            with noticing_calls(self._notice, self.lose_the_hook):
+                self.profile = None if self.failure else sys.getprofile()
                 yield
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """For what the engine does with weights once they are loaded."""
-        if self.failure:
-            yield  # another profiler may have the hook's place
-            return
-        paused, self.is_paused = self.is_paused, True
+        before = self.is_paused, self.is_unnoticed
+        self.is_paused = self.is_unnoticed = True
         try:
-            with _unnoticed():
-                yield
+            yield
         finally:
-            self.is_paused = paused
+            self.is_paused, self.is_unnoticed = before
 
-    def count(self, load: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
-        """Call what loads a tensor into a layer and returns how many elements the engine counts."""
+    def count(self, load: Callable[[], tuple[int, Any]], counter: Any = None) -> tuple[int, Any]:
+        """Call what loads a tensor into a layer and returns how many elements the engine counts.
+
+        ``counter``: the engine's mode that does so, and is there for copies alone.
+        """
         self._last_write = []
-        numel, result = load()
+        self._counter = counter
+        try:
+            numel, result = load()
+        finally:
+            self._counter = None
         for source, module in self._last_write:
             self._counts[source][module] += numel
         return numel, result
 
-    @contextlib.contextmanager
-    def _noticing(self, functions: _Functions) -> Iterator[None]:
+    def _notice(self, function: Any, owner: Any) -> None:
         """Give up when this thread works with another one, or without torch's modes, where nobody
         sees what is read."""
-        held: set[int] = set()
+        if self.is_unnoticed or type(owner) in _HARMLESS:
+            return
+        if isinstance(owner, torch.Tensor):
+            is_unseen = not _modes_see()
+        else:
+            is_unseen = leaves_the_thread(function, owner, self._locks)
+        if is_unseen:
+            reason = f"calls {function.__qualname__} where nobody sees what it does"
+            self.give_up(f"the loader {reason}")
 
-        def notice(frame: Any, event: Any, function: Any) -> None:
-            if event != "c_call":
-                return
-            owner = getattr(function, "__self__", None)
-            if type(owner) in _HARMLESS:
-                return
-            name = function.__name__
-            if (
-                function in _GOES_ELSEWHERE
-                or (isinstance(owner, torch.Tensor) and not _modes_see())
-                or (type(owner) is SimpleQueue and name == "put")
-                or (type(owner) is _Lock and _meets_others(id(owner), name, held))
-            ):
-                reason = f"calls {function.__qualname__} where nobody sees what it does"
-                self.give_up(f"the loader {reason}")
-
-        # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would
-        # change them for the whole program.
-        functions.hook = notice
-        sys.setprofile(notice)
-        try:
-            yield
-            if sys.getprofile() is not notice:
-                self.give_up("the loader has a profiler, whose place the recorder needs")
-        finally:
-            functions.hook = None
-            sys.setprofile(None)
+    def lose_the_hook(self) -> None:
+        """Another profiler may be at work now, or was."""
+        self.profile = None
+        self.give_up("this thread has a profiler, whose place the recorder needs")
 
     def rebind(self, tensors: SlotTensors) -> None:
         """Slots that have other memory now, of the same shape."""
@@ -219,10 +231,12 @@ class Recorder(KnownMemory):
         """Call a function of torch's for the loader; it may do more than copy."""
         if self.failure:
             return func(*args, **kwargs)
+        if func in operations.CALLS_BACK:
+            self.give_up(f"the loader calls {func.__qualname__}, whose function nobody sees")
         is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
         if not (self.is_paused or is_seen_later or func in operations.FUNCTIONS):
+            name = getattr(func, "__qualname__", func)
             with self.paused():
-                name = getattr(func, "__qualname__", func)
                 self._look(func in operations.LOOKS, name, _tensors_in((args, kwargs)))
         return func(*args, **kwargs)
 
@@ -319,83 +333,76 @@ class _Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self.hook: Any = None  # of the profile, while the loader is at work
-        self._is_within = False
         # What a mode around the loading does in the place of a call has to be seen as well.
         around = _get_current_function_mode_stack()
         self._is_alone = all(isinstance(mode, DeviceContext) for mode in around)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The hook need not see what torch does, and would be called a dozen times for each of the
-        # loader's calls.
-        within, self._is_within = self._is_within, True
-        hook = None if within or self._recorder.is_paused else self.hook
-        if hook is not None and sys.getprofile() is not hook:
-            self._recorder.give_up("the loader has a profiler, whose place the recorder needs")
-        _set_hook(None)
-        try:
-            return self._call(func, args, kwargs)
-        finally:
-            self._is_within = within
-            _set_hook(None if within or self._recorder.is_paused else self.hook)
-
-    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # Most calls make views or ask for shapes, and whatever this costs is paid by each of them,
-        # twice for a function of Python's. So they stay in here, and nobody else looks at them.
-        if kwargs or not args or type(args[0]) not in _TENSORS:
-            return self._recorder.call(func, args, kwargs or {})
-        if func in operations.SHAPES:
+        # Most calls make views or ask for shapes, and whatever this costs is paid by each of them.
+        # The hook need not see what torch does, and would be called a dozen times meanwhile.
+        if func in _SHAPES and not kwargs and type(args[0]) in _TENSORS:
             return func(*args)
-        if _count_modes() != 1 or not self._is_alone:  # others have modes, which see everything
-            return self._recorder.call(func, args, {})
-        if func is torch.Tensor.copy_ and len(args) == 2 and type(args[1]) in _TENSORS:
-            return self._copy(*args)
-        if func in operations.QUICK and _are_plain(args[1:]):
-            return self._unseen(func, args)
-        return self._recorder.call(func, args, {})
+        recorder = self._recorder
+        within, recorder.is_unnoticed = recorder.is_unnoticed, True
+        if not within and _get_profile() is not recorder.profile:
+            recorder.lose_the_hook()
+        profile = None if within else recorder.profile
+        if profile is not None:
+            _set_profile(None)
+        try:
+            if kwargs or not args or type(args[0]) not in _TENSORS:
+                return recorder.call(func, args, kwargs or {})
+            others = _count_modes() - recorder.modes if self._is_alone else -1
+            if func is _COPY:
+                if others == 0 and len(args) == 2 and type(args[1]) in _TENSORS:
+                    return self._copy(*args)
+            elif func in _QUICK and recorder.are_for_copies(others) and _are_plain(args):
+                return self._unseen(func, args)
+            return recorder.call(func, args, {})
+        finally:
+            recorder.is_unnoticed = within
+            if profile is not None:
+                _set_profile(profile)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        self._unseen(torch.Tensor.copy_, (target, source))  # the engine's own, if it has one
-        self._recorder.note_copy(target, source)
+        recorder = self._recorder
+        if recorder.direct is not None and recorder.direct.needs(target):
+            return cast("torch.Tensor", recorder.call(_COPY, (target, source), {}))
+        self._unseen(_COPY, (target, source))  # the engine's own, if it has one
+        recorder.note_copy(target, source)
         return target
 
     def _unseen(self, func: Any, args: Any) -> Any:
         """Call it without the mode of operations."""
-        was_hidden = _is_hidden(_MODES)
-        _hide(_MODES, True)
+        was_hidden = _is_hidden(_PYTHON)
+        _hide(_PYTHON, True)
         try:
             return func(*args)
         finally:
-            _hide(_MODES, was_hidden)
+            _hide(_PYTHON, was_hidden)
 
 
-class _unnoticed:  # noqa: N801
-    """Around what torch, the engine or the recorder do: the profile hook need not see that."""
-
-    def __enter__(self) -> None:
-        self._hook: Any = sys.getprofile()
-        sys.setprofile(None)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._hook)
-
-
-_Lock = type(threading.Lock())
-_set_hook = sys.setprofile
 _modes_see = torch._C._is_torch_function_mode_enabled
+_count_modes = torch._C._len_torch_dispatch_stack
+_mode_at = torch._C._get_dispatch_stack_at
 _hide = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_hidden = torch._C._dispatch_tls_is_dispatch_key_excluded
-_count_modes = torch._C._len_torch_dispatch_stack
-_MODES = torch._C.DispatchKey.Python
+_PYTHON = torch._C.DispatchKey.Python
 _HARMLESS = {str, dict, list, tuple, set, int}
 """Whose methods meet no other thread."""
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, nor list
-_GOES_ELSEWHERE = (_thread.start_new_thread, torch._C._to_dlpack)
+_COPY = torch.Tensor.copy_
+_SHAPES = {one for one in operations.SHAPES if not inspect.isfunction(one)}  # written in C
+_QUICK = operations.QUICK
+_get_profile, _set_profile = sys.getprofile, sys.setprofile
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:
-    for one in args:
+    """Whether nothing but the first is a tensor, or could be."""
+    if _PLAIN.issuperset(map(type, args[1:])):
+        return True
+    for one in args[1:]:
         if type(one) not in _PLAIN:
             for part in one if type(one) is tuple else (one,):
                 if type(part) not in _PLAIN and not _is_plain_slice(part):
@@ -405,17 +412,6 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
 
 def _is_plain_slice(one: Any) -> bool:
     return type(one) is slice and {type(one.start), type(one.stop), type(one.step)} <= _PLAIN
-
-
-def _meets_others(lock: int, name: str, held: set[int]) -> bool:
-    """Whether a thread waits for another one, or wakes it: takes a lock that it has, or releases
-    one that it has not."""
-    has_it = lock in held  # the hook does not see a ``with``: such a lock is never in here
-    if name == "acquire":
-        held.add(lock)
-        return has_it
-    held.discard(lock)
-    return name == "release" and not has_it
 
 
 def _begin(given: tuple[Any, ...]) -> Any:

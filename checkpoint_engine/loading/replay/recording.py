@@ -59,6 +59,19 @@ class Placement(NamedTuple):
     placed: list[Placed]
 
 
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
+    through all objects of the engine again and again meanwhile, and find nothing."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()
+
+
 def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Placement]:
     """Where tensors lie: in the buffer that they were received in, or in storages of their own."""
     found: dict[int, Placement] = {}
@@ -130,7 +143,7 @@ class Recording:
     constants: dict[Slot, torch.Tensor]
     together: bool
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
-    fingerprint: Hashable = None
+    fingerprint: Any = None
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
@@ -147,7 +160,7 @@ class Recording:
                 view = View(origin.arrives_as, copy.target, copy.sizes, copy.target_strides)
                 self.fills[slot.module].append(Fill(slot, view, origin.number()))
 
-    def holds(self, fingerprint: Hashable, modules: Mapping[str, torch.nn.Module]) -> bool:
+    def holds(self, fingerprint: Any, modules: Mapping[str, torch.nn.Module]) -> bool:
         """Whether the model is as it was, where the loader looked at it."""
         return self.fingerprint == fingerprint and all(
             _is_still(getattr(modules.get(slot.module), slot.name, None), seen)
@@ -180,6 +193,12 @@ class Recording:
         if not program.unknown:
             self.programs[placement.key] = program
         return program
+
+    def prepare(self, device: torch.device, at_once: bool) -> None:
+        """Work out how the programs are executed: ``at_once``, or a module at a time."""
+        for program in self.programs.values() if device.type == "cuda" else ():
+            for batch in [program.batch] if at_once else [part.batch for part in program.parts]:
+                batch.prepare(device)
 
     def compile(self, bucket: Sequence[Placed]) -> Program:
         """What to do with tensors that lie at these places.
@@ -241,7 +260,7 @@ class Recording:
         """The tensors that are copied from."""
         return {source.name for source, entries in self.entries.items() if entries}
 
-    @property
+    @cached_property
     def unused(self) -> set[str]:
         """The tensors that the loader does nothing with."""
         return {one.name for one, entries in self.entries.items() if not entries and one.nbytes}

@@ -1,0 +1,129 @@
+"""Which functions written in C a thread calls from Python, seen by Python itself.
+
+A hook is set once around many calls. To set and unset it around each of a loader's calls would cost
+more than the calls: from Python 3.12 on, both go through the code of every function that runs.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import sys
+import threading
+from _queue import SimpleQueue
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Notice = Callable[[Any, Any], None]
+"""Gets the function, and what it is a method of; for a plain function, its module."""
+
+_NAME = "checkpoint-engine"
+_MONITORING: Any = getattr(sys, "monitoring", None)
+_OWN_CODE = str(Path(__file__).parent)  # the calls of our own code, which follow the loader's
+_METHOD, _BUILTIN = type(str.join), type(len)
+_Lock = type(threading.Lock())
+_HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
+_HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
+_THREADS = {_thread.start_new_thread, torch._C._to_dlpack}
+_THREADS |= {
+    getattr(_thread, name) for name in ("start_joinable_thread",) if hasattr(_thread, name)
+}
+
+
+@contextlib.contextmanager
+def noticing_calls(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
+    """Around calls of this thread's.
+
+    Args:
+        notice: called before each call of a function written in C.
+        lost: called if a profiler has the hook's place, or takes it meanwhile.
+    """
+    if sys.getprofile() is not None:
+        lost()
+        yield
+        return
+    with _profiling(notice, lost) if _MONITORING is None else _monitoring(notice, lost):
+        yield
+
+
+@contextlib.contextmanager
+def _profiling(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
+    def profile(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and not frame.f_code.co_filename.startswith(_OWN_CODE):
+            notice(function, function.__self__)
+
+    # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would change
+    # them for the whole program.
+    sys.setprofile(profile)
+    try:
+        yield
+        if sys.getprofile() is not profile:
+            lost()
+    finally:
+        sys.setprofile(None)
+
+
+@contextlib.contextmanager
+def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
+    """From Python 3.12 on."""
+    tool = next((one for one in (3, 4, 2, 1, 5, 0) if _MONITORING.get_tool(one) is None), None)
+    if tool is None:
+        lost()
+        yield
+        return
+    thread, current_thread = threading.get_ident(), threading.get_ident
+    event, never_again = _MONITORING.events.CALL, _MONITORING.DISABLE
+
+    def called(code: Any, _: int, function: Any, first: Any) -> Any:
+        if code.co_filename.startswith(_OWN_CODE):
+            return never_again  # in this place of the code
+        kind = type(function)
+        if kind is _METHOD and current_thread() == thread:
+            notice(function, first)
+        elif kind is _BUILTIN and current_thread() == thread:
+            notice(function, function.__self__)
+        return None
+
+    _MONITORING.use_tool_id(tool, _NAME)
+    try:
+        _MONITORING.register_callback(tool, event, called)
+        _MONITORING.set_events(tool, event)
+        yield
+        is_there = (_MONITORING.get_tool(tool), _MONITORING.get_events(tool)) == (_NAME, event)
+        if not is_there or _MONITORING.register_callback(tool, event, None) is not called:
+            lost()
+    finally:
+        if _MONITORING.get_tool(tool) == _NAME:
+            _MONITORING.set_events(tool, 0)
+            _MONITORING.register_callback(tool, event, None)
+            _MONITORING.free_tool_id(tool)
+
+
+def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
+    """Whether a call starts a thread, wakes one or waits for one, gives a tensor's memory away, or
+    could hide other calls from the hook.
+
+    Args:
+        locks: those that the thread was seen to take; kept from call to call.
+    """
+    kind = type(owner)
+    if kind is _Lock:
+        return _meets_others(id(owner), function.__name__, locks)
+    if kind is SimpleQueue:
+        return bool(function.__name__ == "put")
+    changes_hook = function in _HOOKS or (owner is _MONITORING and owner is not None)
+    return changes_hook or function in _THREADS
+
+
+def _meets_others(lock: int, name: str, held: set[int]) -> bool:
+    """Whether a thread waits for another one, or wakes it: takes a lock that it has, or releases
+    one that it has not."""
+    has_it = lock in held  # the hook does not see a ``with``: such a lock is never in here
+    if name == "acquire":
+        held.add(lock)
+        return has_it
+    held.discard(lock)
+    return name == "release" and not has_it
