@@ -18,6 +18,7 @@ from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.adapter import (
     ModelAdapter,
+    ModelUpdate,
     cannot_compare,
     every_tensor,
     places_of,
@@ -129,85 +130,6 @@ class LearnedLoader:
         self._restarts += 1
         if self._restarts > _MOST_RESTARTS:
             self.refuse(reason)
-
-
-class ModelUpdate:
-    """One update of one model; this one leaves it to the engine's loader.
-
-    Attributes:
-        how: ``plain``, ``recorded``, ``verified`` (recorded again, and found the same) or
-            ``replayed``.
-        reason: why it is plain, or will be.
-        tensors, nbytes: what arrived.
-        replayed: tensors that did not go through the loader.
-        held_bytes: of those, what went to modules that the bucket left incomplete.
-        loaded_plainly: the parameters that the loader says it loaded; ``None`` if it does not say.
-        needs: the digest of what it reads at most; empty: everything.
-    """
-
-    how = "plain"
-    needs = ""
-
-    def __init__(self, learned: LearnedLoader, model: ModelAdapter, reason: str = "") -> None:
-        self.reason = reason
-        self.tensors = self.nbytes = self.replayed = self.held_bytes = 0
-        self.loaded_plainly: set[str] | None = set()
-        self._learned = learned
-        self._model = model
-
-    def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
-        """Load a bucket; ``received`` says where its tensors lie, if they came in one buffer."""
-        self.tensors += len(weights)
-        self.nbytes += sum(tensor.nbytes for _, tensor in weights)
-        self._load_plainly(weights)
-
-    def knows(self, message: bytes) -> bool:
-        """Whether a bucket's message need not be decoded: ``replay`` it."""
-        return False
-
-    def replay(self, received: ReceivedBucket) -> None:
-        """Load a bucket whose message is known."""
-        raise RuntimeError("only known messages can be replayed")
-
-    def settle(self) -> list[str]:
-        """The bucket's memory is about to be overwritten. Returns the names of tensors that the
-        loader was seen to keep."""
-        return []
-
-    def loaded(self) -> set[str] | None:
-        """The parameters that were loaded: that something was seen to be written into, and those
-        that the loader names, for it may fill some by itself; ``None`` if neither is known."""
-        return self.loaded_plainly
-
-    def written(self) -> set[str] | None:
-        """Those that something was seen to be written into; ``None`` if nobody looked."""
-        return None
-
-    def unused(self) -> set[str]:
-        """The tensors that the loader did nothing with, as far as is known."""
-        return set()
-
-    def absent(self) -> set[str]:
-        """The tensors that are known to be needed, and did not come."""
-        return set()
-
-    def finish(self) -> None:
-        """Every bucket has been loaded."""
-
-    def commit(self) -> None:
-        """The update succeeded: keep what was learned."""
-
-    def _load_weights(self, weights: NamedTensors) -> Any:
-        return self._model.load_weights(weights)
-
-    def _load_plainly(self, weights: NamedTensors) -> None:
-        if self._learned.keeps_tensors:
-            weights = [(name, tensor.clone()) for name, tensor in weights]
-        loaded = self._load_weights(weights)
-        if not isinstance(loaded, (set, frozenset)):  # not every engine's loader says
-            self.loaded_plainly = None
-        elif self.loaded_plainly is not None:
-            self.loaded_plainly |= loaded
 
 
 class _Learning(ModelUpdate):

@@ -344,16 +344,3 @@ def _is_still(tensor: Any, seen: torch.Tensor) -> bool:
         and (tensor.dtype, tensor.device) == (seen.dtype, seen.device)
         and torch.equal(tensor, seen)
     )
-
-
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
-    through all objects of the engine again and again meanwhile, and find nothing."""
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()
