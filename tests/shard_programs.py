@@ -200,6 +200,7 @@ def interrupted(tp: int, folder: str, timeout: float) -> dict[str, Any]:
     except UpdateError as error:
         failure = {"error": str(error), "kind": error.kind, "rank": error.rank}
     failure["seconds"] = time.monotonic() - began
+    (here / f"failed-{RANK}").touch()
     if RANK == 0:
         rank.ps.unregister_checkpoint(name)
         while not (here / "again").exists():
@@ -209,9 +210,10 @@ def interrupted(tp: int, folder: str, timeout: float) -> dict[str, Any]:
     return {"seen": seen, "failure": failure}
 
 
-def succeeded(tp: int) -> dict[str, Any]:
+def succeeded(tp: int, folder: str) -> dict[str, Any]:
     """A host that is there again, with nothing of what it had before."""
     rank = Rank(tp)
+    (Path(folder) / "again").touch()
     seen = [rank.update(seed) for seed in (4, 5, 6)]
     rank.workers.stop()
     return {"seen": seen}

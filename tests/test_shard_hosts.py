@@ -83,11 +83,15 @@ def test_a_host_is_cut_off_and_comes_again(
     (tmp_path / "slow").touch()
     await_(lambda: far.bytes_sent() > before + IN_THE_MIDDLE, world)
     far.unplug()
-    here, there = world._parts
-    there.join(60)
+    await_(
+        lambda: all((tmp_path / f"failed-{rank}").exists() for rank in (0, 1)), world, seconds=60
+    )
     far.full_speed()
     far.plug_in()
-    command = [str(HERE / "shard_programs.py"), "succeeded", json.dumps({"tp": 2})]
+    here, there = world._parts
+    there.join(60)
+    arguments = json.dumps({"tp": 2, "folder": str(tmp_path)})
+    command = [str(HERE / "shard_programs.py"), "succeeded", arguments]
     variables = CPU | ranks_of(2, 1, place=1)[0] | world.variables
     again = Forked(
         tmp_path / "again-there",
@@ -96,7 +100,6 @@ def test_a_host_is_cut_off_and_comes_again(
         far.namespaces(),
     )
     (tmp_path / "w" / "again").mkdir()
-    (tmp_path / "again").touch()
     again.join(60)
     here.join(60)
     first, second = (
