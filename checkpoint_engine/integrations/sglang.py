@@ -205,5 +205,9 @@ class _Unpacked(LoadOver):
 
     def abandon(self) -> None:
         """The engine cannot compute with unpacked weights."""
-        if self._is_unpacked:
+        if not self._is_unpacked:
+            return
+        try:
             self.finish()
+        except Exception:  # what the update failed with is what is told
+            logger.exception("weights of an update that failed could not be packed")
