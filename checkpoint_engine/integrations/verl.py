@@ -13,6 +13,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from verl.utils.net_utils import get_free_port
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from checkpoint_engine.client import BACKEND
+from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.local_rank import find_local_rank
 from checkpoint_engine.ps import ParameterServer
@@ -96,9 +98,15 @@ class CheckpointEngineBackend(CheckpointEngine):  # type: ignore[misc]
         self._timeout = timedelta(seconds=timeout)
         self._place: Place | None = None
         self._server: ParameterServer | None = None
+        self._reading: Generator[tuple[str, torch.Tensor], None, None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-engine-verl")
 
     def prepare(self) -> Offer:
+        """Before each step. An engine that failed in the one before has left it open."""
+        if self._reading is not None:
+            with suppress(UpdateError):
+                self._thread.submit(self._reading.close).result(self._timeout.total_seconds())
+            self._reading = None
         address = str(ray.util.get_node_ip_address()).strip("[]")  # type: ignore[no-untyped-call]
         return Offer(self._place, address, get_free_port(address)[0])
 
@@ -156,14 +164,10 @@ class CheckpointEngineBackend(CheckpointEngine):  # type: ignore[misc]
         self, global_steps: int | None = None
     ) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """On every rollout rank: each tensor, once its bucket is checked."""
-        loop, reading = asyncio.get_running_loop(), self._receive(_name_of(global_steps))
-        try:
-            while (
-                one := await loop.run_in_executor(self._thread, next, reading, None)
-            ) is not None:
-                yield one
-        finally:
-            await loop.run_in_executor(self._thread, reading.close)
+        self._reading = self._receive(_name_of(global_steps))
+        loop = asyncio.get_running_loop()
+        while one := await loop.run_in_executor(self._thread, next, self._reading, None):
+            yield one
 
     def _send(self, own: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
         server, _ = self._world()
@@ -187,7 +191,10 @@ class CheckpointEngineBackend(CheckpointEngine):  # type: ignore[misc]
             call.watch()
             store, metas = server._p2p_store, server.get_metas()
             assert store is not None
-            yield from read_tensors(store, self._here, metas, self._bucket_bytes, call.check)
+            try:
+                yield from read_tensors(store, self._here, metas, self._bucket_bytes, call.check)
+            except GeneratorExit:
+                raise RuntimeError("the engine failed before it had all weights") from None
 
     def _world(self) -> tuple[ParameterServer, Place]:
         if self._server is None or self._place is None:
