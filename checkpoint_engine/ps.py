@@ -244,13 +244,8 @@ class ParameterServer(Contract):
 
     @contextmanager
     def in_step(self, what: str, checkpoint_name: str, timeout: timedelta) -> Iterator[Call]:
-        """A collective call of the caller's own: what is done within it ends on every rank as on
-        the one that fails first. All ranks.
-
-        Raises:
-            UpdateError: on every rank, what any rank raised; or ranks say other than ``what`` they
-                do, or with which checkpoint.
-        """
+        """A collective call of the caller's own, which ends on every rank as on the one that fails
+        first: in ``UpdateError``, also where ranks do not say the same. All ranks."""
         with self._begin(what, checkpoint_name, timeout) as call:
             call.exchange(Hello(self._rank, what, checkpoint_name))
             yield call
