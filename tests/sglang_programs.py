@@ -230,10 +230,23 @@ def apart(rank: Rank) -> dict[str, Any]:
     return {"error": rank.update(1), "holds": rank.scheduler.holds(1)}
 
 
+def refused(rank: Rank) -> str:
+    """By the plug-in, of a SGLang that asks its models in another way."""
+    from checkpoint_engine.integrations.sglang import check_interface
+
+    check_interface()  # this one is not
+    del rank.scheduler.sglang.manager.SchedulerWeightUpdaterManager._select_runners
+    try:
+        check_interface()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def all_cases() -> dict[str, Any]:
     """In one process: to import SGLang takes most of the time."""
     rank = Rank()
-    return {"together": together(rank), "apart": apart(rank)}
+    return {"together": together(rank), "apart": apart(rank), "refused": refused(rank)}
 
 
 if __name__ == "__main__":

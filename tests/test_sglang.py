@@ -59,3 +59,9 @@ def test_a_rank_without_an_address_ends_it_for_all(results: list[dict[str, Any]]
 def test_a_draft_with_a_checkpoint_of_its_own_keeps_it(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["apart"] == {"error": "", "holds": WHOLE | {"mtp": False}}
+
+
+def test_another_interface_is_refused_with_the_reason(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["refused"].startswith(f"SGLang {RELEASE} has no ['_select_runners']")
+        assert "0.5.21 to 0.5.23" in result["refused"]
