@@ -15,7 +15,7 @@ from torchrun import HERE, MOONCAKE_ADVICE, mooncake_works
 
 RELEASE = os.environ.get("VERL_RELEASE", "0.9.1")
 NEEDS = ["dill", "hf-xet", "httpcore2", "httpx2", "huggingface_hub", "psutil", "pillow", "regex"]
-NEEDS += ["tokenizers==0.23.2", "tqdm", "transformers==5.19.0"]
+NEEDS += ["msgspec", "orjson", "pybase64", "tokenizers==0.23.2", "tqdm", "transformers==5.19.0"]
 STAND_INS = "from stand_ins import stand_in_for\nstand_in_for(*'{}'.split())\n"
 NAMES = "codetiming datasets hydra IPython omegaconf pandas peft pyarrow pylatexenc "
 NAMES += "sentencepiece tensorboard tensordict torchdata torchvision truststore wandb"
