@@ -6,7 +6,8 @@ Also the home of the private helpers that programs written for the original impo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -46,6 +47,7 @@ from checkpoint_engine.update.ways.peers import Peers
 from checkpoint_engine.update.ways.pull import Pull
 from checkpoint_engine.update.ways.shard import Shard
 from checkpoint_engine.world import control
+from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.default_group import DefaultGroup
 from checkpoint_engine.world.gathered import Gathered, Metas, gather, load
@@ -239,8 +241,16 @@ class ParameterServer(Contract):
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Return once every rank has called it, without any process group. All ranks."""
-        with self._begin("store_based_barrier", "", timeout) as call:
-            call.exchange(Hello(self._rank, "store_based_barrier"))
+        with self.in_step("store_based_barrier", "", timeout):
+            pass
+
+    @contextmanager
+    def in_step(self, what: str, checkpoint_name: str, timeout: timedelta) -> Iterator[Call]:
+        """A collective call of the caller's own, which ends on every rank as on the one that fails
+        first: in ``UpdateError``, also where ranks do not say the same. All ranks."""
+        with self._begin(what, checkpoint_name, timeout) as call:
+            call.exchange(Hello(self._rank, what, checkpoint_name))
+            yield call
 
     def release_groups(self) -> None:
         """Give back the groups that are kept between updates. This rank alone; the next update
@@ -355,7 +365,9 @@ def _start_p2p(p2p: P2P, here: LocalRank) -> None:
         p2p.missing = "PS_P2P=off"
         return
     try:
-        device = "" if here.device_manager.device_type == "npu" else _choose_nic(here)
+        device = (
+            "" if here.device_manager.device_type == "npu" else here.choose_nic(_get_rdma_devices())
+        )
         p2p.store = P2PStore(here.device_manager, device=device, host=here.host_ip)
         p2p.device = p2p.store.device
     except (RuntimeError, AssertionError) as error:
@@ -373,18 +385,6 @@ def _host_memory(here: LocalRank, p2p: P2P) -> HostMemory:
     if p2p.store is not None:
         memory.keep_addresses(_LONGEST_READ)
     return memory
-
-
-def _choose_nic(here: LocalRank) -> str:
-    """A rank's RDMA NIC; empty where the machine has none that can be used."""
-    devices = _get_rdma_devices()
-    usable, findings = rdma.usable_devices(devices)
-    for finding in findings:
-        logger.warning(finding)
-    if not usable:
-        return ""
-    choice = rdma.with_stand_ins(devices, usable, here.gpu_count)
-    return _get_my_rdma_device(here.local_rank, here.gpu_count, choice)
 
 
 # ---------------------------------------------------------------------- names that callers know

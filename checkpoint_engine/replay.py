@@ -24,11 +24,8 @@ from typing import Any
 import torch
 
 from checkpoint_engine.ground.needs import Needs
-from checkpoint_engine.loading.replay.adapter import InPlace
-from checkpoint_engine.loading.replay.learned_loader import (
-    LearnedLoader,
-    ModelUpdate,
-)
+from checkpoint_engine.loading.replay.adapter import InPlace, ModelUpdate
+from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.recording import (
     KEEPS_TENSORS,
     NamedTensors,

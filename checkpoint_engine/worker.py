@@ -13,7 +13,7 @@ import zmq
 
 from checkpoint_engine.ground.devices import DeviceManager, worker_index
 from checkpoint_engine.handover.wire import FlattenedTensorMetadata
-from checkpoint_engine.loading.receive import update_weights_from_ipc
+from checkpoint_engine.loading.receive import own_address, update_weights_from_ipc
 from checkpoint_engine.loading.reload import EngineReload
 from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.loading.vllm_ranks import Reception, in_step, is_one_of_many
@@ -53,10 +53,7 @@ class VllmColocateWorkerExtension:
         device_manager = DeviceManager(self.device.type)
         index = self.device.index if self.device.index is not None else self.local_rank
         identity = device_manager.identity(worker_index(self.device.type, index))
-        if identity not in zmq_handles:
-            raise KeyError(
-                f"this worker is {identity}, but the parameter server serves {sorted(zmq_handles)}"
-            )
+        address = own_address(zmq_handles, identity)
         habits = self.__dict__.setdefault("_loader_habits", {})
         with contextlib.closing(EngineReload(self, habits)) as reload, zmq.Context() as context:
             if is_one_of_many():  # otherwise its server is told
@@ -64,7 +61,7 @@ class VllmColocateWorkerExtension:
             yield {}
             update_weights_from_ipc(
                 context,
-                zmq_handles[identity],
+                address,
                 device_id=index,
                 run=reload,
                 version=self._weight_version(),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_engine.integrations import sglang
 from checkpoint_engine.integrations import vllm as plugin
 from checkpoint_engine.loading import vllm_ranks
 
@@ -20,6 +21,10 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 def test_entry_points_lead_to_what_is_there() -> None:
     text = PYPROJECT.read_text()
+    assert '[project.entry-points."sglang.srt.plugins"]' in text
+    value = "checkpoint_engine.integrations.sglang:register"
+    assert f'checkpoint_engine = "{value}"' in text
+    assert EntryPoint("checkpoint_engine", value, "sglang.srt.plugins").load() is sglang.register
     assert '[project.entry-points."vllm.general_plugins"]' in text
     value = "checkpoint_engine.integrations.vllm:register"
     assert f'checkpoint_engine = "{value}"' in text
@@ -29,6 +34,7 @@ def test_entry_points_lead_to_what_is_there() -> None:
 @pytest.mark.timeout(120)
 def test_nothing_of_a_program_is_imported_with_the_package() -> None:
     names = "checkpoint_engine.worker, checkpoint_engine.integrations.vllm"
+    names += ", checkpoint_engine.integrations.sglang"
     look = "sorted({'vllm', 'sglang', 'verl'} & set(sys.modules))"
     command = [sys.executable, "-c", f"import sys, {names}; print({look})"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"

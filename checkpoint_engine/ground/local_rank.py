@@ -6,8 +6,10 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from loguru import logger
 
 from checkpoint_engine import settings
+from checkpoint_engine.ground import rdma
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.limits import available_host_memory
 
@@ -49,6 +51,16 @@ class LocalRank:
         """Each thread has a current device of its own."""
         if self.device_manager.is_accelerator:
             self.device_manager.device_module.set_device(self.local_rank)
+
+    def choose_nic(self, devices: list[str]) -> str:
+        """Of the machine's RDMA NICs, this rank's; empty where none can be used."""
+        usable, findings = rdma.usable_devices(devices)
+        for finding in findings:
+            logger.warning(finding)
+        if not usable:
+            return ""
+        choice = rdma.with_stand_ins(devices, usable, self.gpu_count)
+        return rdma.device_for_rank(self.local_rank, self.gpu_count, choice)
 
     def spare_memory(self) -> int:
         """Bytes that buffers may take; the ranks of a host share the memory of the cpu device."""

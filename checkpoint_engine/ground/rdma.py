@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
 from checkpoint_engine import settings
 
 MAX_DEVICES = 32
@@ -70,6 +72,17 @@ def select_devices(available: Sequence[str]) -> tuple[list[str], list[str]]:
         return named, []
     devices, findings = parse_hca(settings.nccl_ib_hca(), available)
     return devices or list(available), findings
+
+
+def selected_devices() -> list[str]:
+    """This machine's devices that the environment asks for. Findings are logged."""
+    available, missing = list_devices()
+    devices, findings = select_devices(available)
+    for finding in missing:
+        logger.debug(finding)
+    for finding in findings:
+        logger.warning(finding)
+    return devices
 
 
 def usable_devices(devices: Sequence[str], sysfs: str = SYSFS) -> tuple[list[str], list[str]]:

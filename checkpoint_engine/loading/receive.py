@@ -127,6 +127,15 @@ def update_weights_from_ipc(
             version.fail()  # unless it is complete
 
 
+def own_address(zmq_handles: dict[str, str], identity: str) -> str:
+    """Where the server of the device ``identity`` waits. Raises ``KeyError`` if none serves it."""
+    if identity not in zmq_handles:
+        raise KeyError(
+            f"this worker is {identity}, but the parameter server serves {sorted(zmq_handles)}"
+        )
+    return zmq_handles[identity]
+
+
 class _Reception:
     """One update. The first failure is told to the server; nothing is loaded after it."""
 

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from checkpoint_engine.ground.needs import Needs
-from checkpoint_engine.loading.adapters import adapter_for
+from checkpoint_engine.loading.adapters import LoadOver, adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
-from checkpoint_engine.loading.replay.learned_loader import (
-    LearnedLoader,
-    ModelUpdate,
-)
+from checkpoint_engine.loading.replay.adapter import ModelUpdate
+from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.recording import KEEPS_TENSORS, NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.views import KeptView, keep_views, kept_views
 from checkpoint_engine.replay import summary, version_of
@@ -63,14 +61,22 @@ class ModelReload:
             ``replay``: what of it was replayed, and why the rest was not; see ``replay.summary``.
     """
 
-    def __init__(self, habits: LoaderHabits, model_config: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        habits: LoaderHabits,
+        adapter: LoadOver,
+        model_config: Any,
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> None:
+        """``elsewhere``: parameters that are another model's, too, which gets what they need."""
         self.report: dict[str, Any] = {}
         self._held_bytes = 0
         self._model = habits.model
         self._habits, self._learned = habits, habits.learned
         self._together: NamedTensors = []
         self._model_config = model_config
-        self._adapter = adapter_for(self._model, model_config, device)
+        self._adapter = adapter
+        self._elsewhere = elsewhere
         self._session: ModelUpdate | None = None
         self._views: list[KeptView] = []
         self._expected: set[str] = set()
@@ -194,7 +200,8 @@ class ModelReload:
 
     def _note_what_is_expected(self, tied: set[str]) -> None:
         model = self._adapter.module
-        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - tied
+        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+        names -= tied | self._elsewhere
         quantised = getattr(self._model_config, "quantization", None) is not None
         exempt = _may_be_missing(model, quantised)
         self._expected = names - (exempt or set()) if quantised else names
@@ -238,39 +245,23 @@ def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str] | None:
     return exempt
 
 
-class EngineReload:
-    """One update of an inference worker: its model, and its drafter's where it has one.
+class ModelsReload:
+    """One update of all models that a worker fills from one stream.
 
-    A ``worker.BucketLoader``.
+    A ``worker.BucketLoader``. ``close`` it in any case.
     """
 
-    def __init__(self, worker: Any, habits: dict[str, LoaderHabits]) -> None:
+    def __init__(self, models: dict[str, ModelReload], habits: dict[str, LoaderHabits]) -> None:
         """
         Args:
-            worker: has ``device`` and ``model_runner``, as vLLM's workers.
-            habits: kept by the worker, from update to update.
-
-        ``close`` it in any case: a drafter's heads are away until then.
+            models: by role.
+            habits: theirs, kept by the worker from update to update.
         """
-        runner = worker.model_runner
-        self._worker = worker
-        self._config = getattr(worker, "vllm_config", None)
+        self._models = models
         self._habits = habits
-        self._models: dict[str, ModelReload] = {}
-        models = list(models_of(runner, self._config))
-        self._heads = SourceHeads(next((m for role, m, _ in models if role == "drafter"), None))
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._heads.restore, refresh=False)
-            self._heads.share()  # first: what is made for a model looks at its layers
-            for role, model, model_config in models:
-                if role not in habits or habits[role].model is not model:
-                    habits[role] = LoaderHabits(model)
-                self._models[role] = ModelReload(habits[role], model_config, worker.device)
-            undo.pop_all()
 
     def check(self) -> None:
         """Raises ``RuntimeError`` if the engine cannot take weights now."""
-        refuse_unfit(self._worker)
         self._each(ModelReload.check)
 
     def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
@@ -323,12 +314,8 @@ class EngineReload:
         self._each(lambda model: model.load(None, ReceivedBucket(message, buffer, needs)))
 
     def finish(self) -> None:
-        """Have the engine process what was loaded, and drop what it derived from old weights."""
+        """Have the engine process what was loaded."""
         self._each(ModelReload.finish)
-        with self._surroundings():
-            self._heads.restore(refresh=True)
-        for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
-            getattr(self._worker.model_runner, cache, lambda: None)()  # not every engine has it
 
     def statement(self) -> dict[str, dict[str, int]]:
         """Of each model, how many tensors arrived and were left over, and how many parameters got
@@ -346,24 +333,74 @@ class EngineReload:
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        try:
-            self._each(ModelReload.close)
-        finally:
-            self._heads.restore(refresh=False)
+        self._each(ModelReload.close)
 
-    abandon = close
+    def abandon(self) -> None:
+        """As ``close``."""
+        self.close()
 
     def summary(self) -> dict[str, Any]:
         """By role, what each model took."""
         return {role: model.report for role, model in self._models.items()}
 
+    def surroundings(self) -> contextlib.AbstractContextManager[Any]:
+        """Those in which the engine loaded its models at start-up."""
+        return contextlib.nullcontext()
+
     def _each(self, action: Callable[[ModelReload], Any]) -> list[Any]:
-        with self._surroundings():
+        with self.surroundings():
             return [action(model) for model in self._models.values()]
 
+
+class EngineReload(ModelsReload):
+    """One update of a worker with a model as vLLM's, and its drafter's where it has one."""
+
+    def __init__(self, worker: Any, habits: dict[str, LoaderHabits]) -> None:
+        """
+        Args:
+            worker: has ``device`` and ``model_runner``, as vLLM's workers.
+            habits: kept by the worker, from update to update.
+
+        ``close`` it in any case: a drafter's heads are away until then.
+        """
+        super().__init__({}, habits)
+        runner = worker.model_runner
+        self._worker = worker
+        self._config = getattr(worker, "vllm_config", None)
+        models = list(models_of(runner, self._config))
+        self._heads = SourceHeads(next((m for role, m, _ in models if role == "drafter"), None))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._heads.restore, refresh=False)
+            self._heads.share()  # first: what is made for a model looks at its layers
+            for role, model, model_config in models:
+                adapter = adapter_for(model, model_config, worker.device)
+                self._models[role] = ModelReload(
+                    habits_of(habits, role, model), adapter, model_config
+                )
+            undo.pop_all()
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` if the engine cannot take weights now."""
+        refuse_unfit(self._worker)
+        super().check()
+
+    def finish(self) -> None:
+        """Have the engine process what was loaded, and drop what it derived from old weights."""
+        super().finish()
+        with self.surroundings():
+            self._heads.restore(refresh=True)
+        for cache in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
+            getattr(self._worker.model_runner, cache, lambda: None)()  # not every engine has it
+
+    def close(self) -> None:
+        """Clean up after a failed update; nothing after a finished one."""
+        try:
+            super().close()
+        finally:
+            self._heads.restore(refresh=False)
+
     @contextlib.contextmanager
-    def _surroundings(self) -> Iterator[None]:
-        """Those in which the engine loaded its models at start-up."""
+    def surroundings(self) -> Iterator[None]:
         default = torch.get_default_dtype()
         dtype = getattr(getattr(self._worker.model_runner, "model_config", None), "dtype", None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -376,6 +413,13 @@ class EngineReload:
 
                 around.enter_context(set_current_vllm_config(self._config))
             yield
+
+
+def habits_of(habits: dict[str, LoaderHabits], role: str, model: Any) -> LoaderHabits:
+    """Those of this model, which are new if another one had its role before."""
+    if role not in habits or habits[role].model is not model:
+        habits[role] = LoaderHabits(model)
+    return habits[role]
 
 
 def models_of(runner: Any, config: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -15,18 +15,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import CPU, PROGRAMS
 from test_server import running
+from vllm.config import VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader import utils as loading
 
 from checkpoint_engine.client import BACKEND
+from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.integrations import vllm as plugin
 from checkpoint_engine.integrations.vllm import worker
 from checkpoint_engine.integrations.vllm.loader import CheckpointEngineLoader
+from checkpoint_engine.integrations.vllm.trainer import CheckpointEngineTrainerInit
 from checkpoint_engine.integrations.vllm.worker import CheckpointEngineTransfer
 from conftest import EngineHost
 from demo_vllm import TP, VllmServer
-from torchrun import torchrun
+from torchrun import free_port_pair, torchrun
 
 FLAG = ["--weight-transfer-config", '{"backend": "checkpoint_engine"}']
 WRONG = "model.layers.2.mlp.down_proj.weight"
@@ -83,6 +89,74 @@ def test_an_update_without_one_address_is_refused(
     engine = CheckpointEngineTransfer(None, config, torch.device("cpu"), None)
     with pytest.raises(ValueError, match=r"either zmq_handles or address|Invalid update_info"):
         engine.update_weights(info)
+
+
+class Client:
+    """What leads from the trainer half to the worker half, in one process."""
+
+    def __init__(self, engine: CheckpointEngineTransfer) -> None:
+        self.update_weights = engine.update_weights
+        self.calls: list[str] = []
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append("finish")
+
+
+class Source0_33(ModuleSource):  # noqa: N801
+    """A source as vLLM 0.33 has them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self._tensors = dict(module.named_parameters())
+
+    metadata = property(  # type: ignore[assignment]
+        lambda self: [SimpleNamespace(name=name, owners=None) for name in self._tensors]
+    )
+
+    def iter_full(self) -> Any:
+        yield from self._tensors.items()
+
+    def __iter__(self) -> Any:
+        raise AssertionError("0.33 has no such way")
+
+
+@pytest.mark.parametrize("source", [ModuleSource, Source0_33])
+def test_the_trainer_half_sends_to_the_worker_half(
+    monkeypatch: pytest.MonkeyPatch, source: type[ModuleSource]
+) -> None:
+    """vLLM's own factories and bases; a second update after one that fails."""
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port_pair()))
+    monkeypatch.setenv("PS_DEVICE", "cpu")
+    processed: list[Any] = []  # needs the configuration of a model of vLLM's own
+    monkeypatch.setattr(loading, "process_weights_after_loading", lambda *a: processed.append(a))
+    plugin.register()
+    sent, served = torch.nn.Linear(40, 30), torch.nn.Linear(40, 30)
+    wanted = sent.weight.detach().clone()
+
+    def load(weights: Any) -> None:
+        for name, tensor in weights:
+            dict(served.named_parameters())[name].data.copy_(tensor)
+
+    served.load_weights = load  # type: ignore[assignment]
+    config = VllmConfig()
+    client = Client(CheckpointEngineTransfer(None, config, torch.device("cpu"), served))
+    info = CheckpointEngineTrainerInit(rank=0, world_size=1)
+    trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source(sent))
+    monkeypatch.setattr(client, "start_weight_update", lambda: 1 / 0)
+    with pytest.raises(UpdateError, match="ZeroDivisionError"):
+        trainer.send_weights()
+    monkeypatch.delattr(client, "start_weight_update")
+    trainer.send_weights()
+    trainer.shutdown()
+    assert torch.equal(served.weight, wanted)
+    assert torch.equal(served.bias, sent.bias)
+    assert client.calls == ["start", "finish"]
+    assert len(processed) == 1
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ def register() -> None:
     """Make the backend and the load format known to vLLM. May be called again; leaves out what the
     installed vLLM has no room for, as releases before 0.15."""
     _register_transfer()
+    _register_trainer()
     _register_loader()
 
 
@@ -26,6 +27,17 @@ def _register_transfer() -> None:
     with contextlib.suppress(ValueError):  # it is registered
         WeightTransferEngineFactory.register_engine(
             BACKEND, "checkpoint_engine.integrations.vllm.worker", "CheckpointEngineTransfer"
+        )
+
+
+def _register_trainer() -> None:
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    except ImportError:  # before 0.28 vLLM has no such half
+        return
+    with contextlib.suppress(ValueError):  # it is registered
+        WeightTransferTrainerFactory.register_engine(
+            BACKEND, "checkpoint_engine.integrations.vllm.trainer", "CheckpointEngineTrainer"
         )
 
 
