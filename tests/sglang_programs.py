@@ -7,6 +7,7 @@ target and of a draft model, and its loader's steps that unpack and pack. The mo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -127,7 +128,11 @@ class Scheduler:
             layer = getattr(model, model.fused)
             layer.quant_method.process_weights_after_loading(layer)
         runner = self.runner
-        self.manager = sglang.manager.SchedulerWeightUpdaterManager(
+        kind = sglang.manager.SchedulerWeightUpdaterManager
+        group = {"tp_cpu_group": dist.group.WORLD}  # 0.5.21 is given it, later ones find it
+        given = {field.name for field in dataclasses.fields(kind) if field.init}
+        self.manager = kind(
+            **{name: value for name, value in group.items() if name in given},
             tp_worker=self.worker("target", runner(self.target, "/models/it")),
             draft_worker=self.worker("draft", runner(self.draft, draft_path)),
             memory_saver_adapter=None,
