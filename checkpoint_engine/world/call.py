@@ -150,9 +150,9 @@ class Call:
             self._looks_around_at = time.monotonic() + _LOOK_AROUND
         if place == len(ranks):
             values = list(self.store.multi_get(keys))
-            self._membership.put(what, pack(values))
+            self._membership.world.put(f"{self._membership.part}/{what}", pack(values))
             return values
-        blob = self._await(what, keys)
+        blob = _await(self, what, keys)
         self._looks_around_at = math.inf
         return unpack(blob, len(ranks))
 
@@ -170,7 +170,7 @@ class Call:
             self._look_for_outcome()
             return None
 
-        return self._membership.await_stored("", look, lambda: self._check_for(keys))
+        return self._membership.await_stored("", look, lambda: _check_for(self, keys))
 
     # ------------------------------------------------------------------ waiting
 
@@ -181,7 +181,7 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        self._learn_outcome()
+        _learn_outcome(self)
         if self._outcome is None and (absent := self._membership.lost()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
@@ -245,7 +245,7 @@ class Call:
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return self._membership.publish(mine)
+                return self._membership.world.publish(self._membership.part, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -256,54 +256,6 @@ class Call:
             self._started = True
             self._keys += ["done", "left"]
             self._membership.store.add("started", 1)
-
-    def _await(self, key: str, keys: Sequence[str] = ()) -> bytes:
-        """What a rank puts under ``key`` once ranks have told ``keys``."""
-
-        def look() -> bytes | None:
-            found = self._membership.told(key)
-            if found is None:
-                found = self._membership.find(key)
-            if found is None:
-                self._look_for_outcome()
-            return found
-
-        return self._membership.await_stored(key, look, lambda: self._check_for(keys))
-
-    def _check_for(self, keys: Sequence[str]) -> None:
-        """``check``, while ranks are awaited that tell ``keys``."""
-        if keys and self.deadline.remaining() == 0.0:
-            self._look_for_outcome()
-            self._raise_failure()
-            if absent := self._missing(keys):
-                raise missing(f"gave up after {self.deadline.seconds:g} s", self.name, absent)
-        self.check()
-        began = time.monotonic()
-        if self._announced and began > self._looks_around_at:
-            assert self._hello is not None
-            self._membership.check_apart(self._hello, self._missing(keys))
-            took = time.monotonic() - began
-            self._looks_around_at = began + max(_LOOK_AROUND, _AT_MOST * took)
-
-    def _missing(self, keys: Sequence[str]) -> list[int]:
-        """The ranks that have not told their key. Few questions where few are missing."""
-        if self.store.check(list(keys)):
-            return []
-        if len(keys) == 1:
-            return [int(keys[0].rpartition("/")[2])]
-        half = len(keys) // 2
-        return self._missing(keys[:half]) + self._missing(keys[half:])
-
-    def _learn_outcome(self) -> None:
-        """From a rank that tells of it, or from the store, which is asked now and then."""
-        if self._outcome is not None:
-            return
-        self._outcome = self._membership.told("outcome")
-        tells = self._membership.world.liveness.tells
-        lets_end = tells and self.deadline.remaining() < _LET_END
-        if self._outcome is None and time.monotonic() > self._asks_at and not lets_end:
-            self._look_for_outcome()
-            self._asks_at = time.monotonic() + (_ASK_AGAIN if tells else _ASK_UNTOLD)
 
     def _look_for_outcome(self) -> None:
         if self._outcome is None:
@@ -332,8 +284,8 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self._membership.publish(SUCCESS)
-            self._outcome = self._await("outcome")
+                self._membership.world.publish(self._membership.part, SUCCESS)
+            self._outcome = _await(self, "outcome")
             self._raise_failure()
         except BaseException as error:
             if isinstance(error, Exception) and self.publish(error) == SUCCESS:
@@ -391,3 +343,56 @@ def _cause_of(error: BaseException, call: Call) -> BaseException:
     except (RuntimeError, TimeoutError) as cause:
         return cause.with_traceback(None)  # which leads to the frame that will hold it
     return error
+
+
+def _await(call: Call, key: str, keys: Sequence[str] = ()) -> bytes:
+    """What a rank puts under ``key`` once ranks have told ``keys``."""
+    ours = call._membership
+
+    def look() -> bytes | None:
+        found = ours.told(key)
+        if found is None:
+            found = ours.find(key)
+        if found is None:
+            call._look_for_outcome()
+        return found
+
+    return ours.await_stored(key, look, lambda: _check_for(call, keys))
+
+
+def _check_for(call: Call, keys: Sequence[str]) -> None:
+    """``Call.check``, while ranks are awaited that tell ``keys``."""
+    if keys and call.deadline.remaining() == 0.0:
+        call._look_for_outcome()
+        call._raise_failure()
+        if absent := _missing(call.store, keys):
+            raise missing(f"gave up after {call.deadline.seconds:g} s", call.name, absent)
+    call.check()
+    began = time.monotonic()
+    if call._announced and began > call._looks_around_at:
+        assert call._hello is not None
+        call._membership.check_apart(call._hello, _missing(call.store, keys))
+        took = time.monotonic() - began
+        call._looks_around_at = began + max(_LOOK_AROUND, _AT_MOST * took)
+
+
+def _missing(store: Any, keys: Sequence[str]) -> list[int]:
+    """The ranks that have not told their key. Few questions where few are missing."""
+    if store.check(list(keys)):
+        return []
+    if len(keys) == 1:
+        return [int(keys[0].rpartition("/")[2])]
+    half = len(keys) // 2
+    return _missing(store, keys[:half]) + _missing(store, keys[half:])
+
+
+def _learn_outcome(call: Call) -> None:
+    """From a rank that tells of it, or from the store, which is asked now and then."""
+    if call._outcome is not None:
+        return
+    call._outcome = call._membership.told("outcome")
+    tells = call._membership.world.liveness.tells
+    lets_end = tells and call.deadline.remaining() < _LET_END
+    if call._outcome is None and time.monotonic() > call._asks_at and not lets_end:
+        call._look_for_outcome()
+        call._asks_at = time.monotonic() + (_ASK_AGAIN if tells else _ASK_UNTOLD)

@@ -185,14 +185,6 @@ class Membership:
         """The same if a rank has told of it; otherwise nothing is asked."""
         return self.world.told(f"{self.part}/{key}")
 
-    def put(self, key: str, value: bytes) -> None:
-        """Put it into the running call's part of the store, and tell all ranks."""
-        self.world.put(f"{self.part}/{key}", value)
-
-    def publish(self, outcome: bytes) -> bytes:
-        """Make it the running call's outcome unless that has one; returns that."""
-        return self.world.publish(self.part, outcome)
-
     @contextlib.contextmanager
     def store_to_block(self, deadline: Deadline) -> Iterator[Any]:
         """The running call's part of a store that calls in C++ may block; whoever is still blocked
@@ -232,7 +224,7 @@ class Membership:
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])
-            self.publish(self._failure(behind, first.rank))
+            self.world.publish(self.part, self._failure(behind, first.rank))
             self.begin()
 
     def agreed(self) -> None:
