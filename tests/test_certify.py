@@ -185,6 +185,15 @@ def test_what_depends_on_the_order_of_the_files_is_no_difference(tmp_path: Path)
     assert "two fresh starts do not agree on last" in told["reason"]
 
 
+def test_the_table_of_an_engine_that_does_not_start(model: Path) -> None:
+    command = ["certify", str(model), "--engine=certified_engine:NotStarting", "--tp=2"]
+    lines = CliRunner().invoke(commands, command).stdout.splitlines()
+    assert lines[1:] == [
+        "no engine started, tensor parallel 2",
+        "refused: ValueError: one: no such architecture",
+    ]
+
+
 def test_the_table_is_for_readers(model: Path) -> None:
     command = ["certify", str(model), "--engine=certified_engine:LeavingOut"]
     lines = CliRunner().invoke(commands, command).stdout.splitlines()
