@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 import uvicorn
 from safetensors.torch import save_file
 
+import second_user
 from checkpoint_engine.errors import AccessError
 from checkpoint_engine.memory import arena, folder
 from checkpoint_engine.memory.files import open_files
@@ -24,6 +26,8 @@ from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.service import access
 from checkpoint_engine.service.access import Access, Guard
 from checkpoint_engine.service.serve import ServeOptions, listen_tcp, read_token, uvicorn_config
+from test_authenticator import needs_root
+from torchrun import MOONCAKE_ADVICE, mooncake_works
 
 TOKEN = "0123456789abcdef"
 
@@ -357,3 +361,37 @@ def test_a_body_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> No
     with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
         slow.sendall(head.encode() + b"\r\nabc")
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@needs_root
+@pytest.mark.alone
+@pytest.mark.timeout(150)
+@pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
+def test_another_user_at_every_port_and_socket() -> None:
+    """What SECURITY.md promises of the other users of a machine, and what it says they can do."""
+    refused = {
+        "unix": r"PermissionError|FileNotFoundError",
+        "memory": r"PermissionError|FileNotFoundError",
+        "process": "PermissionError",
+        "http": r"401|connected, got b'HTTP/1.1 400|connected, (no answer|was dropped)",
+        "liveness": r"connected, (no answer|was dropped)",
+        "abstract": r"connected, (no answer|was dropped)",
+        "store": r"connected, (no answer|was dropped)",
+        "P2P": r"connected, (no answer|was dropped)|the kernel dropped it",
+    }
+    with second_user.held() as world:
+        rows = list(second_user.rows_of_strangers(world))
+        assert {row.place.kind for row in rows} == refused.keys()
+        for row in rows:
+            assert re.match(refused[row.place.kind], row.got), row
+            if row.place.kind == "P2P" and not row.tried.endswith(world.p2p_host):
+                assert row.got == "the kernel dropped it", row
+        assert not world.answers.done()
+        world.go_on.set()
+        assert [answer.text for answer in world.answers.result(60)] == ["", ""]
+        assert world.holds_the_weights()
+        rows = list(second_user.rows_of_the_trusted(world))
+        assert [row for row in rows if re.search("Error|refused", row.got)] == []
+        for answer in world.update():  # what was written is found before a worker loads it
+            assert answer.status_code == 500
+            assert "checksum" in answer.text

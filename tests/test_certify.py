@@ -6,6 +6,9 @@ Engines of ``certified_engine.py`` run in this process; server ranks and their s
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,15 @@ def test_what_depends_on_the_order_of_the_files_is_no_difference(tmp_path: Path)
     assert "two fresh starts do not agree on last" in told["reason"]
 
 
+def test_the_table_of_an_engine_that_does_not_start(model: Path) -> None:
+    command = ["certify", str(model), "--engine=certified_engine:NotStarting", "--tp=2"]
+    lines = CliRunner().invoke(commands, command).stdout.splitlines()
+    assert lines[1:] == [
+        "no engine started, tensor parallel 2",
+        "refused: ValueError: one: no such architecture",
+    ]
+
+
 def test_the_table_is_for_readers(model: Path) -> None:
     command = ["certify", str(model), "--engine=certified_engine:LeavingOut"]
     lines = CliRunner().invoke(commands, command).stdout.splitlines()
@@ -312,6 +324,37 @@ def test_perturbing_keeps_to_the_index(tmp_path: Path) -> None:
     other = perturb_checkpoint(model, tmp_path / "other")
     assert not (other / "left-out.safetensors").exists()
     assert (other / "model.safetensors.index.json").exists()
+
+
+SLOW_ENGINE = """
+import time
+
+class Slow:
+    def __init__(self, start):
+        print("starts", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(90)
+def test_a_run_that_is_terminated_leaves_no_checkpoint(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_ENGINE)
+    work = tmp_path / "work"
+    work.mkdir()
+    program = "from checkpoint_engine.cli import main; main()"
+    options = ["certify", str(model), "--engine", f"{tmp_path / 'slow.py'}:Slow"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *options],
+        env={**os.environ, "TMPDIR": str(work)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stderr is not None
+        assert any("starts" in line for line in run.stderr)
+        assert len(list(work.glob("certify-*/other/*.safetensors"))) == 1
+        run.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+    assert list(work.glob("certify-*")) == []
 
 
 def test_a_digest_is_of_bytes_dtype_and_shape() -> None:

@@ -143,8 +143,8 @@ class Certificate:
         quantised = f", {model['quantisation']}" if model["quantisation"] else ""
         yield f"{model['architecture']}{quantised}: {model['path']}"
         named = " ".join(engine.get(part, "") for part in ("engine", "version"))
-        tp = self.about["parallel"]["tensor"]
-        yield f"{named} on {engine.get('device', 'unknown')}, tensor parallel {tp}"
+        where = f"{named} on {engine.get('device', 'unknown')}" if engine else "no engine started"
+        yield f"{where}, tensor parallel {self.about['parallel']['tensor']}"
         for start in self.starts:
             yield f"  {'start, ' + start.weights:<52} {start.seconds:7.2f} s"
         for one in self.updates:

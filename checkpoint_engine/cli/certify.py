@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def certify(
 
     try:
         order = Order(model, other_checkpoint, engine, tp, engine_args, timeout)
-        with _stdout_to_stderr():
+        with _stdout_to_stderr(), _cleanup_at_sigterm():
             found = run(order, tell if sys.stderr.isatty() else lambda _: None)
     except OrderError as error:
         raise click.UsageError(str(error)) from error
@@ -83,3 +84,14 @@ def _stdout_to_stderr() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _cleanup_at_sigterm() -> Iterator[None]:
+    """SIGTERM, of ``timeout`` or a batch system, ends the run as Ctrl-C does: the engine is closed,
+    and the temporary folder, which is as large as the model, is removed."""
+    kept = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)

@@ -62,7 +62,9 @@ class ServeOptions:
                 "TCP is open to others: give a token (or PS_HTTP_TOKEN), or --no-token"
             )
         if self.token is not None and not re.fullmatch("[!-~]{16,}", self.token):
-            raise ValueError("a token has at least 16 printable characters: `openssl rand -hex 32`")
+            raise ValueError(
+                "a token has at least 16 ASCII characters and no space: `openssl rand -hex 32`"
+            )
 
 
 def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
