@@ -23,13 +23,15 @@ PACKAGE = ROOT / "checkpoint_engine"
 IMPORT_EVERYTHING = """
 import importlib.util, json, pkgutil
 import checkpoint_engine
+BROUGHT = {"vllm": {"vllm"}, "verl": {"verl", "ray"}}  # by the program that imports the plug-in
 names = [m.name for m in pkgutil.walk_packages(checkpoint_engine.__path__, "checkpoint_engine.")]
 files = {"checkpoint_engine": checkpoint_engine.__file__}
 for name in names:
     try:
         files[name] = importlib.import_module(name).__file__
-    except ModuleNotFoundError as error:  # of a plug-in, which only its program imports
-        if not name.startswith("checkpoint_engine.integrations.") or error.name != "vllm":
+    except ModuleNotFoundError as error:
+        _, room, program = (name.split(".") + ["", ""])[:3]
+        if room != "integrations" or error.name not in BROUGHT.get(program, ()):
             raise
         files[name] = importlib.util.find_spec(name).origin
 print(json.dumps(files))
