@@ -86,6 +86,7 @@ STRANGE = {
     "a long number": b"%s " + b"9" * 5000 + b"\n",
     "a rank outside the world": b"%s 3\n",
     "a negative rank": b"%s -1\n",
+    "rank 0, which is the host": b"%s 0\n",
     "no end": b"a" * 10_000,
 }
 

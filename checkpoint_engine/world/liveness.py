@@ -199,7 +199,7 @@ class LivenessServer(Liveness):
         lines = self._strangers[connection][1]
         token, number = next(lines)
         rank = int(number)
-        if not secrets.compare_digest(token, self.token.encode()) or not 0 <= rank < self._size:
+        if not secrets.compare_digest(token, self.token.encode()) or not 0 < rank < self._size:
             raise ValueError("a stranger")
         self._send(connection, self.gone - {rank}, replaces=rank in self._seen)
         del self._strangers[connection]
