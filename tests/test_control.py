@@ -156,7 +156,7 @@ def test_a_barrier_is_reusable_and_keys_do_not_pile_up() -> None:
         for i in range(50):
             assert me.exchange(f"-{i}") == me.everyone(f"-{i}")
             if me.rank == 0:
-                counts.append(store.connect_store(0, me.size, "127.0.0.1", me.port).num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(3, program)[0]
@@ -171,7 +171,7 @@ def test_keys_do_not_pile_up_over_failures() -> None:
             me.failing(lambda call: fail_after_exchange(me, call))
             me.exchange()
             if me.rank == 0:
-                counts.append(store.connect_store(0, me.size, "127.0.0.1", me.port).num_keys())
+                counts.append(store._stores["127.0.0.1", me.port].store.num_keys())
         return counts
 
     counts = run_world(2, program)[0]

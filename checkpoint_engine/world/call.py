@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
-from checkpoint_engine.world.blob import pack, unpack
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
 from checkpoint_engine.world.membership import Membership
@@ -22,14 +22,11 @@ from checkpoint_engine.world.outcome import (
     error_of,
     gone,
     missing,
+    publish,
 )
 
-_PAUSE = 0.01  # seconds between two looks for why a broadcast failed
-_ASK_AGAIN = 1.0  # seconds between two questions for the outcome, of which ranks tell
-_ASK_UNTOLD = 0.01  # the same where they cannot
-_LET_END = 2.0  # seconds before the deadline from which on it alone ends waits
+_LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
-_AT_MOST = 4  # or so many times what a look takes
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
 
@@ -63,7 +60,7 @@ class Call:
         self._announced = self._started = self._stays_out = False
         self._outcome: bytes | None = None
         self._keys: list[str] = []
-        self._asks_at = self._looks_around_at = math.inf
+        self._watcher: threading.Thread | None = None
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -130,31 +127,12 @@ class Call:
         return values
 
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
-        """The ``value`` of each of ``ranks``, which all members name alike. Called by all.
-
-        The last of them to come reads what all have said, and puts it into the store as one value,
-        which the others read. The first looks after those that do not come.
-        """
-        keys = [f"{what}/{rank}" for rank in ranks]
-        place = 0
+        """The ``value`` of each of ``ranks``, which all members name alike. Called by all."""
         if self.rank in ranks:
             self.tell(f"{what}/{self.rank}", value)
-            if len(ranks) > 1:
-                place = self.store.add(f"{what}/count", 1)
         if list(ranks) in ([], [self.rank]):
             return [value] * len(ranks)
-        if len(ranks) == 1:
-            return self.read(keys)
-        if place == 1:
-            self._keys += [what, f"{what}/count"]
-            self._looks_around_at = time.monotonic() + _LOOK_AROUND
-        if place == len(ranks):
-            values = list(self.store.multi_get(keys))
-            self._membership.world.put(f"{self._membership.part}/{what}", pack(values))
-            return values
-        blob = _await(self, what, keys)
-        self._looks_around_at = math.inf
-        return unpack(blob, len(ranks))
+        return self.read([f"{what}/{rank}" for rank in ranks])
 
     def tell(self, key: str, value: bytes) -> None:
         """Say something that other ranks may look for."""
@@ -163,14 +141,8 @@ class Call:
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
-
-        def look() -> list[bytes] | None:
-            if self.store.check(list(keys)):
-                return list(self.store.multi_get(list(keys)))
-            self._look_for_outcome()
-            return None
-
-        return self._membership.await_stored("", look, lambda: _check_for(self, keys))
+        self._wait_for(keys)
+        return list(self.store.multi_get(list(keys)))
 
     # ------------------------------------------------------------------ waiting
 
@@ -181,7 +153,6 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        _learn_outcome(self)
         if self._outcome is None and (absent := self._membership.lost()):
             self._look_for_outcome()  # it may have ended in order
             if self._outcome is None:
@@ -204,10 +175,11 @@ class Call:
             self._guards.remove(guard)
 
     def watch(self) -> None:
-        """From now on ``check`` sees the failure of other ranks even if nobody tells of it. Called
-        once the ranks agree which call this is."""
+        """From now on ``check`` sees the failure of other ranks as soon as it happens. Called once
+        the ranks agree which call this is."""
         if self._is_shared:
-            self._asks_at = time.monotonic()
+            seconds = self.deadline.remaining() + _FAREWELL
+            self._watcher = self._membership.watch(seconds, partial(setattr, self, "_outcome"))
 
     def store_to_block(self) -> contextlib.AbstractContextManager[Any]:
         """This call's part of the store, for calls in C++ that wait by themselves."""
@@ -236,6 +208,8 @@ class Call:
             self._membership.old_keys += [f"{self._membership.part}/{key}" for key in self._keys]
             if self._stays_out:
                 self._membership.skip()
+            if self._watcher is not None:
+                self._watcher.join(_FAREWELL)
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
@@ -245,7 +219,7 @@ class Call:
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return self._membership.world.publish(self._membership.part, mine)
+                return publish(self.store, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -257,9 +231,30 @@ class Call:
             self._keys += ["done", "left"]
             self._membership.store.add("started", 1)
 
+    def _wait_for(self, keys: Sequence[str]) -> None:
+        """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
+        pause = 0.0001
+        looks_around_at = time.monotonic() + _LOOK_AROUND
+        while not self.store.check(list(keys)):
+            if self._outcome is None:
+                self._look_for_outcome()
+            if self.deadline.remaining() == 0.0:
+                why = f"gave up after {self.deadline.seconds:g} s"
+                raise missing(why, self.name, self._missing(keys))
+            self.check()
+            if self._announced and time.monotonic() > looks_around_at:
+                assert self._hello is not None
+                self._membership.check_apart(self._hello, self._missing(keys))
+                looks_around_at = time.monotonic() + _LOOK_AROUND
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _missing(self, keys: Sequence[str]) -> list[int]:
+        return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
+
     def _look_for_outcome(self) -> None:
-        if self._outcome is None:
-            self._outcome = self._membership.find("outcome")
+        if self.store.check(["outcome"]):
+            self._outcome = self.store.get("outcome")
 
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
@@ -284,8 +279,9 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self._membership.world.publish(self._membership.part, SUCCESS)
-            self._outcome = _await(self, "outcome")
+                publish(self.store, SUCCESS)
+            self.wait(lambda: self.store.check(["outcome"]))
+            self._outcome = self.store.get("outcome")
             self._raise_failure()
         except BaseException as error:
             if isinstance(error, Exception) and self.publish(error) == SUCCESS:
@@ -339,60 +335,7 @@ def _cause_of(error: BaseException, call: Call) -> BaseException:
         while kind_of(error) == "broadcast_failed" and soon.remaining() > 0.0:
             call._look_for_outcome()
             call.check()
-            time.sleep(_PAUSE)
+            time.sleep(_LONGEST_PAUSE)
     except (RuntimeError, TimeoutError) as cause:
         return cause.with_traceback(None)  # which leads to the frame that will hold it
     return error
-
-
-def _await(call: Call, key: str, keys: Sequence[str] = ()) -> bytes:
-    """What a rank puts under ``key`` once ranks have told ``keys``."""
-    ours = call._membership
-
-    def look() -> bytes | None:
-        found = ours.told(key)
-        if found is None:
-            found = ours.find(key)
-        if found is None:
-            call._look_for_outcome()
-        return found
-
-    return ours.await_stored(key, look, lambda: _check_for(call, keys))
-
-
-def _check_for(call: Call, keys: Sequence[str]) -> None:
-    """``Call.check``, while ranks are awaited that tell ``keys``."""
-    if keys and call.deadline.remaining() == 0.0:
-        call._look_for_outcome()
-        call._raise_failure()
-        if absent := _missing(call.store, keys):
-            raise missing(f"gave up after {call.deadline.seconds:g} s", call.name, absent)
-    call.check()
-    began = time.monotonic()
-    if call._announced and began > call._looks_around_at:
-        assert call._hello is not None
-        call._membership.check_apart(call._hello, _missing(call.store, keys))
-        took = time.monotonic() - began
-        call._looks_around_at = began + max(_LOOK_AROUND, _AT_MOST * took)
-
-
-def _missing(store: Any, keys: Sequence[str]) -> list[int]:
-    """The ranks that have not told their key. Few questions where few are missing."""
-    if store.check(list(keys)):
-        return []
-    if len(keys) == 1:
-        return [int(keys[0].rpartition("/")[2])]
-    half = len(keys) // 2
-    return _missing(store, keys[:half]) + _missing(store, keys[half:])
-
-
-def _learn_outcome(call: Call) -> None:
-    """From a rank that tells of it, or from the store, which is asked now and then."""
-    if call._outcome is not None:
-        return
-    call._outcome = call._membership.told("outcome")
-    tells = call._membership.world.liveness.tells
-    lets_end = tells and call.deadline.remaining() < _LET_END
-    if call._outcome is None and time.monotonic() > call._asks_at and not lets_end:
-        call._look_for_outcome()
-        call._asks_at = time.monotonic() + (_ASK_AGAIN if tells else _ASK_UNTOLD)

@@ -42,7 +42,7 @@ class DefaultGroup:
         """As ``create``, of the members of a call: programs of the original use the group that
         ``gather_metas`` leaves. Called by all of them."""
         there = b"1" if distributed.is_initialized() else b""
-        if not any(call.all_gather("has-default-group", there)):
+        if not any(call.all_gather("default group", there)):
             with call.store_to_block() as store:
                 timeout = timedelta(seconds=call.deadline.remaining())
                 self._create(call.members, dist.PrefixStore("default-group", store), timeout)

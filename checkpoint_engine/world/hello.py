@@ -90,8 +90,7 @@ class Hello:
     trace: str = ""
 
     def encode(self) -> bytes:
-        """Without what is as by default: every rank reads what all say."""
-        return json.dumps({n: v for n, v in vars(self).items() if v != _DEFAULTS.get(n)}).encode()
+        return json.dumps(dataclasses.asdict(self)).encode()
 
     @staticmethod
     def decode(blob: bytes) -> Hello:
@@ -130,9 +129,6 @@ class Hello:
         )
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Hello)}
-
-
 @functools.cache
 def _adapter() -> TypeAdapter[Hello]:
     return TypeAdapter(Hello)
@@ -162,12 +158,8 @@ def check_agreement(hellos: Sequence[Hello]) -> None:
         CollectiveError: two of them make different calls.
         ValueError: two of them are on one device.
     """
-    kinds: dict[tuple[object, ...], Hello] = {}  # the first of the ranks that say the same
     for one in hellos:
-        kinds.setdefault(tuple(getattr(one, name) for name in _MUST_AGREE), one)
-    firsts = list(kinds.values())
-    for one in firsts:
-        for other in (hellos[0], *(hello for hello in firsts if hello.version is not None)):
+        for other in (hellos[0], *(hello for hello in hellos if hello.version is not None)):
             if one.differs_from(other):
                 raise disagreement(one, other)
     seen: dict[str, int] = {}

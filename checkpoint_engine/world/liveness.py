@@ -3,25 +3,19 @@
 The kernel closes the connections of a process however it ends, and gives up those of a host that
 does not answer any more. Rank 0 tells everybody who is gone. A process that is only stopped is not:
 there the deadline of the operation ends the waiting.
-
-The same connections carry notices of what the store holds, so that nobody has to ask the store
-again and again. A notice may get lost: whoever waits for one asks the store now and then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import selectors
 import socket
-import struct
-import termios
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 
 from checkpoint_engine import settings
 
@@ -30,10 +24,6 @@ _HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answ
 _LOOK = 0.15  # seconds between two looks at the clock
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
-_LONGEST_NOTICE = 2048  # bytes of its line; a socket takes several before its reader comes
-_LONGEST_TOLD = 512  # bytes; a longer value is asked from the store
-_REMEMBERED = 256  # notices
-_TELL, _WORDS = b"tell", 4  # begins the line of a notice; and how many words that has
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -53,53 +43,10 @@ class Liveness:
     Attributes:
         gone: the ranks whose process has ended, or whose host is cut off.
         replaces: whether this process has taken the place of one that was in this world before.
-        tells: whether notices reach the other ranks.
-        told: what notices say that the store holds, by key; ``None``: a value that is too long.
     """
 
     gone: frozenset[int] = frozenset()
     replaces = False
-    tells = False
-
-    def __init__(self) -> None:
-        self.told: dict[str, bytes | None] = {}
-        self._changed = threading.Condition()
-
-    def tell(self, key: str, value: bytes, to: int | None = None) -> None:
-        """Let rank ``to``, or all ranks, know that the store holds ``value`` under ``key``."""
-        said = f"={value.hex()}" if len(value) <= _LONGEST_TOLD else "-"
-        line = f"{_TELL.decode()} {'-' if to is None else to} {key} {said}\n".encode()
-        if len(line) <= _LONGEST_NOTICE and len(line.split()) == _WORDS:
-            self._send_notice(line)
-
-    def await_told(self, keys: Collection[str], seconds: float) -> None:
-        """Return once one of ``keys`` was told, other ranks are gone, or the time is up."""
-        gone = self.gone
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.gone is not gone or any(key in self.told for key in keys), seconds
-            )
-
-    def _send_notice(self, line: bytes) -> None:
-        """To rank 0, which passes it on."""
-
-    def _note(self, line: list[bytes]) -> bool:
-        """Remember a notice; returns whether it says something new. Raises if it is malformed."""
-        _, _, key, said = line
-        value = None if said == b"-" else bytes.fromhex(said.decode().removeprefix("="))
-        with self._changed:
-            if key.decode() in self.told:
-                return False
-            self.told[key.decode()] = value
-            while len(self.told) > _REMEMBERED:
-                del self.told[next(iter(self.told))]
-            self._changed.notify_all()
-            return True
-
-    def _set_gone(self, gone: frozenset[int]) -> None:
-        with self._changed:
-            self.gone = gone
-            self._changed.notify_all()
 
     def expect_end(self, seconds: float | None) -> None:
         """Close connections that still block ``seconds`` from now; ``None``: never."""
@@ -112,13 +59,9 @@ class LivenessServer(Liveness):
     """Rank 0 keeps a connection of every other rank, and tells all of them who is gone.
 
     Anybody may connect to its port. A connection is a stranger's until its first line, ``token
-    rank``, says that a rank of this world is at its other end. Lines of the answer are
-    ``replaces gone...``: 0 or 1, then the ranks that are gone. Either side may say
-    ``tell to key value``, a notice: a rank or ``-`` for all, and the value as ``=`` and hexadecimal
-    digits or ``-`` for one that is too long.
+    rank``, says that a rank of this world is at its other end. Every line of the answer is
+    ``replaces gone...``: 0 or 1, then the ranks that are gone.
     """
-
-    tells = True
 
     def __init__(self, size: int) -> None:
         """``size``: of the world.
@@ -126,51 +69,41 @@ class LivenessServer(Liveness):
         Raises:
             RuntimeError: ``PS_LIVENESS_PORT`` is taken.
         """
-        super().__init__()
         self._listener = _listen(settings.liveness_port())
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._size = size
         self._strangers: dict[socket.socket, tuple[float, _Lines]] = {}  # the oldest first
         self._ranks: dict[socket.socket, int] = {}
-        self._lines: dict[socket.socket, _Lines] = {}  # of those
         self._seen: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._mine, woken = _socket_pair()  # rank 0's own
-        self._lines[woken] = _Lines(woken, _LONGEST_NOTICE)
-        self._selector.register(woken, selectors.EVENT_READ, None)
+        self._wake, self._woken = _socket_pair()
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._thread = start_thread(self._run, "checkpoint-engine-liveness")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._mine.shutdown(socket.SHUT_RDWR)
+            self._wake.send(b"x")
         self._thread.join(1.0)
-
-    def _send_notice(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # closed
-            self._mine.sendall(line)
 
     def _run(self) -> None:
         try:
             while True:
                 for key, _ in self._selector.select(self._drop_strangers()):
                     if key.data is None:
-                        self._listen_to(key.fileobj)  # type: ignore[arg-type]  # a socket
-                        continue
+                        return
                     try:
                         key.data(key.fileobj)
                     except BlockingIOError:
                         pass  # the rest of the line is still to come
                     except Exception:  # all ranks depend on this thread: only the sender goes
                         self._drop(key.fileobj)  # type: ignore[arg-type]  # a socket
-        except ConnectionError:
-            pass  # ``close`` was called
         finally:
             for key in list(self._selector.get_map().values()):
                 key.fileobj.close()  # type: ignore[union-attr]  # all are sockets
             self._selector.close()
-            self._mine.close()
+            self._wake.close()
 
     def _drop_strangers(self) -> float | None:
         """Drop those that are late or too many; returns when the next one is late, in seconds."""
@@ -196,38 +129,25 @@ class LivenessServer(Liveness):
             time.sleep(_LOOK)  # no descriptor is left: the listener would be ready again at once
 
     def _greet(self, connection: socket.socket) -> None:
-        lines = self._strangers[connection][1]
-        token, number = next(lines)
+        token, number = next(self._strangers[connection][1])
         rank = int(number)
         if not secrets.compare_digest(token, self.token.encode()) or not 0 < rank < self._size:
             raise ValueError("a stranger")
         self._send(connection, self.gone - {rank}, replaces=rank in self._seen)
         del self._strangers[connection]
-        lines.longest = _LONGEST_NOTICE
-        self._ranks[connection], self._lines[connection] = rank, lines
+        self._ranks[connection] = rank
         self._seen.add(rank)
         self._selector.modify(connection, selectors.EVENT_READ, self._listen_to)
         if rank in self.gone:
             self._tell(self.gone - {rank})
 
     def _listen_to(self, connection: socket.socket) -> None:
-        """Pass on the notices of a rank, each key once: every rank that sees a failure tells."""
-        for line in self._lines[connection].arrived():
-            if line[0] != _TELL:
-                raise ValueError("no notice")
-            if self._note(line):
-                self._pass_on(line, None if line[1] == b"-" else int(line[1]))
-
-    def _pass_on(self, line: list[bytes], to: int | None) -> None:
-        said = b" ".join(line) + b"\n"
-        for connection, rank in list(self._ranks.items()):
-            # Who does not read loses notices, but not the lines that say who is gone.
-            if to in (None, rank) and _unread(connection) <= _LONGEST_NOTICE:
-                with contextlib.suppress(OSError):
-                    connection.send(said)
+        """Ranks say nothing more: what arrives here is the end."""
+        if not connection.recv(1024):
+            raise ConnectionError("the rank has ended")
 
     def _tell(self, gone: frozenset[int]) -> None:
-        self._set_gone(gone)
+        self.gone = gone
         for connection in list(self._ranks):
             with contextlib.suppress(OSError):
                 self._send(connection, gone)
@@ -238,7 +158,6 @@ class LivenessServer(Liveness):
     def _drop(self, connection: socket.socket) -> None:
         """Also of one that has been dropped in the same turn already."""
         self._strangers.pop(connection, None)
-        self._lines.pop(connection, None)
         rank = self._ranks.pop(connection, None)
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection)
@@ -249,8 +168,6 @@ class LivenessServer(Liveness):
 
 class LivenessClient(Liveness):
     """Any other rank learns from rank 0 who is gone, and notices when rank 0 itself is."""
-
-    tells = True
 
     def __init__(
         self, rank: int, addr: str, port: int, token: str, on_silence: Callable[[], None]
@@ -265,7 +182,6 @@ class LivenessClient(Liveness):
             OSError: it does not answer.
             ValueError: its answer is malformed.
         """
-        super().__init__()
         self._on_silence = on_silence
         self._end: float | None = None
         self._socket = socket.create_connection((addr, port), timeout=_HELLO_SECONDS)
@@ -274,7 +190,7 @@ class LivenessClient(Liveness):
             _keep_alive(self._socket)
             self._socket.sendall(f"{token} {rank}\n".encode())
             self._lines = _Lines(self._socket, _LONGEST_ANSWER)
-            self.replaces = self._learn(next(self._lines))
+            self.replaces = self._learn()
         except BaseException:
             self._socket.close()
             raise
@@ -290,14 +206,10 @@ class LivenessClient(Liveness):
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
-    def _send_notice(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # rank 0 is gone, or does not read
-            self._socket.sendall(line)
-
-    def _learn(self, line: list[bytes]) -> bool:
-        """Who is gone; returns whether this rank replaces another process."""
-        replaces, *gone = map(int, line)
-        self._set_gone(frozenset(gone))
+    def _learn(self) -> bool:
+        """Read who is gone; returns whether this rank replaces another process."""
+        replaces, *gone = map(int, next(self._lines))
+        self.gone = frozenset(gone)
         return bool(replaces)
 
     def _run(self) -> None:
@@ -305,16 +217,12 @@ class LivenessClient(Liveness):
         try:
             while past < _LOOKS_PAST_THE_END:
                 try:
-                    line = next(self._lines)
-                    if line[:1] == [_TELL]:
-                        self._note(line)
-                    else:
-                        self._learn(line)
+                    self._learn()
                 except TimeoutError:
                     end = self._end
                     past = past + 1 if end is not None and time.monotonic() > end else 0
         except Exception:  # the connection has ended, or what arrives is not rank 0's
-            self._set_gone(frozenset({0}))
+            self.gone = frozenset({0})
         finally:
             self._socket.close()
             self._on_silence()
@@ -324,15 +232,9 @@ class _Lines:
     """The lines that arrive at a socket, in words."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
-        self.longest = longest
         self._connection = connection
+        self._longest = longest
         self._rest = b""
-
-    def arrived(self) -> Iterator[list[bytes]]:
-        """At least one line, and those that have come along with it."""
-        yield next(self)
-        while b"\n" in self._rest:
-            yield next(self)
 
     def __next__(self) -> list[bytes]:
         """Raises ``TimeoutError`` if none comes in time, ``BlockingIOError`` if the socket does not
@@ -340,8 +242,7 @@ class _Lines:
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
             self._rest += received
-            endless = b"\n" not in self._rest and len(self._rest) > self.longest
-            if not received or endless:
+            if not received or len(self._rest) > self._longest:
                 raise ConnectionError("the connection was closed, or a line is too long")
         line, _, self._rest = self._rest.partition(b"\n")
         return line.split()
@@ -364,12 +265,6 @@ def _socket_pair() -> tuple[socket.socket, socket.socket]:
     pair = socket.socketpair()
     _sockets.update(pair)
     return pair
-
-
-def _unread(connection: socket.socket) -> int:
-    """Bytes that were sent and have not arrived at the other host."""
-    found = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
-    return int(found[0])
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
+from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -19,10 +22,9 @@ from checkpoint_engine.world.outcome import (
     encode_failure,
     error_of,
     gone,
+    publish,
 )
 from checkpoint_engine.world.store import World
-
-T = TypeVar("T")
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
 _REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
@@ -98,12 +100,12 @@ class Membership:
     def _end_of_call_before(self, number: int) -> bytes:
         """The outcome of a call that this process cannot take part in: it is over, or members that
         have died began it. Empty if it may."""
-        part = f"{self._name}/{number}"
+        store = dist.PrefixStore(str(number), self.store)
         dead = [self.rank, *self.gone()]
-        begun = [rank for rank in dead if self.world.store.check([f"{part}/hello/{rank}"])]
+        begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
         if not begun:
-            return self.world.find(f"{part}/outcome") or b""
-        return self.world.publish(part, self._failure(gone(begun, "this call"), begun[0]))
+            return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
+        return publish(store, self._failure(gone(begun, "this call"), begun[0]))
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
         """What the engine of each member holds; of those that say so in ``seconds``."""
@@ -121,22 +123,18 @@ class Membership:
         """The running call is over. The first member leaves last, for as rank 0 it takes the store
         along. Returns whether it has seen all others leave."""
         store = self.part_of(self.world.store)
-        first, *others = self.members
-        if self.rank != first:
-            if store.add("left", 1) == len(others):
-                self.world.liveness.tell(f"{self.part}/left", b"", first)
+        if self.rank != self.members[0]:
+            store.add("left", 1)
             return False
 
-        def have_left() -> bool | None:
+        def have_left() -> bool:
             """All but those that never will."""
-            return store.add("left", 0) >= len(others) - len(self.gone()) or None
+            return bool(store.add("left", 0) >= len(self.members) - 1 - len(self.gone()))
 
-        all_left = not others or have_left() is not None
+        all_left = False
         with contextlib.suppress(TimeoutError):
-            if not all_left:
-                all_left = self.await_stored(
-                    "left", have_left, lambda: deadline.check("the other ranks to leave")
-                )
+            poll(have_left, lambda: deadline.check("the other ranks to leave"))
+            all_left = True
         self._end(checkpoint, outcome)
         return all_left
 
@@ -172,18 +170,20 @@ class Membership:
         """To the running call. Rank 0 takes the store along, and nobody can come any more."""
         return rank == 0 or bool(self.part_of(self.world.store).check([f"hello/{rank}"]))
 
-    def await_stored(self, key: str, look: Callable[[], T | None], check: Callable[[], None]) -> T:
-        """See ``World.await_stored``; of the running call's part, ``check`` raises its outcome."""
-        full = f"{self.part}/{key}" if key else ""
-        return self.world.await_stored(full, look, check, [f"{self.part}/outcome"])
+    def watch(self, seconds: float, note: Callable[[bytes], None]) -> threading.Thread:
+        """Have ``note`` called with the running call's outcome as soon as there is one."""
+        watched, part = self.part_of(self.world.watched), self.part
 
-    def find(self, key: str) -> bytes | None:
-        """What the running call's part of the store holds."""
-        return self.world.find(f"{self.part}/{key}")
+        def run() -> None:
+            try:
+                watched.wait(["outcome"], timedelta(seconds=seconds))
+                note(watched.get("outcome"))
+            except RuntimeError as error:
+                log_detail(self.rank, "no longer watching the ranks of call {}: {}", part, error)
 
-    def told(self, key: str) -> bytes | None:
-        """The same if a rank has told of it; otherwise nothing is asked."""
-        return self.world.told(f"{self.part}/{key}")
+        thread = threading.Thread(target=run, name="checkpoint-engine-watch", daemon=True)
+        thread.start()
+        return thread
 
     @contextlib.contextmanager
     def store_to_block(self, deadline: Deadline) -> Iterator[Any]:
@@ -197,7 +197,8 @@ class Membership:
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for in the call of this number."""
-        outcome = self.find("outcome") or SUCCESS
+        store = self.part_of(self.world.store)
+        outcome = store.get("outcome") if store.check(["outcome"]) else SUCCESS
         return [] if outcome == SUCCESS else decode_failure(outcome).missing
 
     def _failure(self, error: CollectiveError, rank: int) -> bytes:
@@ -224,7 +225,7 @@ class Membership:
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])
-            self.world.publish(self.part, self._failure(behind, first.rank))
+            publish(store, self._failure(behind, first.rank))
             self.begin()
 
     def agreed(self) -> None:
@@ -237,7 +238,7 @@ class Membership:
             # Its rank may not have come to that yet, and this one's next call may have its number.
             part, outcome = failure.other
             with contextlib.suppress(dist.DistError):
-                self.world.publish(part, outcome.encode())
+                publish(dist.PrefixStore(part, self.world.store), outcome.encode())
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
             self._left_by_others += [call for call in failure.calls if call != mine.wish]
@@ -246,7 +247,7 @@ class Membership:
 
     def announce(self, mine: Hello) -> None:
         """Let ranks that wait for this one in another call see what it does."""
-        said = {"hello": mine.terms().encode().decode(), "part": self.part}
+        said = {"hello": mine.encode().decode(), "part": self.part}
         self._has_announced = True
         self.world.store.set(f"doing/{self.rank}", json.dumps(said))
 
@@ -262,15 +263,18 @@ class Membership:
             CollectiveError: one of them updates from the same checkpoint, but not the same
                 ranks, and there are ranks in both. That call fails, too.
         """
-        for rank in others:
-            if announced := self.world.find(f"doing/{rank}"):
+        store = self.world.store
+        for key in (f"doing/{rank}" for rank in others):
+            announced = store.get(key) if store.check([key]) else b""
+            if announced:
                 said = json.loads(announced)
-                self._check_apart_from(mine, Hello.decode(said["hello"]), said["part"])
+                self._check_apart_from(
+                    mine, Hello.decode(said["hello"]), dist.PrefixStore(said["part"], store)
+                )
 
-    def _check_apart_from(self, mine: Hello, theirs: Hello, part: str) -> None:
-        if not _overlap(mine, theirs) or theirs.rank in self.world.liveness.gone:
-            return
-        if self.world.find(f"{part}/outcome") is not None:
+    def _check_apart_from(self, mine: Hello, theirs: Hello, part: Any) -> None:
+        is_over = theirs.rank in self.world.liveness.gone or part.check(["outcome"])
+        if is_over or not _overlap(mine, theirs):
             return
         # The ranks of a P2P update have not made the other call, which goes without them.
         not_in_theirs = [
@@ -282,7 +286,7 @@ class Membership:
         ours = disagreement(mine, theirs, not_in_mine)
         error = disagreement(mine, theirs, not_in_theirs)
         error.other = [self.part, self._failure(ours, self.rank).decode()]
-        if self.world.publish(part, self._failure(error, self.rank)) == SUCCESS:
+        if publish(part, self._failure(error, self.rank)) == SUCCESS:
             return  # it has just ended
         raise ours
 

@@ -1,7 +1,7 @@
-"""The key-value store that rank 0 hosts, and a rank's connection to it.
+"""The key-value store that rank 0 hosts, and a rank's connections to it.
 
-torch's client of a store waits for an answer without end. So a rank's connection can be cut from
-another thread: whoever waits on it gets an error at once.
+torch's client of a store waits for an answer without end. So a rank's connections can be cut from
+another thread: whoever waits on one gets an error at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,10 +29,6 @@ T = TypeVar("T")
 NO_ANSWER = "rank 0, which hosts the store of this world, does not answer"
 _CONNECT_TIMEOUT = timedelta(minutes=5)
 _APART = 0.05  # seconds at most, by chance, so that threads do not connect at once again
-_ABSENT = "\0absent"  # no rank writes that
-_LOOK = 0.02  # seconds between two looks at what has happened meanwhile
-_ASK_AGAIN = 0.05, 1.0  # seconds at first, and at most, between two questions while ranks tell
-_ASK_UNTOLD = 0.0001, 0.01  # the same where no rank tells
 _hosted: dict[int, Any] = {}
 _stores: dict[tuple[str, int], _Connection] = {}
 _worlds: dict[tuple[str, int], int] = {}
@@ -44,80 +40,19 @@ class World:
     """A rank's access to its world. Here: a world of one rank, whose store is its own memory.
 
     Attributes:
-        store: where the ranks say things; no question to it waits for a key.
-        liveness: who is gone, and what other ranks have just put into the store.
+        store: for requests.
+        watched: to wait for outcomes.
+        liveness: who is gone.
         id: another one where rank 0 was restarted.
     """
 
     store: Any
-    liveness: Liveness
+    watched: Any
+    liveness = Liveness()
     id = ""
 
     def __init__(self) -> None:
-        self.store = dist.HashStore()
-        self.liveness = Liveness()
-
-    def find(self, key: str) -> bytes | None:
-        """What is in the store under ``key``. One question: ``get`` asks two, and waits."""
-        found = bytes(self.store.compare_set(key, _ABSENT, _ABSENT))
-        return None if found == _ABSENT.encode() else found
-
-    def told(self, key: str) -> bytes | None:
-        """The same if a rank has told of it; otherwise nothing is asked."""
-        if key not in self.liveness.told:
-            return None
-        value = self.liveness.told[key]
-        return self.find(key) if value is None else value
-
-    def put(self, key: str, value: bytes) -> None:
-        """Put it into the store, and tell all ranks."""
-        self.store.set(key, value)
-        self.store.check([key])  # the store's answer: whoever is told finds it there
-        self.liveness.tell(key, value)
-
-    def publish(self, part: str, outcome: bytes) -> bytes:
-        """Make it the outcome of the call whose keys begin with ``part``, unless that has one;
-        returns that. All ranks are told."""
-        key = f"{part}/outcome"
-        found = bytes(self.store.compare_set(key, "", outcome.decode()))
-        if found == outcome and key not in self.liveness.told:
-            self.liveness.tell(key, outcome)
-        return found
-
-    def await_stored(
-        self,
-        key: str,
-        look: Callable[[], T | None],
-        check: Callable[[], None],
-        until: Collection[str] = (),
-    ) -> T:
-        """What ``look``, which asks the store, finds once a rank has told of ``key``.
-
-        Args:
-            key: if it is empty, no rank will tell.
-            check: ends the wait by raising; called often, so it should ask nobody.
-            until: other keys; once one is told, ``check`` raises.
-        """
-        tells = self.liveness.tells and bool(key)
-        pause, longest = _ASK_AGAIN if tells else _ASK_UNTOLD
-        keys = {key, *until}
-        if not tells and (found := look()) is not None:
-            return found
-        while True:
-            self._await_told(key, keys, Deadline(pause), check)
-            if (found := look()) is not None:
-                return found
-            if key in self.liveness.told:  # and yet not in the store
-                keys.discard(key)
-            pause = min(2 * pause, longest)
-
-    def _await_told(
-        self, key: str, keys: Collection[str], soon: Deadline, check: Callable[[], None]
-    ) -> None:
-        check()
-        while soon.remaining() > 0.0 and (key not in keys or key not in self.liveness.told):
-            self.liveness.await_told(keys, min(soon.remaining(), _LOOK))
-            check()
+        self.store = self.watched = dist.HashStore()
 
     @property
     def is_lost(self) -> bool:
@@ -141,7 +76,7 @@ class World:
 
 
 class ConnectedWorld(World):
-    """Several ranks: a connection to the store that rank 0 hosts, and one for liveness."""
+    """Several ranks: connections to the store that rank 0 hosts, and one for liveness."""
 
     def __init__(
         self, rank: int, size: int, addr: str, port: int, number: int, deadline: Deadline
@@ -152,23 +87,23 @@ class ConnectedWorld(World):
             RuntimeError: the port is taken, or rank 0 does not answer.
             TimeoutError: it did not do so before the deadline.
         """
-        super().__init__()
         self._prefix = f"checkpoint-engine/{number}"
-        self._connection = _connect(rank, size, addr, port, deadline)
+        self._connections = [_connection(rank, size, addr, port, deadline)]
+        self._connections.append(self._another(deadline))
         self._to_block: _Connection | None = None
-        self.store = self._part_of(self._connection)
-        try:
+        self.store, self.watched = map(self._part_of, self._connections)
+        try:  # by the connection that no other world of this process has
             self.liveness, self.id = _within(
-                deadline, addr, port, lambda: self._meet(rank, size, addr, self.store)
+                deadline, addr, port, lambda: self._meet(rank, size, addr, self.watched)
             )
         except BaseException:
-            self._connection.close()
+            self._connections[1].close()
             raise
 
     def store_to_block(self, deadline: Deadline) -> Any:
         """By a connection of its own."""
         if self._to_block is None:
-            self._to_block = _Connection(self._connection.place, deadline)
+            self._to_block = self._another(deadline)
         return self._part_of(self._to_block)
 
     def free_blocked(self) -> None:
@@ -176,12 +111,15 @@ class ConnectedWorld(World):
             self._to_block.cut()
             self._to_block = None
 
+    def _another(self, deadline: Deadline) -> _Connection:
+        return _Connection(self._connections[0].place, deadline)
+
     def _part_of(self, connection: _Connection) -> Any:
         return dist.PrefixStore(self._prefix, connection.store)
 
     @property
     def is_lost(self) -> bool:
-        return self._connection.is_cut
+        return not self._connections or any(one.is_cut for one in self._connections)
 
     @property
     def why_lost(self) -> str:
@@ -192,14 +130,17 @@ class ConnectedWorld(World):
     def cut(self) -> None:
         """End every call that waits for the store; for when rank 0 does not answer."""
         self.free_blocked()
-        self._connection.cut()
+        for connection in self._connections:
+            connection.cut()
 
     def close(self) -> None:
         self.cut()
         self.liveness.close()
         self.liveness = Liveness()  # world and liveness know each other
-        self._connection.close()
-        self.store = None
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        self.store = self.watched = None
 
     def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Liveness, str]:
         if rank == 0:
@@ -318,30 +259,31 @@ def connect_store(
         RuntimeError: the port is taken, or rank 0 does not answer.
         TimeoutError: it did not do so before the deadline.
     """
+    return _connection(rank, world_size, addr, port, deadline or Deadline(_CONNECT_TIMEOUT)).store
+
+
+def _connection(
+    rank: int, world_size: int, addr: str, port: int, deadline: Deadline
+) -> _Connection:
     known = _stores.get((addr, port))
     if known is not None and not known.is_cut:
-        return known.store
-    mine = _connect(rank, world_size, addr, port, deadline or Deadline(_CONNECT_TIMEOUT))
+        return known
+    try:
+        if rank == 0:
+            _host(port, world_size)
+        mine = _Connection(_await_port(addr, port, deadline), deadline)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {rank} cannot {'reach' if rank else 'host'} the store at {addr}:{port}: "
+            f"{error}; is the port free, and master_addr rank 0's host?"
+        ) from error
     with _lock:
         first = _stores.get((addr, port))
         if first is None or first.is_cut:
             first = _stores[addr, port] = mine
     if first is not mine:  # another thread was faster
         mine.close()
-    return first.store
-
-
-def _connect(rank: int, world_size: int, addr: str, port: int, deadline: Deadline) -> _Connection:
-    """A connection of this rank alone; see ``connect_store``."""
-    try:
-        if rank == 0:
-            _host(port, world_size)
-        return _Connection(_await_port(addr, port, deadline), deadline)
-    except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"rank {rank} cannot {'reach' if rank else 'host'} the store at {addr}:{port}: "
-            f"{error}; is the port free, and master_addr rank 0's host?"
-        ) from error
+    return first
 
 
 def _host(port: int, size: int) -> None:
