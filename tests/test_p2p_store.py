@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loguru import logger
@@ -230,6 +231,49 @@ def test_a_bucket_whose_lease_ends_during_the_read_is_an_error(
     finally:
         loader.close()
         owner.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("late", [False, True])
+def test_another_owner_is_asked_unless_bytes_of_the_first_may_still_arrive(
+    store: P2PStore, late: bool
+) -> None:
+    """The first has replaced its checkpoint: its bytes, if late, would replace those of the
+    second."""
+    owners = [P2PStore(host=LOCAL), P2PStore(host=LOCAL)]
+    memory = [torch.full((4096,), 7, dtype=torch.uint8), pattern(4096)]
+    owned = {}
+    for rank, (owner, held) in enumerate(zip(owners, memory, strict=True)):
+        owner.register_named_tensors({"memory": held})
+        owned[rank] = MemoryBufferMetaList(
+            p2p_store_addr=owner.addr,
+            memory_buffer_metas_list=[MemoryBufferMetas(metas=[], ptr=held.data_ptr(), size=4096)],
+            rdma_device="",
+            lease=owner.grant(),
+        )
+    loader = RemoteLoader(store, owned, DeviceManager("cpu"), torch.device("cpu"))
+    bucket = H2DBucket(size=4096, ranges=[BucketRange(0, 0, 4096)], items=[])
+    target = torch.full((8192,), 255, dtype=torch.uint8)[4096:]
+    runs = np.array([0, 1024]), np.array([512, 2048])
+    try:
+        assert owned[0].lease is not None
+        owners[0].revoke(owned[0].lease)
+        if late:
+            under_way: Any = types.SimpleNamespace(memory=target, is_over=lambda: False)
+            store._unfinished.append(under_way)
+            with pytest.raises(StaleSourceError):
+                loader.read_any({0: bucket, 1: bucket}, target, runs)
+        else:
+            assert loader.read_any({0: bucket, 1: bucket}, target, runs) == 1536
+            expected = torch.full((4096,), 255, dtype=torch.uint8)
+            for begin, end in zip(*runs, strict=True):
+                expected[begin:end] = memory[1][begin:end]
+            assert torch.equal(target, expected)
+    finally:
+        store._unfinished.clear()
+        loader.close()
+        for owner in owners:
+            owner.close()
 
 
 # ---------------------------------------------------------------------- reading

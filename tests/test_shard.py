@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -316,6 +317,32 @@ def test_a_bucket_by_needs_that_were_never_promised_is_refused() -> None:
 
     for (error,) in run_world(2, program):
         assert "holds less than this worker said that it reads" in error
+
+
+@pytest.mark.timeout(120)
+def test_a_bucket_waits_for_the_last_rank_of_the_host_to_say_what_its_worker_reads() -> None:
+    """One rank hears it late, when the others have read and offered their buckets already."""
+
+    def program(me: Rank) -> list[Any]:
+        server = server_on(me, 3)
+        model = learn(server)
+        if me.rank == 1:
+
+            def tell_all(peers: host_peers.HostPeers, word: bytes) -> None:
+                for owner in sorted(peers.incoming):  # rank 2 last
+                    if owner == 2 and word == host_peers.MAPPED:
+                        time.sleep(0.5)
+                    peers.tell(owner, word)
+
+            host_peers.HostPeers.tell_all = tell_all  # type: ignore[method-assign]
+        errors = []
+        for seed in range(1, 5):
+            named = {n: t for r in range(me.size) for n, t in tensors_of(r, seed).items()}
+            owned = named if me.rank == 3 else {}
+            errors.append(error_of(lambda: server.send(f"step-{seed}", owned)))  # noqa: B023
+        return [errors, is_right(model, 4, me.size)]
+
+    assert run_world(4, program) == [[[""] * 4, True]] * 4
 
 
 def test_a_host_whose_memory_cannot_be_read_is_served_by_the_group() -> None:

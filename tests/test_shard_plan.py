@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.data_types import TensorPart, placed
+from checkpoint_engine.ground import needs as needs_module
 from checkpoint_engine.ground.needs import Needs, Region, runs_of
 from checkpoint_engine.planning import shards
 from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
@@ -79,6 +81,34 @@ def test_a_region_beyond_its_tensor_is_refused() -> None:
         runs_of([Region(NBYTES - 1, 2, (), ())], NBYTES, 0)
     with pytest.raises(ValueError, match="reaches beyond"):
         runs_of([Region(0, 1, (2, 1 << 40), (1, 0))], NBYTES, 0)
+
+
+def test_every_second_element_of_a_large_tensor_takes_no_memory() -> None:
+    """As a loader reads that parts gates from ups: runs of two bytes, half a million of each."""
+    nbytes = 1 << 21
+    halves = [Region(offset, 2, (nbytes // 4,), (4,)) for offset in (0, 2)]
+    tracemalloc.start()
+    try:
+        begins, ends = runs_of(halves, nbytes, shards.SHORTEST_GAP)
+        assert (begins.tolist(), ends.tolist()) == ([0], [nbytes])
+        with pytest.raises(ValueError, match="reaches beyond"):
+            runs_of([Region(0, 1, (1000, 1000), (1, 0))], 999, 0)
+        with pytest.raises(ValueError, match="reaches beyond"):  # the same bytes again and again
+            runs_of([Region(0, 1, (10, 10, 10, 10), (10_000,) * 4)], nbytes, shards.SHORTEST_GAP)
+        assert tracemalloc.get_traced_memory()[1] < nbytes // 4
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_too_much_to_be_told_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would refuse it, and every update with it."""
+    read = {tensor(f"t{i}", NBYTES): [Region(i, 1, (), ())] for i in range(200)}
+    needs = Needs.of(read)
+    assert needs is not None
+    monkeypatch.setattr(needs_module, "_LARGEST", 2_000)
+    with pytest.raises(ValueError, match="not what a worker needs"):
+        Needs.decode(needs.text)
+    assert Needs.of(read) is None
 
 
 @quick

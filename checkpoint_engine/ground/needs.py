@@ -80,20 +80,24 @@ class Needs:
     @staticmethod
     def of(read: Mapping[Tensor, Iterable[Region]]) -> Needs | None:
         """``read``: the regions of every tensor that the worker was given. ``None`` if two have the
-        same name."""
+        same name, or it is too much to be told."""
         ordered = sorted(read, key=lambda tensor: tensor[0])
         if len({name for name, _, _ in ordered}) < len(ordered):
             return None
         kinds: dict[tuple[Region, ...], int] = {}
         kind_of = [kinds.setdefault(tuple(sorted(read[one])), len(kinds)) for one in ordered]
         numbers = np.array(kind_of, dtype="<i4").tobytes()
-        return Needs(tensors_digest(ordered), tuple(kinds), numbers)
+        needs = Needs(tensors_digest(ordered), tuple(kinds), numbers)
+        return needs if len(needs._content) <= _LARGEST else None
+
+    @property
+    def _content(self) -> bytes:
+        return json.dumps([self.tensors, self.kinds]).encode() + b"\n" + self.kind_of
 
     @cached_property
     def text(self) -> str:
         """For ``decode``."""
-        content = json.dumps([self.tensors, self.kinds]).encode() + b"\n" + self.kind_of
-        return base64.b64encode(zlib.compress(content, 6)).decode()
+        return base64.b64encode(zlib.compress(self._content, 6)).decode()
 
     @cached_property
     def digest(self) -> str:
@@ -153,14 +157,26 @@ def runs_of(regions: Iterable[Region], nbytes: int, gap: int) -> Runs:
     for region in regions:
         if not region.length or 0 in region.counts:
             continue
-        if region.end > nbytes or math.prod(region.counts) > nbytes:
+        length, apart = _without_gaps(region, gap)
+        few = math.prod(count for _, count in apart) <= nbytes // max(1, gap) + 1
+        if region.end > nbytes or math.prod(region.counts) > nbytes or not few:
             raise ValueError(f"{region} reaches beyond a tensor of {nbytes} bytes")
         starts = np.array([region.offset], dtype=np.int64)
-        for count, stride in zip(region.counts, region.strides, strict=True):
+        for stride, count in reversed(apart):
             starts = (starts[:, None] + np.arange(count, dtype=np.int64) * stride).ravel()
         begins.append(starts)
-        ends.append(starts + region.length)
+        ends.append(starts + length)
     return _joined(np.concatenate(begins), np.concatenate(ends), gap)
+
+
+def _without_gaps(region: Region, gap: int) -> tuple[int, list[tuple[int, int]]]:
+    """The bytes of each run once those that are no more than ``gap`` apart are one, and the strides
+    and counts of the runs: every second element of a large tensor is one run, not millions."""
+    length, apart = region.length, sorted(zip(region.strides, region.counts, strict=True))
+    while apart and apart[0][0] <= length + gap:
+        stride, count = apart.pop(0)
+        length += (count - 1) * stride
+    return length, apart
 
 
 def _joined(begins: np.ndarray, ends: np.ndarray, gap: int) -> Runs:

@@ -234,6 +234,13 @@ class P2PStore:
                     raise
         return bytes(seen.tolist())
 
+    def may_still_write(self, memory: torch.Tensor) -> bool:
+        """Whether bytes of a read that was given up may still arrive in this memory's storage."""
+        place = memory.untyped_storage().data_ptr()
+        self.release_finished()
+        kept = [read.memory for read in self._unfinished if read.memory is not None]
+        return any(one.untyped_storage().data_ptr() == place for one in kept)
+
     def release_finished(self) -> None:
         """Let go of the memory of reads that were given up and are over by now."""
         with self._unfinished_lock:

@@ -109,6 +109,7 @@ class RemoteLoader:
         runs: Runs | None,
     ) -> int:
         """Read a bucket from the first of ``sources`` that can be read; ends when this is closed.
+        None is asked while a read from the one before may still write.
 
         Args:
             sources: by owner, the bucket as it lies there.
@@ -120,6 +121,8 @@ class RemoteLoader:
             try:
                 return self.read(owner, bucket, target, self._check, runs)
             except P2PError as error:
+                if self._store.may_still_write(target if self._bounce is None else self._bounce):
+                    raise  # late bytes, by now of another checkpoint, would replace the others
                 logger.warning("{}; asking another owner of the same bytes", error)
         return self.read(*last, target, self._check, runs)
 

@@ -228,6 +228,12 @@ class _ShardMover(PeersMover):
             self._is_whole = not self._reads_needs or self._peers.anybody_said(WHOLE)
         super().advance()
 
+    def has_arrived(self, step: Step) -> bool:
+        """What another rank has read may be there before this one has heard what is in it."""
+        self.advance()
+        is_own = step.sources == (step.receiver,)
+        return (is_own or self._is_whole is not None) and super().has_arrived(step)
+
     def needs_for(self, step: Step) -> str:
         if step.sources == (step.receiver,):
             return ""
