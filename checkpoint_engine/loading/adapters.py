@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -194,6 +195,10 @@ class Layerwise(LoadOver):
 
     def load_weights(self, weights: NamedTensors) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
+        with self._replacing(**_quick_sizes(self._vllm)):
+            return self._load_through(weights)
+
+    def _load_through(self, weights: NamedTensors) -> Any:
         if not self._loads_early:
             return self._model.load_weights(weights)
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
@@ -348,6 +353,25 @@ def _keeps_what_is_there(vllm: Any) -> bool:
     weight = layer.weight
     vllm.materialize_layer(layer, vllm.get_layerwise_info(layer))
     return layer.weight is weight
+
+
+def _quick_sizes(vllm: Any) -> dict[str, Callable[..., int]]:
+    """For a warning, vLLM 0.26 sums up with every tensor what waits for its layer to be complete:
+    with hundreds of experts in no order, most of its work. Here nothing is summed up twice."""
+    size = getattr(vllm, "get_info_size", None)
+    known: dict[int, tuple[list[Any], int, int]] = {}
+
+    def size_of(info: Any) -> int:
+        waiting = info.loaded_weights
+        listed, count, nbytes = known.get(id(info), (waiting, 0, 0))
+        if listed is not waiting or count > len(waiting):  # vLLM has begun anew
+            count = nbytes = 0
+        assert size is not None
+        nbytes += int(size(SimpleNamespace(loaded_weights=waiting[count:])))
+        known[id(info)] = waiting, len(waiting), nbytes
+        return nbytes
+
+    return {} if size is None else {"get_info_size": size_of}
 
 
 def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:

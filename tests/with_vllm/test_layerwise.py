@@ -195,3 +195,48 @@ def test_a_view_that_the_engine_parts_from_its_weight_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"flat, which was a view of conv\.weight until"):
         update(model, habits, [{"conv": whole + 1}])
     assert torch.equal(model.conv.weight, whole.t())
+
+
+PARTS = 12
+
+
+class Parts(torch.nn.Module):
+    """A layer of many parameters. After each vLLM is asked what waits, as it asks itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.ParameterDict({str(n): parameter(2) for n in range(PARTS)})
+        self.answers: list[int] = []
+        layerwise.record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            target = self.layer[name]
+            getattr(target, "weight_loader")(target, tensor)  # noqa: B009  # vLLM's, while it waits
+            self.answers.append(layerwise.get_info_size(layerwise.get_layerwise_info(self.layer)))
+            loaded.add(f"layer.{name}")
+        return loaded
+
+
+def test_what_waits_for_memory_is_summed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    def size(info: Any) -> int:
+        looked_at.append(len(info.loaded_weights))
+        return 10 * len(info.loaded_weights)
+
+    monkeypatch.setattr(layerwise, "get_info_size", size)
+    model, habits = Parts(), dict[str, LoaderHabits]()
+    for step in range(3):
+        model.answers.clear()
+        looked_at.clear()
+        tensors = {str(n): torch.full((2,), float(step + n)) for n in range(PARTS)}
+        names = list(tensors)
+        buckets = [{n: tensors[n] for n in names[at : at + 3]} for at in range(0, PARTS, 3)]
+        update(model, habits, buckets)
+        if step < 2:  # what is learned is replayed, and nobody asks
+            assert model.answers == [10, 20, 30] * (PARTS // 3 - 1) + [10, 20, 0]
+            assert sum(looked_at) == PARTS - 1
+        assert all(torch.equal(model.layer[name], one) for name, one in tensors.items())
+    assert layerwise.get_info_size is size
