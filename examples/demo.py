@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -180,14 +182,26 @@ class Stopwatch:
         return time.monotonic() - self._start
 
 
+def free_port_pair() -> int:
+    """A port for torchrun, whose successor, where the ranks meet, is free as well. Not one of those
+    that the kernel gives to connections, as ``--standalone`` takes: the next may be in use."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000, 2)
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
 def push(account: Account, checkpoint: Path, engine: HasUrl, device: str) -> None:
     """Run ``examples/update.py`` under torchrun: one parameter-server rank for each worker.
 
     Raises:
         RuntimeError: it failed, or took longer than ``TIMEOUT`` seconds.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={TP}", f"--log-dir={checkpoint.parent}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={free_port_pair()}", f"--nproc-per-node={TP}"]
+    command += [f"--log-dir={checkpoint.parent}"]
     command += [str(EXAMPLES / "update.py")]
     command += [f"--checkpoint-path={checkpoint}", f"--checkpoint-name={checkpoint.name}"]
     command += [f"--endpoint={engine.url}", f"--inference-parallel-size={TP}"]

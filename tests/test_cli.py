@@ -26,6 +26,7 @@ from checkpoint_engine.cli.service import parse_ranks
 from checkpoint_engine.client import wait_until_ready
 from engines import serve_http
 from test_service import Engine, listening, running
+from torchrun import free_port_pair
 
 RANKS = 2
 WEIGHTS = {f"layers.{i}.w": torch.randn(i + 1, 300, dtype=torch.bfloat16) for i in range(8)}
@@ -112,7 +113,8 @@ def test_plan_of_what_is_no_checkpoint(tmp_path: Path) -> None:
 def sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder with the sockets of two ranks."""
     folder = tmp_path_factory.mktemp("s")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(RANKS)]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port_pair())]
     serve = ["-m", "checkpoint_engine", "--uds", str(folder / "{rank}.sock")]
     with running([*torchrun, *serve], folder):
         for rank in range(RANKS):
