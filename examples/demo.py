@@ -15,11 +15,9 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +31,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from checkpoint_engine.ground.sockets import free_port_pair
 from random_checkpoint import (
     SIZES,
     expected_digests,
@@ -180,17 +179,6 @@ class Stopwatch:
 
     def __call__(self) -> float:
         return time.monotonic() - self._start
-
-
-def free_port_pair() -> int:
-    """A port for torchrun, whose successor, where the ranks meet, is free as well. Not one of those
-    that the kernel gives to connections, as ``--standalone`` takes: the next may be in use."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000, 2)
-        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 1))
-            return port
 
 
 def push(account: Account, checkpoint: Path, engine: HasUrl, device: str) -> None:

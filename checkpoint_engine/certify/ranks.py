@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from loguru import logger
 
 from checkpoint_engine import settings
 from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.sockets import free_port_pair
 
 Ask = Callable[[dict[str, str]], Any]
 """Has the engine receive: gets every worker's address by its device's identity."""
@@ -30,7 +30,7 @@ class Ranks:
 
     def __init__(self, count: int) -> None:
         environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port_pair())}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port_pair())}
         # Not forked from this process, which may hold devices and threads; torch is imported once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["checkpoint_engine.ps"])
@@ -150,16 +150,3 @@ def _update(
     finally:
         ps.unregister_checkpoint(name)
     return {"buckets": report.buckets, "bytes": report.bytes, "seconds": report.seconds}
-
-
-def _free_port_pair() -> int:
-    """A port whose successor is free, where the ranks meet."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port

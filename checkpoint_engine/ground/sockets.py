@@ -1,4 +1,4 @@
-"""The TCP sockets of this process, for libraries that do not show their own."""
+"""The TCP sockets of this process, for libraries that do not show their own, and free ports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import random
 import socket
 import stat
 import struct
@@ -17,6 +18,17 @@ _NETWORK_HEADER, _PROTOCOL = 0xFFF00000, 0xFFFFF000  # SKF_NET_OFF; SKF_AD_OFF +
 _DESTINATION = {4: (0x0800, 16), 6: (0x86DD, 24)}  # EtherType, offset of the address in the header
 _ATTACH_FILTER = 26  # SO_ATTACH_FILTER, which Python does not name
 _WHOLE_PACKET, _NOTHING = 0xFFFFFFFF, 0
+
+
+def free_port_pair() -> int:
+    """A free port of this host whose successor, where ranks meet, is free as well. Not one of those
+    that the kernel gives to connections: the next might be taken by then."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000, 2)
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def connections() -> Iterator[socket.socket]:

@@ -7,14 +7,12 @@ repeat a few kinds of tensors thousands of times, so a layout holds each kind on
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import json
 import reprlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from checkpoint_engine.data_types import (
     make_metas,
     parse_dtype,
 )
+from checkpoint_engine.ground.collector import collector_at_rest
 
 _MAX_EXPANSION = 200
 """No tensor without a name of its own: real layouts are 10 to 30 times as large as compressed."""
@@ -103,18 +102,6 @@ def _check_layout(names: Any, kind_of: Any, counts: Any, kinds: int) -> None:
         raise ValueError(f"not a layout: of the {kinds} kinds one is missing")
 
 
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Making objects by the hundred thousand would set it off again and again, for nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def encode_place(data: DataToGather) -> str:
     """A rank's part without its layout, for ``decode_place``."""
     return _with_layout(data, [[] for _ in data.memory_buffer_metas_list]).model_dump_json()
@@ -168,7 +155,7 @@ def decode_layouts(
     digests: Sequence[str], known: Mapping[str, Layout], received: Mapping[int, bytes]
 ) -> dict[str, Layout]:
     """The layouts of all ranks by digest: ``known`` ones, and those that were ``received``."""
-    with without_garbage_collection():
+    with collector_at_rest():
         fresh = {digests[rank]: decode_layout(blob) for rank, blob in received.items()}
     both = {**known, **fresh}
     return {digest: both[digest] for digest in digests}

@@ -22,8 +22,8 @@ from checkpoint_engine.data_types import (
     placed,
     tensor_nbytes,
 )
+from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.needs import Needs, Runs, kinds_of, runs_of, tensors_digest
-from checkpoint_engine.planning.layouts import without_garbage_collection
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
@@ -38,7 +38,7 @@ class HostNeeds:
         Raises:
             ValueError: the needs are of other tensors than those of ``metas``.
         """
-        with without_garbage_collection():
+        with collector_at_rest():
             self._read(metas, needs)
 
     def _read(self, metas: Metas, needs: Sequence[Needs]) -> None:

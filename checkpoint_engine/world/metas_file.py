@@ -6,15 +6,14 @@ We write JSON. Programs written for the original library left pickles; these are
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError, ValidationInfo
 
 from checkpoint_engine.data_types import MemoryBufferMetaList
+from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.handover.plain_pickle import MODEL_WORDS, PlainPickleError, read_pickle
 
 Metas = dict[int, MemoryBufferMetaList]
@@ -58,7 +57,7 @@ def read_metas(data: bytes) -> Metas:
             more lists or commas than metas have; a ``ValidationError`` if pydantic found it.
     """
     _check_proportions(data)
-    with _gc_paused():
+    with collector_at_rest():
         try:
             owners = _OWNERS.validate_json(data, context=set())
         except RuntimeError as error:
@@ -87,15 +86,3 @@ def _check_proportions(data: bytes) -> None:
     lists, commas = data.count(b"[") + data.count(b"{"), data.count(b",")
     if len(data) > _SMALL and (lists > len(data) // 16 or commas > len(data) // 6):
         raise ValueError(f"{lists} lists and objects, {commas} commas: too many for {len(data)} B")
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Collections look at all objects that were made so far, and find no garbage among them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.adapter import (
@@ -31,7 +32,6 @@ from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
     ReceivedBucket,
     Recording,
-    collector_at_rest,
     placements_of,
 )
 from checkpoint_engine.settings import replay_check, replay_mode

@@ -6,12 +6,11 @@ compiled for where the bucket's tensors lie, in as few copies as possible.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -57,19 +56,6 @@ class Placement(NamedTuple):
     key: Hashable
     buffer: torch.Tensor
     placed: list[Placed]
-
-
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """A recording, or a look at all tensors, makes many small objects. Python's collector would go
-    through all objects of the engine again and again meanwhile, and find nothing."""
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()
 
 
 def placements_of(weights: NamedTensors, received: ReceivedBucket | None) -> list[Placement]:

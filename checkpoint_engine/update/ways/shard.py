@@ -193,6 +193,11 @@ def _host_of(mine: Hello, hosts: Sequence[list[Hello]]) -> list[Hello]:
     return next(host for host in hosts if mine in host)
 
 
+def _is_own(step: Step) -> bool:
+    """Whether the rank that stages the bucket owns it."""
+    return step.sources == (step.receiver,)
+
+
 class _ShardMover(PeersMover):
     """Reads what no rank of the host owns, straight into staging.
 
@@ -231,11 +236,10 @@ class _ShardMover(PeersMover):
     def has_arrived(self, step: Step) -> bool:
         """What another rank has read may be there before this one has heard what is in it."""
         self.advance()
-        is_own = step.sources == (step.receiver,)
-        return (is_own or self._is_whole is not None) and super().has_arrived(step)
+        return (_is_own(step) or self._is_whole is not None) and super().has_arrived(step)
 
     def needs_for(self, step: Step) -> str:
-        if step.sources == (step.receiver,):
+        if _is_own(step):
             return ""
         if self._is_whole is None:
             raise broadcast_failed("a bucket is there before the workers of this host agreed")
@@ -243,10 +247,10 @@ class _ShardMover(PeersMover):
         return "" if needs is None or needs.runs_in(step.bucket) is None else self._needs
 
     def has_checked(self, step: Step) -> bool:
-        return super().has_checked(step) and step.sources == (step.receiver,)
+        return super().has_checked(step) and _is_own(step)
 
     def source_of(self, step: Step) -> str:
-        if step.sources == (step.receiver,):
+        if _is_own(step):
             return super().source_of(step)
         return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
 
@@ -256,7 +260,7 @@ class _ShardMover(PeersMover):
             rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
             for rank in step.sources
         }
-        if step.sources == (self._rank,):
+        if _is_own(step):
             return self._copy_own(step, held[self._rank], target)
 
         def read() -> None:
