@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,44 @@ def test_a_rank_that_never_comes_is_named_and_may_come_again(absent: int) -> Non
         assert seconds < PROMPT
 
 
+class _TimeUpAtLook(Deadline):
+    """The time is up when it is looked at for the ``nth`` time."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__(LONG)
+        self._left = nth
+
+    def remaining(self) -> float:
+        self._left -= 1
+        return LONG if self._left > 0 else 0.0
+
+
+def test_a_rank_that_never_comes_is_named_wherever_the_time_runs_out() -> None:
+    """Between any two looks at the clock: who is named may come again, and others may not."""
+
+    def give_up(call: Any, look: int) -> None:
+        call.deadline = _TimeUpAtLook(look)
+        call.all_gather("v", b"")
+
+    def program(me: Rank) -> list[str]:
+        seen = []
+        for look in range(1, 9):
+            assert me.exchange() == me.everyone()
+            if me.rank == 1:
+                seen.append(me.failing(partial(give_up, look=look))[0])
+                me.signals[1].set()
+            else:
+                assert me.signals[1].wait(LONG)
+                me.signals[1].clear()
+        return seen
+
+    absent, texts = run_world(2, program)
+    assert absent == []
+    assert len(texts) == 8
+    for text in texts:
+        assert "gave up after 30 s: ranks [0] did not join work" in text
+
+
 @pytest.mark.usefixtures("short_farewell")
 def test_all_ranks_that_do_not_come_are_named() -> None:
     def program(me: Rank) -> Any:
@@ -382,10 +421,11 @@ def test_time_runs_out_in_a_phase() -> None:
     def act(me: Rank, call: Any) -> None:
         call.all_gather("v", b"")
         call.begin("reload")
+        call.deadline = Deadline(0.5)  # not before: a busy machine is slow to bring both here
         wait(call)
 
     def program(me: Rank) -> Any:
-        seen = me.failing(lambda call: act(me, call), timeout=0.5)
+        seen = me.failing(lambda call: act(me, call))
         assert me.exchange() == me.everyone()
         return seen
 

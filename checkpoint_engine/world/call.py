@@ -153,17 +153,23 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
+        if self._is_late():
+            self.deadline.check(f"{self.clock.phase} of {self.name}")
+
+    def _is_late(self) -> bool:
+        """Whether the time is up; raises what else ``check`` raises."""
         if self._outcome is None and (absent := self._membership.lost()):
             self._look_for_outcome()  # it may have ended in order
-            if self._outcome is None:
-                # A rank that was stopped until its deadline finds that the others have left.
-                self.deadline.check(f"{self.clock.phase} of {self.name}")
+            # A rank that was stopped until its deadline finds that the others have left.
+            if self._outcome is None and self.deadline.remaining() > 0.0:
                 raise gone(absent, self.name)
         self._raise_failure()
         check_cancelled()
-        self.deadline.check(f"{self.clock.phase} of {self.name}")
+        if self.deadline.remaining() == 0.0:
+            return True
         for guard in self._guards:
             guard()
+        return False
 
     @contextlib.contextmanager
     def guarded(self, guard: Callable[[], None]) -> Iterator[None]:
@@ -238,10 +244,9 @@ class Call:
         while not self.store.check(list(keys)):
             if self._outcome is None:
                 self._look_for_outcome()
-            if self.deadline.remaining() == 0.0:
+            if self._is_late():  # says who did not come, which a plain ``check`` does not know
                 why = f"gave up after {self.deadline.seconds:g} s"
                 raise missing(why, self.name, self._missing(keys))
-            self.check()
             if self._announced and time.monotonic() > looks_around_at:
                 assert self._hello is not None
                 self._membership.check_apart(self._hello, self._missing(keys))
