@@ -172,7 +172,8 @@ def _worker_steps(action: str, rank: int) -> list[tuple[str, Fault]]:
 
 def workers() -> list[Case]:
     gone = "hung up|closed its connection"
-    raises = "injected here|hung up|closed its connection"
+    raises = f"injected here|{gone}"
+    interrupted = f"KeyboardInterrupt|{gone}"  # its engine lives on and answers with a traceback
     return [
         *(Case("kill -9 of a worker", s, gone, fault) for s, fault in _worker_steps("kill", 1)),
         *(
@@ -184,7 +185,7 @@ def workers() -> list[Case]:
             Case(f"{name} to a worker", "middle bucket", text, fault)
             for name, text, fault in (
                 ("SIGTERM", gone, Fault("terminate", "bucket", 1, MIDDLE, of_worker=True)),
-                ("Ctrl-C", gone, Fault("interrupt", "bucket", 1, MIDDLE, of_worker=True)),
+                ("Ctrl-C", interrupted, Fault("interrupt", "bucket", 1, MIDDLE, of_worker=True)),
             )
         ),
     ]
