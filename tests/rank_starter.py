@@ -1,4 +1,5 @@
-"""Forks the processes of ``torchrun.Forked``: torch is imported once for all of them.
+"""Forks the processes of ``torchrun.Forked``: torch is imported once for all of them, and so are
+the modules that the command line names.
 
 Each line that it reads is an order. It forks a launcher, which forks the processes, waits for them
 and writes how they ended; the answer is the launcher's pid, which is a process group too. They end
@@ -21,7 +22,7 @@ IMPORTED = ("torch.distributed", "checkpoint_engine.ps", "fleet", "safetensors.t
 
 
 def main() -> None:
-    for module in IMPORTED:
+    for module in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
     while line := sys.stdin.readline():

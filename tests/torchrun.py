@@ -66,13 +66,14 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-class _RankStarter:
+class RankStarter:
     """The process that forks others, see ``rank_starter.py``. Tests share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str, **variables: str) -> None:
+        """``modules``: what it imports beside torch."""
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_starter.py")],
-            env={**os.environ, **_variables()},
+            [sys.executable, str(HERE / "rank_starter.py"), *modules],
+            env={**os.environ, **_variables(), **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,7 +88,7 @@ class _RankStarter:
         return int(self._process.stdout.readline())
 
 
-_starter = functools.cache(_RankStarter)
+_starter = functools.cache(RankStarter)
 
 
 def _variables() -> dict[str, str]:
@@ -106,12 +107,14 @@ class Forked:
         command: Sequence[str],
         variables: Sequence[dict[str, str]] = ({},),
         namespaces: Sequence[str] = (),
+        starter: RankStarter | None = None,
     ) -> None:
         """
         Args:
             folder: for what they print.
             variables: of each process, beside this one's.
             namespaces: files of those to run in.
+            starter: what forks them; by default, the one that tests share.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._output = folder / "output"  # not a pipe, which nobody might read
@@ -124,7 +127,7 @@ class Forked:
             "output": str(self._output),
             "code": str(self._code),
         }
-        self._pid = _starter().start(order)
+        self._pid = (starter or _starter()).start(order)
         self._ended = os.pidfd_open(self._pid)
         weakref.finalize(self, os.close, self._ended)
 

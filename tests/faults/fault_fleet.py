@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import programs_of_faults
+from own_namespaces import enter_network
 from programs_of_faults import NAME, RANKS, TENSORS, ask_worker, part_of
 from steps import Fault, await_file
 
@@ -32,7 +33,7 @@ SETTLING = 10.0  # seconds for background threads to finish
 P2P_CONNECTIONS = 2 * (RANKS - 1)  # that may come and go: one to and one from every peer
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["small_shm", "programs_of_faults"])
+_context.set_forkserver_preload(["own_namespaces", "programs_of_faults"])
 _FOR_THE_FORKSERVER = {
     "FAULTS_SMALL_SHM": "1",
     "PYTHONPATH": os.pathsep.join(sys.path),  # it does not get ``sys.path`` otherwise
@@ -378,9 +379,11 @@ def _is_alive(server: _Rank) -> bool:
 
 
 class Fleets:
-    """One fleet for all cases, and a new one after a case that broke it."""
+    """One fleet for all cases, and a new one after a case that broke it. In a network of their
+    own, which this thread stays in."""
 
     def __init__(self) -> None:
+        enter_network()
         self._fleet: Fleet | None = None
 
     def get(self) -> Fleet:

@@ -1,8 +1,5 @@
-"""vLLM's API server, whose processes are forked, as they are on GPUs.
-
-On CPUs vLLM spawns them: the engine and each of its workers import vLLM anew, which takes longer
-than all that the tests do with them.
-"""
+"""vLLM's API server, whose processes are forked, as they are on GPUs. On CPUs vLLM spawns them: the
+engine and each of its workers import vLLM anew."""
 
 from __future__ import annotations
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +24,45 @@ from test_models import CPU, PROGRAMS
 import demo_vllm
 from conftest import ENGINE_ENV
 from demo_vllm import TP, VllmServer
-from torchrun import Run
+from torchrun import Forked, RankStarter, Run
+
+
+class ForkedServer(Forked):
+    """vLLM's API server, forked from a process that has imported it. What ``VllmServer`` does with
+    a ``subprocess.Popen``."""
+
+    stdout = None
+
+    def poll(self) -> int | None:
+        return None if self.is_running() else int(self._code.read_text())
+
+    def send_signal(self, number: int) -> None:
+        (child,) = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
+        os.kill(int(child), number)
+
+    def wait(self, timeout: float = 10) -> None:
+        if self.is_running(timeout):
+            raise subprocess.TimeoutExpired("vLLM", timeout)
+
+
+@functools.cache
+def starter() -> RankStarter:
+    """Importing vLLM takes longer than all that the tests do with a server."""
+    return RankStarter("frozen_imports", "vllm.entrypoints.openai.api_server", **ENGINE_ENV)
 
 
 @contextmanager
 def running(
     model: Path, monkeypatch: pytest.MonkeyPatch, *how: Any, **options: Any
 ) -> Iterator[VllmServer]:
-    path = os.pathsep.join([ENGINE_ENV["PYTHONPATH"], str(Path(__file__).parent)])
-    for name, value in (ENGINE_ENV | {"PYTHONPATH": path}).items():
+    def start(command: list[str], env: dict[str, str], **_: Any) -> ForkedServer:
+        folder = model.parent / f"server-{uuid.uuid4().hex}"
+        return ForkedServer(folder, command[1:], [env], starter=starter())
+
+    for name, value in ENGINE_ENV.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(demo_vllm, "PROGRAM", [str(Path(__file__).parent / "forking_server.py")])
+    monkeypatch.setattr(demo_vllm, "start", start)
     with VllmServer(model, *how, **options) as server:
         server.wait_until_healthy()
         yield server
