@@ -21,7 +21,7 @@ LOWEST := torch==$(LOWEST_TORCH) pyzmq==22.3.0 pydantic==2.9.0 click==8.1.0
 LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
 
 # So many tests side by side; those marked "alone" wait until nothing else runs.
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
 FAST := access api checkpoint_files checkpoint_folder checksum client contract device_utils \

@@ -75,7 +75,7 @@ class VllmServer:
         self._http.close()
         stop(self.process, TIMEOUT)
         for segment in abandoned(self._segments):
-            if segment.name.startswith("vllm_dist_"):  # of a worker that vLLM did not let finish
+            if segment.name.startswith(("vllm_dist_", "psm_")):  # of workers that could not finish
                 segment.unlink(missing_ok=True)
 
     def wait_until_healthy(self) -> None:

@@ -364,7 +364,6 @@ def test_a_body_that_never_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_root
-@pytest.mark.alone
 @pytest.mark.timeout(150)
 @pytest.mark.skipif(not mooncake_works(), reason=MOONCAKE_ADVICE)
 def test_another_user_at_every_port_and_socket() -> None:

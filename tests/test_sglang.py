@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return torchrun(folder, 2, "all_cases", SECONDS, env, **options)
 
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.alone]
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_target_and_draft_are_updated_by_one_update(results: list[dict[str, Any]]) -> None:

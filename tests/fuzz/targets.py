@@ -128,18 +128,25 @@ def reply(data: bytes) -> None:
 # ---------------------------------------------------------------------- files
 
 
-if "FUZZ_FOLDER" in os.environ:  # the runner's: a fuzzer ends its process without cleaning up
-    _FOLDER = Path(os.environ["FUZZ_FOLDER"])
-else:
-    _OWN = tempfile.TemporaryDirectory(dir="/dev/shm")
-    _FOLDER = Path(_OWN.name)
+@functools.cache
+def _own() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir="/dev/shm")
+
+
+def _folder() -> Path:
+    """The runner's, for a fuzzer ends its process without cleaning up; or one of its own."""
+    return Path(os.environ.get("FUZZ_FOLDER") or _own().name)
 
 
 class _Files:
     """One file in memory, and its path: the readers open it by name."""
 
     def __init__(self, suffix: str) -> None:
-        self.path = str(_FOLDER / f"input{suffix}")
+        self._suffix = suffix
+
+    @property
+    def path(self) -> str:
+        return str(_folder() / f"input{self._suffix}")
 
     def write(self, data: bytes, suffix: str = "") -> None:
         Path(self.path + suffix).write_bytes(data)
@@ -147,7 +154,6 @@ class _Files:
 
 _SAFETENSORS, _NPY = _Files(".safetensors"), _Files(".npy")
 _INDEX = _Files(folder.INDEX)
-ALL_FILES = (_SAFETENSORS.path, _INDEX.path, _NPY.path, f"{_NPY.path}.meta")
 
 
 def safetensors(data: bytes) -> None:
@@ -536,5 +542,9 @@ def check(target: Target, data: bytes) -> None:
 
 
 def clean_up() -> None:
-    for path in ALL_FILES:
-        Path(path).unlink(missing_ok=True)
+    """Remove all files, so that the next input finds none of the last."""
+    for path in _folder().glob("input*"):
+        path.unlink()
+    if _own.cache_info().currsize:
+        _own().cleanup()
+        _own.cache_clear()
