@@ -21,12 +21,14 @@ import zmq
 from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
-from checkpoint_engine.ground.checksum import FORMULA
+from checkpoint_engine.ground.checksum import FORMULA, checksum
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
+    CHECKSUM,
     DELIVERED,
     NOTHING_MORE,
     PART,
+    SOURCE,
     decode_acceptance,
     encode_extensions,
     encode_handle,
@@ -446,6 +448,42 @@ def test_an_update_that_ends_within_a_tensor_is_refused(
     assert "ended before all of their parts came" in sender.say(None).decode()
     sender.say(None)
     with pytest.raises(WireError, match="ended before all of their parts came"):
+        update.result(SOON)
+    assert (engine.weights, engine.hooks) == ({}, 0)
+
+
+def test_bytes_that_changed_on_their_way_reach_no_loader(
+    sender: Sender, engine: Engine, update: Future[None]
+) -> None:
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    message = pickle.dumps(sender.bucket({"w": torch.arange(64.0)}))
+    sums = {CHECKSUM: [0, 256, 0, checksum(sender.buffer.tensor[:256], 0)]}
+    assert sender.say(message + encode_extensions(sums)) == b""
+    assert engine.weights.keys() == {"w"}
+    sender.buffer.tensor[100] ^= 4
+    assert "the bucket at 0" in sender.say(message + encode_extensions(sums)).decode()
+    assert engine.weights["w"].tolist() == list(range(64))
+    sender.say(None)
+    sender.say(None)
+    with pytest.raises(ValueError, match="the bucket at 0"):
+        update.result(SOON)
+    assert engine.hooks == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [[1, 0, 256], [-1, 0, 256], [0, 3 * HALF, 256], [0, 2 * HALF - 256, 512], [0, -256, 256]],
+)
+def test_a_bucket_lies_in_a_buffer(
+    sender: Sender, engine: Engine, update: Future[None], place: list[int]
+) -> None:
+    sender.say(encode_handle(*sender.buffer.handle(), {"timeout": 5.0}))
+    message = pickle.dumps(sender.bucket({"w": torch.ones(64)}))
+    reply = sender.say(message + encode_extensions({SOURCE: place})).decode()
+    assert f"no place of a bucket in 1 buffers: {place}" in reply
+    sender.say(None)
+    sender.say(None)
+    with pytest.raises(WireError, match="no place of a bucket"):
         update.result(SOON)
     assert (engine.weights, engine.hooks) == ({}, 0)
 
