@@ -21,7 +21,7 @@ LOWEST := torch==$(LOWEST_TORCH) pyzmq==22.3.0 pydantic==2.9.0 click==8.1.0
 LOWEST_INSTALLED := $(LOWEST_VENV)/.installed
 
 # So many tests side by side; those marked "alone" wait until nothing else runs.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
 FAST := access api checkpoint_files checkpoint_folder checksum client contract device_utils \
@@ -52,7 +52,7 @@ test-lowest: $(LOWEST_INSTALLED) ## with the lowest versions of Python, torch an
 		$(FAST_TESTS) tests/test_update.py tests/test_service.py $(PYTEST_ARGS)
 
 test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
-	@$(BIN)/python -m pytest tests/faults -n 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/faults -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 soak-long: $(INSTALLED) ## random faults, sizes, joins and restarts: SOAK_STEPS of them; what grows?
 	@$(BIN)/python tests/faults/soak_long.py --updates $(SOAK_STEPS)
