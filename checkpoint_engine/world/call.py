@@ -245,8 +245,7 @@ class Call:
             if self._outcome is None:
                 self._look_for_outcome()
             if self._is_late():  # says who did not come, which a plain ``check`` does not know
-                why = f"gave up after {self.deadline.seconds:g} s"
-                raise missing(why, self.name, self._missing(keys))
+                raise missing(self.deadline.seconds, self.name, self._missing(keys))
             if self._announced and time.monotonic() > looks_around_at:
                 assert self._hello is not None
                 self._membership.check_apart(self._hello, self._missing(keys))

@@ -15,9 +15,10 @@ SUCCESS = b"ok"
 _FIELDS = ("cause", "kind", "missing", "rank", "calls", "phase", "other")
 
 
-def missing(why: str, call: str, ranks: Sequence[int]) -> CollectiveError:
-    """Ranks did not make a call before its deadline."""
-    return CollectiveError(f"{why}: ranks {list(ranks)} did not join {call}", "rank_missing", ranks)
+def missing(seconds: float, call: str, ranks: Sequence[int]) -> CollectiveError:
+    """Ranks did not make a call within ``seconds``, its time."""
+    text = f"gave up after {seconds:g} s: ranks {list(ranks)} did not join {call}"
+    return CollectiveError(text, "rank_missing", ranks)
 
 
 def gone(ranks: Sequence[int], call: str) -> CollectiveError:
