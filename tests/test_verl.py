@@ -21,6 +21,7 @@ NAMES = "codetiming datasets hydra IPython omegaconf pandas peft pyarrow pylatex
 NAMES += "sentencepiece tensorboard tensordict torchdata torchvision truststore wandb"
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 def test_two_trainers_update_two_rollouts_three_times(tmp_path: Path) -> None:
     if not mooncake_works():
