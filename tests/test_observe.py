@@ -253,7 +253,8 @@ def test_metrics_say_which_version_each_engine_serves(
     world.update(url)
     assert served(world) == {name: number}  # nothing has been written
     engine.refusal = ""
-    engine.on_bucket = lambda: raising(RuntimeError("no room"))
+    both_load = threading.Barrier(2, lambda: raising(RuntimeError("no room")), timeout=30)
+    engine.on_bucket = both_load.wait  # a worker that got no bucket holds what it held
     world.update(url)
     assert served(world) == {}
     engine.on_bucket = lambda: None

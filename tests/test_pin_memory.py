@@ -115,11 +115,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    threads, fds = threading.active_count(), open_fds()
+    threads, fds = {*threading.enumerate()}, open_fds()
     yield
-    assert threading.active_count() == threads
+    assert {*threading.enumerate()} <= threads  # one of a test before this may have ended
     if request.node.get_closest_marker("gpu") is None:  # CUDA keeps files open
-        assert open_fds() == fds
+        assert open_fds() <= fds
 
 
 @pytest.fixture
