@@ -38,6 +38,10 @@ class Region(NamedTuple):
         steps = zip(self.counts, self.strides, strict=True)
         return self.offset + self.length + sum((n - 1) * stride for n, stride in steps)
 
+    @property
+    def nbytes(self) -> int:
+        return self.length * math.prod(self.counts)
+
 
 Tensor = tuple[str, Any, tuple[int, ...]]
 """Name, dtype and shape."""
