@@ -6,7 +6,7 @@ What is assumed of each cluster and of the software stands below in capitals.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,11 @@ def simulate(
     return predict(plan, cluster, costs, ranks)
 
 
-def show(columns: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown."""
+def show(columns: list[str], rows: Iterable[list[str]]) -> None:
+    """A table in Markdown, each row as soon as it is there."""
     print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for row in rows:
-        print("| " + " | ".join(row) + " |")
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def published() -> None:
@@ -136,35 +136,32 @@ TENSOR_PARALLEL = {"Kimi": 16, "Deep": 16, "Qwen": 8}
 
 def scaled() -> None:
     """Every rank owns as much as the others; of broadcasts, the first 64 ranks."""
-    rows = []
+    kinds = ("TP", "TP, EP 16", "the same, every Nth", f"TP, EP {WIDE}")
+    columns = [f"shard, {kind}" for kind in kinds]
     for model in (models.KIMI_K2, models.DEEPSEEK_V31, models.QWEN3_235B):
-        tensors = model.tensors()
-        known: dict[Parallel, list[Needs]] = {}
-        for nodes in (1, 8, 32, 128, 512):
-            cluster = Cluster(nodes=nodes, nvlink=400.0, host_to_device=50.0, nic=45.0)
-            tensor = min(TENSOR_PARALLEL[model.name[:4]], cluster.gpus)
-            sent = simulate(tensors, cluster, REPLAYED, owners=min(cluster.gpus, 64))
-            cells = [model.name, f"{cluster.gpus:,}", f"{sent.seconds:.2f} ({sent.bound_by})"]
-            for expert in (1, min(16, cluster.gpus), min(WIDE, cluster.gpus)):
-                parallel = Parallel(tensor, expert)
-                if parallel not in known:
-                    known[parallel] = parallel.needs(tensors, range(cluster.gpus_per_node))
-                cells += sharded(tensors, cluster, known[parallel])
-            rows.append(cells)
-    kinds = ("TP", "TP, EP 16", f"TP, EP {WIDE}")
-    columns = [c for kind in kinds for c in (f"shard, {kind}", "every Nth", "GB into a host")]
-    show(["model", "GPUs", "broadcast", *columns], rows)
+        show([model.name, "broadcast", *columns], scaled_rows(model))
 
 
-def sharded(tensors: list[ParameterMeta], cluster: Cluster, needs: list[Needs]) -> list[str]:
-    """Where ranks own consecutive tensors, and where each owns every Nth."""
-    ranks = range(cluster.gpus)
-    found = [
-        staged(metas, cluster, SHARDED, needs=needs)
-        for metas in (share_out(tensors, ranks), deal_out(tensors, ranks))
-    ]
-    times = [f"{one.seconds:.2f} ({one.bound_by})" for one in found]
-    return [*times, f"{found[0].bytes_in / 1e9:.0f}"]
+def scaled_rows(model: models.MixtureOfExperts) -> Iterator[list[str]]:
+    """Ranks own consecutive tensors, in one column every Nth."""
+    tensors = model.tensors()
+    known: dict[Parallel, list[Needs]] = {}
+    for nodes in (1, 8, 32, 128, 512):
+        cluster = Cluster(nodes=nodes, nvlink=400.0, host_to_device=50.0, nic=45.0)
+        tensor = min(TENSOR_PARALLEL[model.name[:4]], cluster.gpus)
+        sent = simulate(tensors, cluster, REPLAYED, owners=min(cluster.gpus, 64))
+        cells = [f"{cluster.gpus:,} GPUs", f"{sent.seconds:.2f} ({sent.bound_by})"]
+        consecutive = share_out(tensors, range(cluster.gpus))
+        dealt = deal_out(tensors, range(cluster.gpus))
+        layouts = [(1, consecutive), (16, consecutive), (16, dealt), (WIDE, consecutive)]
+        for expert, metas in layouts[: 4 if nodes > 1 else 1]:
+            parallel = Parallel(tensor, expert)
+            if parallel not in known:
+                known[parallel] = parallel.needs(tensors, range(cluster.gpus_per_node))
+            found = staged(metas, cluster, SHARDED, needs=known[parallel])
+            entered = f"{found.bytes_in / 1e9:.0f} GB"
+            cells.append(f"{found.seconds:.2f} ({entered}, {found.bound_by})")
+        yield cells
 
 
 def staged(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from checkpoint_engine.data_types import H2DBucket, ParameterMeta
 from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.planning.plan import Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Task, critical_path
 from checkpoint_engine.tools.simulate.hosts import HostPlan, plan_host, predict_host
@@ -321,7 +321,7 @@ def test_no_more_enters_a_host_than_its_workers_need_of_others(
         for meta in buffer.metas
     }
     named = {one.digest: one for one in host.needs or ()}
-    union = HostNeeds(host.metas, list(named.values()))
+    union = HostNeeds(Tensors(host.metas), list(named.values()))
     foreign = [
         meta for o in host.metas.values() for b in o.memory_buffer_metas_list for meta in b.metas
         if meta.name not in owned

@@ -17,7 +17,7 @@ from checkpoint_engine.data_types import H2DBucket, TensorPart
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Task
 from checkpoint_engine.tools.simulate.update import (
@@ -109,7 +109,7 @@ def plan_host(
     else:
         every = planning.plan_transfer(metas, size, *topology, may_cut=True)
         distinct = None if needs is None else list({one.digest: one for one in needs}.values())
-        read = None if distinct is None else HostNeeds(metas, distinct)
+        read = None if distinct is None else HostNeeds(Tensors(metas), distinct)
         shared = share(every, hosts, here, metas, needs=read)
         orders = dict.fromkeys(hosts[here], shared)
     return HostPlan(metas, cluster, orders, needs)
