@@ -142,14 +142,16 @@ def scaled() -> None:
         show([model.name, "broadcast", *columns], scaled_rows(model))
 
 
-def scaled_rows(model: models.MixtureOfExperts) -> Iterator[list[str]]:
+def scaled_rows(
+    model: models.MixtureOfExperts, sizes: Sequence[int] = (1, 8, 32, 128, 512)
+) -> Iterator[list[str]]:
     """Ranks own consecutive tensors, in one column every Nth."""
     tensors = model.tensors()
     known: dict[Parallel, list[Needs]] = {}
-    for nodes in (1, 8, 32, 128, 512):
+    for nodes in sizes:
         cluster = Cluster(nodes=nodes, nvlink=400.0, host_to_device=50.0, nic=45.0)
         tensor = min(TENSOR_PARALLEL[model.name[:4]], cluster.gpus)
-        sent = simulate(tensors, cluster, REPLAYED, owners=min(cluster.gpus, 64))
+        sent = simulate(tensors, cluster, SHARDED, owners=min(cluster.gpus, 64))
         cells = [f"{cluster.gpus:,} GPUs", f"{sent.seconds:.2f} ({sent.bound_by})"]
         consecutive = share_out(tensors, range(cluster.gpus))
         dealt = deal_out(tensors, range(cluster.gpus))
@@ -157,7 +159,7 @@ def scaled_rows(model: models.MixtureOfExperts) -> Iterator[list[str]]:
         for expert, metas in layouts[: 4 if nodes > 1 else 1]:
             parallel = Parallel(tensor, expert)
             if parallel not in known:
-                known[parallel] = parallel.needs(tensors, range(cluster.gpus_per_node))
+                known[parallel] = parallel.needs(tensors, range(parallel.ranks))
             found = staged(metas, cluster, SHARDED, needs=known[parallel])
             entered = f"{found.bytes_in / 1e9:.0f} GB"
             cells.append(f"{found.seconds:.2f} ({entered}, {found.bound_by})")
@@ -282,7 +284,7 @@ def two_hosts() -> None:
     plan = make_plan(metas, NAMESPACES, free_device_bytes=SPARE, cap=cap)
     rows = [["`PS_TRANSPORT=group`", *compared(predict(plan, NAMESPACES, ON_CPUS), 2.11), ""]]
     for here, measured, entered in ((0, 1.49, 37.7), (1, 1.49, 74.7)):
-        needs = Parallel(2).needs(tensors, [here])
+        needs = Parallel(2).needs(tensors, range(2))
         found = staged(metas, NAMESPACES, ON_CPUS, needs=needs, cap=cap, here=here)
         moved = f"{entered} / {found.bytes_in / 1e6:.1f}"
         rows.append([f"`shard`, host {here}", *compared(found, measured), moved])

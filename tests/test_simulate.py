@@ -266,9 +266,9 @@ def on_host(
     here: int = 0,
     every_nth: bool = False,
 ) -> tuple[HostPlan, Prediction]:
-    each, deal = cluster.gpus_per_node, deal_out if every_nth else share_out
+    deal = deal_out if every_nth else share_out
     metas = deal(experts(), range(cluster.gpus))
-    needs = parallel.needs(experts(), range(here * each, (here + 1) * each))
+    needs = parallel.needs(experts(), range(parallel.ranks))
     sizes = {"free_device_bytes": 1 << 40, "cap": 16 * MB}
     host = plan_host(metas, cluster, **sizes, here=here, needs=needs)
     return host, predict_host(host, costs)
@@ -320,7 +320,8 @@ def test_no_more_enters_a_host_than_its_workers_need_of_others(
         for buffer in (host.metas[rank].memory_buffer_metas_list if rank in host.metas else [])
         for meta in buffer.metas
     }
-    named = {one.digest: one for one in host.needs or ()}
+    everyone = host.needs or ()
+    named = {one.digest: one for one in (everyone[r % len(everyone)] for r in host.orders)}
     union = HostNeeds(Tensors(host.metas), list(named.values()))
     foreign = [
         meta for o in host.metas.values() for b in o.memory_buffer_metas_list for meta in b.metas

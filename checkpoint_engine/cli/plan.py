@@ -98,7 +98,8 @@ def plan(
         lines += _as_text(method, found)
     if world_size > 1:
         method = "peers" if cluster.nodes == 1 else "shard"
-        needs = Parallel(tensor_parallel, expert_parallel).needs(tensors, range(per_node))
+        parallel = Parallel(tensor_parallel, expert_parallel)
+        needs = parallel.needs(tensors, range(parallel.ranks))
         host = plan_host(metas, cluster, free_device_bytes=free, cap=cap, needs=needs)
         found = predict_host(host, costs)
         result[method] = _as_dict(found) | {"bytes_into_a_host": found.bytes_in}

@@ -6,6 +6,7 @@ them counts what they ask the owners for altogether.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,13 +40,15 @@ class HostPlan:
     Attributes:
         orders: the plan of each of its ranks: all have the same buckets, on one host in an order of
             their own.
-        needs: what the worker of each rank reads; ``None``: everything.
+        needs: as of ``plan_host``.
+        asked: what each host of an instance reads.
     """
 
     metas: Metas
     cluster: Cluster
     orders: Mapping[int, TransferPlan]
     needs: Sequence[Needs] | None
+    asked: Sequence[HostNeeds | None] = (None,)
 
     @property
     def plan(self) -> TransferPlan:
@@ -88,7 +91,8 @@ def plan_host(
     staging: ``Peers``' on a cluster of one host, else ``Shard``'s.
 
     Args:
-        needs: of the worker of each rank of that host.
+        needs: of the worker of each rank of an instance, which repeats over all ranks; ``None``:
+            everything.
 
     Raises:
         ValueError: the largest tensor does not fit, or the needs are of other tensors.
@@ -106,13 +110,21 @@ def plan_host(
             rank: planning.plan_transfer(metas, size, *topology, may_cut=True, first=rank)
             for rank in hosts[here]
         }
-    else:
-        every = planning.plan_transfer(metas, size, *topology, may_cut=True)
-        distinct = None if needs is None else list({one.digest: one for one in needs}.values())
-        read = None if distinct is None else HostNeeds(Tensors(metas), distinct)
-        shared = share(every, hosts, here, metas, needs=read)
-        orders = dict.fromkeys(hosts[here], shared)
-    return HostPlan(metas, cluster, orders, needs)
+        return HostPlan(metas, cluster, orders, needs)
+    every = planning.plan_transfer(metas, size, *topology, may_cut=True)
+    asked = [None] if needs is None else list(_unions(Tensors(metas), needs, hosts))
+    shared = share(every, hosts, here, metas, needs=asked[here % len(asked)])
+    return HostPlan(metas, cluster, dict.fromkeys(hosts[here], shared), needs, asked)
+
+
+def _unions(
+    tensors: Tensors, needs: Sequence[Needs], hosts: Sequence[range]
+) -> Iterator[HostNeeds | None]:
+    """What each host reads, up to where an instance begins with a host again."""
+    every = math.lcm(len(needs), len(hosts[0])) // len(hosts[0])
+    for host in hosts[:every]:
+        distinct = {one.digest: one for one in (needs[rank % len(needs)] for rank in host)}
+        yield HostNeeds(tensors, list(distinct.values()))
 
 
 def predict_host(host: HostPlan, costs: Costs) -> Prediction:
@@ -185,21 +197,18 @@ class _Host:
         return self._simulation.task("reload", fixed=seconds, busy=busy, after=after)
 
     def _add_asked_by_others(self) -> None:
-        """The NICs and hosts of owners, as all hosts ask them."""
-        cluster = self._cluster
-        owned: defaultdict[str, int] = defaultdict(int)
-        for rank, one in self._host.metas.items():
-            nbytes = sum(buffer.size for buffer in one.memory_buffer_metas_list)
-            owned[cluster.nic_of(rank)] += nbytes
-            owned[f"memory {cluster.node_of(rank)}"] += nbytes
-        entering = sum(self._host.bytes_in.values()) * cluster.nodes
-        asked = entering / max(1, self._host.plan.total_bytes)  # of each byte that is owned
-        for link, nbytes in owned.items() if asked else ():
-            rate = cluster.nic
-            if link.startswith("memory"):
-                rate = cluster.host_memory * asked / (asked + 1)  # its own ranks copy, too
-            busy = {f"{link}, by all": nbytes * asked / GB / rate}
-            self._simulation.task("fetch", busy=busy)
+        """The NICs and hosts of owners, as all other hosts ask them."""
+        cluster, asked = self._cluster, self._host.asked
+        links: defaultdict[str, float] = defaultdict(float)
+        for step in self._host.plan.steps if cluster.nodes > 1 else ():
+            parts = (1.0 if one is None else one.share_of(step.bucket) for one in asked)
+            times = sum(parts) * (cluster.nodes - 1) / len(asked)
+            size = step.bucket.size / GB
+            links[f"asked {cluster.nic_of(step.owner)}"] += times * size / cluster.nic
+            memory = f"asked memory {cluster.node_of(step.owner)}"  # its own ranks copy, too
+            links[memory] += (times + 1) * size / cluster.host_memory
+        for link, seconds in links.items():
+            self._simulation.task("fetch", busy={link: seconds})
 
     def _each_read(self) -> Iterator[tuple[tuple[int, int], Read]]:
         """What each worker reads of each bucket, by its number. Owners sum their buckets
@@ -208,10 +217,14 @@ class _Host:
         reads: dict[str, list[Read]] = {}
         if host.needs is not None:
             places = _Places([step.bucket for step in steps])
-            reads = {one.digest: places.reads_of(one) for one in host.needs}
+            here = {host.needs[rank % len(host.needs)].digest for rank in host.orders}
+            distinct = {one.digest: one for one in host.needs if one.digest in here}
+            reads = {digest: places.reads_of(one) for digest, one in distinct.items()}
         everything = [Read(len(s.bucket.items), is_summed=not is_own(s)) for s in steps]
-        for place, rank in enumerate(host.orders):
-            some = everything if host.needs is None else reads[host.needs[place].digest]
+        for rank in host.orders:
+            some = everything
+            if host.needs is not None:
+                some = reads[host.needs[rank % len(host.needs)].digest]
             yield from zip(((rank, step.number) for step in steps), some, strict=True)
 
 

@@ -38,6 +38,11 @@ class Parallel:
     tensor: int = 1
     expert: int = 1
 
+    @property
+    def ranks(self) -> int:
+        """Of an instance."""
+        return max(self.tensor, self.expert)
+
     def needs(self, tensors: Iterable[ParameterMeta], ranks: Iterable[int]) -> list[Needs]:
         """What the worker of each of these ranks reads. No two tensors have the same name."""
         named = [(meta.name, meta.dtype, tuple(meta.shape)) for meta in tensors]

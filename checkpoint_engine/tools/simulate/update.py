@@ -158,7 +158,8 @@ def predict(
     """
     model = Model(plan, cluster, costs, members)
     (order or Model.add_steps)(model)
-    model.simulation.task("once", fixed=costs.per_update, after=model.simulation.ends())
+    once = costs.per_update + model.looking
+    model.simulation.task("once", fixed=once, after=model.simulation.ends())
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
     parts = [step.bucket.total for step in plan.steps if isinstance(step.bucket, TensorPart)]
     device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + max(parts, default=0)
@@ -192,6 +193,7 @@ class Model:
         self._cluster = replace(cluster, nic=cluster.nic * share)
         self._owners_nic = cluster.nic
         self.is_staged = plan.staging and not self._is_alone
+        self.looking = plan.tensor_count * costs.per_tensor_once
         self.simulation = Simulation()
 
     def add_steps(self) -> None:
@@ -199,6 +201,7 @@ class Model:
         arrived: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
+        looked = self.simulation.task("once", fixed=self.looking)  # as the first buckets set out
         for step in self.plan.steps:
             slot_free = reloads[-2]  # two buckets are in the double buffer
             if self.is_staged:
@@ -211,7 +214,7 @@ class Model:
                 ready = self.fetch(step, [slot_free, broadcast])
             arrived[step.receiver] = ready
             broadcast = self.broadcast(step, [ready])
-            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1]])]
+            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1], looked])]
 
     def fetch(self, step: Step, after: list[int | None]) -> int:
         """Into staging, or into the double buffer where there is none."""
