@@ -5,8 +5,10 @@ What is assumed of each cluster and of the software stands below in capitals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import models
@@ -14,8 +16,18 @@ import torch
 from original import predict_original
 
 from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
-from checkpoint_engine.tools.simulate.update import Prediction, make_plan, predict, share_out
+from checkpoint_engine.tools.simulate.hosts import plan_host, predict_host
+from checkpoint_engine.tools.simulate.parallel import Parallel
+from checkpoint_engine.tools.simulate.update import (
+    Metas,
+    Prediction,
+    deal_out,
+    make_plan,
+    predict,
+    share_out,
+)
 
 GIB = 1 << 30
 SPARE = 40 * GIB
@@ -76,11 +88,11 @@ def simulate(
     return predict(plan, cluster, costs, ranks)
 
 
-def show(columns: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown."""
+def show(columns: list[str], rows: Iterable[list[str]]) -> None:
+    """A table in Markdown, each row as soon as it is there."""
     print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for row in rows:
-        print("| " + " | ".join(row) + " |")
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def published() -> None:
@@ -113,19 +125,170 @@ def published() -> None:
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------- large clusters
+
+SHARDED = Costs(per_tensor=5e-6, per_tensor_once=2.3e-6)
+"""A learned worker; it spends 5 us on each tensor that it reads, as vLLM's 6 us on a CPU."""
+WIDE = 128
+"""Ranks that share the experts in the last columns, on 16 hosts."""
+TENSOR_PARALLEL = {"Kimi": 16, "Deep": 16, "Qwen": 8}
+
+
 def scaled() -> None:
-    """Kimi-K2 on H20 nodes; owners: on every rank, or on the ranks of so many nodes."""
-    rows = []
-    tensors = models.KIMI_K2.tensors()
-    for nodes in (1, 8, 32, 128, 512):
+    """Every rank owns as much as the others; of broadcasts, the first 64 ranks."""
+    kinds = ("TP", "TP, EP 16", "the same, every Nth", f"TP, EP {WIDE}")
+    columns = [f"shard, {kind}" for kind in kinds]
+    for model in (models.KIMI_K2, models.DEEPSEEK_V31, models.QWEN3_235B):
+        show([model.name, "broadcast", *columns], scaled_rows(model))
+
+
+def scaled_rows(
+    model: models.MixtureOfExperts, sizes: Sequence[int] = (1, 8, 32, 128, 512)
+) -> Iterator[list[str]]:
+    """Ranks own consecutive tensors, in one column every Nth."""
+    tensors = model.tensors()
+    known: dict[Parallel, list[Needs]] = {}
+    for nodes in sizes:
         cluster = Cluster(nodes=nodes, nvlink=400.0, host_to_device=50.0, nic=45.0)
-        cells = [f"{cluster.gpus:,}"]
-        for owners in (cluster.gpus, min(cluster.gpus, 64)):
-            found = simulate(tensors, cluster, REPLAYED, owners=owners)
-            cells.append(f"{found.seconds:.2f} ({len(found.plan.steps)} buckets, {found.bound_by})")
-        theirs = simulate(tensors, cluster, ORIGINAL_020, original=True)
-        rows.append([*cells, f"{theirs.seconds:.1f}"])
-    show(["GPUs", "ours, every rank owns", "ours, 64 ranks own", "the original's"], rows)
+        tensor = min(TENSOR_PARALLEL[model.name[:4]], cluster.gpus)
+        sent = simulate(tensors, cluster, SHARDED, owners=min(cluster.gpus, 64))
+        cells = [f"{cluster.gpus:,} GPUs", f"{sent.seconds:.2f} ({sent.bound_by})"]
+        consecutive = share_out(tensors, range(cluster.gpus))
+        dealt = deal_out(tensors, range(cluster.gpus))
+        layouts = [(1, consecutive), (16, consecutive), (16, dealt), (WIDE, consecutive)]
+        for expert, metas in layouts[: 4 if nodes > 1 else 1]:
+            parallel = Parallel(tensor, expert)
+            if parallel not in known:
+                known[parallel] = parallel.needs(tensors, range(parallel.ranks))
+            found = staged(metas, cluster, SHARDED, needs=known[parallel])
+            entered = f"{found.bytes_in / 1e9:.0f} GB"
+            cells.append(f"{found.seconds:.2f} ({entered}, {found.bound_by})")
+        yield cells
+
+
+def staged(
+    metas: Metas,
+    cluster: Cluster,
+    costs: Costs,
+    *,
+    needs: list[Needs] | None = None,
+    cap: float = 8 * GIB,
+    here: int = 0,
+) -> Prediction:
+    """By ``Peers`` on one host, else ``Shard``."""
+    given: dict[str, Any] = {"free_device_bytes": SPARE, "cap": int(cap), "here": here}
+    return predict_host(plan_host(metas, cluster, needs=needs, **given), costs)
+
+
+# ---------------------------------------------------------------------- GPUs of one host, measured
+
+LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=2.3e-6, per_bucket=300e-6, per_update=0.02)
+"""0.15 us: `replay.py growth`. Per tensor once, and 20 ms: the trace of four H200 (37 ms before the
+first bucket, 27 ms after the last)."""
+PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.02)
+"""39 us: release 0.5.0's worker on four H200."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``copies``: seconds of all GPUs' copies of these bytes, in the same run."""
+
+    gpus: int
+    machine: str
+    gigabytes: float
+    copies: float
+    shares: bool
+    seconds: float
+    costs: Costs = LEARNED
+
+
+MEASURED = [
+    Measured(1, "H200", 7.47, 0.135, False, 0.151),
+    Measured(2, "H200", 14.95, 0.138, False, 0.190),
+    Measured(2, "H200", 14.95, 0.137, True, 0.192),
+    Measured(4, "H200", 29.9, 0.175, False, 0.355),
+    Measured(4, "H200", 29.9, 0.179, True, 0.309),
+    Measured(2, "H200, another run", 16.2, 0.150, False, 0.187),
+    Measured(2, "H200, another run", 16.2, 0.150, True, 0.184),
+    Measured(2, "H200, another run", 16.2, 0.150, False, 0.259, PYTHON),
+    Measured(2, "H200, another run", 1.26, 0.0118, True, 0.036),
+    Measured(2, "H100", 14.95, 0.140, True, 0.196),
+    Measured(2, "H100", 14.95, 0.140, False, 0.210, PYTHON),
+    Measured(4, "H100", 29.9, 0.208, False, 0.327),
+    Measured(4, "H100", 29.9, 0.196, True, 0.327),
+]
+
+
+def one_host() -> None:
+    import gpus
+
+    rows = []
+    for row in MEASURED:
+        shapes = gpus.shapes_of(row.gigabytes - 0.3, 128)
+        tensors = [
+            ParameterMeta(name=name, dtype=torch.bfloat16, shape=torch.Size(shape))
+            for name, shape in shapes
+        ]
+        rate = sum(meta.aligned_size for meta in tensors) / 1e9 / row.copies
+        cluster = Cluster(
+            gpus_per_node=row.gpus, host_to_device=55.3, host_memory=rate, device_memory=2000.0
+        )
+        found = simulate(tensors, cluster, row.costs, cap=2 * GIB)
+        if row.gpus > 1:
+            parallel = Parallel(row.gpus if row.shares else 1)
+            needs = None if row.costs is PYTHON else parallel.needs(tensors, range(row.gpus))
+            metas = deal_out(tensors, range(row.gpus))
+            found = staged(metas, cluster, row.costs, needs=needs, cap=2 * GIB)
+        keeps = "plain, everything" if row.costs is PYTHON else "everything"
+        rows.append(
+            [
+                f"{row.gpus} {row.machine}",
+                f"1/{row.gpus}" if row.shares else keeps,
+                f"{found.plan.total_bytes / 1e9:.1f} in {len(tensors):,}",
+                f"{row.copies:.3f}",
+                *compared(found, row.seconds),
+            ]
+        )
+    show(["GPUs", "keeps", "GB", "copies, s", "measured, s", "simulated, s"], rows)
+
+
+def compared(found: Prediction, measured: float) -> list[str]:
+    off = found.seconds / measured - 1
+    return [f"{measured:.3f}", f"{found.seconds:.3f} ({off:+.0%}, {found.bound_by})"]
+
+
+# ---------------------------------------------------------------------- two hosts, measured
+
+NAMESPACES = Cluster(
+    nodes=2, gpus_per_node=1, nics_per_node=1, nic=0.1195, host_to_device=5.0, host_memory=10.0,
+    nvlink=2.4, device_memory=5.0, peer_read=5.0,
+)  # fmt: skip
+"""1 Gbit/s less the headers of TCP; a memcpy on two cores, and gloo over loopback: `limits.md`'s
+12 GB/s of an idle core and 2.4 GB/s."""
+ON_CPUS = Costs(per_tensor=0.15e-6, per_bucket=1e-3, per_update=0.05, check=5.0, per_range=1e-4)
+
+
+def two_hosts() -> None:
+    """`shard.py`'s model; each rank owns every second tensor."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from random_checkpoint import tensor_shapes
+
+    config = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 17408}
+    config |= {"num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
+    tensors = [
+        ParameterMeta(name=name, dtype=torch.bfloat16, shape=torch.Size(shape))
+        for name, shape in tensor_shapes(config).items()
+    ]
+    metas = deal_out(tensors, range(2))
+    cap = 16 << 20
+    plan = make_plan(metas, NAMESPACES, free_device_bytes=SPARE, cap=cap)
+    rows = [["`PS_TRANSPORT=group`", *compared(predict(plan, NAMESPACES, ON_CPUS), 2.11), ""]]
+    for here, measured, entered in ((0, 1.49, 37.7), (1, 1.49, 74.7)):
+        needs = Parallel(2).needs(tensors, range(2))
+        found = staged(metas, NAMESPACES, ON_CPUS, needs=needs, cap=cap, here=here)
+        moved = f"{entered} / {found.bytes_in / 1e6:.1f}"
+        rows.append([f"`shard`, host {here}", *compared(found, measured), moved])
+    show(["two hosts at 1 Gbit/s", "measured, s", "simulated, s", "MB in, both"], rows)
 
 
 # ---------------------------------------------------------------------- one H200, as measured
@@ -161,9 +324,9 @@ def work_of(found: Prediction) -> str:
 
 
 def main() -> None:
-    published()
-    h200()
-    scaled()
+    tables = {one.__name__: one for one in (h200, one_host, two_hosts, published, scaled)}
+    for name in sys.argv[1:] or tables:
+        tables[name]()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from checkpoint_engine.errors import UpdateError  # noqa: E402
+from checkpoint_engine.ground.deadline import cancellable  # noqa: E402
 from checkpoint_engine.ps import ParameterServer  # noqa: E402
 from checkpoint_engine.worker import VllmColocateWorkerExtension  # noqa: E402
 from engines import Workers  # noqa: E402
@@ -127,19 +131,24 @@ class Rank:
         def make(_: int) -> MiniWorker:
             return MiniWorker(RANK % tp, tp, local)
 
+        self.make = make
+        self.owners = WORLD_SIZE
         self.workers = Workers(make, 1)
         self.ps = ParameterServer()
+
+    def share_of(self, seed: int) -> dict[str, torch.Tensor]:
+        """What this rank owns, where the first ``owners`` ranks own everything."""
+        return {
+            one: tensor
+            for place, (one, tensor) in enumerate(weights(seed).items())
+            if place % self.owners == RANK
+        }
 
     def register(self, seed: int) -> str:
         """This rank's share of the checkpoint."""
         name = f"step-{seed}"
-        every = weights(seed)
-        owned = {
-            one: tensor
-            for place, (one, tensor) in enumerate(every.items())
-            if place % WORLD_SIZE == RANK
-        }
-        self.ps.register_checkpoint(name, named_tensors=owned)
+        if self.owners > RANK:
+            self.ps.register_checkpoint(name, named_tensors=self.share_of(seed))
         self.ps.gather_metas(name, timeout=SHORT)
         return name
 
@@ -155,7 +164,8 @@ class Rank:
         self.ps.store_based_barrier()
         received = received_bytes() - before
         (right,) = self.workers.call("is_right", seed)
-        self.ps.unregister_checkpoint(name)
+        if self.owners > RANK:
+            self.ps.unregister_checkpoint(name)
         read = report.stages.get("P2P read")
         return {
             "way": report.way,
@@ -219,8 +229,113 @@ def succeeded(tp: int, folder: str) -> dict[str, Any]:
     return {"seen": seen}
 
 
+def _error_of(action: Callable[[], Any]) -> dict[str, Any]:
+    """How a call failed, and after how many seconds."""
+    began = time.monotonic()
+    seen: dict[str, Any] = {"kind": None}
+    try:
+        action()
+    except UpdateError as error:
+        seen = {"error": str(error), "kind": error.kind, "rank": error.rank}
+    return {**seen, "seconds": time.monotonic() - began}
+
+
+def _await(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def left_for_good(folder: str) -> dict[str, Any]:
+    """Two ranks own everything; the last one leaves in order after a few updates of all."""
+    rank, here = Rank(1), Path(folder)
+    rank.owners = WORLD_SIZE - 1
+    seen = [rank.update(seed) for seed in (1, 2, 3)]
+    name = rank.register(4)
+    if rank.owners == RANK:
+        rank.workers.stop()
+        return {"seen": seen}
+    _await(here / "left")
+    rest = list(range(rank.owners))
+    of_all = _error_of(lambda: rank.ps.update(name, rank.ask, timeout=SHORT))
+    gathered = _error_of(lambda: rank.ps.gather_metas(name, timeout=SHORT))
+    right = []
+    for seed in (4, 5):  # the second has new weights where the first had them: nothing is gathered
+        if seed == 5:
+            rank.ps.unregister_checkpoint(name)
+            rank.ps.register_checkpoint(name, named_tensors=rank.share_of(seed))
+        rank.workers.call("clear")
+        report = rank.ps.update(name, rank.ask, ranks=rest, timeout=SHORT)
+        right += rank.workers.call("is_right", seed)
+    rank.workers.stop()
+    return {
+        "seen": seen, "of_all": of_all, "gather": gathered, "right": right, "way": report.way
+    }  # fmt: skip
+
+
+def cancelled(tp: int, folder: str) -> dict[str, Any]:
+    """Rank 0's caller cancels an update in the middle; the next ones are as before."""
+    rank, here = Rank(tp), Path(folder)
+    seen = [rank.update(seed) for seed in (1, 2, 3)]
+    name = rank.register(4)
+    (here / f"ready-{RANK}").touch()
+    _await(here / "slow")
+    wish = here / f"cancel-{RANK}"
+    with cancellable(lambda: "it was cancelled" if wish.exists() else ""):
+        failure = _error_of(lambda: rank.ps.update(name, rank.ask, timeout=SHORT))
+    (here / f"failed-{RANK}").touch()
+    _await(here / "fast")
+    rank.ps.unregister_checkpoint(name)
+    seen += [rank.update(seed) for seed in (5, 6)]
+    rank.workers.stop()
+    return {"seen": seen, "failure": failure, "shared": left_segments()}
+
+
+def continued(folder: str) -> dict[str, Any]:
+    """Every rank is an instance. The last one's does not answer, then is killed in the middle; the
+    others are updated, and all of them the next time."""
+    rank, here = Rank(1), Path(folder)
+    spare = Workers(rank.make, 1)
+    seen = [rank.update(seed) for seed in (1, 2, 3)]
+    is_last = RANK == WORLD_SIZE - 1
+
+    def refuse(paths: list[tuple[str, str]]) -> None:
+        raise RuntimeError("the engine is not up")
+
+    def die(paths: list[tuple[str, str]]) -> None:
+        _await(here / "kill")
+        rank.workers.stop()
+        raise RuntimeError("the engine has died")
+
+    def ask_and_die(paths: list[tuple[str, str]]) -> None:
+        with ThreadPoolExecutor(1) as killer:
+            killer.submit(die, paths)
+            rank.ask(paths)
+
+    failed, right = [], []
+    for seed, fault in ((4, refuse), (5, ask_and_die)):
+        name = rank.register(seed)
+        if fault is ask_and_die:
+            (here / f"ready-{RANK}").touch()
+            _await(here / "slow")
+        ask = partial(fault if is_last else rank.ask)
+        ask.instance = f"engine {RANK}"  # type: ignore[attr-defined]
+        report = rank.ps.update(name, ask, timeout=SHORT, on_instance_failure="continue")
+        failed.append([report.way, [one.model_dump() for one in report.failed_instances]])
+        right += [] if is_last else rank.workers.call("is_right", seed)
+        rank.ps.unregister_checkpoint(name)
+    (here / f"done-{RANK}").touch()
+    _await(here / "fast")
+    if is_last:
+        rank.workers = spare
+    seen += [rank.update(seed) for seed in (6, 7, 8)]
+    rank.workers.stop()
+    spare.stop()
+    return {"seen": seen, "failed": failed, "right": right, "shared": left_segments()}
+
+
 if __name__ == "__main__":
     program, arguments, results = sys.argv[1:]
-    programs = {f.__name__: f for f in (sharded, interrupted, succeeded)}
+    every = (sharded, interrupted, succeeded, left_for_good, cancelled, continued)
+    programs: dict[str, Callable[..., Any]] = {f.__name__: f for f in every}
     result = programs[program](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))

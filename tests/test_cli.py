@@ -75,6 +75,16 @@ def test_plan_believes_the_description(checkpoint: Path) -> None:
     assert waited == pytest.approx(0.1 * len(WEIGHTS), rel=0.01)
 
 
+def test_plan_knows_peers_and_shards(checkpoint: Path) -> None:
+    one = json_of("plan", checkpoint, "--world-size", "4")
+    several = ("plan", checkpoint, "--world-size", "4", "--gpus-per-node", "2")
+    all_of_it, a_half = (
+        json_of(*several, "--tensor-parallel", parallel)["shard"] for parallel in ("1", "4")
+    )
+    assert (one["peers"]["bytes_into_a_host"], "shard" in one) == (0, False)
+    assert 0 < a_half["bytes_into_a_host"] < all_of_it["bytes_into_a_host"] < one["bytes"]
+
+
 def test_plan_counts_nodes(checkpoint: Path) -> None:
     found = json_of("plan", checkpoint, "--world-size", "20", "--gpus-per-node", "8")
     assert found["cluster"]["nodes"] == 3

@@ -112,3 +112,86 @@ def test_a_host_is_cut_off_and_comes_again(
     for seen in (*first["seen"], *successor["seen"]):
         assert seen["right"]
     assert [one["way"] for one in successor["seen"]] == ["shard"] * 3
+
+
+@pytest.mark.timeout(240)
+def test_a_host_leaves_for_good(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    """What is meant for everybody names the rank that is gone; the others go on among themselves,
+    with what they gathered before, and rebuild nothing."""
+    world = start(make_hosts(3), tmp_path / "w", "left_for_good", folder=str(tmp_path))
+    world._parts[2].join(100)
+    (tmp_path / "left").touch()
+    results = world.wait(100)
+    for result in results:
+        assert all(one["right"] for one in result["seen"])
+        assert {one["way"] for one in result["seen"]} == {"shard"}
+    for result in results[:2]:
+        for failure in (result["of_all"], result["gather"]):
+            assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
+            assert failure["seconds"] < 15
+        assert result["right"] == [True, True]
+        assert result["way"] == "P2P"
+
+
+def slowed(hosts: list[Host], tmp_path: Path, world: World) -> None:
+    """Once all ranks are ready, have every host send slowly, and wait until they do."""
+    places = range(len(hosts))
+    await_(lambda: all((tmp_path / f"ready-{one}").exists() for one in places), world, seconds=90)
+    for host in hosts:
+        host.slow_down(SLOW)
+    before = hosts[-1].bytes_sent()
+    (tmp_path / "slow").touch()
+    await_(lambda: hosts[-1].bytes_sent() > before + IN_THE_MIDDLE, world)
+
+
+def sped_up(hosts: list[Host], tmp_path: Path) -> None:
+    for host in hosts:
+        host.full_speed()
+    (tmp_path / "fast").touch()
+
+
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.timeout(240)
+def test_an_update_that_is_cancelled_leaves_the_next_as_before(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    by: int,
+) -> None:
+    hosts = make_hosts(2)
+    world = start(hosts, tmp_path / "w", "cancelled", tp=2, folder=str(tmp_path))
+    slowed(hosts, tmp_path, world)
+    (tmp_path / f"cancel-{by}").touch()
+    await_(lambda: all((tmp_path / f"failed-{one}").exists() for one in (0, 1)), world, seconds=40)
+    sped_up(hosts, tmp_path)
+    results = world.wait(90)
+    for result in results:
+        assert result["failure"]["kind"] == "interrupted"
+        assert "it was cancelled" in result["failure"]["error"]
+        assert result["failure"]["seconds"] < 30
+        assert all(one["right"] for one in result["seen"])
+        assert [one["way"] for one in result["seen"][2:]] == ["shard"] * 3
+        assert result["shared"] == []
+
+
+@pytest.mark.timeout(240)
+def test_other_instances_are_updated_where_one_fails(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    hosts = make_hosts(2)
+    world = start(hosts, tmp_path / "w", "continued", folder=str(tmp_path))
+    slowed(hosts, tmp_path, world)
+    (tmp_path / "kill").touch()
+    sped_up(hosts, tmp_path)
+    results = world.wait(90)
+    assert results[0]["right"] == [True, True]
+    for result in results:
+        assert all(one["right"] for one in result["seen"])
+        assert [one["way"] for one in result["seen"][2:]] == ["shard"] * 4
+        for way, failed in result["failed"]:
+            assert way == "shard"
+            assert [(one["rank"], one["instance"]) for one in failed] == [(1, "engine 1")]
+        assert result["shared"] == []

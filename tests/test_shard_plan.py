@@ -18,7 +18,7 @@ from checkpoint_engine.ground import needs as needs_module
 from checkpoint_engine.ground.needs import Needs, Region, runs_of
 from checkpoint_engine.planning import shards
 from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
-from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
 from test_plan import owned
 
 quick = settings(deadline=None, max_examples=60)
@@ -264,7 +264,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     one, two = Needs.of(first), Needs.of(second)
     assert one is not None
     assert two is not None
-    needs = HostNeeds(metas, [one, two])
+    needs = HostNeeds(Tensors(metas), [one, two])
     by_name = {step.bucket.items[0].name: needs.runs_in(step.bucket) for step in plan.steps}
     assert by_name[names[0]] is None  # both halves: the whole tensor
     for name in names[1:]:
@@ -274,7 +274,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     other = Needs.of({tensor(n, 1 << 15): [] for n in names[:2]})
     assert other is not None
     with pytest.raises(ValueError, match="of other tensors"):
-        HostNeeds(metas, [other])
+        HostNeeds(Tensors(metas), [other])
 
 
 def test_short_gaps_are_read_along() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_engine.data_types import ParameterMeta
+from checkpoint_engine.data_types import H2DBucket, ParameterMeta
+from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.planning.plan import Step, TransferPlan
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
 from checkpoint_engine.tools.simulate.engine import Simulation, Task, critical_path
+from checkpoint_engine.tools.simulate.hosts import HostPlan, plan_host, predict_host
+from checkpoint_engine.tools.simulate.parallel import Parallel
 from checkpoint_engine.tools.simulate.update import (
     Prediction,
+    deal_out,
     make_plan,
     predict,
     read_headers,
@@ -233,6 +239,153 @@ def test_a_faster_wire_is_never_slower(nodes: int, count: int, cap: int, p2p: bo
 def test_a_cluster_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'nodes': 0, 'nic': 0\.0"):
         Cluster(nodes=0, nic=0.0)
+
+
+# ---------------------------------------------------------------------- staged on hosts
+
+
+def experts(layers: int = 3, count: int = 8) -> list[ParameterMeta]:
+    shapes = {"self_attn.q_proj": (512, 256), "self_attn.o_proj": (256, 512), "norm": (256,)}
+    for number in range(count):
+        shapes[f"mlp.experts.{number}.up_proj"] = (1024, 2048)
+        shapes[f"mlp.experts.{number}.down_proj"] = (32, 1 << 16)
+    return [
+        ParameterMeta(
+            name=f"layers.{layer}.{name}.weight", dtype=torch.bfloat16, shape=torch.Size(shape)
+        )
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    ]
+
+
+def on_host(
+    cluster: Cluster,
+    parallel: Parallel,
+    costs: Costs = FREE,
+    *,
+    here: int = 0,
+    every_nth: bool = False,
+) -> tuple[HostPlan, Prediction]:
+    deal = deal_out if every_nth else share_out
+    metas = deal(experts(), range(cluster.gpus))
+    needs = parallel.needs(experts(), range(parallel.ranks))
+    sizes = {"free_device_bytes": 1 << 40, "cap": 16 * MB}
+    host = plan_host(metas, cluster, **sizes, here=here, needs=needs)
+    return host, predict_host(host, costs)
+
+
+clusters = st.builds(
+    Cluster,
+    nodes=st.integers(1, 4),
+    gpus_per_node=st.integers(1, 4),
+    nics_per_node=st.integers(1, 4),
+    nic=st.sampled_from([1.0, 10.0]),
+    host_memory=st.sampled_from([5.0, 300.0]),
+    host_to_device=st.sampled_from([2.0, 50.0]),
+    peer_read=st.sampled_from([3.0, 370.0]),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(clusters, st.sampled_from([1, 2, 4]), st.sampled_from([1, 4]), st.booleans(), st.data())
+def test_no_update_is_faster_than_its_links(
+    cluster: Cluster, tensor: int, expert: int, every_nth: bool, data: Any
+) -> None:
+    here = data.draw(st.integers(0, cluster.nodes - 1))
+    parallel = Parallel(tensor, expert)
+    host, found = on_host(cluster, parallel, here=here, every_nth=every_nth)
+    gigabytes: defaultdict[str, float] = defaultdict(float)
+    for step in host.plan.steps:
+        is_read = step.sources not in ((), (step.receiver,))
+        nbytes = sum(host.ranges(step)) if is_read else step.bucket.size
+        gigabytes[f"pcie {step.receiver}"] += nbytes / 1e9
+        gigabytes[cluster.nic_of(step.receiver) if is_read else "memory"] += nbytes / 1e9
+    rates = {"memory": cluster.host_memory}
+    for link, size in gigabytes.items():
+        rate = cluster.host_to_device if link.startswith("pcie") else rates.get(link, cluster.nic)
+        assert found.seconds >= size / rate * (1 - 1e-6)
+    assert sum(found.critical.values()) == found.seconds
+
+
+@settings(deadline=None, max_examples=25)
+@given(clusters, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 4, 8]), st.data())
+def test_no_more_enters_a_host_than_its_workers_need_of_others(
+    cluster: Cluster, tensor: int, expert: int, data: Any
+) -> None:
+    here = data.draw(st.integers(0, cluster.nodes - 1))
+    host, found = on_host(cluster, Parallel(tensor, expert), here=here)
+    owned = {
+        meta.name
+        for rank in host.orders
+        for buffer in (host.metas[rank].memory_buffer_metas_list if rank in host.metas else [])
+        for meta in buffer.metas
+    }
+    everyone = host.needs or ()
+    named = {one.digest: one for one in (everyone[r % len(everyone)] for r in host.orders)}
+    union = HostNeeds(Tensors(host.metas), list(named.values()))
+    foreign = [
+        meta for o in host.metas.values() for b in o.memory_buffer_metas_list for meta in b.metas
+        if meta.name not in owned
+    ]  # fmt: skip
+    bucket = H2DBucket.model_construct(size=0, ranges=[], items=foreign)
+    nbytes = union.share_of(bucket) * sum(meta.aligned_size for meta in foreign)
+    assert found.bytes_in == pytest.approx(nbytes)
+    assert (found.bytes_in > 0) == (cluster.nodes > 1 and bool(foreign) and nbytes > 0)
+
+
+def test_on_one_host_a_shard_is_what_peers_are() -> None:
+    """The plan that is shared out to the only host takes the same time, whatever its order."""
+    cluster, parallel = Cluster(gpus_per_node=4), Parallel(4)
+    peers, found = on_host(cluster, parallel, Costs())
+    every = replace(peers.plan, needs=None)
+    alone = share(every, [range(4)], 0, peers.metas)
+    shard = predict_host(replace(peers, orders=dict.fromkeys(range(4), alone)), Costs())
+    assert (shard.bytes_in, found.bytes_in) == (0, 0)
+    assert shard.seconds == pytest.approx(found.seconds, rel=0.05)
+
+
+def test_experts_on_other_hosts_do_not_enter() -> None:
+    cluster = Cluster(nodes=4, gpus_per_node=2, nics_per_node=2)
+    _, sliced = on_host(cluster, Parallel(8))
+    _, spread = on_host(cluster, Parallel(8, 8))
+    _, all_of_them = on_host(cluster, Parallel())
+    assert spread.bytes_in < 0.3 * all_of_them.bytes_in
+    assert spread.bytes_in == pytest.approx(sliced.bytes_in, rel=0.25)
+    assert spread.seconds < all_of_them.seconds
+
+
+def test_owners_that_all_hosts_ask_decide() -> None:
+    """One host owns everything; its NICs send it once for each of the others."""
+    metas = deal_out(experts(), range(2))
+    for nodes in (3, 9):
+        cluster = Cluster(nodes=nodes, gpus_per_node=2, nics_per_node=2, nic=1.0)
+        host = plan_host(metas, cluster, free_device_bytes=1 << 40, cap=16 * MB, here=1)
+        sent = (nodes - 1) * host.plan.total_bytes / 1e9
+        found = predict_host(host, FREE).seconds
+        assert sent / 2 <= found * (1 + 1e-6)
+        assert found <= sent / 2 * nodes / (nodes - 1) * 1.3
+
+
+def test_slices_are_those_of_parallel_layers() -> None:
+    shapes = {
+        "a.up_proj.weight": (8, 4), "b.down_proj.weight": (4, 8), "c.norm.weight": (8,),
+        "d.experts.3.up_proj.weight": (8, 4), "d.experts.0.up_proj.weight": (8, 4),
+    }  # fmt: skip
+    tensors = [
+        ParameterMeta(name=name, dtype=torch.uint8, shape=torch.Size(shape))
+        for name, shape in shapes.items()
+    ]
+    (needs,) = Parallel(2, 4).needs(tensors, [3])
+    read = dict(zip(sorted(shapes), (needs.kinds[kind] for kind in needs.numbers), strict=True))
+    assert list(read.values()) == [
+        (Region(16, 16, (), ()),),
+        (Region(4, 4, (4,), (8,)),),
+        (Region(0, 8, (), ()),),
+        (),
+        (Region(0, 32, (), ()),),
+    ]
+    by_tensor = {(meta.name, meta.dtype, tuple(meta.shape)): read[meta.name] for meta in tensors}
+    assert Needs.of(by_tensor) == needs
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -36,6 +36,20 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks that share each layer, by slices.",
+)
+@click.option(
+    "--expert-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the experts, as whole ones.",
+)
 @_gib("--free-gb", default=40.0, help="GiB that buffers may take on the fullest device.")
 @_gib("--bucket-gb", default=8.0, help="PS_MAX_BUCKET_SIZE_GB.")
 @_describing_options
@@ -46,6 +60,8 @@ def plan(
     gpus_per_node: int,
     nics_per_node: int,
     receivers: int | None,
+    tensor_parallel: int,
+    expert_parallel: int,
     free_gb: float,
     bucket_gb: float,
     **rates: float,
@@ -53,9 +69,12 @@ def plan(
     """Predict an update of CHECKPOINT, a safetensors file or the folder of a checkpoint.
 
     Reads only their headers; needs no GPU. The cluster is described by the options, the workers
-    are this library's and not new: tensors larger than a bucket are broadcast in parts.
+    are this library's and not new: tensors larger than a bucket travel in parts, and of what other
+    hosts own a host reads what its workers need (shard), by the usual rules of parallel layers.
     """
     # These import torch, which takes longer than completion may.
+    from checkpoint_engine.tools.simulate.hosts import plan_host, predict_host
+    from checkpoint_engine.tools.simulate.parallel import Parallel
     from checkpoint_engine.tools.simulate.update import make_plan, predict, read_headers, share_out
 
     per_node = min(gpus_per_node, world_size)
@@ -64,7 +83,8 @@ def plan(
     }
     cluster = Cluster(-(-world_size // per_node), per_node, nics_per_node, **described)
     costs = Costs(**rates)
-    metas = share_out(read_headers(checkpoint), range(world_size))
+    tensors = read_headers(checkpoint)
+    metas = share_out(tensors, range(world_size))
     owned = [sum(b.size for b in owner.memory_buffer_metas_list) for owner in metas.values()]
     free, cap = int(free_gb * GIB), int(bucket_gb * GIB)
     p2p = range(min(receivers or world_size, world_size))
@@ -75,6 +95,14 @@ def plan(
         cut = make_plan(metas, cluster, free_device_bytes=free, cap=cap, receivers=members)
         found = predict(cut, cluster, costs, members)
         result |= {"tensors": cut.tensor_count, "bytes": cut.total_bytes, method: _as_dict(found)}
+        lines += _as_text(method, found)
+    if world_size > 1:
+        method = "peers" if cluster.nodes == 1 else "shard"
+        parallel = Parallel(tensor_parallel, expert_parallel)
+        needs = parallel.needs(tensors, range(parallel.ranks))
+        host = plan_host(metas, cluster, free_device_bytes=free, cap=cap, needs=needs)
+        found = predict_host(host, costs)
+        result[method] = _as_dict(found) | {"bytes_into_a_host": found.bytes_in}
         lines += _as_text(method, found)
     title = (
         f"{checkpoint}: {result['bytes'] / 1e9:.2f} GB in {result['tensors']:,} tensors, "

@@ -38,6 +38,10 @@ class Region(NamedTuple):
         steps = zip(self.counts, self.strides, strict=True)
         return self.offset + self.length + sum((n - 1) * stride for n, stride in steps)
 
+    @property
+    def nbytes(self) -> int:
+        return self.length * math.prod(self.counts)
+
 
 Tensor = tuple[str, Any, tuple[int, ...]]
 """Name, dtype and shape."""
@@ -52,9 +56,15 @@ def kinds_of(tensors: Iterable[Tensor]) -> tuple[list[tuple[Any, tuple[int, ...]
 
 def tensors_digest(tensors: Sequence[Tensor]) -> str:
     """Names a set of tensors, which are given in the order of their names."""
-    kinds, kind_of = kinds_of(tensors)
+    return digest_of_kinds([name for name, _, _ in tensors], *kinds_of(tensors))
+
+
+def digest_of_kinds(
+    names: Sequence[str], kinds: Sequence[tuple[Any, tuple[int, ...]]], kind_of: Sequence[int]
+) -> str:
+    """``tensors_digest`` of tensors whose kinds are known."""
     listed = [(str(dtype), list(shape)) for dtype, shape in kinds]
-    content = [[name for name, _, _ in tensors], kind_of, listed]
+    content = [names, kind_of, listed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

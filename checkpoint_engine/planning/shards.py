@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from operator import itemgetter
 
@@ -23,46 +23,77 @@ from checkpoint_engine.data_types import (
     tensor_nbytes,
 )
 from checkpoint_engine.ground.collector import collector_at_rest
-from checkpoint_engine.ground.needs import Needs, Runs, kinds_of, runs_of, tensors_digest
+from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, kinds_of, runs_of
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
 """Bytes between two ranges that are read along: over TCP a range costs Mooncake 0.1 ms."""
 
 
-class HostNeeds:
-    """What the workers of one host read of each tensor, together."""
+class Tensors:
+    """The tensors of all owners in the order of their names, as needs count them. Made once for a
+    plan of all buckets: it takes several times as long as the union of needs and ``share``.
 
-    def __init__(self, metas: Metas, needs: Sequence[Needs]) -> None:
-        """
-        Raises:
-            ValueError: the needs are of other tensors than those of ``metas``.
-        """
+    Attributes:
+        digest: ``tensors_digest`` of them.
+        sizes: the bytes of each.
+    """
+
+    def __init__(self, metas: Metas, buckets: Iterable[H2DBucket] = ()) -> None:
+        """``buckets``: whose tensors are looked up at once."""
+        self._places: dict[int, tuple[H2DBucket, np.ndarray]] = {}
         with collector_at_rest():
-            self._read(metas, needs)
+            self._read(metas)
+            for bucket in buckets:
+                self.places_of(bucket)
 
-    def _read(self, metas: Metas, needs: Sequence[Needs]) -> None:
-        every = {
-            meta.name: (meta.name, meta.dtype, meta.shape)
+    def _read(self, metas: Metas) -> None:
+        listed = [
+            (meta.name, meta.dtype, meta.shape)
             for owned in metas.values()
             for buffer in owned.memory_buffer_metas_list
             for meta in buffer.metas
-        }
-        tensors = [every[name] for name in sorted(every)]
-        if {one.tensors for one in needs} != {tensors_digest(tensors)}:
-            raise ValueError("the workers have stated what they need of other tensors")
-        kinds, kind_of = kinds_of(tensors)
+        ]
+        listed.sort(key=itemgetter(0))
+        self._place = dict(zip(map(itemgetter(0), listed), itertools.count()))
+        if len(self._place) < len(listed):  # several owners have some of them
+            listed = [listed[place] for place in self._place.values()]
+            self._place = dict(zip(self._place, itertools.count()))
+        kinds, kind_of = kinds_of(listed)
+        self.digest = digest_of_kinds(list(self._place), kinds, kind_of)
         sizes = np.array([tensor_nbytes(*kind) for kind in kinds], dtype=np.int64)
-        self._sizes = sizes[np.array(kind_of, dtype=np.int64)]
-        self._place = {name: place for place, (name, _, _) in enumerate(tensors)}
+        self.sizes = sizes[np.array(kind_of, dtype=np.int64)]
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def places_of(self, bucket: H2DBucket) -> np.ndarray:
+        """Where the bucket's tensors are among all of them."""
+        if id(bucket) not in self._places:
+            places = np.array([self._place[meta.name] for meta in bucket.items], dtype=np.int64)
+            self._places[id(bucket)] = bucket, places
+        return self._places[id(bucket)][1]
+
+
+class HostNeeds:
+    """What the workers of one host read of each tensor, together."""
+
+    def __init__(self, tensors: Tensors, needs: Sequence[Needs]) -> None:
+        """
+        Raises:
+            ValueError: the needs are of other tensors.
+        """
+        if {one.tensors for one in needs} != {tensors.digest}:
+            raise ValueError("the workers have stated what they need of other tensors")
         columns = [one.numbers for one in needs]
         if {len(column) for column in columns} != {len(tensors)}:
             raise ValueError("the workers have stated needs of another number of tensors")
-        first, self._alike = _distinct([*columns, self._sizes])
+        self._tensors = tensors
+        first, self._alike = _distinct([*columns, tensors.sizes])
         self._runs = [
             runs_of(
                 itertools.chain(*(one.kinds[one.numbers[at]] for one in needs)),
-                int(self._sizes[at]),
+                int(tensors.sizes[at]),
                 SHORTEST_GAP,
             )
             for at in first
@@ -77,17 +108,17 @@ class HostNeeds:
 
     def share_of(self, bucket: H2DBucket) -> float:
         """Which part of a bucket's bytes is needed."""
-        places = [self._place[meta.name] for meta in bucket.items]
-        return float(self._needed[places].sum() / max(1, self._sizes[places].sum()))
+        places = self._tensors.places_of(bucket)
+        return float(self._needed[places].sum() / max(1, self._tensors.sizes[places].sum()))
 
     def runs_in(self, bucket: H2DBucket) -> Runs | None:
         """The bytes of a bucket that are needed, from its beginning; ``None``: all of them."""
-        places = [self._place[meta.name] for meta in bucket.items]
-        if (self._needed[places] == self._sizes[places]).all():
+        places = self._tensors.places_of(bucket)
+        if (self._needed[places] == self._tensors.sizes[places]).all():
             return None
         begins, ends = [], []
-        for start, meta in placed(bucket.items):
-            some = self._runs[self._alike[self._place[meta.name]]]
+        for (start, _), alike in zip(placed(bucket.items), self._alike[places], strict=True):
+            some = self._runs[alike]
             begins.append(some[0] + start)
             ends.append(some[1] + start)
         found = np.concatenate(begins), np.concatenate(ends)
@@ -98,12 +129,23 @@ class HostNeeds:
 
 def _distinct(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Of each distinct row, the first place; of each place, the number of its row."""
-    first, alike = np.zeros(min(1, len(columns[0])), np.int64), np.zeros(len(columns[0]), np.int64)
+    alike = np.zeros(len(columns[0]), np.int64)
     for column in columns:
-        _, numbers = np.unique(column, return_inverse=True)
-        both = alike * (int(numbers.max(initial=0)) + 1) + numbers
-        _, first, alike = np.unique(both, return_index=True, return_inverse=True)
+        numbers = _numbered(column)
+        alike = _numbered(alike * (int(numbers.max(initial=0)) + 1) + numbers)
+    first = np.zeros(int(alike.max(initial=-1)) + 1, np.int64)
+    first[alike[::-1]] = np.arange(len(alike))[::-1]
     return first, alike
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """The values, none of them negative, as the numbers of their places among the distinct ones."""
+    largest = int(values.max(initial=0))
+    if largest > 8 * len(values):  # a table of all that there might be would take more time
+        return np.unique(values, return_inverse=True)[1]
+    seen = np.zeros(largest + 1, dtype=bool)
+    seen[values] = True
+    return (np.cumsum(seen) - 1)[values]
 
 
 def _clipped(runs: Runs, start: int, size: int) -> Runs:

@@ -1,5 +1,6 @@
 """What an update will take, without a GPU: the real plan, on a cluster that is described.
 
-``cluster`` has the machines and costs, ``update`` the plan and the prediction, and ``engine`` the
-discrete events behind it.
+``cluster`` has the machines and costs, ``update`` broadcasts and P2P joins, ``hosts`` updates whose
+buckets are staged on each host, ``parallel`` what workers read, and ``engine`` the discrete events
+behind all of them.
 """

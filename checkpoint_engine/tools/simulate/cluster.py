@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GB = 1e9
-_MAY_BE_ZERO = {"hop", "per_tensor", "per_bucket", "per_update"}
+_MAY_BE_ZERO = {"hop", "per_tensor", "per_tensor_once", "per_bucket", "per_update", "per_range"}
 
 
 def _described(default: float | None, text: str) -> Any:
@@ -41,6 +41,7 @@ class Cluster(_Checked):
     host_to_device: float = _described(55.0, "GB/s of pinned memory to one device (PCIe)")
     host_memory: float = _described(300.0, "GB/s of host memory to all devices of a node together")
     nvlink: float = _described(200.0, "GB/s of a broadcast within a node")
+    peer_read: float = _described(370.0, "GB/s at which a device reads another's memory (NVLink)")
     nic: float = _described(45.0, "GB/s of one NIC, each way")
     device_memory: float = _described(1500.0, "GB/s of a copy within a device")
     hop: float = _described(20e-6, "seconds that each further node adds to a broadcast")
@@ -68,7 +69,9 @@ class Costs(_Checked):
 
     Attributes:
         per_bucket: message, synchronisation and answer.
-        per_update: plan, buffers, handshake, release, post hook.
+        per_update: plan, buffers, handshake, release, post hook; half of it before the first
+            bucket.
+        per_tensor_once: before the first bucket, and again after the last.
         load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
         check: ``None``: workers check no sums.
     """
@@ -80,4 +83,8 @@ class Costs(_Checked):
     # Measured on an H200 for a bucket of 256 MiB.
     check: float | None = _described(1400.0, "GB/s at which workers check the sums of a bucket")
     per_update: float = _described(0.01, "seconds of what happens once")
+    per_tensor_once: float = _described(
+        0.0, "seconds of a learned worker for a tensor, first and last, as 2.3e-6"
+    )
+    per_range: float = _described(2e-6, "seconds of each range that is read by P2P: over TCP 1e-4")
     load: float | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -30,7 +30,7 @@ class Task:
 
 
 class Simulation:
-    """Add tasks, in any order that names predecessors first; then ``run`` once."""
+    """Add tasks, each after its predecessors or with ``follow`` afterwards; then ``run`` once."""
 
     def __init__(self) -> None:
         self._tasks: list[Task] = []
@@ -51,12 +51,19 @@ class Simulation:
         """
         # A task does not wait for a link that it does not use.
         used = {link: seconds for link, seconds in (busy or {}).items() if seconds > 0}
-        predecessors = {one for one in after if one is not None}
-        task = Task(kind, fixed=fixed, busy=used, waits_for=len(predecessors))
-        for one in predecessors:
-            self._tasks[one].followers.append(len(self._tasks))
-        self._tasks.append(task)
+        self._tasks.append(Task(kind, fixed=fixed, busy=used))
+        self.follow(len(self._tasks) - 1, {one for one in after if one is not None})
         return len(self._tasks) - 1
+
+    def follow(self, number: int, after: Collection[int]) -> None:
+        """Have a task that was added begin no sooner than these distinct ones end."""
+        for one in after:
+            self._tasks[one].followers.append(number)
+        self._tasks[number].waits_for += len(after)
+
+    def ends(self) -> list[int]:
+        """The tasks that no other follows yet."""
+        return [number for number, task in enumerate(self._tasks) if not task.followers]
 
     def run(self) -> list[Task]:
         """The tasks, in the order in which they were added."""

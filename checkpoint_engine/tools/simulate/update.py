@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoint_engine.data_types import (
     H2DBucket,
@@ -29,7 +30,7 @@ from checkpoint_engine.tools.simulate.engine import Simulation, Task, critical_p
 from checkpoint_engine.world.gathered import topology
 
 Metas = dict[int, MemoryBufferMetaList]
-_STAGES = ("fetch", "deliver", "broadcast", "reload")
+_STAGES = ("fetch", "deliver", "broadcast", "reload", "once")
 
 
 # ---------------------------------------------------------------------- the plan
@@ -55,6 +56,12 @@ def share_out(tensors: Iterable[ParameterMeta], owners: Sequence[int]) -> Metas:
         shares[owners[min(begin * len(owners) // total, len(owners) - 1)]].append(meta)
         begin += meta.aligned_size
     return {owner: _owned(share) for owner, share in shares.items()}
+
+
+def deal_out(tensors: Sequence[ParameterMeta], owners: Sequence[int]) -> Metas:
+    """Each owner has every Nth tensor, in the order in which they come."""
+    shares = {owner: list(tensors[place :: len(owners)]) for place, owner in enumerate(owners)}
+    return {owner: _owned(share) for owner, share in shares.items() if share}
 
 
 def _owned(share: list[ParameterMeta]) -> MemoryBufferMetaList:
@@ -113,6 +120,7 @@ class Prediction:
         device_bytes: double buffer, staging and the tensor that is put together on a receiver's
             device.
         tasks: when each stage of each bucket ran.
+        bytes_in: that enter one host by P2P, where buckets are staged there.
     """
 
     plan: TransferPlan = field(repr=False)
@@ -120,6 +128,7 @@ class Prediction:
     device_bytes: int
     critical: dict[str, float]
     tasks: Sequence[Task] = field(repr=False)
+    bytes_in: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -149,13 +158,19 @@ def predict(
     """
     model = Model(plan, cluster, costs, members)
     (order or Model.add_steps)(model)
-    tasks = model.simulation.run()
+    once = costs.per_update + model.looking
+    model.simulation.task("once", fixed=once, after=model.simulation.ends())
     double_buffer = plan.bucket_bytes * min(2, max(1, len(plan.steps)))
-    critical = dict.fromkeys(_STAGES, 0.0) | {"once": costs.per_update}
-    for task in critical_path(tasks):
-        critical[task.kind] += task.end - task.begin
     parts = [step.bucket.total for step in plan.steps if isinstance(step.bucket, TensorPart)]
     device_bytes = double_buffer + plan.bucket_bytes * model.is_staged + max(parts, default=0)
+    return predicted(plan, model.simulation.run(), device_bytes)
+
+
+def predicted(plan: TransferPlan, tasks: Sequence[Task], device_bytes: int) -> Prediction:
+    """What the tasks of an update, once they were run, say of it."""
+    critical = dict.fromkeys(_STAGES, 0.0)
+    for task in critical_path(tasks):
+        critical[task.kind] += task.end - task.begin
     return Prediction(plan, sum(critical.values()), device_bytes, critical, tasks)
 
 
@@ -178,6 +193,7 @@ class Model:
         self._cluster = replace(cluster, nic=cluster.nic * share)
         self._owners_nic = cluster.nic
         self.is_staged = plan.staging and not self._is_alone
+        self.looking = plan.tensor_count * costs.per_tensor_once
         self.simulation = Simulation()
 
     def add_steps(self) -> None:
@@ -185,6 +201,7 @@ class Model:
         arrived: defaultdict[int, int | None] = defaultdict(lambda: None)
         broadcast: int | None = None
         reloads: list[int | None] = [None, None]
+        looked = self.simulation.task("once", fixed=self.looking)  # as the first buckets set out
         for step in self.plan.steps:
             slot_free = reloads[-2]  # two buckets are in the double buffer
             if self.is_staged:
@@ -197,7 +214,7 @@ class Model:
                 ready = self.fetch(step, [slot_free, broadcast])
             arrived[step.receiver] = ready
             broadcast = self.broadcast(step, [ready])
-            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1]])]
+            reloads = [reloads[-1], self.reload(step, [broadcast, reloads[-1], looked])]
 
     def fetch(self, step: Step, after: list[int | None]) -> int:
         """Into staging, or into the double buffer where there is none."""
@@ -219,21 +236,34 @@ class Model:
         return self.simulation.task("broadcast", fixed=fixed, busy=busy, after=after)
 
     def reload(self, step: Step, after: list[int | None]) -> int:
-        """All workers load a bucket: messages, its checksum, Python for each tensor, then the
-        bytes that they need."""
-        seconds = self._costs.per_bucket + self._loading(step.bucket)
+        """All workers load a bucket."""
+        everything = Read(len(step.bucket.items))
+        loading = loading_seconds(step.bucket, self._cluster, self._costs, everything)
+        seconds = self._costs.per_bucket + loading
         return self.simulation.task("reload", fixed=seconds, after=after)
 
-    def _loading(self, bucket: H2DBucket) -> float:
-        """A worker's seconds with a bucket. A part is copied to where its tensor is put together,
-        which is loaded with the last one."""
-        joining, nbytes = 0.0, bucket.size
-        if isinstance(bucket, TensorPart):
-            joining = bucket.size / GB / self._cluster.device_memory
-            if not bucket.is_last:
-                return joining
-            nbytes = bucket.total
-        python = len(bucket.items) * self._costs.per_tensor
-        checking = 0.0 if self._costs.check is None else nbytes / GB / self._costs.check
-        copying = nbytes / GB / (self._costs.load or self._cluster.device_memory)
-        return joining + checking + python + copying
+
+class Read(NamedTuple):
+    """What a worker reads of a bucket: how many tensors, which part of the bytes, and whether it
+    sums them."""
+
+    tensors: int
+    part: float = 1.0
+    is_summed: bool = True
+
+
+def loading_seconds(bucket: H2DBucket, cluster: Cluster, costs: Costs, read: Read) -> float:
+    """A worker's seconds with a bucket: its checksum, Python for each tensor, then the bytes that
+    it needs. A part of a tensor is copied to where that is put together, which is loaded with the
+    last one.
+    """
+    joining, nbytes = 0.0, bucket.size
+    if isinstance(bucket, TensorPart):
+        joining = bucket.size / GB / cluster.device_memory
+        if not bucket.is_last:
+            return joining
+        nbytes = bucket.total
+    python = read.tensors * costs.per_tensor
+    checking = 0.0 if costs.check is None or not read.is_summed else nbytes / GB / costs.check
+    copying = read.part * nbytes / GB / (costs.load or cluster.device_memory)
+    return joining + checking + python + copying

@@ -17,7 +17,7 @@ from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, as_held_by, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
@@ -55,7 +55,8 @@ class Shard(Way):
         self._p2p = p2p
         self._inside = inside
         self._known: dict[str, Needs] = {}
-        self._every: TransferPlan | None = None  # that was shared out
+        self._every: TransferPlan | None = None  # that was shared out, of these tensors
+        self._tensors: Tensors | None = None
         self._shared: tuple[object, TransferPlan] | None = None
         self._reached: set[str] = set()
 
@@ -126,19 +127,23 @@ class Shard(Way):
         here = _host_of(mine, hosts)
         ranks = tuple(tuple(hello.rank for hello in host) for host in hosts)
         basis = ranks, tuple(hello.needs for hello in here)
-        if self._shared is None or self._every is not every or self._shared[0] != basis:
-            options = gathered.metas, gathered.duplicates, self._needs_of(gathered, here)
+        if self._every is not every:
+            buckets = (step.bucket for step in every.steps)
+            self._tensors = Tensors(gathered.metas, buckets)
+            self._every, self._shared = every, None
+        if self._shared is None or self._shared[0] != basis:
+            options = gathered.metas, gathered.duplicates, self._needs_of(here)
             shared = share(every, ranks, hosts.index(here), *options)
-            self._every, self._shared = every, (basis, shared)
+            self._shared = basis, shared
         return self._shared[1]
 
-    def _needs_of(self, gathered: Gathered, here: Sequence[Hello]) -> HostNeeds | None:
+    def _needs_of(self, here: Sequence[Hello]) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
         digests = sorted({hello.needs for hello in here})
-        if "" in digests:
+        if "" in digests or self._tensors is None:
             return None
         try:
-            return HostNeeds(gathered.metas, [self._known[digest] for digest in digests])
+            return HostNeeds(self._tensors, [self._known[digest] for digest in digests])
         except ValueError as error:  # another checkpoint than the one that they have learned
             logger.info("rank {} reads whole buckets: {}", self.here.rank, error)
             return None
