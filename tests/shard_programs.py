@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from checkpoint_engine.errors import UpdateError  # noqa: E402
-from checkpoint_engine.ground.deadline import cancellable  # noqa: E402
+from checkpoint_engine.ground.deadline import Deadline, cancellable  # noqa: E402
 from checkpoint_engine.ps import ParameterServer  # noqa: E402
 from checkpoint_engine.worker import VllmColocateWorkerExtension  # noqa: E402
 from engines import Workers  # noqa: E402
@@ -241,7 +241,9 @@ def _error_of(action: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _await(path: Path) -> None:
+    ends = Deadline(90)
     while not path.exists():
+        ends.check(f"{path.name} of the test")
         time.sleep(0.01)
 
 
@@ -267,9 +269,8 @@ def left_for_good(folder: str) -> dict[str, Any]:
         report = rank.ps.update(name, rank.ask, ranks=rest, timeout=SHORT)
         right += rank.workers.call("is_right", seed)
     rank.workers.stop()
-    return {
-        "seen": seen, "of_all": of_all, "gather": gathered, "right": right, "way": report.way
-    }  # fmt: skip
+    failures = {"of_all": of_all, "gather": gathered}
+    return {"seen": seen, **failures, "right": right, "way": report.way}
 
 
 def cancelled(tp: int, folder: str) -> dict[str, Any]:
