@@ -32,8 +32,8 @@ SOAK_UPDATES ?= 200
 SOAK_STEPS ?= 2000
 
 .DEFAULT_GOAL := help
-.PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-vllm certify lint format \
-	install clean test-faults soak soak-long
+.PHONY: docs fuzz help demo demo-vllm test test-fast test-lowest test-gpu test-originals test-vllm certify \
+	lint format install clean test-faults soak soak-long
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ test-lowest: $(LOWEST_INSTALLED) ## with the lowest versions of Python, torch an
 
 test-faults: $(INSTALLED) ## faults at every step of real updates; needs root
 	@$(BIN)/python -m pytest tests/faults -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+
+test-originals: $(INSTALLED) ## the original's own tests, of its releases, with this package
+	@$(BIN)/python tests/originals/run.py
 
 soak-long: $(INSTALLED) ## random faults, sizes, joins and restarts: SOAK_STEPS of them; what grows?
 	@$(BIN)/python tests/faults/soak_long.py --updates $(SOAK_STEPS)
