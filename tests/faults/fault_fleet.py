@@ -265,11 +265,13 @@ class Fleet:
 
     def leaks(self) -> list[str]:
         """What is not as the baseline, once background threads have finished."""
-        ends = time.monotonic() + SETTLING
         found = self._differences()
         if found:
             self.warm_up()  # a world that was met anew connects once more when it makes a group
             self.good_update()
+        ends = (
+            time.monotonic() + SETTLING
+        )  # from now on: these two take that long on a busy machine
         while found and time.monotonic() < ends:
             time.sleep(0.1)
             found = self._differences()
