@@ -269,9 +269,7 @@ class Fleet:
         if found:
             self.warm_up()  # a world that was met anew connects once more when it makes a group
             self.good_update()
-        ends = (
-            time.monotonic() + SETTLING
-        )  # from now on: these two take that long on a busy machine
+        ends = time.monotonic() + SETTLING  # a busy machine takes that long for these two
         while found and time.monotonic() < ends:
             time.sleep(0.1)
             found = self._differences()
