@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _DESCRIBED = [one for of in (Cluster, Costs) for one in fields(of) if "text" in one.metadata]
 _gib = partial(click.option, type=Positive(1 << 30), show_default=True)
+_ranks = partial(click.option, type=click.IntRange(1), default=1, show_default=True)
 
 
 def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,20 +37,8 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--receivers", type=click.IntRange(1), help="Ranks of a P2P update. Default: all.")
-@click.option(
-    "--tensor-parallel",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Ranks that share each layer, by slices.",
-)
-@click.option(
-    "--expert-parallel",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Ranks that share the experts, as whole ones.",
-)
+@_ranks("--tensor-parallel", help="Ranks that share each layer, by slices.")
+@_ranks("--expert-parallel", help="Ranks that share the experts, as whole ones.")
 @_gib("--free-gb", default=40.0, help="GiB that buffers may take on the fullest device.")
 @_gib("--bucket-gb", default=8.0, help="PS_MAX_BUCKET_SIZE_GB.")
 @_describing_options

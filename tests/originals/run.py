@@ -18,9 +18,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from packages import PIP  # noqa: E402  (found by the line above)
+
 RELEASES = {"0.1.3": False, "0.2.3": True, "0.3.4": True, "0.4.2": True}
 """The last of each line, and whether it has tests that need no GPU."""
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 SECONDS = 120  # that one release may take
 _NOTHING_RAN = 5  # pytest's exit code
 

@@ -216,7 +216,7 @@ class _Host:
         host, steps = self._host, self._host.plan.steps
         reads: dict[str, list[Read]] = {}
         if host.needs is not None:
-            places = _Places([step.bucket for step in steps])
+            places = _Places(host.metas, [step.bucket for step in steps])
             here = {host.needs[rank % len(host.needs)].digest for rank in host.orders}
             distinct = {one.digest: one for one in host.needs if one.digest in here}
             reads = {digest: places.reads_of(one) for digest, one in distinct.items()}
@@ -231,10 +231,9 @@ class _Host:
 class _Places:
     """Where the tensors of each bucket are in the order of all names."""
 
-    def __init__(self, buckets: Sequence[H2DBucket]) -> None:
-        names = [meta.name for bucket in buckets for meta in bucket.items]
-        place = {name: number for number, name in enumerate(sorted(set(names)))}
-        self._places = np.array([place[name] for name in names], dtype=np.int64)
+    def __init__(self, metas: Metas, buckets: Sequence[H2DBucket]) -> None:
+        tensors = Tensors(metas, buckets)
+        self._places = np.concatenate([tensors.places_of(bucket) for bucket in buckets])
         counts = [len(bucket.items) for bucket in buckets]
         self._begins = np.cumsum([0, *counts[:-1]])
         sizes = [meta.aligned_size for bucket in buckets for meta in bucket.items]
