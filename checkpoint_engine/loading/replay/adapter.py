@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from checkpoint_engine.loading.replay.geometry import View
-from checkpoint_engine.loading.replay.memory import Slot, key_of
+from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
 
@@ -89,22 +89,6 @@ class InPlace(ModelAdapter):
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
         return tensor
-
-
-def places_of(tensors: list[tuple[Slot, torch.Tensor]]) -> tuple[list[Any], ...]:
-    """Changes when a model's tensors move, or become others."""
-    # Every update looks twice, while its GPU waits: of what is contiguous, strides say nothing.
-    every = [tensor for _, tensor in tensors]
-    return (
-        [slot for slot, _ in tensors],
-        list(map(torch.Tensor.data_ptr, every)),  # 0 on the meta device
-        # Views that are kept for CPUs are of a storage, not of a place.
-        [key_of(tensor) if tensor.is_cpu else None for tensor in every],
-        [tensor.dtype for tensor in every],
-        list(map(torch.Tensor.storage_offset, every)),
-        list(map(torch.Tensor.size, every)),
-        [None if tensor.is_contiguous() else tensor.stride() for tensor in every],
-    )
 
 
 def cannot_compare(modules: Mapping[str, torch.nn.Module]) -> str:

@@ -22,10 +22,10 @@ from checkpoint_engine.loading.replay.adapter import (
     ModelUpdate,
     cannot_compare,
     every_tensor,
-    places_of,
 )
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import whole_storage
+from checkpoint_engine.loading.replay.memory import Place, places_of
 from checkpoint_engine.loading.replay.program import Program
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import (
@@ -72,22 +72,19 @@ class LearnedLoader:
             reason = cannot_compare(model.modules)
         if reason:
             return ModelUpdate(self, model, reason)
-        tensors = list(model.tensors())
-        fingerprint = version, places_of(tensors)
-        if self.recording is not None and not self.recording.holds(fingerprint, model.modules):
+        if self.recording is not None and not self.recording.holds(version, model):
             self._restart("its parameters, or what it looks at, are others in every update")
         if self.why_not:
             return ModelUpdate(self, model, self.why_not)
         if self.recording is None or self.agreed < (3 if mode == "verify" else 2):
-            return _Learning(self, model, fingerprint)
+            return _Learning(self, model, version)
         self._restarts = 0
         self._replays += 1
         checks, rest = divmod(self._replays, every)
         if rest == 0 and self.recording.together:  # one bucket says little
-            return _Learning(self, model, fingerprint)
+            return _Learning(self, model, version)
         checked = checks % max(1, self.recording.buckets) if rest == 0 else None
-        held = [t.untyped_storage() for _, t in tensors if model.is_persistent and not t.is_cpu]
-        return _Replaying(self, model, self.recording, (fingerprint[1], held), checked)
+        return _Replaying(self, model, self.recording, checked)
 
     def recognises(self, message: bytes) -> bool:
         """Whether the recording, if it still holds, has this bucket; nothing is begun."""
@@ -136,14 +133,15 @@ class _Learning(ModelUpdate):
     """Goes through the engine's loader, and watches; compares what the loader leaves with the
     recording of the update before, where there is one."""
 
-    def __init__(self, learned: LearnedLoader, model: ModelAdapter, fingerprint: Any) -> None:
+    def __init__(self, learned: LearnedLoader, model: ModelAdapter, version: str) -> None:
         super().__init__(learned, model)
         self.how = "verified" if learned.agreed > 1 else "recorded"
         self._before = learned.recording
         for program in self._before.programs.values() if self._before is not None else ():
             program.release()  # the recorder counts who has the model's memory
-        self._fingerprint = fingerprint
-        self._recorder = Recorder(model.tensors(), every_tensor(model.modules))
+        self._version, tensors = version, list(model.tensors())
+        self._places = places_of(tensors)
+        self._recorder = Recorder(tensors, every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
         self._buckets = 0
         self._device: torch.device | None = None
@@ -200,7 +198,8 @@ class _Learning(ModelUpdate):
         if recording is None:
             self.reason = self._recorder.failure
             return
-        recording.fingerprint, recording.buckets = self._fingerprint, self._buckets
+        recording.version, recording.places = self._version, self._places
+        recording.buckets = self._buckets
         recording.loaded = self.loaded()
         if self._before is None or recording.does_as(self._before):
             self.reason = self._comparison.finish(recording)
@@ -225,17 +224,15 @@ class _Replaying(ModelUpdate):
         learned: LearnedLoader,
         model: ModelAdapter,
         recording: Recording,
-        where: tuple[Any, list[Any]],
         checked: int | None,
     ) -> None:
-        """``where``: the places of the model's tensors, which are compared again at the end, and
-        the memory there, which stays until then whatever the engine does. ``checked``: the bucket
-        that goes through the loader, and is compared."""
+        """``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, model)
         self._recording, self._checked = recording, checked
         if checked is None and recording.needs is not None:
             self.needs = recording.needs.digest
-        self._places, self._held = where
+        self._now = self._places = recording.places
+        self._held: list[torch.Tensor] = []
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
@@ -251,7 +248,8 @@ class _Replaying(ModelUpdate):
     def knows(self, message: bytes) -> bool:
         if self._leaves_it or self._bucket == self._checked:
             return False
-        return message in self._recording.programs
+        program = self._recording.programs.get(message)
+        return program is not None and self._is_in_place(program)
 
     def replay(self, received: ReceivedBucket) -> None:
         self._bucket += 1
@@ -262,8 +260,9 @@ class _Replaying(ModelUpdate):
         placements = placements_of(weights, received)
         programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
-        if unknown and not self._leaves_it:
-            self._meet_unknown(unknown, received)
+        in_place = [one for one in programs if self._is_in_place(one[1])]
+        if (unknown or len(in_place) < len(programs)) and not self._leaves_it:
+            self._leave(unknown, received)
         self._bucket += 1
         if self._leaves_it:
             return super().load(weights, received)
@@ -275,22 +274,33 @@ class _Replaying(ModelUpdate):
             with self._model.checking(self._comparison.check):
                 super().load(weights, received)
             return self._look_anew()
-        for placement, program in programs:
+        for placement, program in in_place:
             self._execute(placement.key, program, placement.buffer)
-        if unknown:
-            self._load_plainly([one for one in weights if one[0] in unknown])
+        known = {name for _, program in in_place for name in program.names}
+        if rest := [one for one in weights if one[0] not in known]:
+            self._load_plainly(rest)
             self._look_anew()
 
+    def _is_in_place(self, program: Program) -> bool:
+        """Whether what it writes is where the recording, or the loader since then, has it."""
+        if not self._model.is_persistent:
+            return True
+        memory, places = self._model.memory, self._places
+        return all(Place.of(memory(slot)) == places.get(slot) for slot in program.slots)
+
     def _look_anew(self) -> None:
-        """The engine's loader was at work: what it wrote may be elsewhere now."""
+        """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
+        form is not written any more."""
         if self._model.is_persistent:
             for program in (*self._recording.programs.values(), *self._used.values()):
                 program.release()
-            self._places = self._places_now()
-
-    def _places_now(self) -> tuple[list[Any], ...]:
-        with collector_at_rest():
-            return places_of(list(self._model.tensors()))
+            before = self._recording.places
+            self._now = places_of(self._model.tensors())
+            self._places = {
+                slot: place
+                for slot, place in self._now.items()
+                if slot in before and before[slot].view == place.view
+            }
 
     def settle(self) -> list[str]:
         comparison, self._comparison = self._comparison, None
@@ -300,11 +310,10 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        if self._model.is_persistent and self._used and self._places_now() != self._places:
-            self._learned.forget()
-            raise RuntimeError("the model's memory moved while it was updated: update again")
+        if self._model.is_persistent and self._used:
+            self._check_addresses()
         if self._recording.together and (absent := self.absent()):
-            self._refuse_checkpoint(f"lacks {len(absent)} tensors that it had before")
+            self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
         self._recording.programs = self._used  # what other cuts need is compiled again
         if self._is_stale:
@@ -329,23 +338,29 @@ class _Replaying(ModelUpdate):
             self._arrived_with = len(self._used), set().union(*names)
         return self._arrived_with[1]
 
-    def _meet_unknown(self, names: set[str], received: ReceivedBucket | None) -> None:
-        """The checkpoint is not the one that was recorded: the next update learns it anew."""
+    def _leave(self, unknown: set[str], received: ReceivedBucket | None) -> None:
+        """The checkpoint is not the one that was recorded, or the model's memory moved: the next
+        update learns it anew."""
         self._is_stale, self.needs = True, ""
         if received is not None:
             received.check(self.needs)
         if self._used and self._recording.together:
-            count, first = len(names), min(names)
-            self._refuse_checkpoint(
-                f"has {count} tensors that it did not have before, as {first!r}"
-            )
+            others = f"has {len(unknown)} tensors that it did not have before, as {min(unknown)!r}"
+            self._refuse(f"the checkpoint {others}" if unknown else "the model's memory moved")
 
-    def _refuse_checkpoint(self, difference: str) -> None:
+    def _refuse(self, what: str) -> None:
         self._learned.forget()
         raise RuntimeError(
-            f"the checkpoint {difference}, and its loader looks at tensors together: update again, "
-            "it will be learned anew"
+            f"{what}, and its loader looks at tensors together: update again, it will be learned "
+            "anew"
         )
+
+    def _check_addresses(self) -> None:
+        """Every tensor was where it should be when it was written, and has to be there still."""
+        expected = [place.address for place in self._now.values()]
+        if [tensor.data_ptr() for _, tensor in self._model.tensors()] != expected:
+            self._learned.forget()
+            raise RuntimeError("the model's memory moved while it was updated: update again")
 
     def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor) -> None:
         self._used[key] = program
@@ -362,6 +377,8 @@ class _Replaying(ModelUpdate):
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
         memory = self._model.memory
         if self._model.is_persistent:
+            # It stays until the device is done, whatever the engine does.
+            self._held = [memory(slot) for slot in program.slots]
             program.batch.execute(buffer, memory, stays=True)
             for part in program.parts if self._recording.fills else ():
                 self._fill(part.module)

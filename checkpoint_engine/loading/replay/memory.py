@@ -34,6 +34,26 @@ class Slot(NamedTuple):
 SlotTensors = Iterable[tuple[Slot, torch.Tensor]]
 
 
+class Place(NamedTuple):
+    """Where a tensor is: another one if it moved, or became another."""
+
+    address: int  # 0 on the meta device
+    storage: int | None  # of CPUs alone: replay keeps views of those
+    view: View
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Place:
+        storage = key_of(tensor) if tensor.is_cpu else None
+        return Place(tensor.data_ptr(), storage, View.of(tensor))
+
+
+Places = dict[Slot, Place]
+
+
+def places_of(tensors: SlotTensors) -> Places:
+    return {slot: Place.of(tensor) for slot, tensor in tensors}
+
+
 @dataclass(eq=False)
 class Traced:
     """A tensor of the model, or one that the loader made, and what was copied into it.

@@ -1,7 +1,7 @@
 """What is done with one bucket: copies into a model's memory, compiled once and executed at once.
 
 A bucket lies the same in every update, wherever its buffer is, and the model's memory stays where
-it is. So whatever can be worked out beforehand is: an update looks at no single tensor.
+it is. So whatever can be worked out beforehand is: an update copies no single tensor.
 """
 
 from __future__ import annotations
@@ -227,6 +227,11 @@ class Program:
     def batch(self) -> Batch:
         """All of it at once."""
         return Batch(list(self.moves))
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """What is copied into."""
+        return list(dict.fromkeys(move.route.slot for move in self.moves))
 
     def release(self) -> None:
         """Let go of the model's memory."""

@@ -120,16 +120,24 @@ class Recorder(KnownMemory):
             self._locks.clear()
             with noticing_calls(self._notice, self.lose_the_hook):
                 self.profile = None if self.failure else sys.getprofile()
-                yield
+                try:
+                    yield
+                finally:
+                    self.profile = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """For what the engine does with weights once they are loaded."""
         before = self.is_paused, self.is_unnoticed
+        profile = None if self.is_unnoticed else self.profile
         self.is_paused = self.is_unnoticed = True
+        if profile is not None:
+            _set_profile(None)
         try:
             yield
         finally:
+            if profile is not None:
+                _set_profile(profile)
             self.is_paused, self.is_unnoticed = before
 
     def count(self, load: Callable[[], tuple[int, Any]], counter: Any = None) -> tuple[int, Any]:
@@ -150,7 +158,7 @@ class Recorder(KnownMemory):
     def _notice(self, function: Any, owner: Any) -> None:
         """Give up when this thread works with another one, or without torch's modes, where nobody
         sees what is read."""
-        if self.is_unnoticed or type(owner) in _HARMLESS:
+        if self.is_unnoticed:
             return
         if isinstance(owner, torch.Tensor):
             is_unseen = not _modes_see()
@@ -353,22 +361,28 @@ class _Functions(TorchFunctionMode):
             if kwargs or not args or type(args[0]) not in _TENSORS:
                 return recorder.call(func, args, kwargs or {})
             others = _count_modes() - recorder.modes if self._is_alone else -1
-            if func is _COPY:
-                if others == 0 and len(args) == 2 and type(args[1]) in _TENSORS:
-                    return self._copy(*args)
-            elif func in _QUICK and recorder.are_for_copies(others) and _are_plain(args):
-                return self._unseen(func, args)
+            if func in _QUICK and recorder.are_for_copies(others):
+                if func is not _COPY:
+                    if _are_plain(args):
+                        return self._unseen(func, args)
+                elif len(args) == 2 and type(args[1]) in _TENSORS:
+                    counter = _mode_at(recorder.modes) if others else None
+                    return self._copy(args[0], args[1], counter)
             return recorder.call(func, args, {})
         finally:
             recorder.is_unnoticed = within
             if profile is not None:
                 _set_profile(profile)
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, counter: Any) -> torch.Tensor:
+        """``counter``: the engine's mode, which does it; ``None``: there is none."""
         recorder = self._recorder
         if recorder.direct is not None and recorder.direct.needs(target):
             return cast("torch.Tensor", recorder.call(_COPY, (target, source), {}))
-        self._unseen(_COPY, (target, source))  # the engine's own, if it has one
+        if counter is None:
+            self._unseen(_COPY, (target, source))
+        else:
+            self._unseen(counter.__torch_dispatch__, (operations.COPY, (), (target, source)))
         recorder.note_copy(target, source)
         return target
 
@@ -388,13 +402,11 @@ _mode_at = torch._C._get_dispatch_stack_at
 _hide = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_hidden = torch._C._dispatch_tls_is_dispatch_key_excluded
 _PYTHON = torch._C.DispatchKey.Python
-_HARMLESS = {str, dict, list, tuple, set, int}
-"""Whose methods meet no other thread."""
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = {int, type(None), type(Ellipsis), torch.Size, torch.dtype}  # no bool, nor list
 _COPY = torch.Tensor.copy_
 _SHAPES = {one for one in operations.SHAPES if not inspect.isfunction(one)}  # written in C
-_QUICK = operations.QUICK
+_QUICK = operations.QUICK | {_COPY}
 _get_profile, _set_profile = sys.getprofile, sys.setprofile
 
 

@@ -13,14 +13,14 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import Copy, View, whole_storage
-from checkpoint_engine.loading.replay.memory import Slot, Traced
+from checkpoint_engine.loading.replay.memory import Place, Places, Slot, SlotTensors, Traced
 from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, Program, Route
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -108,6 +108,14 @@ class Needed(NamedTuple):
     regions: list[Region]
 
 
+class Model(Protocol):
+    """What a recording looks at of ``adapter.ModelAdapter``."""
+
+    modules: Mapping[str, torch.nn.Module]
+
+    def tensors(self) -> SlotTensors: ...
+
+
 @dataclass(eq=False)
 class Recording:
     """What a loader was seen to do with a checkpoint.
@@ -118,7 +126,8 @@ class Recording:
         constants: tensors of the model that the loader looked at, as they were.
         together: whether what happens to a tensor may depend on which others there are.
         fills: by module.
-        fingerprint: of the model's memory, which must stay the same.
+        version: of the engine.
+        places: of what the loader may write into, which must stay the same.
         loaded: the parameters that were written; ``None`` if it is not known.
         buckets: how many calls of the loader an update was.
         programs: compiled for the buckets of the last update, by what tells buckets apart.
@@ -129,7 +138,8 @@ class Recording:
     constants: dict[Slot, torch.Tensor]
     together: bool
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
-    fingerprint: Any = None
+    version: str = ""
+    places: Places = field(default_factory=dict)
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
@@ -146,10 +156,16 @@ class Recording:
                 view = View(origin.arrives_as, copy.target, copy.sizes, copy.target_strides)
                 self.fills[slot.module].append(Fill(slot, view, origin.number()))
 
-    def holds(self, fingerprint: Any, modules: Mapping[str, torch.nn.Module]) -> bool:
-        """Whether the model is as it was, where the loader looked at it."""
-        return self.fingerprint == fingerprint and all(
-            _is_still(getattr(modules.get(slot.module), slot.name, None), seen)
+    def holds(self, version: str, model: Model) -> bool:
+        """Whether the model is as it was, where the loader looked at it, and where some of its
+        tensors are."""
+        tensors = list(model.tensors())
+        if self.version != version or list(self.places) != [slot for slot, _ in tensors]:
+            return False
+        # A GPU waits. What a bucket writes is looked at before it is written, in any case.
+        some = tensors[:: max(1, len(tensors) // _LOOKED_AT)]
+        return all(Place.of(tensor) == self.places[slot] for slot, tensor in some) and all(
+            _is_still(getattr(model.modules.get(slot.module), slot.name, None), seen)
             for slot, seen in self.constants.items()
         )
 
