@@ -66,6 +66,10 @@ class Replayed:
         """As of ``BucketLoader``."""
         return self._begun().needs
 
+    def begin(self) -> None:
+        """As of ``BucketLoader``."""
+        self._begun()
+
     def load_bucket(
         self, weights: NamedTensors, message: bytes, buffer: torch.Tensor, needs: str = ""
     ) -> None:

@@ -124,6 +124,7 @@ class WorkerLink:
         """Listen at a new address. ``context``: of this update alone."""
         self.url, self._path, self._lock = new_address()
         self._unanswered = 0
+        self._has_told = False
         self._poller = zmq.Poller()
         try:
             # DEALER, not REQ: an abort may follow a message that the worker has not answered yet.
@@ -188,9 +189,14 @@ class WorkerLink:
         return self._authenticator.closed or self._authenticator.worker_is_connected
 
     def abort(self, reason: str) -> None:
-        """Tell a worker that is still there to give up; it does not reply."""
+        """Tell a worker that is still there to give up, once; it does not reply."""
+        has_told, self._has_told = self._has_told, True
         self._authenticator.answer()
-        if self._authenticator.worker_is_connected and self._socket.poll(_LET_IN_MS, zmq.POLLOUT):
+        if (
+            not has_told
+            and self._authenticator.worker_is_connected
+            and self._socket.poll(_LET_IN_MS, zmq.POLLOUT)
+        ):
             self._sent(encode_abort(reason))
 
     def close(self) -> None:

@@ -32,7 +32,8 @@ _CONTAINERS = {str, bytes, dict, list, tuple, set, frozenset, int, float, deque,
 """Whose methods meet no other thread and no tensor, like the functions of ``builtins``."""
 _functions = [one for kind in (*_CONTAINERS, builtins) for one in vars(kind).values()]
 _HARMLESS = {one for one in _functions if type(one) in (_METHOD, _BUILTIN)} | {tuple.__new__}
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_PACKAGES = ("torch", "vllm", "sglang")
+"""In one place of their code, one thing is called. A loader's own code may have a table of them."""
 _Lock = type(threading.Lock())
 _HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
 _HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
@@ -90,6 +91,8 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
         return
     thread, current_thread = threading.get_ident(), threading.get_ident
     event, never_again = _MONITORING.events.CALL, _MONITORING.DISABLE
+    packages = [sys.modules[name].__path__ for name in _PACKAGES if name in sys.modules]
+    known_code = (sysconfig.get_path("stdlib"), *[path for paths in packages for path in paths])
 
     def called(code: Any, _: int, function: Any, first: Any) -> Any:
         kind = type(function)
@@ -98,8 +101,7 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
         if code.co_filename.startswith(_OWN_CODE):
             return never_again  # in this place of the code
         if function in _HARMLESS:
-            # A loader's own code may call something else in the same place, as out of a table.
-            return never_again if code.co_filename.startswith(_INSTALLED) else None
+            return never_again if code.co_filename.startswith(known_code) else None
         if current_thread() == thread:
             notice(function, first if kind is _METHOD else function.__self__)
         return None

@@ -43,7 +43,8 @@ class BucketLoader(Protocol):
 
     ``reload.EngineReload`` and ``replay.Replayed`` are such; any other gets every bucket decoded.
     One may also have ``check()``, called before the worker accepts the update, which raises if the
-    engine cannot be updated; and ``statement()``, what was written, see ``UpdateReport.engines``.
+    engine cannot be updated; ``begin()``, called next, while nothing has arrived yet; and
+    ``statement()``, what was written, see ``UpdateReport.engines``.
 
     One that reads a part of the checkpoint may have ``needs``, what its next updates will read at
     most, and ``reads_next``, the digest of what the update that begins will read, or an empty text.
@@ -192,11 +193,13 @@ class _Reception:
 
     def _receive_buffer(self, device_id: int | None) -> dict[str, Any]:
         """Map the double buffer; returns the extensions that the server offers."""
+        refusal = self._make_ready()
         message = self._link.receive()
         try:
             handle = wire.decode_handle(message)
             if isinstance(handle, wire.Handle):
-                getattr(self._loader, "check", lambda: None)()
+                if refusal is not None:
+                    raise refusal
                 self._buffers = [open_buffer(handle.rebuild, handle.args, device_id)]
                 if wire.NEEDS in handle.extensions:
                     self._needs = getattr(self._loader, "reads_next", "")
@@ -205,6 +208,8 @@ class _Reception:
             with contextlib.suppress(WireError, TimeoutError):
                 self._link.receive()  # the server's reason to abort, whatever it says
             raise
+        finally:
+            refusal = None  # its traceback leads here
         if isinstance(handle, Exception):
             raise handle
         offered = handle.extensions
@@ -216,6 +221,15 @@ class _Reception:
             accepted[wire.NEEDS] = self._needs
         self._link.reply(wire.encode_extensions(accepted) if offered else wire.ACK)
         return offered
+
+    def _make_ready(self) -> Exception | None:
+        """What can be done before the server has connected its ranks; returns why it cannot."""
+        try:
+            getattr(self._loader, "check", lambda: None)()
+            getattr(self._loader, "begin", lambda: None)()
+        except Exception as error:
+            return error
+        return None
 
     def _receive_sources(self, device_id: int | None) -> None:
         """Map the buffers of the other ranks, or say why that cannot be done."""

@@ -264,6 +264,10 @@ class ModelsReload:
         """Raises ``RuntimeError`` if the engine cannot take weights now."""
         self._each(ModelReload.check)
 
+    def begin(self) -> None:
+        """Have the engine make itself ready."""
+        self._each(ModelReload._begun)
+
     def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
 

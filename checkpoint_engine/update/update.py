@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,11 @@ def run_update(
         hellos = _agree(call, link, source, gathered, order, server, held)
         call.watch()
         gathered = gathered.renewed(call, hellos, source)
-        move, mover, moving = _connect(call, source, gathered, hellos, order, server, held)
+        ask = cache(partial(_ask, order, link, hellos, gathered, server.here, held))
+        move, mover, moving = _connect(call, source, gathered, hellos, order, server, ask, held)
 
         call.begin("handshake")
-        request = _ask(call, order, hellos, gathered, server.here, held)
+        request = ask()
         session = _open_session(call, link, request, order, hellos, server, held)
         pipeline = Pipeline(move, mover, session)
         pipeline.begin()
@@ -155,6 +156,7 @@ def _connect(
     hellos: Sequence[Hello],
     order: Order,
     server: Server,
+    ask: Callable[[], Any],
     held: ExitStack,
 ) -> tuple[Move, Mover, ExitStack]:
     """By the first way that turns out to connect all ranks; the last one always does.
@@ -174,6 +176,7 @@ def _connect(
             buffer = _share_buffer(nbytes, server.here, held)
             said = way.name, "; ".join(refusals)
             move = Move(call, plan, source, gathered, buffer, tracer, *said)
+            ask()  # the engine makes itself ready while the ranks reach each other
             with ExitStack() as attempt:
                 connected = way.connect(move, hellos, attempt)
                 if isinstance(connected, Mover):
@@ -193,8 +196,8 @@ def _share_buffer(nbytes: int, here: LocalRank, held: ExitStack) -> SharedBuffer
 
 
 def _ask(
-    call: Call,
     order: Order,
+    link: WorkerLink,
     hellos: Sequence[Hello],
     gathered: Gathered,
     here: LocalRank,
@@ -206,7 +209,12 @@ def _ask(
         paths[hello.rank] = hello.device, hello.address
     request = begin(partial(order.req_func, paths), "checkpoint-engine-request")
     held.callback(wait, [request], _FAREWELL)
+    held.push(lambda _, exc, *__: None if exc is None else link.abort(_words(exc)))
     return request
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _open_session(
@@ -224,7 +232,7 @@ def _open_session(
         """On failure, tell the other ranks and this rank's worker before cleaning up."""
         if exc is not None:
             call.publish(exc)
-            link.abort(str(exc) or type(exc).__name__)
+            link.abort(_words(exc))
 
     held.push(give_up)
     version = agreed_version(hellos)
