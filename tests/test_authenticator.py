@@ -24,6 +24,7 @@ from loguru import logger
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover import link
 from checkpoint_engine.handover.authenticator import Authenticator
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.handover.link import ServerLink, WorkerLink, open_context
@@ -236,6 +237,20 @@ def test_a_worker_is_let_in_as_soon_as_it_asks(server: WorkerLink, ours: bool) -
         assert server._socket.poll(SOON * 1000, zmq.POLLOUT)
         for message in (b"handle", b"bucket", b"end"):
             exchange(server, message)
+
+
+def test_a_worker_that_is_let_in_waits_for_ranks_that_take_long_to_meet(
+    server: WorkerLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.3)
+    with working(server.url, ours=True) as done:
+        meeting = Deadline(1.0)
+        while meeting.remaining():
+            server.let_in()
+            time.sleep(0.01)
+        for message in (b"handle", b"bucket", b"end"):
+            exchange(server, message)
+    assert done == [b"handle", b"bucket", b"end"]
 
 
 def test_processes_of_an_unseen_pid_namespace_one_after_the_other(

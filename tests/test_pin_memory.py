@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import mmap
@@ -867,6 +868,21 @@ def test_memory_peak_is_the_checkpoint(tmp_path: Path) -> None:
     assert nbytes <= held - before <= nbytes + slack
     assert peak - before <= nbytes + slack
     assert after - before <= slack
+
+
+def test_memory_of_many_sizes_leaves_nothing_to_the_collector() -> None:
+    """Trainers have it off for long, and checkpoints change their size."""
+    arenas = Arenas("cpu")
+    arenas.new(mmap.PAGESIZE)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(one, type) for one in gc.get_objects())
+        for pages in range(2, 50):
+            arenas.new(pages * mmap.PAGESIZE).memory.fill_(1)
+        assert sum(isinstance(one, type) for one in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_metas_round_trip_through_json() -> None:

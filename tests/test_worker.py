@@ -22,6 +22,8 @@ from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ground.checksum import FORMULA, checksum
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover import link
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
     CHECKSUM,
@@ -36,6 +38,8 @@ from checkpoint_engine.handover.wire import (
 from checkpoint_engine.loading.loaded import LoadedBuckets, digest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.replay import replayed
+from checkpoint_engine.update.ways.base import Move
+from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
 from fleet import digests, left_segments, mixed_tensors
 
@@ -959,3 +963,37 @@ def test_a_missing_key_is_told_to_the_server(server: ParameterServer) -> None:
 
     with pytest.raises(UpdateError, match=r"req_func raised KeyError.*this worker is CPU-"):
         update_from(server, call, seconds=30)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_that_take_long_to_meet_keep_their_worker(
+    server: ParameterServer, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is asked meanwhile, and would take a server that does not let it in for gone."""
+    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.3)
+    connect = Broadcast.connect
+    heard: list[BaseException] = []
+
+    def connect_late(self: Broadcast, move: Move, *arguments: Any) -> Any:
+        meeting = Deadline(1.0)
+        move.call.wait(lambda: meeting.remaining() == 0.0)
+        if fails:
+            raise RuntimeError("a planted fault")
+        return connect(self, move, *arguments)
+
+    def receive(paths: list[tuple[str, str]]) -> None:
+        weights: dict[str, torch.Tensor] = {}
+        try:
+            with zmq.Context() as context:
+                update_weights_from_ipc(context, paths[0][1], None, run=weights.update)
+        except BaseException as error:
+            heard.append(error)
+            raise
+
+    monkeypatch.setattr(Broadcast, "connect", connect_late)
+    if not fails:
+        update_from(server, receive)
+        return
+    with pytest.raises(UpdateError, match="a planted fault"):
+        update_from(server, receive)
+    assert "a planted fault" in str(heard[0])

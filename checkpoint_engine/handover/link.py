@@ -141,6 +141,10 @@ class WorkerLink:
             self.close()
             raise RuntimeError(f"cannot listen at {self.url}: {error}") from error
 
+    def let_in(self) -> None:
+        """Let in a worker that has come, before it is sent anything."""
+        self._authenticator.answer()
+
     def send(self, message: bytes, check: Callable[[], None]) -> None:
         """Send, once the worker is connected; ``check`` ends the wait by raising.
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from loguru import logger
 
@@ -70,6 +71,15 @@ class Arena:
             self.pinned = True
 
 
+class _Block:
+    """Memory at an address, as NumPy takes it. To ctypes every size is a type, which stays in
+    memory until the collector runs, and in programs that have it off for good."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        data = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = data
+
+
 class Arenas:
     """Makes the arenas of a device type: "cuda", "npu" or "cpu".
 
@@ -109,10 +119,10 @@ class Arenas:
     def _at(self, address: int, nbytes: int, reusable: bool = True) -> Arena:
         undo = ExitStack()
         undo.callback(self._free_pages, address, nbytes)
-        block = (ctypes.c_ubyte * nbytes).from_address(address)
+        block = _Block(address, nbytes)
         free = weakref.finalize(block, undo.close)  # every view of the memory keeps the block alive
         free.atexit = False
-        memory = torch.frombuffer(block, dtype=torch.uint8)
+        memory = torch.from_numpy(np.asarray(block))
         return Arena(memory, self._device_type, undo, free, reusable)
 
     def _free_pages(self, address: int, nbytes: int) -> None:

@@ -93,7 +93,8 @@ def run_update(
         call.watch()
         gathered = gathered.renewed(call, hellos, source)
         ask = cache(partial(_ask, order, link, hellos, gathered, server.here, held))
-        move, mover, moving = _connect(call, source, gathered, hellos, order, server, ask, held)
+        with call.guarded(link.let_in):  # a worker does not wait long for that
+            move, mover, moving = _connect(call, source, gathered, hellos, order, server, ask, held)
 
         call.begin("handshake")
         request = ask()
