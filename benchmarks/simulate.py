@@ -182,9 +182,9 @@ def staged(
 
 # ---------------------------------------------------------------------- GPUs of one host, measured
 
-LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=2.3e-6, per_bucket=300e-6, per_update=0.02)
-"""0.15 us: `replay.py growth`. Per tensor once, and 20 ms: the trace of four H200 (37 ms before the
-first bucket, 27 ms after the last)."""
+LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=1e-6, per_bucket=300e-6, per_update=0.02)
+"""0.15 us: `replay.py growth`. Per tensor once, and 20 ms: the traces of two H200 (16 ms without a
+copy before the workers are there, 10 ms after the last bucket)."""
 PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.02)
 """39 us: release 0.5.0's worker on four H200."""
 
@@ -203,19 +203,13 @@ class Measured:
 
 
 MEASURED = [
-    Measured(1, "H200", 7.47, 0.135, False, 0.151),
-    Measured(2, "H200", 14.95, 0.138, False, 0.190),
-    Measured(2, "H200", 14.95, 0.137, True, 0.192),
-    Measured(4, "H200", 29.9, 0.175, False, 0.355),
-    Measured(4, "H200", 29.9, 0.179, True, 0.309),
-    Measured(2, "H200, another run", 16.2, 0.150, False, 0.187),
-    Measured(2, "H200, another run", 16.2, 0.150, True, 0.184),
-    Measured(2, "H200, another run", 16.2, 0.150, False, 0.259, PYTHON),
-    Measured(2, "H200, another run", 1.26, 0.0118, True, 0.036),
-    Measured(2, "H100", 14.95, 0.140, True, 0.196),
-    Measured(2, "H100", 14.95, 0.140, False, 0.210, PYTHON),
-    Measured(4, "H100", 29.9, 0.208, False, 0.327),
-    Measured(4, "H100", 29.9, 0.196, True, 0.327),
+    Measured(2, "H200", 16.2, 0.147, True, 0.172),
+    Measured(2, "H200", 16.2, 0.147, False, 0.174),
+    Measured(2, "H200", 16.2, 0.151, False, 0.216, PYTHON),
+    Measured(2, "H200", 1.26, 0.0225, True, 0.045),
+    Measured(4, "H200", 31.1, 0.186, True, 0.278),
+    Measured(4, "H200", 31.1, 0.206, False, 0.321),
+    Measured(4, "H200", 31.1, 0.188, False, 0.467, PYTHON),
 ]
 
 
