@@ -252,11 +252,7 @@ class ModelsReload:
     """
 
     def __init__(self, models: dict[str, ModelReload], habits: dict[str, LoaderHabits]) -> None:
-        """
-        Args:
-            models: by role.
-            habits: theirs, kept by the worker from update to update.
-        """
+        """``models``: by role; ``habits``: theirs, kept by the worker from update to update."""
         self._models = models
         self._habits = habits
 
