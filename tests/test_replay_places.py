@@ -113,6 +113,24 @@ def test_one_of_many_parameters_that_moved_is_written_where_it_is(
     assert load.report["loaded"] == "replayed"
 
 
+def test_a_constant_goes_where_its_parameter_is() -> None:
+    def with_padding(model: Model, name: str, tensor: torch.Tensor) -> None:
+        into_its_own(model, name, tensor)
+        if name == "0":
+            model.get_parameter("pad").data.view(6)[:2].fill_(3)
+            model.get_parameter("pad").data.view(6)[2:].fill_(4)
+
+    forms = {f"p{name}": form for name, form in MANY.items()}
+    forms = dict(list(forms.items())[:251]) | {"pad": (FP32, (2, 3))} | forms
+    model = Model(forms, with_padding)
+    for seed in range(3):
+        assert update(model, Bytes(MANY, seed), IN_FIVE).report["reason"] == ""
+    assert list(model._parameters).index("pad") % 2  # not one of those that every update looks at
+    model.pad.data = torch.zeros(8)[2:].view(2, 3)
+    update(model, Bytes(MANY, 3), IN_FIVE)
+    assert model.pad.flatten().tolist() == [3, 3, 4, 4, 4, 4]
+
+
 def test_one_place_of_a_loaders_code_may_call_harmless_functions_and_others() -> None:
     queue = SimpleQueue[torch.Tensor]()
 

@@ -285,8 +285,10 @@ class _Replaying(ModelUpdate):
         """Whether what it writes is where the recording, or the loader since then, has it."""
         if not self._model.is_persistent:
             return True
-        memory, places = self._model.memory, self._places
-        return all(Place.of(memory(slot)) == places.get(slot) for slot in program.slots)
+        memory, places, fills = self._model.memory, self._places, self._recording.fills
+        filled = [fill.slot for part in program.parts for fill in fills.get(part.module, ())]
+        slots = (*program.slots, *filled)
+        return all(Place.of(memory(slot)) == places.get(slot) for slot in slots)
 
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
