@@ -48,7 +48,7 @@ def test_updates_are_certified(
 @pytest.mark.parametrize(
     ("fault", "name", "tensor"),
     [
-        ("LeavingOut", "llama", "model.layers.1.mlp.down_proj.weight"),
+        ("LeavingOut", "llama", "model.layers.1.input_layernorm.weight"),
         ("KeepingScales", "llama-int8", "model.layers.0.self_attn.attn._k_scale"),
         ("SwappingExperts", "qwen3-moe", "model.layers.0.mlp.experts.routed_experts.w2_weight"),
     ],
