@@ -224,8 +224,10 @@ class LivenessClient(Liveness):
         except Exception:  # the connection has ended, or what arrives is not rank 0's
             self.gone = frozenset({0})
         finally:
-            self._socket.close()
-            self._on_silence()
+            try:
+                self._on_silence()  # first: a call that begins now must not begin with this world
+            finally:
+                self._socket.close()
 
 
 class _Lines:
