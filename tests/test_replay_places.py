@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import sys
+import sysconfig
 import threading
 from queue import SimpleQueue
 from typing import Any
@@ -131,12 +132,16 @@ def test_a_constant_goes_where_its_parameter_is() -> None:
     assert model.pad.flatten().tolist() == [3, 3, 4, 4, 4, 4]
 
 
-def test_one_place_of_a_loaders_code_may_call_harmless_functions_and_others() -> None:
-    queue = SimpleQueue[torch.Tensor]()
+FROM_A_TABLE = "def call_all(table):\n    for call, argument in table: call(argument)"
+
+
+@pytest.mark.parametrize("folder", ["/srv", f"{sysconfig.get_path('stdlib')}/site-packages/own"])
+def test_one_place_of_a_loaders_code_may_call_harmless_functions_and_others(folder: str) -> None:
+    queue, code = SimpleQueue[torch.Tensor](), dict[str, Any]()
+    exec(compile(FROM_A_TABLE, f"{folder}/loader.py", "exec"), code)
 
     def out_of_a_table(model: Model, name: str, tensor: torch.Tensor) -> None:
-        for call, argument in ((len, name), (len, name), (queue.put, tensor)):
-            call(argument)
+        code["call_all"]([(len, name), (len, name), (queue.put, tensor)])
         into_rows(model, name, tensor)
 
     model = Model({"w": (FP32, (6, 4))}, out_of_a_table)

@@ -194,14 +194,11 @@ class WorkerLink:
 
     def abort(self, reason: str) -> None:
         """Tell a worker that is still there to give up, once; it does not reply."""
-        has_told, self._has_told = self._has_told, True
         self._authenticator.answer()
-        if (
-            not has_told
-            and self._authenticator.worker_is_connected
-            and self._socket.poll(_LET_IN_MS, zmq.POLLOUT)
-        ):
-            self._sent(encode_abort(reason))
+        if self._has_told or not self._authenticator.worker_is_connected:
+            return
+        if self._socket.poll(_LET_IN_MS, zmq.POLLOUT):
+            self._has_told = self._sent(encode_abort(reason))
 
     def close(self) -> None:
         """Stop listening."""

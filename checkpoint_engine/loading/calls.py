@@ -92,7 +92,12 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
     thread, current_thread = threading.get_ident(), threading.get_ident
     event, never_again = _MONITORING.events.CALL, _MONITORING.DISABLE
     packages = [sys.modules[name].__path__ for name in _PACKAGES if name in sys.modules]
-    known_code = (sysconfig.get_path("stdlib"), *[path for paths in packages for path in paths])
+    known_code = tuple(f"{path}/" for paths in packages for path in paths)
+    python, installed = sysconfig.get_path("stdlib"), ("site-packages/", "dist-packages/")
+
+    def is_known(file: str) -> bool:
+        own = file.removeprefix(f"{python}/")
+        return file.startswith(known_code) or (own != file and not own.startswith(installed))
 
     def called(code: Any, _: int, function: Any, first: Any) -> Any:
         kind = type(function)
@@ -101,7 +106,7 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
         if code.co_filename.startswith(_OWN_CODE):
             return never_again  # in this place of the code
         if function in _HARMLESS:
-            return never_again if code.co_filename.startswith(known_code) else None
+            return never_again if is_known(code.co_filename) else None
         if current_thread() == thread:
             notice(function, first if kind is _METHOD else function.__self__)
         return None
