@@ -36,7 +36,7 @@ SOAK_STEPS ?= 2000
 	lint format install clean test-faults soak soak-long
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) ## the main job: checkpoint, engine, update, check
 	@$(BIN)/python examples/demo.py
