@@ -471,10 +471,10 @@ def test_status_says_how_far_a_call_is_and_what_is_served() -> None:
     with ranks("step-1", of=1, served=served, progress=progress, **known) as places:
         (line,) = run("status", *places).stdout.splitlines()
         assert line.endswith(
-            "1 checkpoints, 8.0 MB, serves step-1 version a51c, idle (reload 25% of 8.0 MB)"
+            "1 checkpoint, 8.0 MB, serves step-1 version a51c, idle (reload 25% of 8.0 MB)"
         )
     with ranks("step-1", of=1, served=None, progress=None, **known) as places:
-        assert run("status", *places).stdout.endswith("1 checkpoints, 8.0 MB, idle\n")
+        assert run("status", *places).stdout.endswith("1 checkpoint, 8.0 MB, idle\n")
 
 
 def test_metas_that_were_loaded_are_read_where_nothing_is_registered() -> None:

@@ -35,6 +35,7 @@ from checkpoint_engine.cli.watch import watched
 from checkpoint_engine.ground.progress import Progress, size_text
 from checkpoint_engine.memory.folder import expand_folders, split_over_ranks
 
+_SHOWN_VERSION = 12  # characters, as on the page
 _UNDOING = 60.0  # seconds that ranks have to free what they registered
 _GRACE = 30.0  # seconds beyond a call's own timeout until its answer is given up
 
@@ -378,10 +379,11 @@ def _one_line(state: dict[str, Any]) -> str:
     if "error" in state:
         return f"{state['error']}\n{state['hint']}".strip()
     jobs = [job for job in state["jobs"] if job["state"] == "running"] or state["jobs"][:1]
+    held = len(state["checkpoints"])
     doing = ", ".join(f"{job['call']} {job['checkpoint']} {job['state']}" for job in jobs) or "idle"
     return (
         f"{state['server']}: rank {state['rank']} of {state['world_size']}, {state['device']}, "
-        f"{len(state['checkpoints'])} checkpoints, {size_text(state['pinned_bytes'])}, "
+        f"{held} checkpoint{'' if held == 1 else 's'}, {size_text(state['pinned_bytes'])}, "
         f"{_served(state)}{doing}{_how_far(state)}"
     )
 
@@ -391,7 +393,7 @@ def _served(state: dict[str, Any]) -> str:
     served = state.get("served")
     if not served:
         return ""
-    version = f" version {served['version']}" if served["version"] else ""
+    version = f" version {served['version'][:_SHOWN_VERSION]}" if served["version"] else ""
     return f"serves {served['checkpoint']}{version}, "
 
 

@@ -36,6 +36,7 @@ from pydantic import (
 from checkpoint_engine import __version__
 from checkpoint_engine.client import REQUESTS, request_inference_to_update
 from checkpoint_engine.errors import AccessError, BusyError
+from checkpoint_engine.ground.progress import Progress
 from checkpoint_engine.service.access import Access, check_url
 from checkpoint_engine.service.jobs import CallError, Job, Jobs, Status
 from checkpoint_engine.service.metrics import CONTENT_TYPE, Metrics
@@ -102,7 +103,8 @@ class UpdateRequest(Described):
     """The engine's /collective_rpc, or with engine_kind the engine itself; null on ranks that are
     not the first of their engine."""
     engine_kind: Literal["vllm", "sglang", "lmdeploy"] | None = None
-    """null: vLLM with the worker extension."""
+    """vllm: with the plug-in, and /weight_info then tells the checkpoint's name, or with the worker
+    extension. null: vLLM with the worker extension."""
     engine_headers: dict[ShortText, ShortText] | None = None
     """With every request to the engine, as an API key; with engine_kind. null: the bearer token in
     the server's PS_ENGINE_TOKEN, if any."""
@@ -175,7 +177,7 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
     @calls.post("/files", summary="Register files", openapi_extra=_takes(RegisterRequest))
     async def register_files(name: Name, request: Request, wait: Wait = True) -> Response:
         files = (await _body(request, RegisterRequest)).files
-        register = partial(ps.register_checkpoint, name, files=files)
+        register = partial(ps.register_checkpoint, name, files=files, on_progress=_draw_nothing)
         return await do(request, "register", name, register, wait)
 
     @calls.delete("", summary="Free this rank's part of a checkpoint")
@@ -206,7 +208,10 @@ def _add_calls(app: FastAPI, ps: ParameterServer, rules: Access, jobs: Jobs) -> 
 
         def send() -> object:
             timeout = timedelta(seconds=order.timeout)
-            return ps.update(name, partial(_ask_engine, order), ranks=order.ranks, timeout=timeout)
+            ask = partial(_ask_engine, order, name)
+            return ps.update(
+                name, ask, ranks=order.ranks, timeout=timeout, on_progress=_draw_nothing
+            )
 
         return await do(request, "update", name, send, wait, report)
 
@@ -386,7 +391,13 @@ def _explain(request: Request, error: Exception) -> Response:
     return Response(text, status_code=422, media_type="application/json")
 
 
-def _ask_engine(request: UpdateRequest, socket_paths: list[tuple[str, str]]) -> None:
+def _draw_nothing(_: Progress) -> None:
+    """The callers draw bars, on what may be the same terminal."""
+
+
+def _ask_engine(
+    request: UpdateRequest, checkpoint: str, socket_paths: list[tuple[str, str]]
+) -> None:
     """Ask the engine that the request names, if it names one."""
     if request.update_url is None:
         return
@@ -400,4 +411,6 @@ def _ask_engine(request: UpdateRequest, socket_paths: list[tuple[str, str]]) -> 
         return
     options: dict[str, Any] = {"inference_parallel_size": len(sockets), "rank": 0}
     options |= {"timeout": request.timeout, "uds": request.uds, "headers": request.engine_headers}
+    if request.engine_kind == "vllm":
+        options["weight_version"] = checkpoint
     REQUESTS[request.engine_kind](request.update_url, **options)(list(sockets.items()))
