@@ -42,16 +42,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "also where --checkpoint-path is given")  # fmt: skip
     add("--metas-url", help="the same, from a server's /v1/metas; PS_HTTP_TOKEN is sent")
     add("--sleep-time", type=float, default=0, help="seconds to stay alive for others to read from")
-    add("--endpoint", default="http://localhost:19730", help="of the engine")
+    add("--endpoint", default="http://localhost:19730",
+        help="of the engine; by default %(default)s")  # fmt: skip
     add("--engine-kind", choices=list(REQUESTS), default="vllm")
-    add("--inference-parallel-size", type=int, default=8, help="workers per engine")
+    add("--inference-parallel-size", type=int, default=8,
+        help="workers per engine; by default %(default)s")  # fmt: skip
     add("--checkpoint-name", default="my-checkpoint-iter-0")
     add("--update-method", choices=["broadcast", "p2p", "all"], default="broadcast")
     add("--uds", help="Unix socket of the engine, where it does not listen on TCP")
     add("--custom-dist", help="a backend of checkpoint_engine.distributed, instead of torch's")
-    add(
-        "--ready-timeout", type=float, default=300, help="seconds that the engine may take to be up"
-    )
+    add("--ready-timeout", type=float, default=300,
+        help="seconds that the engine may take to be up; by default %(default)s")  # fmt: skip
     args = parser.parse_args(argv)
     metas = [args.load_metas_file, args.metas_url]
     if None not in metas:
@@ -122,8 +123,12 @@ class Job:
         """Learn who owns what, once the engines are up: this is where ranks start to wait."""
         if self.leads_engine():
             with self.phase("wait", "Wait for the engine"):
-                health = f"{self.args.endpoint}/health"
-                wait_until_ready(health, self.args.ready_timeout, self.args.uds)
+                health, seconds = f"{self.args.endpoint}/health", self.args.ready_timeout
+                logger.info(f"Wait up to {seconds:g} seconds for {self.args.uds or health}")
+                try:
+                    wait_until_ready(health, seconds, self.args.uds)
+                except TimeoutError as error:
+                    sys.exit(f"rank {self.rank}: {error}")
         with self.phase("gather", text):
             self.ps.gather_metas(self.args.checkpoint_name)
 
