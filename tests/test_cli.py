@@ -24,6 +24,7 @@ from checkpoint_engine.cli import commands, main, servers
 from checkpoint_engine.cli.servers import RankService, ServiceError, ask, find_servers, refusal
 from checkpoint_engine.cli.service import parse_ranks
 from checkpoint_engine.client import wait_until_ready
+from checkpoint_engine.service.app import UpdateRequest, _ask_engine
 from engines import serve_http
 from test_service import Engine, listening, running
 from torchrun import free_port_pair
@@ -348,6 +349,20 @@ def test_an_engine_of_another_kind_is_asked_with_its_key(
         error = json_of("update", registered, *server, *of_kind, code=1)["error"]
     assert "no room" in error["message"]
     assert keys == ["7"]
+
+
+def test_a_vllm_with_the_plug_in_is_told_the_checkpoints_name() -> None:
+    """So that its /weight_info does not go on to tell of the checkpoint before."""
+    told: list[Any] = []
+    backend = {"vllm_config": {"weight_transfer_config": {"backend": "checkpoint_engine"}}}
+    steps = ["start_weight_update", "update_weights", "reset_encoder_cache"]
+    routes: dict[str, Any] = {f"POST /{step}": lambda _: (200, None) for step in steps}
+    routes["GET /server_info"] = lambda _: (200, backend)
+    routes["POST /finish_weight_update"] = lambda body: (200, told.append(body))
+    with serve_http(routes) as url:
+        request = UpdateRequest(update_url=url, engine_kind="vllm")
+        _ask_engine(request, "step-1", [("GPU-0", "ipc:///nobody")])
+    assert told == [{"weight_version": "step-1"}]
 
 
 @pytest.mark.parametrize("wrong", [["--engine-header", "x-key:7"], ["--engine-header", "sesame"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import sys
@@ -10,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import zmq
 from loguru import logger
+from safetensors.torch import save_file
 
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory.filling import CHUNK_BYTES
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.service import app as service
 from checkpoint_engine.worker import update_weights_from_ipc
 
 WEIGHTS = {f"layer.{i}": torch.full((1 << 18,), i, dtype=torch.uint8) for i in range(8)}
@@ -109,6 +113,26 @@ def test_a_bar_is_drawn_on_terminals_alone(
     before = stream.getvalue()
     ps.register_checkpoint("nothing")
     assert stream.getvalue() == before
+
+
+def test_a_service_leaves_the_bar_to_who_asks_it(
+    ps: ParameterServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their terminal may be the same."""
+    save_file(WEIGHTS, tmp_path / "m.safetensors")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(service, "_ask_engine", lambda order, name, paths: ask_engine(paths))
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(service.make_app(ps))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            files = {"files": [str(tmp_path / "m.safetensors")]}
+            (await client.post("/v1/checkpoints/d/files", json=files)).raise_for_status()
+            (await client.post("/v1/checkpoints/c/update", json={})).raise_for_status()
+
+    asyncio.run(ask())
+    assert "%" not in stream.getvalue()
 
 
 def test_registering_is_told_too(ps: ParameterServer) -> None:
