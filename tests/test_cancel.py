@@ -153,7 +153,7 @@ def test_an_update_whose_ranks_have_met_goes_on_without_its_client(path: str) ->
 def test_status_answers_while_as_many_calls_wait_as_may(path: str) -> None:
     server, go_on = Server(), threading.Event()
 
-    def register(name: str, *, files: list[str]) -> None:
+    def register(name: str, *, files: list[str], on_progress: Any) -> None:
         go_on.wait(30)
 
     server.register_checkpoint = register  # type: ignore[method-assign]
