@@ -17,7 +17,7 @@ from checkpoint_engine.cli.output import FAILED, SECONDS, Shown, shown
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Prove that updates leave an engine as a fresh start does.")
 @click.argument("model", type=_FOLDER)
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
               help="Tensor-parallel size.")  # fmt: skip

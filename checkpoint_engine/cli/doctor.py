@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _COLOURS = {"ok": "green", "note": None, "warning": "yellow", "broken": "red"}
 
 
-@click.command()
+@click.command(short_help="What is off on this machine, and how to mend it.")
 @click.option("--quick", is_flag=True, help="Measure no rates.")
 @click.option("--strict", is_flag=True, help="End with 1 for warnings too.")
 @shown

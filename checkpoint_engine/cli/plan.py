@@ -31,7 +31,7 @@ def _describing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.command()
+@click.command(short_help="Predict what an update of a checkpoint would take.")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.option("--world-size", type=click.IntRange(1), required=True, help="Ranks, one per GPU.")
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)

@@ -9,7 +9,7 @@ import click
 from checkpoint_engine.settings import integer
 
 
-@click.command()
+@click.command(short_help="Serve this rank's ParameterServer over HTTP.")
 @click.option("--uds", metavar="PATH",
               help="The socket; {rank} in it becomes the rank, so that under torchrun each has its "
               "own.")  # fmt: skip

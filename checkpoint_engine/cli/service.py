@@ -90,7 +90,7 @@ def _route_of(name: str) -> str:
 # ---------------------------------------------------------------------- register, unregister
 
 
-@click.command()
+@click.command(short_help="Have the ranks hold a checkpoint, a share each.")
 @click.argument("name", type=_name)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_timeout(default=3600.0, help="Seconds.")
@@ -181,7 +181,7 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-@click.command()
+@click.command(short_help="Send a checkpoint into running engines.")
 @click.argument("name", type=_name)
 @click.option("--engine", "engines", multiple=True, metavar="URL", type=plain_url,
               help="An engine, as http://localhost:19730; repeat it in the order of the ranks "
@@ -306,7 +306,7 @@ def parse_ranks(text: str) -> list[int]:
 # ---------------------------------------------------------------------- metas, status, cancel
 
 
-@click.command()
+@click.command(short_help="Show, write or load who owns what.")
 @click.argument("name", required=False, type=_name)
 @click.option("--load", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Take over another world's metas from this file, on every rank.")  # fmt: skip

@@ -276,7 +276,8 @@ def _memory_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     bounded = soft != resource.RLIM_INFINITY
     most = "any" if hard == resource.RLIM_INFINITY else f"{hard / GB:.3f} GB"
-    seen = f"limit {soft / GB:.3f} GB, may be raised to {most}" if bounded else "no limit"
+    may = "which only root can raise" if hard == soft else f"may be raised to {most}"
+    seen = f"limit {soft / GB:.3f} GB, {may}" if bounded else "no limit"
     cost = "RDMA cannot register more than that, so larger checkpoints are not offered by P2P"
     mend = "ulimit -l unlimited; container: --ulimit memlock=-1; systemd: LimitMEMLOCK=infinity"
     level: Level = "warning" if Path(rdma.SYSFS).exists() else "note"
