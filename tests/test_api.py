@@ -52,7 +52,7 @@ class Server:
         if self.error is not None:
             raise self.error
 
-    def register_checkpoint(self, name: str, *, files: list[str]) -> None:
+    def register_checkpoint(self, name: str, *, files: list[str], on_progress: Any) -> None:
         self._note("register", name, files)
 
     def unregister_checkpoint(self, name: str) -> None:
@@ -61,7 +61,9 @@ class Server:
     def gather_metas(self, name: str) -> None:
         self._note("gather", name)
 
-    def update(self, name: str, req_func: Any, *, ranks: list[int], timeout: timedelta) -> None:
+    def update(
+        self, name: str, req_func: Any, *, ranks: list[int], timeout: timedelta, on_progress: Any
+    ) -> None:
         self._note("update", name, ranks, timeout)
         req_func(self.sockets)
 
