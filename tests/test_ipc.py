@@ -6,16 +6,19 @@ import contextlib
 import errno
 import fcntl
 import gc
+import multiprocessing
 import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import zmq
@@ -240,6 +243,108 @@ def test_the_worker_opens_on_its_own_device() -> None:
 def test_what_is_no_flat_buffer_is_refused(made: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected a flat uint8 buffer"):
         open_buffer(lambda: made, (), None)
+
+
+# ---------------------------------------------------------------------- readers of device memory
+
+
+@pytest.fixture
+def counts() -> tuple[bytes, torch.Tensor]:
+    """A file that torch shares between processes, as that with its counts of readers."""
+    storage = torch.UntypedStorage._new_using_filename_cpu(64)
+    _, file, _ = storage._share_filename_cpu_()
+    numbers = torch.tensor([], dtype=torch.int64).set_(storage)  # type: ignore[call-overload]
+    return file, numbers.zero_()
+
+
+def test_a_count_of_readers_is_where_torch_has_it(counts: tuple[bytes, torch.Tensor]) -> None:
+    file, numbers = counts
+    numbers[3] = 1
+    (count,) = ipc.readers_of(file, 3)
+    numbers[3] -= 1
+    assert count.tolist() == [0]
+    count[0] = 5
+    assert numbers.tolist() == [0, 0, 0, 5, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("place", [2, 3, 1 << 20])
+def test_what_is_no_count_of_one_reader_is_left_alone(
+    counts: tuple[bytes, torch.Tensor], place: int
+) -> None:
+    file, numbers = counts
+    numbers[3] = 2
+    assert ipc.readers_of(file, place) == []
+    assert ipc.readers_of(b"/torch_that_is_gone", 0) == []
+
+
+def closed_with(counts: list[int], **options: bool) -> tuple[list[int], float]:
+    """What a buffer leaves of its readers' counts, and the seconds that it took."""
+    shared = SharedBuffer(DeviceManager("cpu"), 0, 4096)
+    found = np.array(counts)
+    shared._counts = list(found.reshape(-1, 1))
+    began = time.monotonic()
+    shared.close(**options)
+    return found.tolist(), time.monotonic() - began
+
+
+def test_no_count_is_left_below_nothing_or_above() -> None:
+    """A reader that has closed a handle has counted it down itself; others never will."""
+    assert closed_with([0, 1], have_all_left=True)[0] == [0, 0]
+
+
+def test_a_buffer_of_a_failed_update_waits_for_readers_a_moment() -> None:
+    left, seconds = closed_with([0, 1])
+    assert left == [0, 0]
+    assert seconds >= ipc._CLOSED_WITHIN
+    assert closed_with([0, 0])[1] < ipc._CLOSED_WITHIN
+
+
+def read_and(end: str, handles: Any, said: Any) -> None:
+    """A worker that has mapped device memory and closes it, is killed, or keeps it a while."""
+    opened = [open_buffer(*handle, 0) for handle in handles]
+    assert all(one[:8].tolist() == [7] * 8 for one in opened)
+    if end == "killed":
+        said.put("open")
+        time.sleep(60)
+    if end == "kept":
+        said.put("open")
+        time.sleep(2)
+        assert all(one[-8:].tolist() == [7] * 8 for one in opened)
+    opened.clear()
+    DeviceManager().release_cached_memory()
+    said.put("closed")
+    time.sleep(60)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("end", ["closed", "killed", "kept"])
+def test_device_memory_comes_back_whatever_readers_did(end: str) -> None:
+    """Of two handles one is never opened."""
+    torch.zeros(1, device="cuda")
+    processes = multiprocessing.get_context("spawn")
+    said = processes.Queue()
+    nbytes = 256 << 20
+    free = []
+    for _ in range(3):
+        shared = SharedBuffer(DeviceManager(), 0, nbytes)
+        shared.tensor.fill_(7)
+        torch.cuda.synchronize()
+        handles = [shared.handle(), shared.handle()]
+        reader = processes.Process(target=read_and, args=(end, handles[:1], said), daemon=True)
+        reader.start()
+        try:
+            assert said.get(timeout=60) == ("closed" if end == "closed" else "open")
+            if end == "killed":
+                reader.kill()
+                reader.join()
+            shared.close(have_all_left=end == "closed")
+            if end == "kept":
+                assert said.get(timeout=60) == "closed"
+        finally:
+            reader.kill()
+            reader.join()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[0] - free[-1] < nbytes // 4
 
 
 # ---------------------------------------------------------------------- addresses

@@ -9,18 +9,23 @@ import contextlib
 import errno
 import mmap
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from loguru import logger
 
 from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
 from checkpoint_engine.handover.stale_files import create_locked, stale_files
 
 _PREFIX = "checkpoint-engine-"
 _CUDA_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the exporter's device index
-_CUDA_REFERENCE = slice(11, 13)  # where it counts who has opened the memory
+_CUDA_REFERENCE = slice(11, 13)  # the file and the place in it of torch's count of readers
+_COUNTS_BEGIN = 64  # bytes at the head of such a file, of its own
+_CLOSED_WITHIN = 0.25  # seconds for readers to close what they have opened, when an update fails
 _CUDA_WAITS = 14  # whether opening waits for an event of the exporter
 
 
@@ -35,7 +40,7 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """Raises ``RuntimeError`` naming the sizes if the memory cannot be had."""
         self._device_manager = device_manager
         self._file: tuple[Path, int] | None = None
-        self._counted: list[tuple[Any, ...]] = []
+        self._counts: list[np.ndarray] = []
         if device_manager.is_accelerator:
             device = device_manager.device(index)
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -63,7 +68,8 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         from torch.multiprocessing.reductions import reduce_tensor
 
         rebuild, args = reduce_tensor(self.tensor)
-        self._counted.append(args)
+        if self.tensor.is_cuda:
+            self._counts += readers_of(*args[_CUDA_REFERENCE])
         return rebuild, args
 
     @property
@@ -94,20 +100,38 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """
         if self.tensor.nbytes:
             self.unlink()
-            if have_all_left:
-                self._forget_readers()
+            self._forget_readers(0.0 if have_all_left else _CLOSED_WITHIN)
             self.tensor = torch.empty(0, dtype=torch.uint8)
             self._device_manager.release_cached_memory()
 
-    def _forget_readers(self) -> None:
-        """torch keeps device memory until every process that got a handle has closed it, and a
-        process that was killed never does. torch takes no offence at one that closes it later."""
-        for args in self._counted if self.tensor.is_cuda else ():
-            torch.UntypedStorage._release_ipc_counter_cuda(*args[_CUDA_REFERENCE])
-        self._counted.clear()
+    def _forget_readers(self, seconds: float) -> None:
+        """torch frees device memory once as many processes have closed a handle as were given it:
+        not if nobody opened it, nor if one was killed, which never closes. What a process maps
+        longer the driver keeps for it."""
+        soon = time.monotonic() + seconds
+        while any(count[0] > 0 for count in self._counts) and time.monotonic() < soon:
+            time.sleep(0.001)
+        for count in self._counts:
+            count[0] = 0  # below, torch would take it for a very high one, and free nothing ever
+        self._counts.clear()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def readers_of(file: bytes, place: int) -> list[np.ndarray]:
+    """torch's count of a handle's readers, in memory that it shares with them: 1 until the one
+    process that it is for has closed it. Empty if it is not where torch has it today, for then
+    nothing may be written there."""
+    path = Path(SHARED_MEMORY_FOLDER) / os.fsdecode(file).lstrip("/")
+    try:
+        with path.open("r+b") as opened:
+            mapping = mmap.mmap(opened.fileno(), 0)
+        count = np.frombuffer(mapping, np.int64, 1, _COUNTS_BEGIN + 8 * place)
+    except (OSError, ValueError) as error:
+        logger.debug("no count of readers in {}: {}", path, error)
+        return []
+    return [count] if count[0] == 1 else []
 
 
 def _map(fd: int, nbytes: int) -> torch.Tensor:
