@@ -38,6 +38,10 @@ class ModelAdapter(Protocol):
         """What the loader may write into, as it is now."""
         ...
 
+    def addresses(self) -> list[int]:
+        """Where each of ``tensors`` begins, in their order."""
+        return [tensor.data_ptr() for _, tensor in self.tensors()]
+
     def refuses(self, slot: Slot) -> str | None:
         """Why a slot that was written needs the engine's own loader."""
         return None
@@ -82,6 +86,10 @@ class InPlace(ModelAdapter):
                 for own, tensor in named.items():
                     if tensor is not None:
                         yield Slot(name, own), tensor
+
+    def addresses(self) -> list[int]:
+        owned = (of for one in self.modules.values() for of in (one._parameters, one._buffers))
+        return [one.data_ptr() for of in owned for one in of.values() if one is not None]
 
     def memory(self, slot: Slot) -> torch.Tensor:
         module = self.modules[slot.module]
