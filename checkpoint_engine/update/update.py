@@ -103,7 +103,8 @@ def run_update(
         pipeline.begin()
         worker = (server.needs, can_shard(hellos))
         options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker)
-        session.hand_over(move.buffer, call.deadline.remaining(), *options)
+        with call.guarded(mover.advance):  # while the worker opens buffers, they are filled
+            session.hand_over(move.buffer, call.deadline.remaining(), *options)
         mover.handed_over(session.unmapped or "", session.reads_needs)
         pipeline.run()
 
