@@ -113,7 +113,7 @@ class WorkerSession:
             offered[wire.NEEDS] = digest_of(needs)
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
-        reply = self._link.receive(self._check, look_ms=1)
+        reply = self._link.receive(self._check)
         extensions = wire.decode_acceptance(reply)
         if extensions is None:
             raise _failed("the handshake", reply)
@@ -140,7 +140,7 @@ class WorkerSession:
         if not sources:
             return ""
         self._link.send(wire.encode_sources(sources), self._check)
-        reply = self._link.receive(self._check, look_ms=1)
+        reply = self._link.receive(self._check)
         said = wire.decode_acceptance(reply) or {}
         if wire.SOURCES not in said:
             raise _failed("the handshake", reply)

@@ -103,8 +103,7 @@ def run_update(
         pipeline.begin()
         worker = (server.needs, can_shard(hellos))
         options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker)
-        with call.guarded(mover.advance):  # while the worker opens buffers, they are filled
-            session.hand_over(move.buffer, call.deadline.remaining(), *options)
+        session.hand_over(move.buffer, call.deadline.remaining(), *options)
         mover.handed_over(session.unmapped or "", session.reads_needs)
         pipeline.run()
 

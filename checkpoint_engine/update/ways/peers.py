@@ -28,9 +28,7 @@ from checkpoint_engine.update.ways.base import Move, Mover, Way, bucket_size
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
-_SLOTS = 2  # of staging at least: one is read while the next bucket is copied into the other
-_AT_ONCE = 2  # buckets that are sent on their way before anything else is looked at
-_AHEAD = 1 << 30  # bytes that a GPU takes in while workers open the buffers, at 50 GB/s 20 ms
+_SLOTS = 2  # of staging: one is read while the next bucket is copied into the other
 
 
 class Peers(Way):
@@ -95,17 +93,8 @@ class Peers(Way):
         return (_SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS) + 1
 
     def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
-        return self._staging_slots(transfer, hellos) + self._double_slots(transfer, hellos)
-
-    def _staging_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
-        """More than two where this rank's device has room, so that it is busy from the start. In
-        shared memory, which is zeroed first, they would cost more than they save."""
-        wanted = _SLOTS
-        if self.here.device_manager.is_accelerator:
-            mine = next(hello for hello in hellos if hello.rank == self.here.rank)
-            room = mine.free_bytes // transfer.bucket_bytes - (self.shares(hellos) - _SLOTS)
-            wanted = max(_SLOTS, min(room, _AHEAD // transfer.bucket_bytes))
-        return min(wanted, len(transfer.loads_of(self.here.rank)))
+        staging = min(_SLOTS, len(transfer.loads_of(self.here.rank)))
+        return staging + self._double_slots(transfer, hellos)
 
     def _double_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
         mine = next(hello for hello in hellos if hello.rank == self.here.rank)
@@ -142,8 +131,7 @@ class Peers(Way):
         streams = make_streams(self.here.device_manager, orders_double_buffer=True)
         held.callback(streams.close)  # first: it may copy out of others' memory
         double = self._double_slots(move.plan, hellos)
-        staging = self._staging_slots(move.plan, hellos)
-        mover = make_mover(move, peers, streams, double, staging)
+        mover = make_mover(move, peers, streams, double)
         addresses = {one.rank: one.neighbour for one in here}
         why = unreached or peers.reach(addresses, make_handle)
         if why := _first(call.all_gather("peers", why.encode())):
@@ -192,10 +180,7 @@ class PeersMover(Mover):
     the double buffer.
     """
 
-    def __init__(
-        self, move: Move, peers: HostPeers, streams: Streams, double_slots: int, slots: int
-    ) -> None:
-        """``slots``: of staging."""
+    def __init__(self, move: Move, peers: HostPeers, streams: Streams, double_slots: int) -> None:
         super().__init__(move)
         self._peers = peers
         self._streams = streams
@@ -205,7 +190,6 @@ class PeersMover(Mover):
         self.must_map = double_slots == 0
         self._reads_straight: bool | None = None
         self._staging = double_slots * move.plan.bucket_bytes
-        self._slots = slots
         self._waiting = deque(move.plan.loads_of(self._rank))
         self._filling: deque[_Filling] = deque()
         self._filled = self._done = 0
@@ -298,14 +282,12 @@ class PeersMover(Mover):
         return self._done if reader is None else min(count, self._done)
 
     def _fill_slots(self, read_by_all: int) -> None:
-        """One or two of them: meanwhile a worker waits for what it is told next."""
-        room = min(self._slots - (self._filled - read_by_all), _AT_ONCE)
-        for _ in range(min(room, len(self._waiting))):
+        while self._waiting and self._filled - read_by_all < _SLOTS:
             self._fill(self._waiting.popleft())
 
     def _fill(self, step: Step) -> None:
         """Begin to fill a slot of staging, which nobody reads any more, with a bucket."""
-        start = self._staging + self._filled % self._slots * self.move.plan.bucket_bytes
+        start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
         target = self.move.buffer.tensor[start : start + step.bucket.size]
         self._filling.append((step, start, *self._bring(step, target)))
         self._filled += 1
@@ -391,4 +373,4 @@ class PeersMover(Mover):
             self._peers.tell(step.receiver, TAKEN)
 
 
-MakeMover = Callable[[Move, HostPeers, Streams, int, int], PeersMover]
+MakeMover = Callable[[Move, HostPeers, Streams, int], PeersMover]

@@ -218,14 +218,13 @@ class _ShardMover(PeersMover):
         peers: HostPeers,
         streams: Streams,
         double_slots: int,
-        slots: int,
     ) -> None:
         """``needs``: the digest of what this rank's worker reads."""
         self._remote = remote
         self._needs = needs
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
-        super().__init__(move, peers, streams, double_slots, slots)
+        super().__init__(move, peers, streams, double_slots)
 
     def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
         self._reads_needs = reads_needs
