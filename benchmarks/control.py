@@ -95,7 +95,9 @@ class Rank:
     def gather(self) -> None:
         """As ``gather_metas`` where no layout has changed."""
         with self.plane.call("gather_metas", TIMEOUT, checkpoint="step") as call:
-            place = f'{{"p2p_store_addr": "{HERE}:15000", "ptrs": [{2**46}], "lease": "{"0" * 200}"}}'
+            place = (
+                f'{{"p2p_store_addr": "{HERE}:15000", "ptrs": [{2**46}], "lease": "{"0" * 200}"}}'
+            )
             words = {"place": place, "layout": "1" * 64, "known": "2" * 64}
             call.exchange(self.hello("gather_metas", checkpoint="step", **words))
 
@@ -183,9 +185,10 @@ def measure(size: int, light: int, repeats: int) -> dict[str, list[list[float]]]
     context = multiprocessing.get_context("fork")
     port = free_port_pair()
     ours, theirs = context.Pipe()
-    pipes, processes = [ours], [
-        context.Process(target=rank_0, args=(size, port, repeats, theirs), daemon=True)
-    ]
+    pipes, processes = (
+        [ours],
+        [context.Process(target=rank_0, args=(size, port, repeats, theirs), daemon=True)],
+    )
     for first in range(1, size, light):
         ranks = range(first, min(first + light, size))
         ours, theirs = context.Pipe()
@@ -221,7 +224,9 @@ def main() -> None:
     measured = measure(arguments.ranks, arguments.light, arguments.repeats)
     print(f"{arguments.ranks} ranks    ms  of it computing  packets in  MB in  MB out")
     for name, rows in measured.items():
-        seconds, computing, packets, inwards, outwards = map(statistics.median, zip(*rows))
+        seconds, computing, packets, inwards, outwards = map(
+            statistics.median, zip(*rows, strict=True)
+        )
         print(
             f"{name:10} {seconds * 1e3:8.1f} {computing * 1e3:12.1f} {packets:13.0f} "
             f"{inwards:9.3f} {outwards:7.3f}"

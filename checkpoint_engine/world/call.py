@@ -128,18 +128,8 @@ class Call:
                 self._membership.check_apart(mine, others)
 
     def all_gather(self, what: str, value: bytes) -> list[bytes]:
-        """Every member's ``value``, in rank order. Called by all members. The last one to come puts
-        the values together; so each of the others asks for one, not for all."""
-        keys = [f"{what}/{rank}" for rank in self.members]
-        self.tell(f"{what}/{self.rank}", value)
-        arrived = f"{what}/arrived"
-        count = self.store.add(arrived, 1) if len(keys) > 1 else 0
-        if count == 1:
-            self._keys.append(arrived)
-        if 0 < count < len(keys):
-            values = self._await_packed(what, keys)
-        else:
-            values = [value] if not count else self._pack(what, keys)
+        """Every member's ``value``, in rank order. Called by all members."""
+        values = _gather(self, what, value)
         self._membership.forget()
         return values
 
@@ -160,42 +150,6 @@ class Call:
         """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
         self._wait_for(keys)
         return list(self.store.multi_get(list(keys)))
-
-    def _pack(self, what: str, keys: Sequence[str]) -> list[bytes]:
-        values = list(self.store.multi_get(list(keys)))
-        self.tell(what, pack(values))
-        self.store.check([what])  # answered once it is there: before that nobody shall look
-        self._liveness.ring()
-        return values
-
-    def _await_packed(self, what: str, keys: Sequence[str]) -> list[bytes]:
-        looks_at = time.monotonic()
-        heard: int | None = None
-        while True:
-            if heard != self._liveness.rings or time.monotonic() > looks_at:
-                heard, looks_at = self._liveness.rings, time.monotonic() + _UNRUNG
-                if (packed := peek(self.store, what)) is not None:
-                    return unpack(packed, len(keys))
-                self._look_for_outcome()
-            if self._is_late():  # says who did not come, which a plain ``check`` does not know
-                return self._values_at_the_end(keys)
-            self._look_around(keys)
-            self._liveness.await_ring(heard, _LONGEST_PAUSE)
-
-    def _values_at_the_end(self, keys: Sequence[str]) -> list[bytes]:
-        """Of an exchange that nobody has packed in time: the last one to come may have died, or was
-        stopped, before it had."""
-        if absent := self._missing(keys):
-            raise missing(self.deadline.seconds, self.name, absent)
-        return list(self.store.multi_get(list(keys)))
-
-    def _look_around(self, keys: Sequence[str]) -> None:
-        """Now and then, whether members that are missing are in another call. The first one to come
-        does it for all."""
-        if self._announced and self._came_first and time.monotonic() > self._looks_around_at:
-            assert self._hello is not None
-            self._membership.check_apart(self._hello, self._missing(keys))
-            self._looks_around_at = time.monotonic() + _LOOK_AROUND
 
     # ------------------------------------------------------------------ waiting
 
@@ -295,13 +249,10 @@ class Call:
             if self._outcome is None:
                 self._look_for_outcome()
             if self._is_late():
-                raise missing(self.deadline.seconds, self.name, self._missing(keys))
-            self._look_around(keys)
+                raise missing(self.deadline.seconds, self.name, _missing(self, keys))
+            _look_around(self, keys)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-
-    def _missing(self, keys: Sequence[str]) -> list[int]:
-        return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
 
     def _look_for_outcome(self) -> None:
         if self._outcome is None:
@@ -332,15 +283,7 @@ class Call:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
                 self._outcome = self._membership.end(self.store, SUCCESS)
-            self._watches = True
-            looks_at = time.monotonic() + _UNRUNG
-            while self._outcome is None:
-                self.check()
-                if time.monotonic() > looks_at:
-                    looks_at = time.monotonic() + _UNRUNG
-                    self._look_for_outcome()
-                elif self._heard is not None:
-                    self._liveness.await_ring(self._heard, _LONGEST_PAUSE)
+            _await_outcome(self)
             self._raise_failure()
         except BaseException as error:
             if isinstance(error, Exception) and self.publish(error) == SUCCESS:
@@ -385,6 +328,77 @@ class Call:
             self._start()
             if self._membership.leave(self._checkpoint, outcome, deadline):
                 self._keys.append("outcome")  # otherwise it stays for those that come late
+
+
+def _gather(call: Call, what: str, value: bytes) -> list[bytes]:
+    """Every member's ``value``. The last one to come puts the values together, so that each of the
+    others asks for one, not for all."""
+    keys = [f"{what}/{rank}" for rank in call.members]
+    call.tell(f"{what}/{call.rank}", value)
+    if len(keys) == 1:
+        return [value]
+    arrived = f"{what}/arrived"
+    count = call.store.add(arrived, 1)
+    if count == 1:
+        call._keys.append(arrived)
+    return _pack(call, what, keys) if count == len(keys) else _await_packed(call, what, keys)
+
+
+def _pack(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
+    values = list(call.store.multi_get(list(keys)))
+    call.tell(what, pack(values))
+    call.store.check([what])  # answered once it is there: before that nobody shall look
+    call._liveness.ring()
+    return values
+
+
+def _await_packed(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
+    looks_at = time.monotonic()
+    heard: int | None = None
+    while True:
+        if heard != call._liveness.rings or time.monotonic() > looks_at:
+            heard, looks_at = call._liveness.rings, time.monotonic() + _UNRUNG
+            if (packed := peek(call.store, what)) is not None:
+                return unpack(packed, len(keys))
+            call._look_for_outcome()
+        if call._is_late():  # says who did not come, which a plain ``check`` does not know
+            return _values_at_the_end(call, keys)
+        _look_around(call, keys)
+        call._liveness.await_ring(heard, _LONGEST_PAUSE)
+
+
+def _values_at_the_end(call: Call, keys: Sequence[str]) -> list[bytes]:
+    """Of an exchange that nobody has packed in time: the last one to come may have died, or was
+    stopped, before it had."""
+    if absent := _missing(call, keys):
+        raise missing(call.deadline.seconds, call.name, absent)
+    return list(call.store.multi_get(list(keys)))
+
+
+def _look_around(call: Call, keys: Sequence[str]) -> None:
+    """Now and then, whether members that are missing are in another call. The first one to come
+    does it for all."""
+    if call._announced and call._came_first and time.monotonic() > call._looks_around_at:
+        assert call._hello is not None
+        call._membership.check_apart(call._hello, _missing(call, keys))
+        call._looks_around_at = time.monotonic() + _LOOK_AROUND
+
+
+def _missing(call: Call, keys: Sequence[str]) -> list[int]:
+    return [int(key.rpartition("/")[2]) for key in keys if not call.store.check([key])]
+
+
+def _await_outcome(call: Call) -> None:
+    """Return once the call has one; raises as ``check`` does."""
+    call._watches = True
+    looks_at = time.monotonic() + _UNRUNG
+    while call._outcome is None:
+        if call._heard is not None:
+            call._liveness.await_ring(call._heard, _LONGEST_PAUSE)
+        if time.monotonic() > looks_at:
+            looks_at = time.monotonic() + _UNRUNG
+            call._look_for_outcome()
+        call.check()
 
 
 def _cause_of(error: BaseException, call: Call) -> BaseException:

@@ -172,8 +172,9 @@ def check_agreement(hellos: Sequence[Hello]) -> None:
         CollectiveError: two of them make different calls.
         ValueError: two of them are on one device.
     """
+    versions = {hello.version: hello for hello in reversed(hellos) if hello.version is not None}
     for one in hellos:
-        for other in (hellos[0], *(hello for hello in hellos if hello.version is not None)):
+        for other in (hellos[0], *versions.values()):  # one of each: equal ones agree with it
             if one.differs_from(other):
                 raise disagreement(one, other)
     seen: dict[str, int] = {}

@@ -26,7 +26,7 @@ _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
 _HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answer
 _LOOK = 0.15  # seconds between two looks at the clock
 _UNTOLD = 0.05  # seconds between two looks at the store where no bell can be heard
-_BELL = b"\n"  # one byte: where a receiver's buffer is full, no half of it can arrive
+_BELL = b"\a"  # one byte: where a receiver's buffer is full, no half of it can arrive
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
 
@@ -93,8 +93,8 @@ class LivenessServer(Liveness):
 
     Anybody may connect to its port. A connection is a stranger's until its first line, ``token
     rank``, says that a rank of this world is at its other end. Every line of the answer is
-    ``replaces gone...``: 0 or 1, then the ranks that are gone. An empty line is the bell. What a
-    rank sends after its first line rings it at all others.
+    ``replaces gone...``: 0 or 1, then the ranks that are gone. Between lines may be bells. What a
+    rank sends after its first line rings them at all others.
     """
 
     _hears = True
@@ -242,7 +242,7 @@ class LivenessClient(Liveness):
             _keep_alive(self._socket)
             self._socket.sendall(f"{token} {rank}\n".encode())
             self._lines = _Lines(self._socket, _LONGEST_ANSWER)
-            self.replaces = self._learn()
+            self.replaces = self._learn(next(self._lines))
         except BaseException:
             self._socket.close()
             raise
@@ -262,20 +262,21 @@ class LivenessClient(Liveness):
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
-    def _learn(self) -> bool:
-        """Read who is gone; returns whether this rank replaces another process."""
-        line = next(self._lines)
-        if line:
-            self.gone = frozenset(map(int, line[1:]))
-        self._hear()
-        return bool(line) and bool(int(line[0]))
+    def _learn(self, line: list[bytes]) -> bool:
+        """Who is gone; returns whether this rank replaces another process."""
+        replaces, *gone = map(int, line)
+        self.gone = frozenset(gone)
+        return bool(replaces)
 
     def _run(self) -> None:
         past = 0
         try:
             while past < _LOOKS_PAST_THE_END:
                 try:
-                    self._learn()
+                    line = next(self._lines)
+                    if line != [_BELL]:
+                        self._learn(line)
+                    self._hear()
                 except TimeoutError:
                     end = self._end
                     past = past + 1 if end is not None and time.monotonic() > end else 0
@@ -290,7 +291,7 @@ class LivenessClient(Liveness):
 
 
 class _Lines:
-    """The lines that arrive at a socket, in words."""
+    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came beside them."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection = connection
@@ -302,9 +303,12 @@ class _Lines:
         wait, ``ConnectionError`` at the end. What has come of a line is kept."""
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
-            self._rest += received
+            words = received.replace(_BELL, b"")
+            self._rest += words
             if not received or len(self._rest) > self._longest:
                 raise ConnectionError("the connection was closed, or a line is too long")
+            if words != received:
+                return [_BELL]
         line, _, self._rest = self._rest.partition(b"\n")
         return line.split()
 

@@ -49,4 +49,6 @@ def unpack(packed: bytes, count: int) -> list[bytes]:
             raise ValueError(f"{len(content)} bytes of {said} ranks")
         return [distinct[place] for place in places]
     except (ValueError, IndexError, struct.error, zlib.error) as error:
-        raise ValueError(f"what the store holds of an exchange was not written by a rank: {error}") from error
+        raise ValueError(
+            f"what the store holds of an exchange was not written by a rank: {error}"
+        ) from error
