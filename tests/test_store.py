@@ -210,7 +210,7 @@ def test_connections_of_others_stay_open(join: Callable[..., ConnectedWorld], po
         accepted, _ = elsewhere.accept()
         stack.enter_context(accepted)
         assert [one for _, one in store._sockets_to((HERE, place[1]))] == []
-        assert len(connections_to(port)) == 4  # torch's own, two of rank 0, theirs
+        assert len(connections_to(port)) == 3  # torch's own, one of rank 0, theirs
         world = join(1)
         world.cut()
         world.close()

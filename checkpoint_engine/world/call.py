@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +12,7 @@ from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.hello import Hello, check_agreement
+from checkpoint_engine.world.liveness import Liveness
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -22,10 +21,11 @@ from checkpoint_engine.world.outcome import (
     error_of,
     gone,
     missing,
-    publish,
 )
+from checkpoint_engine.world.packing import pack, peek, unpack
 
 _LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
+_UNRUNG = 0.25  # seconds after which a rank looks though nobody rang: a bell is no promise
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
@@ -57,10 +57,12 @@ class Call:
         self._membership = membership
         self._hello: Hello | None = None
         self._guards: list[Callable[[], None]] = []
-        self._announced = self._started = self._stays_out = False
+        self._announced = self._started = self._stays_out = self._came_first = False
+        self._watches = False
+        self._looks_around_at = time.monotonic() + _LOOK_AROUND
+        self._heard: int | None = None  # what ``Liveness.rings`` was when this looked last
         self._outcome: bytes | None = None
         self._keys: list[str] = []
-        self._watcher: threading.Thread | None = None
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -71,6 +73,10 @@ class Call:
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]
+
+    @property
+    def _liveness(self) -> Liveness:
+        return self._membership.world.liveness
 
     @property
     def _is_shared(self) -> bool:
@@ -92,7 +98,7 @@ class Call:
         """
         if self._hello is None:
             self.claim(mine)
-        hellos = [Hello.decode(blob) for blob in self.all_gather("hello", mine.encode())]
+        hellos = Hello.decode_all(self.all_gather("hello", mine.encode()))
         check_agreement(hellos)
         self._membership.agreed()
         return hellos
@@ -106,6 +112,7 @@ class Call:
         self._hello = mine
         try:
             if len(self.members) > 1 and self._membership.claim(mine.terms()):
+                self._came_first = True
                 self._keys.append("call")
         except CollectiveError as error:
             self._stays_out = self.rank in error.missing
@@ -122,7 +129,7 @@ class Call:
 
     def all_gather(self, what: str, value: bytes) -> list[bytes]:
         """Every member's ``value``, in rank order. Called by all members."""
-        values = self.gather_from(self.members, what, value)
+        values = _gather(self, what, value)
         self._membership.forget()
         return values
 
@@ -153,6 +160,8 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
+        if self._watches and self._heard != self._liveness.rings:
+            self._look_for_outcome()
         if self._is_late():
             self.deadline.check(f"{self.clock.phase} of {self.name}")
 
@@ -183,9 +192,7 @@ class Call:
     def watch(self) -> None:
         """From now on ``check`` sees the failure of other ranks as soon as it happens. Called once
         the ranks agree which call this is."""
-        if self._is_shared:
-            seconds = self.deadline.remaining() + _FAREWELL
-            self._watcher = self._membership.watch(seconds, partial(setattr, self, "_outcome"))
+        self._watches = self._is_shared
 
     def store_to_block(self) -> contextlib.AbstractContextManager[Any]:
         """This call's part of the store, for calls in C++ that wait by themselves."""
@@ -214,8 +221,6 @@ class Call:
             self._membership.old_keys += [f"{self._membership.part}/{key}" for key in self._keys]
             if self._stays_out:
                 self._membership.skip()
-            if self._watcher is not None:
-                self._watcher.join(_FAREWELL)
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
@@ -225,7 +230,7 @@ class Call:
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return publish(self.store, mine)
+                return self._membership.end(self.store, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -240,25 +245,19 @@ class Call:
     def _wait_for(self, keys: Sequence[str]) -> None:
         """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
         pause = 0.0001
-        looks_around_at = time.monotonic() + _LOOK_AROUND
         while not self.store.check(list(keys)):
             if self._outcome is None:
                 self._look_for_outcome()
-            if self._is_late():  # says who did not come, which a plain ``check`` does not know
-                raise missing(self.deadline.seconds, self.name, self._missing(keys))
-            if self._announced and time.monotonic() > looks_around_at:
-                assert self._hello is not None
-                self._membership.check_apart(self._hello, self._missing(keys))
-                looks_around_at = time.monotonic() + _LOOK_AROUND
+            if self._is_late():
+                raise missing(self.deadline.seconds, self.name, _missing(self, keys))
+            _look_around(self, keys)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _missing(self, keys: Sequence[str]) -> list[int]:
-        return [int(key.rpartition("/")[2]) for key in keys if not self.store.check([key])]
-
     def _look_for_outcome(self) -> None:
-        if self.store.check(["outcome"]):
-            self._outcome = self.store.get("outcome")
+        if self._outcome is None:
+            self._heard = self._liveness.rings  # before it looks: who rings then has more to say
+            self._outcome = peek(self.store, "outcome")
 
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
@@ -283,9 +282,8 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                publish(self.store, SUCCESS)
-            self.wait(lambda: self.store.check(["outcome"]))
-            self._outcome = self.store.get("outcome")
+                self._outcome = self._membership.end(self.store, SUCCESS)
+            _await_outcome(self)
             self._raise_failure()
         except BaseException as error:
             if isinstance(error, Exception) and self.publish(error) == SUCCESS:
@@ -330,6 +328,77 @@ class Call:
             self._start()
             if self._membership.leave(self._checkpoint, outcome, deadline):
                 self._keys.append("outcome")  # otherwise it stays for those that come late
+
+
+def _gather(call: Call, what: str, value: bytes) -> list[bytes]:
+    """Every member's ``value``. The last one to come puts the values together, so that each of the
+    others asks for one, not for all."""
+    keys = [f"{what}/{rank}" for rank in call.members]
+    call.tell(f"{what}/{call.rank}", value)
+    if len(keys) == 1:
+        return [value]
+    arrived = f"{what}/arrived"
+    count = call.store.add(arrived, 1)
+    if count == 1:
+        call._keys.append(arrived)
+    return _pack(call, what, keys) if count == len(keys) else _await_packed(call, what, keys)
+
+
+def _pack(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
+    values = list(call.store.multi_get(list(keys)))
+    call.tell(what, pack(values))
+    call.store.check([what])  # answered once it is there: before that nobody shall look
+    call._liveness.ring()
+    return values
+
+
+def _await_packed(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
+    looks_at = time.monotonic()
+    heard: int | None = None
+    while True:
+        if heard != call._liveness.rings or time.monotonic() > looks_at:
+            heard, looks_at = call._liveness.rings, time.monotonic() + _UNRUNG
+            if (packed := peek(call.store, what)) is not None:
+                return unpack(packed, len(keys))
+            call._look_for_outcome()
+        if call._is_late():  # says who did not come, which a plain ``check`` does not know
+            return _values_at_the_end(call, keys)
+        _look_around(call, keys)
+        call._liveness.await_ring(heard, _LONGEST_PAUSE)
+
+
+def _values_at_the_end(call: Call, keys: Sequence[str]) -> list[bytes]:
+    """Of an exchange that nobody has packed in time: the last one to come may have died, or was
+    stopped, before it had."""
+    if absent := _missing(call, keys):
+        raise missing(call.deadline.seconds, call.name, absent)
+    return list(call.store.multi_get(list(keys)))
+
+
+def _look_around(call: Call, keys: Sequence[str]) -> None:
+    """Now and then, whether members that are missing are in another call. The first one to come
+    does it for all."""
+    if call._announced and call._came_first and time.monotonic() > call._looks_around_at:
+        assert call._hello is not None
+        call._membership.check_apart(call._hello, _missing(call, keys))
+        call._looks_around_at = time.monotonic() + _LOOK_AROUND
+
+
+def _missing(call: Call, keys: Sequence[str]) -> list[int]:
+    return [int(key.rpartition("/")[2]) for key in keys if not call.store.check([key])]
+
+
+def _await_outcome(call: Call) -> None:
+    """Return once the call has one; raises as ``check`` does."""
+    call._watches = True
+    looks_at = time.monotonic() + _UNRUNG
+    while call._outcome is None:
+        if call._heard is not None:
+            call._liveness.await_ring(call._heard, _LONGEST_PAUSE)
+        if time.monotonic() > looks_at:
+            looks_at = time.monotonic() + _UNRUNG
+            call._look_for_outcome()
+        call.check()
 
 
 def _cause_of(error: BaseException, call: Call) -> BaseException:

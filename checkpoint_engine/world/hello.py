@@ -102,6 +102,15 @@ class Hello:
             text = f"what the store holds for a rank was not written by one: {blob!r:.200}"
             raise ValueError(text) from error
 
+    @staticmethod
+    def decode_all(blobs: Sequence[bytes]) -> list[Hello]:
+        """As ``decode``, of several; at once takes half as long."""
+        try:
+            hellos = _adapter_of_all().validate_json(b"[" + b",".join(blobs) + b"]")
+        except ValidationError:
+            hellos = []
+        return hellos if len(hellos) == len(blobs) else [Hello.decode(blob) for blob in blobs]
+
     def terms(self) -> Hello:
         """The part that the ranks must agree on."""
         return Hello(self.rank, **{name: getattr(self, name) for name in _MUST_AGREE})
@@ -134,6 +143,11 @@ def _adapter() -> TypeAdapter[Hello]:
     return TypeAdapter(Hello)
 
 
+@functools.cache
+def _adapter_of_all() -> TypeAdapter[list[Hello]]:
+    return TypeAdapter(list[Hello])
+
+
 def disagreement(one: Hello, other: Hello, missing: Sequence[int] = ()) -> CollectiveError:
     """The error of two ranks whose calls do not go together; names who wants what."""
     first, second = sorted((one, other), key=lambda hello: hello.rank, reverse=True)
@@ -158,8 +172,9 @@ def check_agreement(hellos: Sequence[Hello]) -> None:
         CollectiveError: two of them make different calls.
         ValueError: two of them are on one device.
     """
+    versions = {hello.version: hello for hello in reversed(hellos) if hello.version is not None}
     for one in hellos:
-        for other in (hellos[0], *(hello for hello in hellos if hello.version is not None)):
+        for other in (hellos[0], *versions.values()):  # one of each: equal ones agree with it
             if one.differs_from(other):
                 raise disagreement(one, other)
     seen: dict[str, int] = {}

@@ -3,6 +3,9 @@
 The kernel closes the connections of a process however it ends, and gives up those of a host that
 does not answer any more. Rank 0 tells everybody who is gone. A process that is only stopped is not:
 there the deadline of the operation ends the waiting.
+
+The same connections carry a bell: a rank that has put something into the store that others wait for
+rings, and they look. So nobody asks the store again and again.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from checkpoint_engine import settings
 _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
 _HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answer
 _LOOK = 0.15  # seconds between two looks at the clock
+_UNTOLD = 0.05  # seconds between two looks at the store where no bell can be heard
+_BELL = b"\a"  # one byte: where a receiver's buffer is full, no half of it can arrive
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
 
@@ -47,6 +52,34 @@ class Liveness:
 
     gone: frozenset[int] = frozenset()
     replaces = False
+    _hears = False
+
+    def __init__(self) -> None:
+        self._rings = 0
+        self._bell = threading.Condition()
+
+    @property
+    def rings(self) -> int:
+        """Another number once there may be something new in the store: a rank has rung, or one is
+        gone. Where no bell can be heard, it changes by itself."""
+        return self._rings if self._hears else int(time.monotonic() / _UNTOLD)
+
+    def ring(self) -> None:
+        """Have all other ranks look at the store."""
+
+    def await_ring(self, heard: int, seconds: float) -> None:
+        """Return once ``rings`` is no longer ``heard``, or after ``seconds``."""
+        if not self._hears:
+            time.sleep(seconds)
+            return
+        with self._bell:
+            if self._rings == heard:
+                self._bell.wait(seconds)
+
+    def _hear(self) -> None:
+        with self._bell:
+            self._rings += 1
+            self._bell.notify_all()
 
     def expect_end(self, seconds: float | None) -> None:
         """Close connections that still block ``seconds`` from now; ``None``: never."""
@@ -60,8 +93,11 @@ class LivenessServer(Liveness):
 
     Anybody may connect to its port. A connection is a stranger's until its first line, ``token
     rank``, says that a rank of this world is at its other end. Every line of the answer is
-    ``replaces gone...``: 0 or 1, then the ranks that are gone.
+    ``replaces gone...``: 0 or 1, then the ranks that are gone. Between lines may be bells. What a
+    rank sends after its first line rings them at all others.
     """
+
+    _hears = True
 
     def __init__(self, size: int) -> None:
         """``size``: of the world.
@@ -69,6 +105,7 @@ class LivenessServer(Liveness):
         Raises:
             RuntimeError: ``PS_LIVENESS_PORT`` is taken.
         """
+        super().__init__()
         self._listener = _listen(settings.liveness_port())
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
@@ -81,6 +118,10 @@ class LivenessServer(Liveness):
         self._wake, self._woken = _socket_pair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._thread = start_thread(self._run, "checkpoint-engine-liveness")
+
+    def ring(self) -> None:
+        """Called by the thread of a call, beside the one that serves the connections."""
+        self._ring(list(self._ranks))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -142,12 +183,20 @@ class LivenessServer(Liveness):
             self._tell(self.gone - {rank})
 
     def _listen_to(self, connection: socket.socket) -> None:
-        """Ranks say nothing more: what arrives here is the end."""
+        """Ranks only ring; several rings at once are one."""
         if not connection.recv(1024):
             raise ConnectionError("the rank has ended")
+        self._hear()
+        self._ring([one for one in self._ranks if one is not connection])
+
+    def _ring(self, connections: list[socket.socket]) -> None:
+        for connection in connections:
+            with contextlib.suppress(OSError):  # whoever does not read it has others to read
+                connection.send(_BELL)
 
     def _tell(self, gone: frozenset[int]) -> None:
         self.gone = gone
+        self._hear()
         for connection in list(self._ranks):
             with contextlib.suppress(OSError):
                 self._send(connection, gone)
@@ -169,6 +218,8 @@ class LivenessServer(Liveness):
 class LivenessClient(Liveness):
     """Any other rank learns from rank 0 who is gone, and notices when rank 0 itself is."""
 
+    _hears = True
+
     def __init__(
         self, rank: int, addr: str, port: int, token: str, on_silence: Callable[[], None]
     ) -> None:
@@ -182,6 +233,7 @@ class LivenessClient(Liveness):
             OSError: it does not answer.
             ValueError: its answer is malformed.
         """
+        super().__init__()
         self._on_silence = on_silence
         self._end: float | None = None
         self._socket = socket.create_connection((addr, port), timeout=_HELLO_SECONDS)
@@ -190,7 +242,7 @@ class LivenessClient(Liveness):
             _keep_alive(self._socket)
             self._socket.sendall(f"{token} {rank}\n".encode())
             self._lines = _Lines(self._socket, _LONGEST_ANSWER)
-            self.replaces = self._learn()
+            self.replaces = self._learn(next(self._lines))
         except BaseException:
             self._socket.close()
             raise
@@ -200,15 +252,19 @@ class LivenessClient(Liveness):
     def expect_end(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
 
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.send(_BELL)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
-    def _learn(self) -> bool:
-        """Read who is gone; returns whether this rank replaces another process."""
-        replaces, *gone = map(int, next(self._lines))
+    def _learn(self, line: list[bytes]) -> bool:
+        """Who is gone; returns whether this rank replaces another process."""
+        replaces, *gone = map(int, line)
         self.gone = frozenset(gone)
         return bool(replaces)
 
@@ -217,12 +273,16 @@ class LivenessClient(Liveness):
         try:
             while past < _LOOKS_PAST_THE_END:
                 try:
-                    self._learn()
+                    line = next(self._lines)
+                    if line != [_BELL]:
+                        self._learn(line)
+                    self._hear()
                 except TimeoutError:
                     end = self._end
                     past = past + 1 if end is not None and time.monotonic() > end else 0
         except Exception:  # the connection has ended, or what arrives is not rank 0's
             self.gone = frozenset({0})
+            self._hear()
         finally:
             try:
                 self._on_silence()  # first: a call that begins now must not begin with this world
@@ -231,7 +291,7 @@ class LivenessClient(Liveness):
 
 
 class _Lines:
-    """The lines that arrive at a socket, in words."""
+    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came beside them."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection = connection
@@ -243,9 +303,12 @@ class _Lines:
         wait, ``ConnectionError`` at the end. What has come of a line is kept."""
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
-            self._rest += received
+            words = received.replace(_BELL, b"")
+            self._rest += words
             if not received or len(self._rest) > self._longest:
                 raise ConnectionError("the connection was closed, or a line is too long")
+            if words != received:
+                return [_BELL]
         line, _, self._rest = self._rest.partition(b"\n")
         return line.split()
 
@@ -272,6 +335,7 @@ def _socket_pair() -> tuple[socket.socket, socket.socket]:
 def _keep_alive(connection: socket.socket) -> None:
     """Have the kernel find out, by itself, that the other host is cut off."""
     _sockets.add(connection)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a bell follows another
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _CUT_OFF_AFTER // 2)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _CUT_OFF_AFTER // 4)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
-from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.world.hello import Hello, disagreement
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -24,6 +21,7 @@ from checkpoint_engine.world.outcome import (
     gone,
     publish,
 )
+from checkpoint_engine.world.packing import peek
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
@@ -105,7 +103,7 @@ class Membership:
         begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
         if not begun:
             return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
-        return publish(store, self._failure(gone(begun, "this call"), begun[0]))
+        return self.end(store, self._failure(gone(begun, "this call"), begun[0]))
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
         """What the engine of each member holds; of those that say so in ``seconds``."""
@@ -170,20 +168,12 @@ class Membership:
         """To the running call. Rank 0 takes the store along, and nobody can come any more."""
         return rank == 0 or bool(self.part_of(self.world.store).check([f"hello/{rank}"]))
 
-    def watch(self, seconds: float, note: Callable[[bytes], None]) -> threading.Thread:
-        """Have ``note`` called with the running call's outcome as soon as there is one."""
-        watched, part = self.part_of(self.world.watched), self.part
-
-        def run() -> None:
-            try:
-                watched.wait(["outcome"], timedelta(seconds=seconds))
-                note(watched.get("outcome"))
-            except RuntimeError as error:
-                log_detail(self.rank, "no longer watching the ranks of call {}: {}", part, error)
-
-        thread = threading.Thread(target=run, name="checkpoint-engine-watch", daemon=True)
-        thread.start()
-        return thread
+    def end(self, store: Any, outcome: bytes) -> bytes:
+        """Make this the outcome of the call that ``store`` is a part for, unless it has one, and
+        have its ranks look; returns what it has."""
+        published = publish(store, outcome)
+        self.world.liveness.ring()
+        return published
 
     @contextlib.contextmanager
     def store_to_block(self, deadline: Deadline) -> Iterator[Any]:
@@ -197,9 +187,8 @@ class Membership:
 
     def _missed_by(self) -> list[int]:
         """The members that the others gave up waiting for in the call of this number."""
-        store = self.part_of(self.world.store)
-        outcome = store.get("outcome") if store.check(["outcome"]) else SUCCESS
-        return [] if outcome == SUCCESS else decode_failure(outcome).missing
+        outcome = peek(self.part_of(self.world.store), "outcome")
+        return [] if outcome in (None, SUCCESS) else decode_failure(outcome).missing
 
     def _failure(self, error: CollectiveError, rank: int) -> bytes:
         """The outcome of a call that has not begun."""
@@ -225,7 +214,7 @@ class Membership:
                 raise disagreement(mine, first, [self.rank] if is_behind else [])
             # The first rank is behind: it fails, and this one goes on to the next number.
             behind = disagreement(first, mine, [self.rank])
-            publish(store, self._failure(behind, first.rank))
+            self.end(store, self._failure(behind, first.rank))
             self.begin()
 
     def agreed(self) -> None:
@@ -238,7 +227,7 @@ class Membership:
             # Its rank may not have come to that yet, and this one's next call may have its number.
             part, outcome = failure.other
             with contextlib.suppress(dist.DistError):
-                publish(dist.PrefixStore(part, self.world.store), outcome.encode())
+                self.end(dist.PrefixStore(part, self.world.store), outcome.encode())
         if failure.calls and mine is not None:
             self._left_by_me.append(mine.wish)
             self._left_by_others += [call for call in failure.calls if call != mine.wish]
@@ -286,7 +275,7 @@ class Membership:
         ours = disagreement(mine, theirs, not_in_mine)
         error = disagreement(mine, theirs, not_in_theirs)
         error.other = [self.part, self._failure(ours, self.rank).decode()]
-        if publish(part, self._failure(error, self.rank)) == SUCCESS:
+        if self.end(part, self._failure(error, self.rank)) == SUCCESS:
             return  # it has just ended
         raise ours
 

@@ -41,18 +41,16 @@ class World:
 
     Attributes:
         store: for requests.
-        watched: to wait for outcomes.
         liveness: who is gone.
         id: another one where rank 0 was restarted.
     """
 
     store: Any
-    watched: Any
     liveness = Liveness()
     id = ""
 
     def __init__(self) -> None:
-        self.store = self.watched = dist.HashStore()
+        self.store = dist.HashStore()
 
     @property
     def is_lost(self) -> bool:
@@ -76,7 +74,7 @@ class World:
 
 
 class ConnectedWorld(World):
-    """Several ranks: connections to the store that rank 0 hosts, and one for liveness."""
+    """Several ranks: a connection to the store that rank 0 hosts, and one for liveness."""
 
     def __init__(
         self, rank: int, size: int, addr: str, port: int, number: int, deadline: Deadline
@@ -88,17 +86,20 @@ class ConnectedWorld(World):
             TimeoutError: it did not do so before the deadline.
         """
         self._prefix = f"checkpoint-engine/{number}"
-        self._connections = [_connection(rank, size, addr, port, deadline)]
-        self._connections.append(self._another(deadline))
+        self._connection: _Connection | None = _connection(rank, size, addr, port, deadline)
         self._to_block: _Connection | None = None
-        self.store, self.watched = map(self._part_of, self._connections)
-        try:  # by the connection that no other world of this process has
+        self.store = self._part_of(self._connection)
+        meeting = self._another(deadline)  # other worlds of this process may wait for the first
+        try:
+            store = self._part_of(meeting)
             self.liveness, self.id = _within(
-                deadline, addr, port, lambda: self._meet(rank, size, addr, self.watched)
+                deadline, addr, port, lambda: self._meet(rank, size, addr, store)
             )
         except BaseException:
-            self._connections[1].close()
+            self._connection = None  # it is lost, see ``_meet``
             raise
+        finally:
+            meeting.close()
 
     def store_to_block(self, deadline: Deadline) -> Any:
         """By a connection of its own."""
@@ -112,14 +113,15 @@ class ConnectedWorld(World):
             self._to_block = None
 
     def _another(self, deadline: Deadline) -> _Connection:
-        return _Connection(self._connections[0].place, deadline)
+        assert self._connection is not None
+        return _Connection(self._connection.place, deadline)
 
     def _part_of(self, connection: _Connection) -> Any:
         return dist.PrefixStore(self._prefix, connection.store)
 
     @property
     def is_lost(self) -> bool:
-        return not self._connections or any(one.is_cut for one in self._connections)
+        return self._connection is None or self._connection.is_cut
 
     @property
     def why_lost(self) -> str:
@@ -130,17 +132,16 @@ class ConnectedWorld(World):
     def cut(self) -> None:
         """End every call that waits for the store; for when rank 0 does not answer."""
         self.free_blocked()
-        for connection in self._connections:
-            connection.cut()
+        if self._connection is not None:
+            self._connection.cut()
 
     def close(self) -> None:
         self.cut()
         self.liveness.close()
         self.liveness = Liveness()  # world and liveness know each other
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
-        self.store = self.watched = None
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self.store = None
 
     def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Liveness, str]:
         if rank == 0:

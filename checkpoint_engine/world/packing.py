@@ -1,0 +1,54 @@
+"""What all ranks of an exchange say, as one value: whoever puts it together asks the store for each
+value, and everybody else for this one."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+_NOTHING = "?"  # what ``peek`` takes for a key that is not there; no rank writes that
+_LARGEST = 1 << 30  # bytes of what ``unpack`` returns
+
+
+def peek(store: Any, key: str) -> bytes | None:
+    """What a store has under ``key`` now, by one request. ``None``: nothing."""
+    found = bytes(store.compare_set(key, _NOTHING, _NOTHING))
+    return None if found == _NOTHING.encode() else found
+
+
+def pack(values: Sequence[bytes]) -> bytes:
+    """For ``unpack``. Ranks mostly say the same or nearly so: equal values go once, compressed."""
+    distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    numbers = [len(values), len(distinct)]
+    numbers += [distinct[value] for value in values]
+    numbers += map(len, distinct)
+    head = struct.pack(f"!{len(numbers)}I", *numbers)
+    return zlib.compress(head + b"".join(distinct), level=1)
+
+
+def unpack(packed: bytes, count: int) -> list[bytes]:
+    """The inverse of ``pack``, of ``count`` values.
+
+    Raises:
+        ValueError: no rank packed that: whoever reaches the store may write there.
+    """
+    try:
+        stream = zlib.decompressobj()
+        content = memoryview(stream.decompress(packed, _LARGEST))
+        said, kinds = struct.unpack_from("!2I", content)
+        places = struct.unpack_from(f"!{count}I", content, 8)
+        lengths = struct.unpack_from(f"!{kinds}I", content, 8 + 4 * count)
+        ends = 8 + 4 * (count + kinds)
+        distinct = []
+        for length in lengths:
+            distinct.append(bytes(content[ends : ends + length]))
+            ends += length
+        if said != count or ends != len(content) or not stream.eof:
+            raise ValueError(f"{len(content)} bytes of {said} ranks")
+        return [distinct[place] for place in places]
+    except (ValueError, IndexError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"what the store holds of an exchange was not written by a rank: {error}"
+        ) from error
