@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,28 @@ def join(port: int) -> Iterator[Callable[..., ConnectedWorld]]:
             return world
 
         yield enter
+
+
+def listens_by(port: int) -> list[str]:
+    """The families of the sockets that listen at a port."""
+    wanted = f":{port:04X} "
+    return [
+        family
+        for family, table in (("IPv4", "tcp"), ("IPv6", "tcp6"))
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()
+        if wanted in line.split(maxsplit=2)[1] + " " and line.split()[3] == "0A"
+    ]
+
+
+@pytest.mark.parametrize(("addr", "families"), [(HERE, ["IPv4"]), ("::1", ["IPv6"])])
+def test_who_comes_by_ipv4_is_known_by_that(port: int, addr: str, families: list[str]) -> None:
+    """As torch asks for its name: 127.0.0.1 at a socket of IPv6 is in no /etc/hosts."""
+    store._host(addr, port, 2)
+    assert listens_by(port) == families
+    store._host(addr, port, 2)  # another object of this process
+    made = dist.TCPStore(HERE, port, wait_for_workers=False)
+    made.set("key", "value")
+    assert made.get("key") == b"value"
 
 
 class Gate:
@@ -178,7 +201,7 @@ def test_rank_0_that_stops_before_it_tells_its_port_is_given_up(port: int) -> No
 @pytest.mark.parametrize("rank", [0, 1])
 def test_threads_that_connect_at_once_share_one_connection(port: int, rank: int) -> None:
     if rank:
-        store._host(port, 3)
+        store._host(HERE, port, 3)
     hosting = 1  # the connection that torch makes with the server
     stores = at_once([lambda: connect_store(rank, 3, HERE, port)] * 4)
     assert stores.count(stores[0]) == 4
@@ -187,7 +210,7 @@ def test_threads_that_connect_at_once_share_one_connection(port: int, rank: int)
 
 
 def test_each_connection_knows_its_own_socket(port: int) -> None:
-    store._host(port, 3)
+    store._host(HERE, port, 3)
     made = at_once([lambda: store._Connection((HERE, port), Deadline(SOON))] * 6)
     while made:
         cut = made.pop()

@@ -33,6 +33,7 @@ _hosted: dict[int, Any] = {}
 _stores: dict[tuple[str, int], _Connection] = {}
 _worlds: dict[tuple[str, int], int] = {}
 _connecting: list[_Connection] = []
+_BACKLOG = 2048  # of the store, as torch asks for
 _lock = threading.Lock()  # of these; never held while something is awaited
 
 
@@ -271,7 +272,7 @@ def _connection(
         return known
     try:
         if rank == 0:
-            _host(port, world_size)
+            _host(addr, port, world_size)
         mine = _Connection(_await_port(addr, port, deadline), deadline)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
@@ -287,12 +288,39 @@ def _connection(
     return first
 
 
-def _host(port: int, size: int) -> None:
-    """Host the store to the end of the process, by whichever thread calls this first."""
-    found = dist.TCPStore(
-        "127.0.0.1", port, size, is_master=True, wait_for_workers=False, multi_tenant=True
-    )
-    _hosted.setdefault(port, found)
+def _host(addr: str, port: int, size: int) -> None:
+    """Host the store to the end of the process, by whichever thread calls this first.
+
+    torch asks for the name of everybody who connects, and serves nobody meanwhile. It listens at a
+    socket of IPv6, where 127.0.0.1 comes as an address that /etc/hosts does not have: a name server
+    is asked, and one that does not answer takes 5 s each time. So it gets a socket of IPv4 where
+    all ranks come by that.
+    """
+    by_ipv4 = _is_of_ipv4(addr)
+    with _lock:
+        if port in _hosted:
+            return
+        listener: int | None = None
+        with contextlib.suppress(OSError):  # torch may share the port, or says what is wrong
+            if by_ipv4:
+                listener = socket.create_server(("", port), backlog=_BACKLOG).detach()
+        _hosted[port] = None
+    try:
+        _hosted[port] = dist.TCPStore(
+            "127.0.0.1", port, size, is_master=True, wait_for_workers=False, multi_tenant=True,
+            master_listen_fd=listener,
+        )  # fmt: skip
+    except BaseException:
+        del _hosted[port]
+        raise
+
+
+def _is_of_ipv4(addr: str) -> bool:
+    try:
+        found = socket.getaddrinfo(addr, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(family == socket.AF_INET for family, *_ in found)
 
 
 def _await_port(addr: str, port: int, deadline: Deadline) -> tuple[str, int]:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from loguru import logger
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from uvicorn.server import ServerState
@@ -53,6 +52,7 @@ from checkpoint_engine.world import gathered, metas_file
 from checkpoint_engine.world.hello import Hello
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 from checkpoint_engine.world.outcome import encode_failure, error_of
+from checkpoint_engine.world.store import connect_store
 from samples import CUDA_ARGS
 
 logger.remove()
@@ -257,7 +257,10 @@ def answer_of_rank_0(data: bytes) -> None:
 
 @functools.cache
 def _store() -> Any:
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return connect_store(0, 2, "127.0.0.1", port)
 
 
 def stranger_at_the_store(data: bytes) -> None:
