@@ -281,6 +281,12 @@ def _check_success(response: httpx.Response) -> None:
             raise RuntimeError(f"{response.url} did not succeed: {response.text}")
 
 
+_NO_EXTENSION = (
+    "the engine was not started with --worker-extension-cls; where it was with "
+    "--weight-transfer-config, ask it by client.vllm_request, or --engine-kind vllm"
+)
+
+
 def request_inference_to_update(
     url: str,
     socket_paths: dict[str, str] | list[tuple[str, str]],
@@ -309,7 +315,15 @@ def _ask_extension(
     url: str, socket_paths: Any, timeout: float, uds: str | None, headers: Headers | None
 ) -> None:
     body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
-    send("POST", url, timeout, uds, body, headers=_sent(headers))
+    import httpx
+
+    try:
+        send("POST", url, timeout, uds, body, headers=_sent(headers))
+    except httpx.HTTPStatusError as error:
+        if "no attribute 'update_weights_from_ipc'" not in str(error):
+            raise
+        text = f"{error}\n{_NO_EXTENSION}"
+        raise httpx.HTTPStatusError(text, request=error.request, response=error.response) from None
 
 
 def wait_until_ready(url: str, timeout: float, uds: str | None = None) -> None:

@@ -124,6 +124,14 @@ def test_a_list_of_pairs_travels_as_it_is(engine: Engine, url: str) -> None:
     assert engine.bodies[0][1]["args"] == [[["GPU-1", "ipc:///tmp/one"]]]
 
 
+def test_an_engine_without_the_extension_says_what_to_ask_it_by(engine: Engine, url: str) -> None:
+    engine.text = "AttributeError: 'Worker' object has no attribute 'update_weights_from_ipc'"
+    engine.statuses = [500]
+    with pytest.raises(httpx.HTTPStatusError, match="--engine-kind vllm") as raised:
+        request_inference_to_update(url, SOCKETS)
+    assert engine.text in str(raised.value)
+
+
 @pytest.mark.parametrize("status", [302, 400, 500])
 def test_the_engines_error_comes_back_whole(engine: Engine, url: str, status: int) -> None:
     engine.statuses, engine.text = [status], "RuntimeError: layer 3\n" + "x" * 5000

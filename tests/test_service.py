@@ -263,6 +263,7 @@ def test_a_missing_file_is_named_and_nothing_is_kept(world: World, tmp_path: Pat
     [
         ("checkpoint_engine", signal.SIGTERM, 128 + signal.SIGTERM),
         ("checkpoint_engine.ps", signal.SIGINT, 128 + signal.SIGINT),
+        ("checkpoint_engine", signal.SIGHUP, 128 + signal.SIGTERM),
     ],
 )
 def test_one_server_alone_until_a_signal(

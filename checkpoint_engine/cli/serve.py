@@ -37,8 +37,8 @@ def serve(
 ) -> None:
     """Serve this rank's ParameterServer over HTTP on a Unix socket, or on TCP.
 
-    Until SIGINT or SIGTERM. Called by every rank, or alone as a world of one: the ranks come from
-    the launcher's environment. Ends with 1 if the socket cannot be used.
+    Until SIGINT, SIGTERM or SIGHUP. Called by every rank, or alone as a world of one: the ranks
+    come from the launcher's environment. Ends with 1 if the socket cannot be used.
     """
     from checkpoint_engine.service.access import Access
     from checkpoint_engine.service.serve import ServeOptions, read_token, serve

@@ -85,7 +85,7 @@ def read_token(token_file: str | os.PathLike[str] | None = None) -> str | None:
 
 
 def serve(options: ServeOptions, rank: int, world_size: int) -> None:
-    """Make this rank's server and answer requests until SIGINT or SIGTERM, which exit.
+    """Make this rank's server and answer requests until SIGINT, SIGTERM or SIGHUP, which exit.
 
     Called in the main thread of its own process, by every rank, or alone as a world of one.
 
@@ -98,6 +98,8 @@ def serve(options: ServeOptions, rank: int, world_size: int) -> None:
     # or asyncio would miss it.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # its terminal is closed, without nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     uds = options.uds
     with listen_tcp(options.host, options.port or 0) if uds is None else listen(uds) as listener:
         from checkpoint_engine.ps import ParameterServer
