@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -208,6 +210,44 @@ def test_a_loader_that_asks_for_or_changes_hooks_is_left_alone(hide: Any) -> Non
 
     load = update(Model({"w": (FP32, (6, 4))}, hiding), Bytes(THREE, 1))
     assert "where nobody sees" in load.report["reason"]
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    mode = torch._C._pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+@pytest.mark.parametrize(
+    ("blindfold", "why"),
+    [
+        (lambda: torch._C.DisableTorchFunction(), "disables torch functions"),
+        (without_modes, "_pop_torch_function_stack where nobody sees"),
+    ],
+)
+def test_a_loader_that_blinds_torchs_modes_is_left_alone(blindfold: Any, why: str) -> None:
+    """Nobody would see what ``map`` reads."""
+
+    def looking(model: Model, name: str, tensor: torch.Tensor) -> None:
+        with blindfold():
+            seen = next(map(torch.Tensor.tolist, [tensor]))
+        into_rows(model, name, tensor if seen else tensor.flip(0))
+
+    load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
+    assert why in load.report["reason"]
+
+
+def test_a_loader_may_have_modes_of_its_own() -> None:
+    def on_a_device(model: Model, name: str, tensor: torch.Tensor) -> None:
+        with torch.device("cpu"):
+            into_rows(model, name, tensor)
+
+    model = Model({"w": (FP32, (6, 4))}, on_a_device)
+    loads = [update(model, Bytes(THREE, seed)) for seed in range(3)]
+    assert [load.report["loaded"] for load in loads] == ["recorded", "recorded", "replayed"]
 
 
 def test_a_function_that_torch_calls_back_is_not_trusted() -> None:

@@ -16,10 +16,11 @@ from _queue import SimpleQueue
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 
 Notice = Callable[[Any, Any], None]
 """Gets the function, and what it is a method of; for a plain function, its module."""
@@ -34,6 +35,9 @@ _functions = [one for kind in (*_CONTAINERS, builtins) for one in vars(kind).val
 _HARMLESS = {one for one in _functions if type(one) in (_METHOD, _BUILTIN)} | {tuple.__new__}
 _PACKAGES = ("torch", "vllm", "sglang")
 """In one place of their code, one thing is called. A loader's own code may have a table of them."""
+_OWN_ROOM = __name__.rpartition(".")[0]
+_POP_MODE = torch._C._pop_torch_function_stack
+_FRAMES_TO_POP = 8  # from the hook to torch's function that calls a mode
 _Lock = type(threading.Lock())
 _HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
 _HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
@@ -127,9 +131,26 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
             _MONITORING.free_tool_id(tool)
 
 
+@contextlib.contextmanager
+def noticing_blindness(give_up: Callable[[str], None]) -> Iterator[None]:
+    """Around calls: ``give_up`` is told of whoever has torch call no modes for a while. What a
+    function written in C calls then, as ``map``, neither modes nor hook would see."""
+    blindfold = torch._C.DisableTorchFunction
+
+    def noticed() -> Any:
+        give_up("the loader disables torch functions")
+        return blindfold()
+
+    torch._C.DisableTorchFunction = noticed
+    try:
+        yield
+    finally:
+        torch._C.DisableTorchFunction = blindfold
+
+
 def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
     """Whether a call starts a thread, wakes one or waits for one, gives a tensor's memory away, or
-    could hide other calls from the hook.
+    could hide other calls from the hook or from our mode.
 
     Args:
         locks: those that the thread was seen to take; kept from call to call.
@@ -139,8 +160,22 @@ def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
         return _meets_others(id(owner), function.__name__, locks)
     if kind is SimpleQueue:
         return bool(function.__name__ == "put")
+    if function is _POP_MODE:
+        modes = _get_current_function_mode_stack()
+        is_ours = bool(modes) and type(modes[-1]).__module__.startswith(_OWN_ROOM)
+        return is_ours and not _is_torch_about_to_call_it()
     changes_hook = function in _HOOKS or (owner is _MONITORING and owner is not None)
     return changes_hook or function in _THREADS
+
+
+def _is_torch_about_to_call_it() -> bool:
+    """A mode, which it takes off the stack meanwhile."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FRAMES_TO_POP):
+        if frame is None or frame.f_code is handle_torch_function.__code__:
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code is handle_torch_function.__code__
 
 
 def _meets_others(lock: int, name: str, held: set[int]) -> bool:

@@ -24,7 +24,11 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from checkpoint_engine.loading.calls import leaves_the_thread, noticing_calls
+from checkpoint_engine.loading.calls import (
+    leaves_the_thread,
+    noticing_blindness,
+    noticing_calls,
+)
 from checkpoint_engine.loading.replay import operations
 from checkpoint_engine.loading.replay.aliases import aliases_of
 from checkpoint_engine.loading.replay.canvas import Origin, Source
@@ -114,7 +118,7 @@ class Recorder(KnownMemory):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the loader, in its thread; other threads are not watched, but noticed."""
-        with _Functions(self), _Operations(self):
+        with noticing_blindness(self.give_up), _Functions(self), _Operations(self):
             with self.paused():
                 torch.empty(0)  # under a mode, the first operation of a process imports a lot
             self._locks.clear()
