@@ -262,6 +262,41 @@ def test_lines_of_rank_0_may_come_in_pieces(rank_0: Rank0) -> None:
         guest.close()
 
 
+@pytest.mark.parametrize("answer", [b"1 2\n\a", b"1 2\n\a\a", b"\a1 2\n", b"1 \a2\n"])
+def test_a_bell_beside_a_line_does_not_hide_it(rank_0: Rank0, answer: bytes) -> None:
+    """A rank that connects while others ring gets both at once."""
+    guest, connection = rank_0.guest(answer)
+    assert (guest.replaces, guest.gone) == (True, {2})
+    with connection:
+        heard = guest.rings
+        connection.sendall(b"\a0 4\n\a")
+        soon(lambda: guest.gone == {4}, "the line")
+        assert guest.rings > heard
+        connection.sendall(b"0 \a")
+        connection.sendall(b"6\n")
+        soon(lambda: guest.gone == {6}, "the line that a bell came in")
+        guest.close()
+
+
+def test_ranks_join_while_another_rings(
+    host: LivenessServer, join: Callable[[int], LivenessClient]
+) -> None:
+    all_have_joined = threading.Event()
+
+    def ring() -> None:
+        while not all_have_joined.is_set():
+            host.ring()
+
+    thread = threading.Thread(target=ring)
+    thread.start()
+    try:
+        for _ in range(100):
+            join(1).close()
+    finally:
+        all_have_joined.set()
+        thread.join()
+
+
 def test_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]

@@ -291,7 +291,7 @@ class LivenessClient(Liveness):
 
 
 class _Lines:
-    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came beside them."""
+    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came and no line."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection = connection
@@ -303,11 +303,10 @@ class _Lines:
         wait, ``ConnectionError`` at the end. What has come of a line is kept."""
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
-            words = received.replace(_BELL, b"")
-            self._rest += words
+            self._rest += received.replace(_BELL, b"")
             if not received or len(self._rest) > self._longest:
                 raise ConnectionError("the connection was closed, or a line is too long")
-            if words != received:
+            if _BELL in received and b"\n" not in self._rest:
                 return [_BELL]
         line, _, self._rest = self._rest.partition(b"\n")
         return line.split()
