@@ -297,6 +297,18 @@ def test_ranks_join_while_another_rings(
         thread.join()
 
 
+def test_no_bells_keep_a_rank_from_its_end(rank_0: Rank0) -> None:
+    """That of a call for which the store does not answer."""
+    guest, connection = rank_0.guest(b"0\n")
+    with connection:
+        guest.expect_end(0.2)
+        deadline = Deadline(SOON)
+        while not rank_0.was_silent.wait(0.02):
+            deadline.check("the end")
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"\a")
+
+
 def test_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]

@@ -269,17 +269,17 @@ class LivenessClient(Liveness):
         return bool(replaces)
 
     def _run(self) -> None:
-        past = 0
+        past, looked = 0, time.monotonic()
         try:
             while past < _LOOKS_PAST_THE_END:
-                try:
+                with contextlib.suppress(TimeoutError):
                     line = next(self._lines)
                     if line != [_BELL]:
                         self._learn(line)
                     self._hear()
-                except TimeoutError:
-                    end = self._end
-                    past = past + 1 if end is not None and time.monotonic() > end else 0
+                if (now := time.monotonic()) - looked >= _LOOK:  # however many bells ring
+                    looked, end = now, self._end
+                    past = past + 1 if end is not None and now > end else 0
         except Exception:  # the connection has ended, or what arrives is not rank 0's
             self.gone = frozenset({0})
             self._hear()
