@@ -242,6 +242,31 @@ def test_a_failure_is_the_same_on_every_rank_and_the_next_call_works(
         assert seconds < PROMPT
 
 
+@pytest.mark.parametrize("mute", [{1}, {1, 2}])
+def test_a_failure_of_a_rank_that_cannot_ring_is_seen_at_once(mute: set[int]) -> None:
+    """One that reaches the store, but not the port of liveness."""
+
+    def no_way(*_: Any) -> Any:
+        raise OSError("filtered")
+
+    def act(me: Rank, call: Any) -> None:
+        call.all_gather("v", b"")
+        call.watch()
+        if me.rank == 1:
+            time.sleep(0.5)  # the others have looked
+            raise ValueError("cannot load")
+        wait(call)
+
+    def program(me: Rank) -> Any:
+        if me.rank in mute:
+            store.LivenessClient = no_way  # type: ignore[assignment, misc]  # in this process
+        return me.failing(lambda call: act(me, call))
+
+    for text, seconds, *_ in run_world(3, program):
+        assert text == "work failed on rank 1 during start: cannot load"
+        assert seconds < PROMPT
+
+
 def test_a_failure_reaches_ranks_that_still_exchange() -> None:
     def act(me: Rank, call: Any) -> None:
         if me.rank == 1:

@@ -262,6 +262,53 @@ def test_lines_of_rank_0_may_come_in_pieces(rank_0: Rank0) -> None:
         guest.close()
 
 
+@pytest.mark.parametrize("answer", [b"1 2\n\a", b"1 2\n\a\a", b"\a1 2\n", b"1 \a2\n"])
+def test_a_bell_beside_a_line_does_not_hide_it(rank_0: Rank0, answer: bytes) -> None:
+    """A rank that connects while others ring gets both at once."""
+    guest, connection = rank_0.guest(answer)
+    assert (guest.replaces, guest.gone) == (True, {2})
+    with connection:
+        heard = guest.rings
+        connection.sendall(b"\a0 4\n\a")
+        soon(lambda: guest.gone == {4}, "the line")
+        assert guest.rings > heard
+        connection.sendall(b"0 \a")
+        connection.sendall(b"6\n")
+        soon(lambda: guest.gone == {6}, "the line that a bell came in")
+        guest.close()
+
+
+def test_ranks_join_while_another_rings(
+    host: LivenessServer, join: Callable[[int], LivenessClient]
+) -> None:
+    all_have_joined = threading.Event()
+
+    def ring() -> None:
+        while not all_have_joined.is_set():
+            host.ring()
+
+    thread = threading.Thread(target=ring)
+    thread.start()
+    try:
+        for _ in range(100):
+            join(1).close()
+    finally:
+        all_have_joined.set()
+        thread.join()
+
+
+def test_no_bells_keep_a_rank_from_its_end(rank_0: Rank0) -> None:
+    """That of a call for which the store does not answer."""
+    guest, connection = rank_0.guest(b"0\n")
+    with connection:
+        guest.expect_end(0.2)
+        deadline = Deadline(SOON)
+        while not rank_0.was_silent.wait(0.02):
+            deadline.check("the end")
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"\a")
+
+
 def test_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]

@@ -26,6 +26,7 @@ _CUT_OFF_AFTER = 8  # seconds without a sign of life from a host
 _HELLO_SECONDS = 10.0  # for a stranger to say who it is, and for rank 0 to answer
 _LOOK = 0.15  # seconds between two looks at the clock
 _UNTOLD = 0.05  # seconds between two looks at the store where no bell can be heard
+_FOR_THE_MUTE = 0.25  # seconds between two bells while a rank is missing that may have none
 _BELL = b"\a"  # one byte: where a receiver's buffer is full, no half of it can arrive
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
@@ -94,7 +95,8 @@ class LivenessServer(Liveness):
     Anybody may connect to its port. A connection is a stranger's until its first line, ``token
     rank``, says that a rank of this world is at its other end. Every line of the answer is
     ``replaces gone...``: 0 or 1, then the ranks that are gone. Between lines may be bells. What a
-    rank sends after its first line rings them at all others.
+    rank sends after its first line rings them at all others. A rank that cannot reach this port
+    cannot ring: until each has been here, bells ring now and then by themselves.
     """
 
     _hears = True
@@ -113,6 +115,7 @@ class LivenessServer(Liveness):
         self._strangers: dict[socket.socket, tuple[float, _Lines]] = {}  # the oldest first
         self._ranks: dict[socket.socket, int] = {}
         self._seen: set[int] = set()
+        self._rings_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._wake, self._woken = _socket_pair()
@@ -131,7 +134,7 @@ class LivenessServer(Liveness):
     def _run(self) -> None:
         try:
             while True:
-                for key, _ in self._selector.select(self._drop_strangers()):
+                for key, _ in self._selector.select(self._pause()):
                     if key.data is None:
                         return
                     try:
@@ -145,6 +148,18 @@ class LivenessServer(Liveness):
                 key.fileobj.close()  # type: ignore[union-attr]  # all are sockets
             self._selector.close()
             self._wake.close()
+
+    def _pause(self) -> float | None:
+        """What is due goes first; returns when something is again, in seconds."""
+        late = self._drop_strangers()
+        if len(self._seen) == self._size - 1:
+            return late
+        now = time.monotonic()
+        if now >= self._rings_at:
+            self._rings_at = now + _FOR_THE_MUTE
+            self._hear()
+            self.ring()
+        return min(_FOR_THE_MUTE if late is None else late, self._rings_at - now)
 
     def _drop_strangers(self) -> float | None:
         """Drop those that are late or too many; returns when the next one is late, in seconds."""
@@ -269,17 +284,17 @@ class LivenessClient(Liveness):
         return bool(replaces)
 
     def _run(self) -> None:
-        past = 0
+        past, looked = 0, time.monotonic()
         try:
             while past < _LOOKS_PAST_THE_END:
-                try:
+                with contextlib.suppress(TimeoutError):
                     line = next(self._lines)
                     if line != [_BELL]:
                         self._learn(line)
                     self._hear()
-                except TimeoutError:
-                    end = self._end
-                    past = past + 1 if end is not None and time.monotonic() > end else 0
+                if (now := time.monotonic()) - looked >= _LOOK:  # however many bells ring
+                    looked, end = now, self._end
+                    past = past + 1 if end is not None and now > end else 0
         except Exception:  # the connection has ended, or what arrives is not rank 0's
             self.gone = frozenset({0})
             self._hear()
@@ -291,7 +306,7 @@ class LivenessClient(Liveness):
 
 
 class _Lines:
-    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came beside them."""
+    """The lines that arrive at a socket, in words; ``[_BELL]`` where bells came and no line."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection = connection
@@ -303,11 +318,10 @@ class _Lines:
         wait, ``ConnectionError`` at the end. What has come of a line is kept."""
         while b"\n" not in self._rest:
             received = self._connection.recv(4096)
-            words = received.replace(_BELL, b"")
-            self._rest += words
+            self._rest += received.replace(_BELL, b"")
             if not received or len(self._rest) > self._longest:
                 raise ConnectionError("the connection was closed, or a line is too long")
-            if words != received:
+            if _BELL in received and b"\n" not in self._rest:
                 return [_BELL]
         line, _, self._rest = self._rest.partition(b"\n")
         return line.split()

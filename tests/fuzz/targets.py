@@ -18,6 +18,7 @@ import socket
 import struct
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +53,7 @@ from checkpoint_engine.world import gathered, metas_file
 from checkpoint_engine.world.hello import Hello
 from checkpoint_engine.world.liveness import LivenessClient, LivenessServer
 from checkpoint_engine.world.outcome import encode_failure, error_of
+from checkpoint_engine.world.packing import pack, unpack
 from checkpoint_engine.world.store import connect_store
 from samples import CUDA_ARGS
 
@@ -288,6 +290,15 @@ def outcome_in_the_store(data: bytes) -> None:
     assert str(error_of(data, "update"))
 
 
+def packed_exchange(data: bytes) -> None:
+    """As it comes, and as what decompressing returns: few inputs are whole streams."""
+    for packed in (data, zlib.compress(data, level=1)):
+        with contextlib.suppress(ValueError):
+            values = unpack(packed, 3)
+            assert len(values) == 3
+            assert unpack(pack(values), 3) == values
+
+
 def loaded_metas(data: bytes) -> None:
     gathered.load(metas_file.decode_metas(data))
 
@@ -505,6 +516,16 @@ TARGETS = (
         outcome_in_the_store,
         (),
         (encode_failure(RuntimeError("why"), 1, "plan", ""), b"ok"),
+    ),
+    Target(
+        "exchange: packed",
+        packed_exchange,
+        (),
+        tuple(
+            seed
+            for values in ([b"a", b"", b"a"], [HELLO.encode()] * 2 + [b"\0" * 300], [b""] * 3)
+            for seed in (pack(values), zlib.decompress(pack(values)))
+        ),
     ),
     Target(
         "metas: load",
