@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -35,6 +37,20 @@ def test_equal_values_go_once() -> None:
 def test_what_no_rank_packed_is_refused(packed: bytes) -> None:
     with pytest.raises(ValueError, match="was not written by a rank"):
         unpack(packed, 2)
+
+
+def test_what_no_rank_packed_takes_no_memory() -> None:
+    """More values than ranks: the lengths alone would become objects of half a gigabyte."""
+    lengths = 15_000_000
+    packed = zlib.compress(struct.pack("!5I", 3, lengths, 0, 0, 0) + b"\0\0\3\xe8" * lengths)
+    assert len(packed) < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="15000000 values of 3 ranks"):
+            unpack(packed, 3)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 5 * lengths
+    finally:
+        tracemalloc.stop()
 
 
 def test_peek_neither_waits_nor_writes() -> None:

@@ -38,6 +38,8 @@ def unpack(packed: bytes, count: int) -> list[bytes]:
         stream = zlib.decompressobj()
         content = memoryview(stream.decompress(packed, _LARGEST))
         said, kinds = struct.unpack_from("!2I", content)
+        if said != count or kinds > count:
+            raise ValueError(f"{kinds} values of {said} ranks")
         places = struct.unpack_from(f"!{count}I", content, 8)
         lengths = struct.unpack_from(f"!{kinds}I", content, 8 + 4 * count)
         ends = 8 + 4 * (count + kinds)
@@ -45,7 +47,7 @@ def unpack(packed: bytes, count: int) -> list[bytes]:
         for length in lengths:
             distinct.append(bytes(content[ends : ends + length]))
             ends += length
-        if said != count or ends != len(content) or not stream.eof:
+        if ends != len(content) or not stream.eof:
             raise ValueError(f"{len(content)} bytes of {said} ranks")
         return [distinct[place] for place in places]
     except (ValueError, IndexError, struct.error, zlib.error) as error:
