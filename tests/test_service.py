@@ -258,6 +258,14 @@ def test_a_missing_file_is_named_and_nothing_is_kept(world: World, tmp_path: Pat
         assert missing in response.json()
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """Programs that are started ignore what this process ignores."""
+    kept = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, kept)
+
+
 @pytest.mark.parametrize(
     ("module", "how", "code"),
     [
@@ -266,6 +274,7 @@ def test_a_missing_file_is_named_and_nothing_is_kept(world: World, tmp_path: Pat
         ("checkpoint_engine", signal.SIGHUP, 128 + signal.SIGTERM),
     ],
 )
+@pytest.mark.usefixtures("no_nohup")
 def test_one_server_alone_until_a_signal(
     tmp_path: Path, module: str, how: signal.Signals, code: int
 ) -> None:
