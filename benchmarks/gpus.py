@@ -236,9 +236,8 @@ def measure_limits(total: int, shard: bool) -> dict[str, float]:
 
 
 def opened_here(rebuild: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A peer's memory, mapped by this rank's device alone. torch would also make a context on the
-    peer's device, and from then on every allocation of this process would be mapped there, too,
-    which takes 10 ms."""
+    """A peer's memory, mapped by this rank's device alone, as a worker maps it. torch would also
+    make a context on the peer's device, which a server rank does not have."""
     return rebuild(*args[:6], LOCAL, *args[7:14], False)
 
 

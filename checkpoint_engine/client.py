@@ -314,9 +314,9 @@ def request_inference_to_update(
 def _ask_extension(
     url: str, socket_paths: Any, timeout: float, uds: str | None, headers: Headers | None
 ) -> None:
-    body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
     import httpx
 
+    body = {"method": "update_weights_from_ipc", "args": [socket_paths], "timeout": timeout}
     try:
         send("POST", url, timeout, uds, body, headers=_sent(headers))
     except httpx.HTTPStatusError as error:

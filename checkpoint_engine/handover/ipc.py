@@ -9,7 +9,6 @@ import contextlib
 import errno
 import mmap
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.devices import SHARED_MEMORY_FOLDER, DeviceManager
 from checkpoint_engine.handover.stale_files import create_locked, stale_files
 
@@ -100,17 +100,25 @@ class SharedBuffer(contextlib.AbstractContextManager["SharedBuffer"]):
         """
         if self.tensor.nbytes:
             self.unlink()
-            self._forget_readers(0.0 if have_all_left else _CLOSED_WITHIN)
+            if not have_all_left:
+                self._await_readers()
+            self._forget_readers()
             self.tensor = torch.empty(0, dtype=torch.uint8)
             self._device_manager.release_cached_memory()
 
-    def _forget_readers(self, seconds: float) -> None:
+    def _await_readers(self) -> None:
+        """Give those that still map it a moment to close it."""
+        soon = Deadline(_CLOSED_WITHIN)
+        with contextlib.suppress(TimeoutError):
+            poll(
+                lambda: all(count[0] <= 0 for count in self._counts),
+                lambda: soon.check("readers of the buffer"),
+            )
+
+    def _forget_readers(self) -> None:
         """torch frees device memory once as many processes have closed a handle as were given it:
         not if nobody opened it, nor if one was killed, which never closes. What a process maps
         longer the driver keeps for it."""
-        soon = time.monotonic() + seconds
-        while any(count[0] > 0 for count in self._counts) and time.monotonic() < soon:
-            time.sleep(0.001)
         for count in self._counts:
             count[0] = 0  # below, torch would take it for a very high one, and free nothing ever
         self._counts.clear()

@@ -246,8 +246,7 @@ class Call:
         """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
         pause = 0.0001
         while not self.store.check(list(keys)):
-            if self._outcome is None:
-                self._look_for_outcome()
+            self._look_for_outcome()
             if self._is_late():
                 raise missing(self.deadline.seconds, self.name, _missing(self, keys))
             _look_around(self, keys)

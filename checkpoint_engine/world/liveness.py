@@ -159,7 +159,8 @@ class LivenessServer(Liveness):
             self._rings_at = now + _FOR_THE_MUTE
             self._hear()
             self.ring()
-        return min(_FOR_THE_MUTE if late is None else late, self._rings_at - now)
+        due = self._rings_at - now
+        return due if late is None else min(late, due)
 
     def _drop_strangers(self) -> float | None:
         """Drop those that are late or too many; returns when the next one is late, in seconds."""

@@ -85,8 +85,8 @@ class Membership:
     def join_late(self) -> None:
         """Go on where the others are: this process took another one's place."""
         self.withdraw()  # what that process announced
-        if self.store.check(["last"]):
-            self._count = int(self.store.get("last"))
+        if (last := peek(self.store, "last")) is not None:
+            self._count = int(last)
         outcome = SUCCESS
         while ended := self._end_of_call_before(self._count + 1):
             outcome = ended
@@ -102,7 +102,7 @@ class Membership:
         dead = [self.rank, *self.gone()]
         begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
         if not begun:
-            return bytes(store.get("outcome")) if store.check(["outcome"]) else b""
+            return peek(store, "outcome") or b""
         return self.end(store, self._failure(gone(begun, "this call"), begun[0]))
 
     def exchange_states(self, mine: str, seconds: float) -> dict[int, str]:
@@ -254,8 +254,7 @@ class Membership:
         """
         store = self.world.store
         for key in (f"doing/{rank}" for rank in others):
-            announced = store.get(key) if store.check([key]) else b""
-            if announced:
+            if announced := peek(store, key):
                 said = json.loads(announced)
                 self._check_apart_from(
                     mine, Hello.decode(said["hello"]), dist.PrefixStore(said["part"], store)
