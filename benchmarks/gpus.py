@@ -284,10 +284,10 @@ def main() -> None:
     if CUDA:
         torch.cuda.set_device(LOCAL)
     total = sum(2 * torch.Size(shape).numel() for _, shape in shapes)
+    answers.get(timeout=300)  # first: a worker that starts would slow the copies down
     limits = measure_limits(total, options.shard)
     if CUDA:
         torch.cuda.empty_cache()
-    answers.get(timeout=300)
     result = run(options, shapes, total, asked, answers)
     asked.put(None)
     if RANK == 0:

@@ -157,17 +157,16 @@ class WorkerLink:
                 raise WireError(_CLOSED)
         self._unanswered += 1
 
-    def receive(self, check: Callable[[], None], look_ms: int = _LOOK_MS) -> bytes:
+    def receive(self, check: Callable[[], None]) -> bytes:
         """The worker's reply to the oldest unanswered message.
 
         Args:
-            check: called while there is none, first after ``look_ms``, then ever less often.
+            check: called now and then while there is none.
 
         Raises:
             WireError: the worker is gone, or has sent more replies than it got messages.
         """
-        while not self._wait(zmq.POLLIN, look_ms):
-            look_ms = min(2 * look_ms, _LOOK_MS)
+        while not self._wait(zmq.POLLIN, _LOOK_MS):
             check()
             self.check()
         reply = self._socket.recv_multipart()[-1]

@@ -55,10 +55,17 @@ DEVICE_PACE: Pace = (256 << 20, 1 << 30)
 """At 50 GB/s to the device, 256 MiB take 5 ms, and a round trip to a worker a fraction of one."""
 HOST_PACE: Pace = (16 << 20, 16 << 20)
 """Shared memory is zeroed for every update, and small buckets stay in the processor's caches."""
-PEER_PACE: Pace = (64 << 20, 256 << 20)
-"""Every GPU is filled at its own 50 GB/s, while its peers read a bucket at 370."""
+_MAPPED_QUICKLY = 480 << 20
+"""Bytes. To map so much of another GPU's memory takes the driver 1 ms; from 512 MiB on it takes 10,
+for one process after the other (H200)."""
 READ_PACE: Pace = (32 << 20, 1 << 30)
 """P2P reads over a network."""
+
+
+def peer_pace(slots: int) -> Pace:
+    """Every GPU is filled at its own 50 GB/s, while its peers read a bucket at 370. ``slots``: how
+    many buckets a buffer holds that other ranks map."""
+    return (120 << 20, _MAPPED_QUICKLY // slots)
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,12 @@ class WorkerSession:
         must_map: bool = False,
         needs: str = "",
         asks_needs: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Share the double buffer; returns when the worker has mapped it.
 
         Args:
+            meanwhile: as of ``await_reload``.
             in_parts: whether some tensors are going to come in parts.
             sources: handles of the other ranks' buffers; ``None``: it needs none.
             must_map: whether the worker can be updated only if it maps those.
@@ -113,7 +115,7 @@ class WorkerSession:
             offered[wire.NEEDS] = digest_of(needs)
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
-        reply = self._link.receive(self._check)
+        reply = self._await_reply(meanwhile)
         extensions = wire.decode_acceptance(reply)
         if extensions is None:
             raise _failed("the handshake", reply)
@@ -126,21 +128,21 @@ class WorkerSession:
                 "travel whole"
             )
         if sources is not None:
-            self.unmapped = self._share(sources)
+            self.unmapped = self._share(sources, meanwhile)
         if must_map and self.unmapped:
             raise EngineError(
                 f"{self.unmapped}, as it, or the worker before it, did in the last update: update "
                 "again, and it will get whole buckets from its server rank"
             )
 
-    def _share(self, sources: Sequence[bytes]) -> str:
+    def _share(self, sources: Sequence[bytes], meanwhile: Callable[[], None]) -> str:
         """Have the worker map other ranks' buffers; returns why it cannot."""
         if not self.finds_sources:
             return "the worker, of another release or library, cannot read other ranks' buffers"
         if not sources:
             return ""
         self._link.send(wire.encode_sources(sources), self._check)
-        reply = self._link.receive(self._check)
+        reply = self._await_reply(meanwhile)
         said = wire.decode_acceptance(reply) or {}
         if wire.SOURCES not in said:
             raise _failed("the handshake", reply)
@@ -194,16 +196,23 @@ class WorkerSession:
 
     @_step
     def await_reload(self, what: str, meanwhile: Callable[[], None]) -> None:
-        """``meanwhile``: called now and then until the worker is ready.
+        """``meanwhile``: called again and again until the worker is ready.
 
         Raises ``EngineError`` with the worker's traceback if it could not load the bucket.
         """
+        _expect_ack(self._await_reply(meanwhile), what)
+
+    def _await_reply(self, meanwhile: Callable[[], None]) -> bytes:
+        def is_there() -> bool:
+            meanwhile()
+            return self._link.has_reply()
 
         def check() -> None:
-            meanwhile()
             self._check()
+            self._link.check()
 
-        _expect_ack(self._link.receive(check, look_ms=1), what)
+        poll(is_there, check)
+        return self._link.receive(self._check)
 
     def _await_statement(self) -> dict[str, Any]:
         reply = self._link.receive(self._check)

@@ -102,7 +102,7 @@ def run_update(
         pipeline = Pipeline(move, mover, session)
         pipeline.begin()
         worker = (server.needs, can_shard(hellos))
-        options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker)
+        options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker, mover.advance)
         session.hand_over(move.buffer, call.deadline.remaining(), *options)
         mover.handed_over(session.unmapped or "", session.reads_needs)
         pipeline.run()

@@ -99,7 +99,7 @@ def plan_host(
     """
     largest = planning.largest_tensor(metas)
     size = planning.bucket_size(free_device_bytes, largest, cap, True, _SLOTS + 1)
-    size = planning.paced(size, planning.PEER_PACE, metas, True)
+    size = planning.paced(size, planning.peer_pace(_SLOTS), metas, True)
     topology = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
     hosts = [
         range(node * cluster.gpus_per_node, (node + 1) * cluster.gpus_per_node)

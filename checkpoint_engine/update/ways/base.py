@@ -75,9 +75,8 @@ class Way(ABC):
 
     # ------------------------------------------------------------------ what is moved, and when
 
-    @property
     @abstractmethod
-    def pace(self) -> Pace:
+    def pace(self, hellos: Sequence[Hello]) -> Pace:
         """The best size of a bucket."""
 
     @property
@@ -101,7 +100,7 @@ class Way(ABC):
         """
         may_cut = self._may_cut(gathered, hellos)
         size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
-        size = plan.paced(size, self.pace, gathered.metas, may_cut)
+        size = plan.paced(size, self.pace(hellos), gathered.metas, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
         basis = (gathered.plan_basis, size, nics, members, may_cut)

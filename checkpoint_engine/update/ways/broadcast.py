@@ -41,8 +41,7 @@ class Broadcast(Way):
     def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
         return None if hellos[0].ranks is None else ""
 
-    @property
-    def pace(self) -> Pace:
+    def pace(self, hellos: Sequence[Hello]) -> Pace:
         on_device = self.here.device_manager.is_accelerator
         return plan.DEVICE_PACE if on_device else plan.HOST_PACE
 

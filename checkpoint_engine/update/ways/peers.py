@@ -78,10 +78,9 @@ class Peers(Way):
                 return None
         return "the rank with the least memory has no room for two staging buffers"
 
-    @property
-    def pace(self) -> Pace:
+    def pace(self, hellos: Sequence[Hello]) -> Pace:
         on_device = self.here.device_manager.is_accelerator
-        return plan.PEER_PACE if on_device else plan.HOST_PACE
+        return plan.peer_pace(self.shares(hellos) - 1) if on_device else plan.HOST_PACE
 
     @property
     def first_receiver(self) -> int:
@@ -167,8 +166,10 @@ def _first(reasons: Sequence[bytes]) -> str:
     return next((reason.decode() for reason in reasons if reason), "")
 
 
-_Filling = tuple[Step, int, Event, torch.Tensor | None]
-"""An own bucket on its way into staging: where it goes, when it is there, and its sum then."""
+_Filling = tuple[Step, torch.Tensor, Event]
+"""An own bucket on its way into staging: where it goes, and when it is there."""
+_Summing = tuple[Step, torch.Tensor, Event, torch.Tensor | None]
+"""The same, when its sum is there as well, and that sum."""
 
 
 class PeersMover(Mover):
@@ -192,6 +193,7 @@ class PeersMover(Mover):
         self._staging = double_slots * move.plan.bucket_bytes
         self._waiting = deque(move.plan.loads_of(self._rank))
         self._filling: deque[_Filling] = deque()
+        self._summing: deque[_Summing] = deque()
         self._filled = self._done = 0
         self._arrived: dict[int, int] = {}
         self._started: deque[Step] = deque()
@@ -200,7 +202,7 @@ class PeersMover(Mover):
         self._factors: torch.Tensor | None = None
         if streams.are_queues and move.buffer.tensor.is_cuda:
             self._factors = torch.from_numpy(FACTORS).to(move.buffer.tensor.device)
-        self._fill_slots(read_by_all=0)
+        self._fill_slots(read_by_all=0)  # summed up later: the ranks reach each other meanwhile
 
     def connected(self, memory: dict[int, torch.Tensor]) -> None:
         """All ranks have reached each other. ``memory``: the others', where there is a double
@@ -208,7 +210,6 @@ class PeersMover(Mover):
         self._memory = memory
         self._others = sorted(self._peers.handles)
         self.sources = [self._peers.handles[rank][1] for rank in self._others]
-        self.advance()
 
     # ------------------------------------------------------------------ as of Mover
 
@@ -221,7 +222,6 @@ class PeersMover(Mover):
     def start(self, step: Step) -> None:
         self._started.append(step)
         self._wanted_at[id(step)] = time.monotonic()
-        self.advance()
 
     def has_arrived(self, step: Step) -> bool:
         self.advance()
@@ -241,8 +241,10 @@ class PeersMover(Mover):
         if is_open and self._peers.all_said(MAPPED):
             self.move.buffer.unlink()
         self._fill_slots(self._count_read())
-        while self._filling and self._filling[0][2].query():
-            self._offer(self._filling.popleft())
+        while self._filling:
+            self._summing.append(self._sum_up(*self._filling.popleft()))
+        while self._summing and self._summing[0][2].query():
+            self._offer(*self._summing.popleft())
         while self._started and self._reads_straight is False:
             start = self._find(self._started[0])
             if start is None:
@@ -289,16 +291,14 @@ class PeersMover(Mover):
         """Begin to fill a slot of staging, which nobody reads any more, with a bucket."""
         start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
         target = self.move.buffer.tensor[start : start + step.bucket.size]
-        self._filling.append((step, start, *self._bring(step, target)))
+        self._filling.append((step, target, self._bring(step, target)))
         self._filled += 1
 
-    def _bring(self, step: Step, target: torch.Tensor) -> tuple[Event, torch.Tensor | None]:
-        """Begin to copy an own bucket: when it is there, and its sum then."""
+    def _bring(self, step: Step, target: torch.Tensor) -> Event:
+        """Begin to copy an own bucket: when it is there."""
         return self._copy_own(step, step.bucket, target)
 
-    def _copy_own(
-        self, step: Step, bucket: H2DBucket, target: torch.Tensor
-    ) -> tuple[Event, torch.Tensor | None]:
+    def _copy_own(self, step: Step, bucket: H2DBucket, target: torch.Tensor) -> Event:
         """``bucket``: as it lies in this rank's host memory."""
 
         def copy() -> None:
@@ -306,28 +306,31 @@ class PeersMover(Mover):
                 self.move.source.copy(bucket, target)
 
         with self._streams.copying():
-            event = self._streams.copy(copy, after=self._streams.event())
-        found = None
+            return self._streams.copy(copy, after=self._streams.event())
+
+    def _sum_up(self, step: Step, target: torch.Tensor, event: Event) -> _Summing:
+        """Begin to add up a bucket, once it is there."""
         expected = self._expected_of(step)
-        if expected is not None and self._factors is not None:
-            with self._streams.broadcasting():  # beside the next copy
-                self._streams.wait(event)
-                found = start_sum(target, expected[0], self._factors)
-                event = self._streams.event()
-        return event, found
+        if expected is None or self._factors is None:
+            return step, target, event, None
+        with self._streams.broadcasting():  # beside the next copy
+            self._streams.wait(event)
+            found = start_sum(target, expected[0], self._factors)
+            return step, target, self._streams.event(), found
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
-        """What the bytes of a bucket add up to, as far as one bucket has a sum of its own."""
+        """What an own bucket's bytes add up to, as far as one bucket has a sum of its own."""
         if isinstance(step.bucket, TensorPart):
             return None
         return self.move.gathered.sum_of(step.owner, step.bucket)
 
-    def _offer(self, filled: _Filling) -> None:
-        step, start, _, found = filled
+    def _offer(
+        self, step: Step, target: torch.Tensor, _: Event, found: torch.Tensor | None
+    ) -> None:
         expected = self._expected_of(step)
         if found is not None and expected is not None:
             check_sum(int(found) & MASK, expected[1], f"a bucket from rank {self._rank}")
-        self._arrived[id(step)] = start
+        self._arrived[id(step)] = start = int(target.storage_offset())
         self._peers.offer(start, step.bucket.size)
 
     def _find(self, step: Step) -> int | None:

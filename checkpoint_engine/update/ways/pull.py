@@ -41,8 +41,7 @@ class Pull(Broadcast):
     def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
         return "" if hellos[0].ranks is None else None
 
-    @property
-    def pace(self) -> Pace:
+    def pace(self, hellos: Sequence[Hello]) -> Pace:
         return plan.READ_PACE
 
     def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover:

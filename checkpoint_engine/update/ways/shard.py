@@ -109,9 +109,8 @@ class Shard(Way):
         kept = {hello.needs for hello in _host_of(mine, hosts)}
         self._known = {digest: one for digest, one in self._known.items() if digest in kept}
 
-    @property
-    def pace(self) -> Pace:
-        return self._inside.pace
+    def pace(self, hellos: Sequence[Hello]) -> Pace:
+        return self._inside.pace(hellos)
 
     def shares(self, hellos: Sequence[Hello]) -> int:
         return self._inside.shares(hellos)
@@ -259,7 +258,7 @@ class _ShardMover(PeersMover):
             return super().source_of(step)
         return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
 
-    def _bring(self, step: Step, target: torch.Tensor) -> tuple[Event, torch.Tensor | None]:
+    def _bring(self, step: Step, target: torch.Tensor) -> Event:
         metas = self.move.gathered.metas
         held = {
             rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
@@ -275,4 +274,7 @@ class _ShardMover(PeersMover):
                 span.nbytes = self._remote.read_any(held, target, runs)
 
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
-        return self._remote.begin(read, after=agreed), None
+        return self._remote.begin(read, after=agreed)
+
+    def _expected_of(self, step: Step) -> tuple[int, int] | None:
+        return super()._expected_of(step) if _is_own(step) else None
