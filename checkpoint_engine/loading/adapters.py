@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.loading.direct_writes import DirectWrites
-from checkpoint_engine.loading.replay.adapter import InPlace
+from checkpoint_engine.loading.replay.adapter import InPlace, ModelAdapter
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
@@ -156,6 +156,8 @@ class Layerwise(LoadOver):
 
     def cannot(self) -> str:
         return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
+
+    names = ModelAdapter.names
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Of the layers that wait for weights."""

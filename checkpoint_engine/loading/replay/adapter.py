@@ -38,6 +38,10 @@ class ModelAdapter(Protocol):
         """What the loader may write into, as it is now."""
         ...
 
+    def names(self) -> list[Any]:
+        """Of ``tensors``, in their order: equal as long as there are just these."""
+        return [slot for slot, _ in self.tensors()]
+
     def addresses(self) -> list[int]:
         """Where each of ``tensors`` begins, in their order."""
         return [tensor.data_ptr() for _, tensor in self.tensors()]
@@ -82,13 +86,17 @@ class InPlace(ModelAdapter):
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():
-            for named in (module._parameters, module._buffers):
+            for named in _owned_by(module):
                 for own, tensor in named.items():
                     if tensor is not None:
                         yield Slot(name, own), tensor
 
+    def names(self) -> list[Any]:
+        named = [(name, of) for name, one in self.modules.items() for of in _owned_by(one)]
+        return [(name, [own for own, one in of.items() if one is not None]) for name, of in named]
+
     def addresses(self) -> list[int]:
-        owned = (of for one in self.modules.values() for of in (one._parameters, one._buffers))
+        owned = (of for one in self.modules.values() for of in _owned_by(one))
         return [one.data_ptr() for of in owned for one in of.values() if one is not None]
 
     def memory(self, slot: Slot) -> torch.Tensor:
@@ -97,6 +105,10 @@ class InPlace(ModelAdapter):
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
         return tensor
+
+
+def _owned_by(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor | None], ...]:
+    return module._parameters, module._buffers  # type: ignore[return-value]
 
 
 def cannot_compare(modules: Mapping[str, torch.nn.Module]) -> str:

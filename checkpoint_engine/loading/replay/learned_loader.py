@@ -140,7 +140,7 @@ class _Learning(ModelUpdate):
         for program in self._before.programs.values() if self._before is not None else ():
             program.release()  # the recorder counts who has the model's memory
         self._version, tensors = version, list(model.tensors())
-        self._places = places_of(tensors)
+        self._names, self._places = model.names(), places_of(tensors)
         self._recorder = Recorder(tensors, every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
         self._buckets = 0
@@ -198,7 +198,8 @@ class _Learning(ModelUpdate):
         if recording is None:
             self.reason = self._recorder.failure
             return
-        recording.version, recording.places = self._version, self._places
+        recording.version = self._version
+        recording.names, recording.places = self._names, self._places
         recording.buckets = self._buckets
         recording.loaded = self.loaded()
         if self._before is None or recording.does_as(self._before):

@@ -20,7 +20,7 @@ import torch
 from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import Copy, View, whole_storage
-from checkpoint_engine.loading.replay.memory import Place, Places, Slot, SlotTensors, Traced
+from checkpoint_engine.loading.replay.memory import Place, Places, Slot, Traced
 from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, Program, Route
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -113,7 +113,9 @@ class Model(Protocol):
 
     modules: Mapping[str, torch.nn.Module]
 
-    def tensors(self) -> SlotTensors: ...
+    def names(self) -> list[Any]: ...
+
+    def memory(self, slot: Slot) -> torch.Tensor: ...
 
 
 @dataclass(eq=False)
@@ -127,7 +129,7 @@ class Recording:
         together: whether what happens to a tensor may depend on which others there are.
         fills: by module.
         version: of the engine.
-        places: of what the loader may write into, which must stay the same.
+        names, places: of what the loader may write into, which must stay the same.
         loaded: the parameters that were written; ``None`` if it is not known.
         buckets: how many calls of the loader an update was.
         programs: compiled for the buckets of the last update, by what tells buckets apart.
@@ -139,6 +141,7 @@ class Recording:
     together: bool
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
     version: str = ""
+    names: list[Any] = field(default_factory=list)
     places: Places = field(default_factory=dict)
     loaded: set[str] | None = None
     buckets: int = 0
@@ -159,12 +162,11 @@ class Recording:
     def holds(self, version: str, model: Model) -> bool:
         """Whether the model is as it was, where the loader looked at it, and where some of its
         tensors are."""
-        tensors = list(model.tensors())
-        if self.version != version or list(self.places) != [slot for slot, _ in tensors]:
+        if self.version != version or self.names != model.names():
             return False
         # A GPU waits. What a bucket writes is looked at before it is written, in any case.
-        some = tensors[:: max(1, len(tensors) // _LOOKED_AT)]
-        return all(Place.of(tensor) == self.places[slot] for slot, tensor in some) and all(
+        some = list(self.places)[:: max(1, len(self.places) // _LOOKED_AT)]
+        return all(Place.of(model.memory(slot)) == self.places[slot] for slot in some) and all(
             _is_still(getattr(model.modules.get(slot.module), slot.name, None), seen)
             for slot, seen in self.constants.items()
         )
