@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
+from checkpoint_engine.loading.reload import EngineReload
 from checkpoint_engine.replay import replayed
 
 Weights = list[tuple[str, torch.Tensor]]
@@ -38,24 +38,25 @@ class OddEngine(torch.nn.Module):
             layer.ranks = Layer(ranks, numel)
         self._kind = kind
         self._updates = 0
-        self._habits: dict[str, LoaderHabits] = {}
-        config = SimpleNamespace(dtype=torch.float32, quantization=None)
-        self._worker = SimpleNamespace(
-            device=torch.device("cpu"),
-            model_runner=SimpleNamespace(model=self, model_config=config),
-            _sleep_saved_buffers={"some": "buffer"} if kind == "asleep" else {},
-        )
+        self._saved_buffers = {"some": "buffer"} if kind == "asleep" else {}
         os.environ["PS_REPLAY_CHECK"] = "1" if kind == "changes" else "50"
 
     def loader(self) -> Any:
-        """For one update."""
+        """For one update. Nothing of it leads from this model back to this model, which would keep
+        it for good where the collector is off."""
         self._updates += 1
         if self._kind == "asleep":
-            return EngineReload(self._worker, self._habits)
+            config = SimpleNamespace(dtype=torch.float32, quantization=None)
+            worker = SimpleNamespace(
+                device=torch.device("cpu"),
+                model_runner=SimpleNamespace(model=self, model_config=config),
+                _sleep_saved_buffers=self._saved_buffers,
+            )
+            return EngineReload(worker, {})
         return replayed(self.load_weights)
 
     def wake(self) -> None:
-        self._worker._sleep_saved_buffers.clear()
+        self._saved_buffers.clear()
 
     def load_weights(self, weights: Weights) -> None:
         self._note.write_text(str(time.monotonic()))
