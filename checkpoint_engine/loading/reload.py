@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from checkpoint_engine.ground.needs import Needs
-from checkpoint_engine.loading.adapters import LoadOver, adapter_for
+from checkpoint_engine.loading.adapters import LoadOver
+from checkpoint_engine.loading.layerwise import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
 from checkpoint_engine.loading.replay.adapter import ModelUpdate

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.model_executor.model_loader.reload import layerwise
 
 from checkpoint_engine.certify.worker import CertifiedWorker
-from checkpoint_engine.loading.adapters import Layerwise
+from checkpoint_engine.loading.layerwise import Layerwise
 from checkpoint_engine.loading.reload import EngineReload
 
 LEFT_OUT = "model.layers.1.input_layernorm"

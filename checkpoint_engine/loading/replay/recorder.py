@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.loading.calls import (
+    Notice,
     leaves_the_thread,
     noticing_blindness,
     noticing_calls,
@@ -73,6 +74,7 @@ class Recorder(KnownMemory):
         self._counts: dict[Source, Counter[str]] = defaultdict(Counter)
         self._constants: dict[Slot, torch.Tensor] = {}
         self.is_paused = self.is_unnoticed = False
+        self._told: Notice | None = None
         self.profile: Any = None
         self.modes = 1
         self.direct: Writes | None = None
@@ -130,11 +132,12 @@ class Recorder(KnownMemory):
                     self.profile = None
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what the engine does with weights once they are loaded."""
-        before = self.is_paused, self.is_unnoticed
-        profile = None if self.is_unnoticed else self.profile
-        self.is_paused = self.is_unnoticed = True
+    def paused(self, told: Notice | None = None) -> Iterator[None]:
+        """For what the engine does with weights once they are loaded. ``told``: of the functions
+        written in C that are called meanwhile."""
+        before = self.is_paused, self.is_unnoticed, self._told
+        profile = None if self.is_unnoticed or told is not None else self.profile
+        self.is_paused, self.is_unnoticed, self._told = True, told is None, told
         if profile is not None:
             _set_profile(None)
         try:
@@ -142,7 +145,7 @@ class Recorder(KnownMemory):
         finally:
             if profile is not None:
                 _set_profile(profile)
-            self.is_paused, self.is_unnoticed = before
+            self.is_paused, self.is_unnoticed, self._told = before
 
     def count(self, load: Callable[[], tuple[int, Any]], counter: Any = None) -> tuple[int, Any]:
         """Call what loads a tensor into a layer and returns how many elements the engine counts.
@@ -164,6 +167,8 @@ class Recorder(KnownMemory):
         sees what is read."""
         if self.is_unnoticed:
             return
+        if self._told is not None:
+            return self._told(function, owner)
         if isinstance(owner, torch.Tensor):
             is_unseen = not _modes_see()
         else:

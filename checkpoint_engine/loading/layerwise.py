@@ -1,0 +1,435 @@
+"""vLLM's layerwise reload, as loading and replay see it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from checkpoint_engine.loading.adapters import LoadOver
+from checkpoint_engine.loading.direct_writes import DirectWrites
+from checkpoint_engine.loading.replay.adapter import ModelAdapter
+from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.processing import Processing, has_form_of
+from checkpoint_engine.loading.replay.recorder import Recorder
+from checkpoint_engine.loading.replay.recording import NamedTensors
+from checkpoint_engine.loading.views import parted_views
+from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
+
+_ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
+_NO_UPDATE = "vLLM would lose that in an update; start the engine with the new weights"
+_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver:
+    """Layerwise reload, if this vLLM has it and recorded how ``model`` was made."""
+    try:
+        vllm = importlib.import_module(_LAYERWISE)
+    except ImportError:
+        return LoadOver(model, model_config, device)
+    layers = model.modules() if isinstance(model, torch.nn.Module) else ()
+    recorded = (vllm.get_layerwise_info(layer).restore_metadata for layer in layers)
+    if any(parameters for parameters, _ in recorded):
+        return Layerwise(vllm, model, model_config, device)
+    return LoadOver(model, model_config, device)
+
+
+class Layerwise(LoadOver):
+    """vLLM's layerwise reload.
+
+    vLLM keeps what it is given until a layer is complete. Here that is memory which the next bucket
+    but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
+    now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
+    that this worker keeps. Where a release cannot do that, the tensors are copied.
+    """
+
+    is_persistent = False
+
+    def __init__(
+        self, vllm: Any, model: torch.nn.Module, model_config: Any, device: torch.device
+    ) -> None:
+        """``vllm``: the module that layerwise reload is in."""
+        super().__init__(model, model_config, device)
+        self._vllm = vllm
+        self._names = {layer: name for name, layer in self.modules.items()}
+        self._infos = {layer: vllm.get_layerwise_info(layer) for layer in self._names}
+        self._held: dict[torch.nn.Module, int] = {}
+        self._loads_early = _keeps_what_is_there(vllm)
+        self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
+        self._recorder: Recorder | None = None
+        self._opened: set[str] = set()
+        self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
+        self._left: dict[str, Processing] = {}
+        self._in_place: dict[str, _Filled] = {}
+
+    def check(self) -> None:
+        restored = {
+            self._names[layer]: info.restore_metadata for layer, info in self._infos.items()
+        }
+        exempt = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())
+        if parted := next(parted_views(self.modules, restored, exempt), None):
+            view, parameter = (slot.qualified for slot in parted)
+            raise RuntimeError(
+                f"this engine computes with {view}, which was a view of {parameter} until the "
+                f"engine repacked that at its start: {_NO_UPDATE}"
+            )
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        return nullcontext() if _knows_the_device(self._vllm) else self._device
+
+    def begin(self) -> None:
+        self.abandon()  # what a failed update may have left
+        self._vllm.initialize_layerwise_reload(self._model)
+        self._opened.clear()
+        self._direct.clear()
+        self._left.clear()
+        self._repairs.begin()
+
+    def after_bucket(self) -> int:
+        nbytes = 0
+        for layer, info in self._infos.items():
+            arrived = info.loaded_weights[self._held.get(layer, 0) :]
+            if not arrived:
+                continue
+            nbytes += sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
+            if self._loads_early and not self._must_wait(layer, info):
+                self._load_now(layer, info)
+                continue
+            for _, call in arrived:
+                call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
+            self._held[layer] = len(info.loaded_weights)
+        return nbytes
+
+    def cannot(self) -> str:
+        return "" if self._loads_early else "this vLLM makes layers anew when they are complete"
+
+    names = ModelAdapter.names
+
+    def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Of the layers that wait for weights."""
+        for layer, info in self._infos.items():
+            if info.load_numel_total is not None:
+                for name, tensor in self._vllm.get_layer_tensors(layer).items():
+                    yield Slot(self._names[layer], name), tensor
+
+    def refuses(self, slot: Slot) -> str | None:
+        layer = self.modules[slot.module]
+        if _is_deferred(self._vllm, layer):
+            return "vLLM loads attention last of all"
+        if slot.name in layer._buffers:
+            return "vLLM recognises loaded buffers by the calls that it keeps"
+        return None
+
+    @contextlib.contextmanager
+    def watching(self, recorder: Recorder, check: Callable[[str], None]) -> Iterator[None]:
+        """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
+        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
+
+        counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
+
+        def count_unseen(*args: Any) -> Any:
+            return recorder.count(lambda: count(*args), counter)
+
+        def process_unseen(layer: torch.nn.Module, info: Any) -> None:
+            with recorder.paused():
+                self._load_now(layer, info)
+                check(self._names[layer])
+            self._process(layer, info, process, recorder)
+
+        self._recorder = recorder
+        try:
+            with self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen):
+                yield
+        finally:
+            self._recorder = None
+
+    def _process(
+        self, layer: torch.nn.Module, info: Any, process: Callable[..., None], recorder: Recorder
+    ) -> None:
+        """Have vLLM process a layer, and note whether it leaves it as it was loaded."""
+        restore = getattr(self._vllm, "_copy_and_restore_kernel_tensors", None)
+        with recorder.paused():
+            if restore is None or info.kernel_tensors is None:
+                return process(layer, info)
+            watch = Processing(self._vllm.get_layer_tensors(layer))
+        leaves = False
+
+        def look_and_restore(layer: torch.nn.Module, info: Any) -> None:
+            nonlocal leaves
+            leaves = watch.leaves(self._vllm.get_layer_tensors(layer), _kernel_of(info))
+            restore(layer, info)
+
+        with (
+            self._replacing(_copy_and_restore_kernel_tensors=look_and_restore),
+            recorder.paused(watch.notice),
+            watch,
+        ):
+            process(layer, info)
+        if leaves:
+            self._left[self._names[layer]] = watch
+
+    def left_as_loaded(self) -> frozenset[str]:
+        left = {name: watch.changed for name, watch in self._left.items() if watch.is_forgotten}
+        device = next((one.device for one in left.values()), None)
+        changed = [one.to(device) for one in left.values()]
+        together = torch.stack(changed).tolist() if changed else ()
+        return frozenset(name for name, one in zip(left, together, strict=True) if not one)
+
+    def load_in_place(self, modules: Set[str]) -> frozenset[str]:
+        for name in self._in_place.keys() - modules:
+            self._wait_again(name, self._in_place.pop(name))
+        for name in modules - self._in_place.keys():
+            layer = self.modules[name]
+            info = self._infos[layer]
+            is_waiting = info.load_numel_total is not None and name not in self._opened
+            restored = self._vllm.get_layer_tensors(layer)
+            if is_waiting and info.kernel_tensors and has_form_of(_kernel_of(info), restored):
+                self._in_place[name] = _Filled(info.load_numel_total)
+                self._vllm._place_kernel_tensors(layer, info)
+                info.reset()
+        return frozenset(self._in_place)
+
+    def _wait_again(self, name: str, filled: _Filled) -> None:
+        """Have a layer that gets its weights in place go on as vLLM has it."""
+        if filled.numel >= filled.total:  # it is complete
+            return
+        layer = self.modules[name]
+        self._vllm.initialize_layerwise_reload(SimpleNamespace(modules=lambda: [layer]))
+        if not filled.numel:
+            return
+        info = self._infos[layer]
+        kept = _kernel_of(info)
+        self.open(name)
+        for own, tensor in self._vllm.get_layer_tensors(layer).items():
+            tensor.data.copy_(kept[own])
+        info.load_numel = filled.numel
+
+    def load_weights(self, weights: NamedTensors) -> Any:
+        """The engine's loader, some of whose writes vLLM does not see."""
+        with self._replacing(**_quick_sizes(self._vllm)):
+            return self._load_through(weights)
+
+    def _load_through(self, weights: NamedTensors) -> Any:
+        if not self._loads_early:
+            return self._model.load_weights(weights)
+        skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
+        waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
+        direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
+        names = ("get_numel_loaded", "_layerwise_process")
+        theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
+        beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
+        with self._replacing(**theirs), direct, beside:
+            loaded = self._model.load_weights(weights)
+        before = {slot for slot, tensor in waiting if tensor.is_meta}
+        for slot, tensor in self.tensors():
+            if slot in before and not tensor.is_meta and slot.module not in self._opened:
+                raise RuntimeError(f"the model's loader replaces {slot.qualified}: {_NO_UPDATE}")
+        return loaded
+
+    def _memory_for(self, slot: Slot) -> torch.Tensor:
+        """Of a layer that a loader writes into by itself."""
+        layer = self.modules[slot.module]
+        if self._infos[layer].load_numel_total is None or _is_deferred(self._vllm, layer):
+            raise RuntimeError(f"the model's loader writes {slot.qualified} itself: {_NO_UPDATE}")
+        self.open(slot.module)
+        return self.memory(slot)
+
+    def checking(self, check: Callable[[str], None]) -> AbstractContextManager[None]:
+        process = self._vllm._layerwise_process
+
+        def check_and_process(layer: torch.nn.Module, info: Any) -> None:
+            self._load_now(layer, info)
+            check(self._names[layer])
+            process(layer, info)
+
+        return self._replacing(_layerwise_process=check_and_process)
+
+    @contextlib.contextmanager
+    def _replacing(self, **functions: Callable[..., Any]) -> Iterator[None]:
+        """Around calls of vLLM's own functions of those names."""
+        kept = {name: getattr(self._vllm, name) for name in functions}
+        vars(self._vllm).update(functions)
+        try:
+            yield
+        finally:
+            vars(self._vllm).update(kept)
+
+    def open(self, module: str) -> None:
+        self._opened.add(module)
+        layer = self.modules[module]
+        self._vllm.materialize_layer(layer, self._infos[layer])
+
+    def memory(self, slot: Slot) -> torch.Tensor:
+        memory = getattr(self.modules[slot.module], slot.name)
+        return memory.data  # vLLM's own kinds of parameters are slow to look at
+
+    def delivered(self, module: str, numel: int) -> bool:
+        """What vLLM's wrapped loaders do once a tensor is in."""
+        if module in self._in_place:
+            self._in_place[module].numel += numel
+            return True
+        layer = self.modules[module]
+        info = self._infos[layer]
+        info.load_numel_total = self._vllm.get_layer_size(layer)
+        info.load_numel += numel
+        if info.load_numel < info.load_numel_total:
+            return False
+        self._vllm._layerwise_process(layer, info)
+        return True
+
+    def untouched(self) -> set[str] | None:
+        return {
+            Slot(self._names[layer], name).qualified.replace(".base_layer.", ".")
+            for layer, info in self._infos.items()
+            if info.load_numel == 0 < (info.load_numel_total or 0)
+            and self._names[layer] not in self._opened
+            for name in layer._parameters
+        } | {
+            Slot(module, name).qualified.replace(".base_layer.", ".")
+            for module, filled in self._in_place.items()
+            if filled.numel == 0 < filled.total
+            for name in self.modules[module]._parameters
+        }
+
+    def partial_layers(self) -> set[str]:
+        in_place = {name for name, one in self._in_place.items() if 0 < one.numel < one.total}
+        return in_place | {
+            self._names[layer]
+            for layer, info in self._infos.items()
+            if 0 < info.load_numel < (info.load_numel_total or 0)
+            and not _is_deferred(self._vllm, layer)
+        }
+
+    def finish(self) -> None:
+        self._check_direct_writes()
+        for module in self._opened:  # what a loader wrote itself was not counted
+            info = self._infos[self.modules[module]]
+            if info.load_numel_total is not None:
+                info.load_numel = max(info.load_numel, 1)
+        if hasattr(self._vllm, "_reload_attention_scales"):  # releases before cannot reload any
+            self._reset_scales()
+        self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        self._repairs.pack_tied()
+        self._repairs.end()
+
+    def abandon(self) -> None:
+        """Put the memory that the engine computes with back in its place."""
+        self._in_place.clear()
+        self._repairs.end()
+        for layer, info in self._infos.items():
+            if info.load_numel_total is None:  # not waiting for weights
+                continue
+            if info.kernel_tensors is not None:
+                self._vllm._place_kernel_tensors(layer, info)
+            info.reset()
+        if hasattr(self._model, "_original_do_torchao_reload"):
+            self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _check_direct_writes(self) -> None:
+        """What a loader leaves of a layer that it writes itself would be uninitialised memory."""
+        for module, written in self._direct.items():
+            info = self._infos[self.modules[module]]
+            numel = info.load_numel + sum(math.prod(view.sizes) for _, view in written)
+            if info.load_numel_total is not None and numel < info.load_numel_total:
+                raise RuntimeError(f"the model's loader writes a part of {module}: {_NO_UPDATE}")
+
+    def _reset_scales(self) -> None:
+        """Where a checkpoint has no scales for attention, a start sets them to their defaults;
+        vLLM's reload leaves what is there, as the random values of a start with dummy weights."""
+        for layer, info in self._infos.items():
+            method = getattr(layer, "quant_method", None)
+            if info.kernel_tensors is None or not hasattr(method, "create_weights"):
+                continue
+            if _is_deferred(self._vllm, layer):
+                _, buffers = info.kernel_tensors
+                for name in _ATTENTION_SCALES & buffers.keys():
+                    buffers[name].fill_(1.0)
+                info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
+
+    def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
+        buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
+        return bool(buffers) or _is_deferred(self._vllm, layer)
+
+    def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
+        self._vllm.materialize_layer(layer, info)
+        for name, call in info.loaded_weights:
+            parameter = getattr(layer, name)
+            if call.arguments["param"] is not parameter:  # otherwise it is in there already
+                call.arguments["param"] = parameter
+                self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
+        info.loaded_weights.clear()
+
+
+@dataclass
+class _Filled:
+    """How many elements of a layer were written in place, of how many that vLLM counts."""
+
+    total: int
+    numel: int = 0
+
+
+def _kernel_of(info: Any) -> dict[str, torch.Tensor]:
+    """What the engine computes with, of a layer that waits for weights."""
+    parameters, buffers = info.kernel_tensors
+    return {**parameters, **buffers}
+
+
+def _knows_the_device(vllm: Any) -> bool:
+    """From 0.19 on; before, a layer is made on whatever is torch's default device."""
+    return len(inspect.signature(vllm.materialize_layer).parameters) > 1
+
+
+def _keeps_what_is_there(vllm: Any) -> bool:
+    """Whether a layer that has its parameters already keeps them, tried out: from 0.20 or so on."""
+    if not _knows_the_device(vllm):
+        return False
+    layer = torch.nn.Linear(1, 1, bias=False, device="cpu")
+    weight = layer.weight
+    vllm.materialize_layer(layer, vllm.get_layerwise_info(layer))
+    return layer.weight is weight
+
+
+def _quick_sizes(vllm: Any) -> dict[str, Callable[..., int]]:
+    """For a warning, vLLM 0.26 sums up with every tensor what waits for its layer to be complete:
+    with hundreds of experts in no order, most of its work. Here nothing is summed up twice."""
+    size = getattr(vllm, "get_info_size", None)
+    known: dict[int, tuple[list[Any], int, int]] = {}
+
+    def size_of(info: Any) -> int:
+        waiting = info.loaded_weights
+        listed, count, nbytes = known.get(id(info), (waiting, 0, 0))
+        if listed is not waiting or count > len(waiting):  # vLLM has begun anew
+            count = nbytes = 0
+        assert size is not None
+        nbytes += int(size(SimpleNamespace(loaded_weights=waiting[count:])))
+        known[id(info)] = waiting, len(waiting), nbytes
+        return nbytes
+
+    return {} if size is None else {"get_info_size": size_of}
+
+
+def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:
+    if hasattr(vllm, "is_deferred_attention_layer"):
+        return bool(vllm.is_deferred_attention_layer(layer))
+    return callable(getattr(layer, "process_weights_after_loading", None))
+
+
+def _tensors(call: inspect.BoundArguments) -> dict[str, torch.Tensor]:
+    """What a loader was given, by argument."""
+    return {
+        name: value
+        for name, value in call.arguments.items()
+        if isinstance(value, torch.Tensor) and name != "param"
+    }

@@ -1,0 +1,337 @@
+"""Layers that vLLM leaves as they are loaded are written where it computes with them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import layerwise
+
+from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
+
+SIDE, HALF = 4, 2
+LEARNING = 2  # updates
+Process = Callable[[torch.nn.Module], None]
+Bucket = dict[str, torch.Tensor]
+
+
+class Method(QuantizeMethodBase):
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **options: Any) -> None:
+        pass
+
+    def apply(self, layer: torch.nn.Module, *args: Any, **options: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._process(layer)
+
+
+def load_rows(param: torch.Tensor, tensor: torch.Tensor, half: int) -> None:
+    param.data[HALF * half :][:HALF].copy_(tensor)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, process: Process | None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE), requires_grad=False)
+        self.weight.weight_loader = load_rows
+        if process is not None:
+            self.quant_method = Method(process)
+
+
+class Model(torch.nn.Module):
+    """The halves of its layers: "a.0", "a.1", "b.0" and so on. Layer ``b`` needs no processing."""
+
+    def __init__(self, process: Process | None) -> None:
+        super().__init__()
+        self.a, self.b = Layer(process), Layer(None)
+        layerwise.record_metadata_for_reloading(self)
+        for layer in (self.a, self.b):
+            if process is not None and hasattr(layer, "quant_method"):
+                process(layer)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            layer, _, half = name.partition(".")
+            weight = getattr(self, layer).weight
+            weight.weight_loader(weight, tensor, int(half) % 2)
+            loaded.add(f"{layer}.weight")
+        return loaded
+
+
+class Engine:
+    def __init__(self, process: Process | None) -> None:
+        self.model = Model(process)
+        self._habits: dict[str, LoaderHabits] = {}
+        config = SimpleNamespace(dtype=torch.float32, quantization=None)
+        runner = SimpleNamespace(model=self.model, model_config=config)
+        self._worker = SimpleNamespace(device=torch.device("cpu"), model_runner=runner)
+        self.made: list[str] = []
+
+    def update(self, buckets: list[Bucket], fails_after: int = 99) -> dict[str, Any]:
+        """The memory of every bucket is overwritten after it. ``made``: the layers that vLLM made
+        anew."""
+        reload = EngineReload(self._worker, self._habits)
+        names = {layer: name for name, layer in self.model.named_modules()}
+        memory = torch.empty(4, SIDE * HALF)
+        materialize = layerwise.materialize_layer
+
+        def noted(layer: torch.nn.Module, info: Any) -> None:
+            self.made.append(names[layer])
+            materialize(layer, info)
+
+        self.made.clear()
+        try:
+            with mock.patch.object(layerwise, "materialize_layer", noted):
+                reload.check()
+                for number, bucket in enumerate(buckets):
+                    if number == fails_after:
+                        raise ConnectionError("the server is gone")
+                    weights = []
+                    for place, (name, tensor) in zip(memory, bucket.items(), strict=False):
+                        weights.append((name, place.view(tensor.shape).copy_(tensor)))
+                    del place
+                    reload.load(weights)
+                    memory.fill_(float("nan"))
+                reload.finish()
+        finally:
+            reload.close()
+        return dict(reload.summary()["model"])
+
+
+def halves(step: int) -> Bucket:
+    """Of both layers."""
+    whole = torch.arange(SIDE * SIDE, dtype=torch.float32).view(SIDE, SIDE) + 100 * step
+    return {f"{layer}.{n}": whole[HALF * n :][:HALF] + ord(layer) for layer in "ab" for n in (0, 1)}
+
+
+def whole(of: Bucket, layer: str) -> torch.Tensor:
+    return torch.cat([of[f"{layer}.0"], of[f"{layer}.1"]])
+
+
+def spread(of: Bucket) -> list[Bucket]:
+    """Every layer over two buckets."""
+    return [{n: of[n] for n in ("a.0", "b.0")}, {n: of[n] for n in ("b.1", "a.1")}]
+
+
+# ------------------------------------------------------------------ what leaves everything
+
+
+def nothing(layer: torch.nn.Module) -> None:
+    pass
+
+
+def the_same_parameter_anew(layer: torch.nn.Module) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+def the_same_data(layer: torch.nn.Module) -> None:
+    layer.weight.data = layer.weight.data.contiguous()
+
+
+def shapes_and_logs(layer: torch.nn.Module) -> None:
+    layer.rows = layer.weight.shape[0] * layer.weight.element_size()
+    logging.getLogger("engine").info("rows: %s", sorted([layer.rows]))
+    layer.workspace = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "process", [None, nothing, the_same_parameter_anew, the_same_data, shapes_and_logs]
+)
+def test_a_layer_that_is_left_as_it_is_loaded_is_written_in_place(process: Process | None) -> None:
+    engine = Engine(process)
+    for step in range(LEARNING + 3):
+        before = engine.model.a.weight.data_ptr(), engine.model.b.weight.data_ptr()
+        report = engine.update(spread(halves(step)))
+        for layer in ("a", "b"):
+            assert torch.equal(getattr(engine.model, layer).weight, whole(halves(step), layer))
+        assert (engine.model.a.weight.data_ptr(), engine.model.b.weight.data_ptr()) == before
+        replays = step >= LEARNING
+        assert (report["replay"]["loaded"] == "replayed") == replays
+        assert bool(engine.made) != replays
+        assert (report["held_bytes"] == 0) == replays
+        assert report["missing"] == report["partial"] == []
+
+
+# ------------------------------------------------------------------ what does not
+
+
+def moves(layer: torch.nn.Module) -> None:
+    layer.weight.data.copy_(layer.weight.data.t().clone())
+
+
+def computes(layer: torch.nn.Module) -> None:
+    layer.seen = layer.weight.max()
+
+
+def computes_by_a_method(layer: torch.nn.Module) -> None:
+    layer.seen = layer.weight.data.sum().item()
+
+
+def keeps(layer: torch.nn.Module) -> None:
+    layer.seen = [layer.weight.data]
+
+
+def keeps_in_a_function(layer: torch.nn.Module) -> None:
+    weight = layer.weight
+    layer.seen = lambda: weight
+
+
+def goes_by_the_address(layer: torch.nn.Module) -> None:
+    ctypes.memset(layer.weight.data_ptr(), 0, 4)
+
+
+def goes_by_numpy(layer: torch.nn.Module) -> None:
+    layer.weight.numpy()[0, 0] = 7
+
+
+def goes_by_the_storage(layer: torch.nn.Module) -> None:
+    layer.weight.untyped_storage()[0] = 3
+
+
+def lists(layer: torch.nn.Module) -> None:
+    layer.seen = layer.weight.tolist()
+
+
+def lists_by_a_function(layer: torch.nn.Module) -> None:
+    layer.seen = list(map(torch.Tensor.tolist, [layer.weight]))
+
+
+def saves(layer: torch.nn.Module) -> None:
+    layer.seen = layer.weight.__reduce_ex__(2)
+
+
+def another_memory(layer: torch.nn.Module) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+
+
+def another_form(layer: torch.nn.Module) -> None:
+    layer.weight.data = layer.weight.data.t()
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        moves,
+        computes,
+        computes_by_a_method,
+        keeps,
+        keeps_in_a_function,
+        goes_by_the_address,
+        goes_by_numpy,
+        goes_by_the_storage,
+        lists,
+        lists_by_a_function,
+        saves,
+        another_memory,
+        another_form,
+    ],
+)
+def test_a_layer_that_is_processed_goes_through_that_in_every_update(process: Process) -> None:
+    """Everything is as after a start from the same weights."""
+    engine, fresh = Engine(process), Layer(process)
+    for step in range(LEARNING + 3):
+        engine.update(spread(halves(step)))
+        with torch.no_grad():
+            fresh.weight = torch.nn.Parameter(whole(halves(step), "a"), requires_grad=False)
+        process(fresh)
+        assert torch.equal(engine.model.a.weight, fresh.weight)
+        assert "a" in engine.made
+        if process in (computes, computes_by_a_method, lists, lists_by_a_function):
+            assert str(engine.model.a.seen) == str(fresh.seen)
+        assert ("b" in engine.made) == (step < LEARNING)
+
+
+def test_what_is_processed_in_one_of_two_updates_is_not_written_in_place() -> None:
+    steps: Iterator[int] = iter(range(99))
+
+    def now_and_then(layer: torch.nn.Module) -> None:
+        if next(steps) == LEARNING:  # one is at the start
+            layer.weight.mul_(1)
+
+    engine = Engine(now_and_then)
+    for step in range(LEARNING + 2):
+        engine.update(spread(halves(step)))
+        assert "a" in engine.made
+        assert torch.equal(engine.model.a.weight, whole(halves(step), "a"))
+
+
+# ------------------------------------------------------------------ when it does not go on
+
+
+def learned() -> Engine:
+    engine = Engine(nothing)
+    for step in range(LEARNING + 1):
+        engine.update(spread(halves(step)))
+    assert engine.made == []
+    return engine
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_checkpoint_that_changes_on_its_way_is_loaded_by_the_engine(first: int) -> None:
+    """``first``: the bucket in which a name comes that was never there."""
+    engine, new = learned(), halves(7)
+    buckets = [{n: new[n]} for n in ("a.0", "b.0", "b.1", "a.1")]
+    (name,) = buckets[first]
+    renamed = name.replace(".", ".1")  # "a.10" is the first half as well
+    renamed = renamed if name.endswith("0") else name.replace(".1", ".11")
+    buckets[first] = {renamed: new[name]}
+    report = engine.update(buckets)
+    assert report["missing"] == report["partial"] == []
+    for _ in range(LEARNING + 2):
+        for layer in ("a", "b"):
+            assert torch.equal(getattr(engine.model, layer).weight, whole(new, layer))
+        engine.update(buckets)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_after_a_failure_the_next_update_is_right(number: int) -> None:
+    engine = learned()
+    with pytest.raises(ConnectionError):
+        engine.update(spread(halves(8)), fails_after=number)
+    for step in (9, 10):
+        engine.update(spread(halves(step)))
+        assert engine.made == []
+        for layer in ("a", "b"):
+            assert torch.equal(getattr(engine.model, layer).weight, whole(halves(step), layer))
+
+
+def test_a_part_that_does_not_come_is_reported() -> None:
+    engine, new = learned(), halves(5)
+    del new["b.1"]
+    report = engine.update([{n: new[n]} for n in new])
+    assert report["partial"] == ["b"]
+    del new["b.0"]
+    with pytest.raises(ValueError, match=r"lacks 1 parameters .*\['b\.weight'\]"):
+        engine.update([{n: new[n]} for n in new])
+    engine.update(spread(halves(6)))
+    for layer in ("a", "b"):
+        assert torch.equal(getattr(engine.model, layer).weight, whole(halves(6), layer))
+
+
+def test_memory_that_moved_between_updates_is_found_again() -> None:
+    engine = learned()
+    engine.model.a.weight.data = engine.model.a.weight.data.clone()
+    engine.update(spread(halves(6)))
+    for layer in ("a", "b"):
+        assert torch.equal(getattr(engine.model, layer).weight, whole(halves(6), layer))
+
+
+def test_a_bucket_that_is_checked_goes_through_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_REPLAY_CHECK", "2")
+    engine = learned()
+    for step in range(3, 9):
+        engine.update(spread(halves(step)))
+        for layer in ("a", "b"):
+            assert torch.equal(getattr(engine.model, layer).weight, whole(halves(step), layer))
