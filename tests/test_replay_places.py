@@ -240,6 +240,25 @@ def test_a_loader_that_blinds_torchs_modes_is_left_alone(blindfold: Any, why: st
     assert why in load.report["reason"]
 
 
+def test_an_operation_that_is_said_to_be_made_of_others_is_not_trusted() -> None:
+    """Nobody sees what an engine's operation does that torch takes for a composition, as those of
+    vLLM for CPUs that are defined without a device. Here it is made of nothing that torch sees."""
+    library = torch.library.Library("checkpoint_engine_tests", "FRAGMENT")
+    library.define("peek(Tensor one) -> int")
+
+    def peek(one: torch.Tensor) -> int:
+        return int(one.shape[0])
+
+    library.impl("peek", peek, "CompositeImplicitAutograd")
+
+    def looking(model: Model, name: str, tensor: torch.Tensor) -> None:
+        seen = torch.ops.checkpoint_engine_tests.peek(tensor)
+        into_rows(model, name, tensor.flip(0) if seen % 2 else tensor)
+
+    load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
+    assert "peek was used on" in load.report["reason"]
+
+
 def test_a_loader_may_have_modes_of_its_own() -> None:
     def on_a_device(model: Model, name: str, tensor: torch.Tensor) -> None:
         with torch.device("cpu"):

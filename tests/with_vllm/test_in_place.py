@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm._custom_ops import create_onednn_mm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import layerwise
 
@@ -208,6 +209,11 @@ def lists_by_a_function(layer: torch.nn.Module) -> None:
     layer.seen = list(map(torch.Tensor.tolist, [layer.weight]))
 
 
+def packs(layer: torch.nn.Module) -> None:
+    """By an operation of vLLM's that torch's dispatcher takes for one that is made of others."""
+    layer.packed = create_onednn_mm(layer.weight.t(), 32)
+
+
 def saves(layer: torch.nn.Module) -> None:
     layer.seen = layer.weight.__reduce_ex__(2)
 
@@ -233,6 +239,7 @@ def another_form(layer: torch.nn.Module) -> None:
         goes_by_the_storage,
         lists,
         lists_by_a_function,
+        packs,
         saves,
         another_memory,
         another_form,

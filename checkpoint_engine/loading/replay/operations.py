@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 
 from checkpoint_engine.loading.replay.memory import KnownMemory
 
@@ -84,6 +85,14 @@ LOOK_AT_NO_VALUES: set[Any] = {
 }
 COPY = _aten.copy_.default
 READ_A_NUMBER = _aten._local_scalar_dense.default
+
+
+def is_seen_by_dispatcher(func: Any) -> bool:
+    """Whether a mode of operations sees what this, called from Python, does. An operation of
+    somebody else's may be registered as made of others, and be made of none."""
+    if isinstance(func, OpOverloadPacket):
+        return func._qualified_op_name.startswith("aten::")
+    return isinstance(func, OpOverload) and func.namespace == "aten"
 
 
 def _named(names: str) -> set[Any]:

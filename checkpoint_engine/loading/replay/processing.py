@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,7 +129,6 @@ class _Functions(TorchFunctionMode):
         self._processing = processing
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))
-        if not is_seen_later and func not in _HARMLESS:
+        if not operations.is_seen_by_dispatcher(func) and func not in _HARMLESS:
             self._processing.look((args, kwargs))
         return func(*args, **(kwargs or {}))

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -250,7 +249,7 @@ class Recorder(KnownMemory):
             return func(*args, **kwargs)
         if func in operations.CALLS_BACK:
             self.give_up(f"the loader calls {func.__qualname__}, whose function nobody sees")
-        is_seen_later = isinstance(func, (OpOverload, OpOverloadPacket))  # by ``observe``
+        is_seen_later = operations.is_seen_by_dispatcher(func)  # by ``observe``
         if not (self.is_paused or is_seen_later or func in operations.FUNCTIONS):
             name = getattr(func, "__qualname__", func)
             with self.paused():
