@@ -265,6 +265,19 @@ def test_updates_by_the_flag_alone(
 
 
 @pytest.mark.timeout(300)
+def test_trainers_of_vllms_own_weight_transfer_send_to_an_engine(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, back = str(models["dense-2"]), str(models["dense-1"])
+    with running(models["dense-1"], monkeypatch, "auto", options=OBSERVED) as server:
+        before = server.generate(), rpc(server, "digests")
+        for number, steps in enumerate(([there], [there, back])):
+            folder, options = tmp_path / str(number), {"url": server.url, "models": steps}
+            torchrun(folder, TP, "trained", 150, CPU, script=PROGRAMS, **options)
+            assert ((server.generate(), rpc(server, "digests")) == before) == bool(number)
+
+
+@pytest.mark.timeout(300)
 def test_a_session_left_open_puts_no_worker_behind(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
