@@ -145,7 +145,7 @@ class CheckpointEngineTrainer(TrainerWeightTransferEngine):  # type: ignore[misc
         return {name: ranks[n % len(ranks)] for n, (name, ranks) in enumerate(holders)}
 
     def _holders(self) -> Sequence[int]:
-        """As far as this rank knows, those that may send what it iterates, before 0.33."""
+        """Before 0.33: the ranks that take turns at sending, as far as this rank can tell."""
         if not hasattr(self.source, "held_names"):
             return [0]  # in 0.28 a tensor need be whole on the sender alone
         if self.source.held_names() is None:
