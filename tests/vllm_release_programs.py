@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from torch import nn
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+SLOW = 1.2  # seconds of an engine with a failure: longer than a server waits for its request
 WORKER = "vllm/v1/worker/gpu_worker.py"
 HEADS = "vllm/model_executor/layers/quantization/online/lm_head.py"
 
@@ -211,6 +213,7 @@ class Actor:
             worker.send((method, arguments))
         failures = [failure for _, failure in [worker.recv() for worker in self._workers]]
         if any(failures):
+            time.sleep(SLOW)
             raise RuntimeError(f"Worker failed with error {max(failures)!r}")
 
     @functools.cached_property
