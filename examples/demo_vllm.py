@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -61,7 +62,7 @@ class VllmServer:
         command += [f"--load-format={load_format}"]
         command += [f"--worker-extension-cls={EXTENSION}"] if options is None else options
         command += ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=256"]
-        command += ["--disable-uvicorn-access-log", "--enable-scale-out"]  # for tokens in and out
+        command += ["--disable-uvicorn-access-log", *_options_for_tokens()]
         with (model.parent / f"{model.name}-{port}.log").open("wb") as log:
             env = {**ENVIRONMENT, **os.environ, "TMPDIR": str(model.parent)}  # vLLM leaves files
             # Its workers log failures there, and would stand still at a pipe that nobody reads.
@@ -98,6 +99,14 @@ class VllmServer:
             raise RuntimeError(f"vLLM answered {answer.status_code}: {answer.text}")
         tokens: list[int] = answer.json()["choices"][0]["token_ids"]
         return tokens
+
+
+def _options_for_tokens() -> list[str]:
+    """For a route with tokens in and out, which older releases have without an option."""
+    (folder,) = find_spec("vllm").submodule_search_locations
+    routes = Path(folder) / "entrypoints" / "scale_out" / "factories.py"
+    known = routes.exists() and "enable_scale_out" in routes.read_text()
+    return ["--enable-scale-out"] if known else []
 
 
 def _free_port() -> int:

@@ -30,6 +30,7 @@ LONG_FILES = [
         "weights_group",
         "p2p",
         "sglang",
+        "vllm_releases",
         "control",
         "ray_example",
         "cli",

@@ -8,6 +8,7 @@ like any Python program, so an error while the interpreter shuts down is seen.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -22,8 +23,9 @@ IMPORTED = ("torch.distributed", "checkpoint_engine.ps", "fleet", "safetensors.t
 
 
 def main() -> None:
-    for module in (*IMPORTED, *sys.argv[1:]):
-        importlib.import_module(module)
+    with contextlib.redirect_stdout(sys.stderr):  # where some releases of vLLM log
+        for module in (*IMPORTED, *sys.argv[1:]):
+            importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
     while line := sys.stdin.readline():
         pid = os.fork()

@@ -6,13 +6,10 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import io
 import re
 import shutil
 import subprocess
 import sys
-import urllib.request
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,8 @@ from unittest import mock
 
 import pytest
 import torch
+
+from packages import some_files
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -52,58 +51,6 @@ IMPORTED_IN_VAIN = {  # by those files, for what is not tested here
 }
 
 
-class RemoteFile(io.RawIOBase):
-    """A file on a web server, read by ranges."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.position = 0
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20) as head:
-            self.size = int(head.headers["Content-Length"])
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = start + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.position + len(buffer), self.size)
-        if end <= self.position:
-            return 0
-        span = {"Range": f"bytes={self.position}-{end - 1}"}
-        with urllib.request.urlopen(
-            urllib.request.Request(self.url, headers=span), timeout=20
-        ) as r:
-            if r.status != 206:
-                raise RuntimeError(f"the package index serves no ranges: status {r.status}")
-            data = r.read()
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
-def wheel_url() -> str:
-    """Where pip would download the release from; pip says so only in its log."""
-    pip = [sys.executable, "-m", "pip"]
-    command = [*pip, "index", "versions", "vllm", "-vv", "--ignore-requires-python"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    found = re.search(rf"Found link (\S+/vllm-{re.escape(RELEASE)}-\S+\.whl) ", done.stdout)
-    if found is None:
-        pytest.fail(
-            f"pip found no wheel of vllm {RELEASE}. These tests need a package index: {done.stderr}"
-        )
-    return found[1]
-
-
 def patched_files() -> list[str]:
     return re.findall(r"^\+\+\+ b/(\S+)", PATCH.read_text(), re.MULTILINE)
 
@@ -112,14 +59,7 @@ def patched_files() -> list[str]:
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site-packages folder with the released files that the patch is about."""
     folder = tmp_path_factory.mktemp("released")
-    url = wheel_url()
-    try:
-        with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), 1 << 18)) as wheel:
-            for name in patched_files() + UNPATCHED:
-                wheel.extract(name, folder)
-    except OSError as error:
-        pytest.fail(f"{url} could not be read. These tests need the network: {error}")
-    return folder
+    return some_files("vllm", RELEASE, patched_files() + UNPATCHED, folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,10 @@ of takes their places; afterwards they are made anew.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+
+_MODULE = "vllm.model_executor.layers.quantization.online.lm_head"
 
 
 class SourceHeads:
@@ -20,21 +23,29 @@ class SourceHeads:
         """Before the first byte is loaded."""
         if self._drafter is None:
             return
-        try:
-            from vllm.model_executor.layers.quantization.online.lm_head import share_source_lm_heads
-        except ImportError:
-            return
-        share_source_lm_heads(self._drafter)
-        self._are_shared = True
+        if (vllm := _functions()) is not None:
+            vllm.share_source_lm_heads(self._drafter)
+            self._are_shared = True
 
     def restore(self, refresh: bool) -> None:
         """``refresh``: everything is loaded, so that the copies can be made anew. Does nothing
         unless they are away."""
         if not self._are_shared:
             return
-        from vllm.model_executor.layers.quantization.online.lm_head import (
-            restore_quantized_lm_heads,
-        )
-
         self._are_shared = False
-        restore_quantized_lm_heads(self._drafter, refresh=refresh)
+        _functions().restore_quantized_lm_heads(self._drafter, refresh=refresh)
+
+
+def restore_of_open_session(drafter: Any) -> None:
+    """Put the copies back that vLLM's worker took away for a session which nobody finished: the
+    next session would take the model's head for the drafter's own, and lose them."""
+    if (vllm := _functions()) is not None:
+        vllm.restore_quantized_lm_heads(drafter, refresh=False)
+
+
+def _functions() -> Any:
+    """vLLM's, or ``None``."""
+    try:
+        return importlib.import_module(_MODULE)
+    except ImportError:
+        return None

@@ -1,21 +1,20 @@
-"""The worker extension of the tests' engines: ours, and a look at what a worker holds."""
+"""The worker extensions of the tests' engines: ours, and a look at what a worker holds."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 
-class TestedWorker(VllmColocateWorkerExtension):
+class ObservedWorker:
     """Called by name over ``/collective_rpc``."""
 
-    def set_replay(self, mode: str) -> None:
-        """``PS_REPLAY`` of this worker."""
-        os.environ["PS_REPLAY"] = mode
+    model_runner: Any
 
     def digests(self) -> dict[str, str]:
         """Of every parameter's and buffer's bytes, as the engine computes with them."""
@@ -27,3 +26,11 @@ class TestedWorker(VllmColocateWorkerExtension):
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.numel()
         }
+
+
+class TestedWorker(VllmColocateWorkerExtension, ObservedWorker):
+    """The same."""
+
+    def set_replay(self, mode: str) -> None:
+        """``PS_REPLAY`` of this worker."""
+        os.environ["PS_REPLAY"] = mode

@@ -1,4 +1,4 @@
-"""A real vLLM with ``--weight-transfer-config``, and no worker extension."""
+"""A real vLLM with ``--weight-transfer-config``, and no worker extension of ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from test_models import CPU, PROGRAMS
 from test_server import running
 from vllm.config import VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer import (
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+    base,
+)
 from vllm.distributed.weight_transfer.base import ModuleSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.model_executor.model_loader import get_model_loader
@@ -35,6 +39,7 @@ from demo_vllm import TP, VllmServer
 from torchrun import free_port_pair, torchrun
 
 FLAG = ["--weight-transfer-config", '{"backend": "checkpoint_engine"}']
+OBSERVED = [*FLAG, "--worker-extension-cls=engine_worker.ObservedWorker"]
 WRONG = "model.layers.2.mlp.down_proj.weight"
 
 
@@ -105,28 +110,7 @@ class Client:
         self.calls.append("finish")
 
 
-class Source0_33(ModuleSource):  # noqa: N801
-    """A source as vLLM 0.33 has them."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__(module)
-        self._tensors = dict(module.named_parameters())
-
-    metadata = property(  # type: ignore[assignment]
-        lambda self: [SimpleNamespace(name=name, owners=None) for name in self._tensors]
-    )
-
-    def iter_full(self) -> Any:
-        yield from self._tensors.items()
-
-    def __iter__(self) -> Any:
-        raise AssertionError("0.33 has no such way")
-
-
-@pytest.mark.parametrize("source", [ModuleSource, Source0_33])
-def test_the_trainer_half_sends_to_the_worker_half(
-    monkeypatch: pytest.MonkeyPatch, source: type[ModuleSource]
-) -> None:
+def test_the_trainer_half_sends_to_the_worker_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own factories and bases; a second update after one that fails."""
     monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(local_rank=0))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -146,7 +130,8 @@ def test_the_trainer_half_sends_to_the_worker_half(
     config = VllmConfig()
     client = Client(CheckpointEngineTransfer(None, config, torch.device("cpu"), served))
     info = CheckpointEngineTrainerInit(rank=0, world_size=1)
-    trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source(sent))
+    source = ModuleSource(sent)
+    trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
     monkeypatch.setattr(client, "start_weight_update", lambda: 1 / 0)
     with pytest.raises(UpdateError, match="ZeroDivisionError"):
         trainer.send_weights()
@@ -184,11 +169,11 @@ def get(server: VllmServer, route: str) -> Any:
     return httpx.get(f"{server.url}{route}", timeout=60, trust_env=False).raise_for_status().json()
 
 
-def checksums(server: VllmServer) -> Any:
-    """Of every parameter on every worker."""
-    body = {"action": "checksum"}
-    answer = httpx.post(f"{server.url}/weight_checker", json=body, timeout=60, trust_env=False)
-    return answer.raise_for_status().json()["checksums"]
+def rpc(server: VllmServer, method: str) -> Any:
+    """What the workers answer, in their order."""
+    url, body = f"{server.url}/collective_rpc", {"method": method}
+    answer = httpx.post(url, json=body, timeout=60, trust_env=False)
+    return answer.raise_for_status().json()["results"]
 
 
 @pytest.mark.timeout(300)
@@ -262,20 +247,34 @@ def test_updates_by_the_flag_alone(
     one, two = ({"name": name, "model": str(models[name])} for name in ("dense-1", "dense-2"))
     wrong = {"name": "broken", "model": str(broken)}
 
-    with running(models["dense-1"], monkeypatch, "auto", options=FLAG) as server:
-        fresh = server.generate(), checksums(server)
-    with running(models["dense-2"], monkeypatch, "dummy", options=FLAG) as server:
+    with running(models["dense-1"], monkeypatch, "auto", options=OBSERVED) as server:
+        fresh = server.generate(), rpc(server, "digests")
+    with running(models["dense-2"], monkeypatch, "dummy", options=OBSERVED) as server:
         assert server.generate() != fresh[0]
         assert update(tmp_path / "first", server, one) == [""]
-        assert (server.generate(), checksums(server)) == fresh
+        assert (server.generate(), rpc(server, "digests")) == fresh
         assert get(server, "/weight_info") == {"weight_version": "dense-1"}
         (error,) = update(tmp_path / "fails", server, wrong)
         assert re.match(r"update failed on rank [01] during reload: .* in bucket \d+ of \d+", error)
-        assert checksums(server) != fresh[1]  # partly written, and nothing on meta
+        assert rpc(server, "digests") != fresh[1]  # partly written, and nothing on meta
         assert get(server, "/weight_info") == {"weight_version": "dense-1"}
-        each = two | {"address_for_each": True}
+        takes_lists = hasattr(base, "WeightTransferUpdatePayload")  # from 0.29 on
+        each = two | {"address_for_each": takes_lists}
         assert update(tmp_path / "repairs", server, two, one, each, one) == [""] * 4
-        assert (server.generate(), checksums(server)) == fresh
+        assert (server.generate(), rpc(server, "digests")) == fresh
+
+
+@pytest.mark.timeout(300)
+def test_trainers_of_vllms_own_weight_transfer_send_to_an_engine(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, back = str(models["dense-2"]), str(models["dense-1"])
+    with running(models["dense-1"], monkeypatch, "auto", options=OBSERVED) as server:
+        before = server.generate(), rpc(server, "digests")
+        for number, steps in enumerate(([there], [there, back])):
+            folder, options = tmp_path / str(number), {"url": server.url, "models": steps}
+            torchrun(folder, TP, "trained", 150, CPU, script=PROGRAMS, **options)
+            assert ((server.generate(), rpc(server, "digests")) == before) == bool(number)
 
 
 @pytest.mark.timeout(300)
@@ -295,10 +294,10 @@ def test_a_session_left_open_puts_no_worker_behind(
         post("/start_weight_update")
         assert update(tmp_path / "ranks", server, two, one) == ["", ""]
         for _ in range(2):
-            versions = post("/collective_rpc", {"method": "weight_version"})["results"]
+            versions = rpc(server, "weight_version")
             assert [held["state"] for held in versions] == ["complete"] * TP
             assert versions[0] == versions[1]
             assert versions[0]["version"]
-            others = post("/collective_rpc", {"method": "supports_draft_weight_updates"})["results"]
+            others = rpc(server, "supports_draft_weight_updates")
             assert others == ["False"] * TP
         assert server.generate() == before

@@ -209,6 +209,27 @@ def _transfer_to_each(url: str, socket_paths: list[tuple[str, str]]) -> None:
         _post(url, "finish_weight_update", {})
 
 
+def trained(url: str, models: list[str]) -> None:
+    """Updates by the trainer half, with vLLM's own source and client."""
+    from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from checkpoint_engine.integrations.vllm import register
+    from checkpoint_engine.integrations.vllm.trainer import CheckpointEngineTrainerInit
+
+    register()
+    sources = []
+    for model in models:
+        module: Any = SimpleNamespace(named_parameters=tensors_of(Path(model)).items)
+        sources.append(ModuleSource(module))
+    info, client = CheckpointEngineTrainerInit(rank=RANK), HTTPVLLMWeightSyncClient(url)
+    trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=sources[0])
+    for source in sources:
+        trainer.source = source
+        trainer.send_weights()
+    trainer.shutdown()
+
+
 def _request(url: str, results: list[Any]) -> Any:
     def request(socket_paths: list[tuple[str, str]]) -> None:
         if RANK == 0:
@@ -234,7 +255,7 @@ def _post(url: str, route: str, body: dict[str, Any]) -> Any:
     return answer.json()
 
 
-PROGRAMS = {f.__name__: f for f in (source, updates, orders, served, transferred)}
+PROGRAMS = {f.__name__: f for f in (source, updates, orders, served, transferred, trained)}
 
 if __name__ == "__main__":
     program, arguments, output = sys.argv[1:]

@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from checkpoint_engine.ground.devices import DeviceManager, worker_index
+from checkpoint_engine.loading.lm_heads import restore_of_open_session
 from checkpoint_engine.loading.vllm_ranks import Reception, in_step, raise_on_last_rank
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
@@ -119,6 +120,8 @@ class CheckpointEngineTransfer(WeightTransferEngine):  # type: ignore[misc]
         """vLLM's ``worker`` is about to start one. One that is open ends: it holds nothing."""
         if getattr(worker, "_weight_update_active", False):
             worker._weight_update_active = False
+            if self.model is not self._default_model:
+                restore_of_open_session(self.model)
             self.reset_weight_update_target()
         self._model.share_version(worker)
 
