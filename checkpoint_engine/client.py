@@ -8,8 +8,10 @@ second. All ranks pass theirs to ``update``; the first one of each engine asks.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -79,7 +81,8 @@ def vllm_request(
         with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
             if _has_backend(url, seconds, uds, headers) if plugin is None else plugin:
-                _VllmTransfer(post, weight_version).update(handles)
+                with _one_session(uds or url, seconds):
+                    _VllmTransfer(post, weight_version).update(handles)
             elif headers is None:
                 request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             else:
@@ -129,6 +132,25 @@ class _VllmTransfer:
     def _finish_failed(self) -> None:
         with suppress(Exception):  # of the worker that failed; there it is over
             self._post("/finish_weight_update", {})
+
+
+_sessions: defaultdict[str, Lock] = defaultdict(Lock)
+"""By engine."""
+
+
+@contextmanager
+def _one_session(engine: str, seconds: float) -> Iterator[None]:
+    """An update may have failed elsewhere before its engine answers: what ends that one's session
+    on the engine must not end the next one's."""
+    lock = _sessions[engine]
+    if not lock.acquire(timeout=seconds):
+        raise TimeoutError(
+            f"{engine} has not answered an earlier update of this process within {seconds:.3g} s"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sent(headers: Headers | None) -> Headers:

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -21,6 +22,7 @@ from checkpoint_engine.client import (
     wait_until_ready,
 )
 from checkpoint_engine.data_types import MemoryBufferMetaList
+from checkpoint_engine.ground.deadline import Deadline, begin, poll
 from checkpoint_engine.world.metas_file import encode_metas
 
 SOCKETS = {"GPU-1": "ipc:///tmp/one", "GPU-2": "ipc:///tmp/two"}
@@ -390,6 +392,23 @@ def test_an_update_that_failed_is_ended_on_vllms_other_workers(engine: Engine, u
     with pytest.raises(httpx.HTTPStatusError, match=r"/update_weights: layer 3$"):
         vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
     assert engine.bodies == [START, UPDATE, FINISH]
+
+
+def test_a_late_answer_to_a_failed_update_does_not_end_the_next_one(
+    engine: Engine, url: str
+) -> None:
+    engine.server_info, engine.statuses = WITH_BACKEND, [200, 500, 500]
+    request = vllm_request(url, inference_parallel_size=2, rank=0)
+    engine.hold.clear()
+    late = begin(lambda: request(HANDLES), "late")
+    poll(lambda: bool(engine.bodies), partial(Deadline(10).check, "the first request"))
+    with pytest.raises(TimeoutError, match="has not answered an earlier update"):
+        vllm_request(url, inference_parallel_size=2, rank=0, timeout=0.3)(HANDLES)
+    following = begin(lambda: request(HANDLES), "following")
+    engine.hold.set()
+    assert isinstance(late.exception(10), httpx.HTTPStatusError)
+    assert following.exception(10) is None
+    assert engine.bodies[:4] == [START, UPDATE, FINISH, START]
 
 
 def test_vllm_is_made_to_show_its_drafter(engine: Engine, url: str) -> None:
