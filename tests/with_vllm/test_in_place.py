@@ -14,6 +14,7 @@ import torch
 from vllm._custom_ops import create_onednn_mm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.utils import replace_parameter
 
 from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
 
@@ -147,8 +148,21 @@ def shapes_and_logs(layer: torch.nn.Module) -> None:
     layer.workspace = torch.zeros(3)
 
 
+def copies_onto_itself(layer: torch.nn.Module) -> None:
+    """As vLLM's method of experts that are not quantised, on GPUs."""
+    replace_parameter(layer, "weight", layer.weight.contiguous(), prefer_copy=True)
+
+
 @pytest.mark.parametrize(
-    "process", [None, nothing, the_same_parameter_anew, the_same_data, shapes_and_logs]
+    "process",
+    [
+        None,
+        nothing,
+        the_same_parameter_anew,
+        the_same_data,
+        shapes_and_logs,
+        copies_onto_itself,
+    ],
 )
 def test_a_layer_that_is_left_as_it_is_loaded_is_written_in_place(process: Process | None) -> None:
     engine = Engine(process)

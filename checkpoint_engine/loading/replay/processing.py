@@ -118,9 +118,14 @@ class _Operations(TorchDispatchMode):
         return False  # as in ``recorder``
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in operations.VIEWS:
+        if func not in operations.VIEWS and not _copies_onto_itself(func, args):
             self._processing.look((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _copies_onto_itself(func: Any, args: Any) -> bool:
+    """As vLLM does with experts that were loaded again."""
+    return func is operations.COPY and Place.of(args[0]) == Place.of(args[1])
 
 
 class _Functions(TorchFunctionMode):
