@@ -7,9 +7,11 @@ import os
 import pickle
 import sys
 import traceback
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ground.checksum import FORMULA, checksum
-from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.handover import link
 from checkpoint_engine.handover.ipc import SharedBuffer, map_shared_memory
 from checkpoint_engine.handover.wire import (
@@ -338,6 +340,31 @@ def test_an_abort_between_the_two_nones(
     with pytest.raises(RuntimeError, match="rank 3 failed"):
         update.result(SOON)
     assert engine.hooks == 0
+
+
+@pytest.mark.parametrize("stage", ["handle", "bucket", "end"])
+def test_what_an_aborted_update_held_does_not_wait_for_the_collector(
+    sender: Sender, pool: ThreadPoolExecutor, stage: str
+) -> None:
+    """The error's traceback leads to the loader, which has the model."""
+    gc.disable()
+    try:
+        engine = Engine()
+        held = weakref.ref(engine)
+        update = pool.submit(receive, sender.address, engine)
+        if stage == "bucket":
+            sender.hand_over()
+            engine.error = ValueError("no parameter a")
+            sender.say(sender.bucket(BUCKETS[0]))
+        elif stage == "end":
+            stream(sender)
+            sender.say(None)
+        sender.post(RuntimeError("rank 3 failed"))
+        assert isinstance(update.exception(SOON), RuntimeError)
+        del engine, update
+        poll(lambda: held() is None, partial(Deadline(SOON).check, "the loader to be freed"))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

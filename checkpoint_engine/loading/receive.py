@@ -211,7 +211,10 @@ class _Reception:
         finally:
             refusal = None  # its traceback leads here
         if isinstance(handle, Exception):
-            raise handle
+            try:
+                raise handle
+            finally:
+                del handle  # no circle from its traceback back to it
         offered = handle.extensions
         if "timeout" in offered:
             self._link.set_deadline(offered["timeout"])
@@ -235,7 +238,10 @@ class _Reception:
         """Map the buffers of the other ranks, or say why that cannot be done."""
         handles = wire.decode_sources(self._link.receive())
         if isinstance(handles, Exception):
-            raise handles
+            try:
+                raise handles
+            finally:
+                del handles
         why = ""
         try:
             self._buffers += [
@@ -258,7 +264,10 @@ class _Reception:
                 self._link.reply(_told(_without_frames(error)))
                 raise
             if isinstance(message, Exception):
-                raise message from self._failure
+                try:
+                    raise message from self._failure
+                finally:
+                    del message
             self._version.begin(version)
             if message is None:
                 self._attempt(partial(self._check_end, extensions))
@@ -328,7 +337,10 @@ class _Reception:
             return False
         message = wire.decode_message(received)
         if isinstance(message, Exception):
-            raise message from self._failure
+            try:
+                raise message from self._failure
+            finally:
+                del message
         if message is not None:
             raise WireError("the server sent a bucket after it had said there are no more")
         return True
