@@ -182,10 +182,10 @@ def staged(
 
 # ---------------------------------------------------------------------- GPUs of one host, measured
 
-LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=1e-6, per_bucket=300e-6, per_update=0.02)
-"""0.15 us: `replay.py growth`. Per tensor once, and 20 ms: the traces of two H200 (16 ms without a
-copy before the workers are there, 10 ms after the last bucket)."""
-PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.02)
+LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=0.5e-6, per_bucket=300e-6, per_update=0.013)
+"""0.15 us: `replay.py growth`. Per tensor once, and 13 ms: the traces of two H200 (12 ms until the
+workers are there, the copies beginning after 4, and 3 ms after the last bucket)."""
+PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.013)
 """39 us: release 0.5.0's worker on four H200."""
 
 
@@ -203,10 +203,10 @@ class Measured:
 
 
 MEASURED = [
-    Measured(2, "H200", 16.2, 0.147, True, 0.172),
-    Measured(2, "H200", 16.2, 0.147, False, 0.174),
-    Measured(2, "H200", 16.2, 0.151, False, 0.216, PYTHON),
-    Measured(2, "H200", 1.26, 0.0225, True, 0.045),
+    Measured(2, "H200", 16.2, 0.146, True, 0.165),
+    Measured(2, "H200", 16.2, 0.149, False, 0.176),
+    Measured(2, "H200", 16.2, 0.162, False, 0.200, PYTHON),
+    Measured(2, "H200", 1.26, 0.0114, True, 0.026),
     Measured(4, "H200", 31.1, 0.186, True, 0.278),
     Measured(4, "H200", 31.1, 0.206, False, 0.321),
     Measured(4, "H200", 31.1, 0.188, False, 0.467, PYTHON),

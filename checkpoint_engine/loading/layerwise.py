@@ -30,6 +30,10 @@ from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 _ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
 _NO_UPDATE = "vLLM would lose that in an update; start the engine with the new weights"
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+_IMPORTED_LATE = [
+    f"vllm.model_executor.layers.quantization.online.{name}" for name in ("fp8", "moe_base")
+]
+"""By vLLM, while it processes its first layer, and what runs in an import is not the layer's."""
 
 
 def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver:
@@ -135,7 +139,9 @@ class Layerwise(LoadOver):
     def watching(self, recorder: Recorder, check: Callable[[str], None]) -> Iterator[None]:
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-
+        for name in _IMPORTED_LATE:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
         counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
 
         def count_unseen(*args: Any) -> Any:

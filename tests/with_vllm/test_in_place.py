@@ -274,6 +274,20 @@ def test_a_layer_that_is_processed_goes_through_that_in_every_update(process: Pr
         assert ("b" in engine.made) == (step < LEARNING)
 
 
+def test_a_layer_that_is_derived_from_another_is_processed_in_every_update() -> None:
+    def derives(layer: torch.nn.Module) -> None:
+        if of:
+            layer.seen = of[0].weight.sum().item()
+
+    of: list[torch.nn.Module] = []
+    engine = Engine(derives)
+    of.append(engine.model.b)
+    for step in range(LEARNING + 3):
+        new = halves(step)
+        engine.update([{n: new[n]} for n in ("b.0", "b.1", "a.0", "a.1")])
+        assert engine.model.a.seen == whole(new, "b").sum().item()
+
+
 def test_what_is_processed_in_one_of_two_updates_is_not_written_in_place() -> None:
     steps: Iterator[int] = iter(range(99))
 

@@ -39,7 +39,7 @@ class Processing:
     def __init__(self, tensors: Tensors) -> None:
         """``tensors``: the layer's, loaded."""
         self._places = {name: Place.of(tensor) for name, tensor in tensors.items()}
-        self._keys = {key_of(tensor) for tensor in tensors.values()}
+        self._made: set[int | None] = set()
         self._storages = [StorageWeakRef(one.untyped_storage()) for one in tensors.values()]
         self._sums = [digests([one.data for one in tensors.values()])]
         self._is_touched = self._is_over = False
@@ -91,10 +91,18 @@ class Processing:
             self._is_touched = True
 
     def look(self, arguments: Any) -> None:
-        """Something is called that does more than to make a view."""
+        """Something is called that does more than to make a view. It may be called with what was
+        made meanwhile: not with this layer's weights, nor with another's, which this one may be
+        derived from."""
         for one in tree_leaves(arguments):
-            if isinstance(one, torch.Tensor) and key_of(one) in self._keys:
+            if isinstance(one, torch.Tensor) and key_of(one) not in self._made:
                 self._is_touched = True
+
+    def note(self, result: Any) -> None:
+        """What an operation has made."""
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor):
+                self._made.add(key_of(one))
 
 
 def has_form_of(kernel: Tensors, tensors: Tensors) -> bool:
@@ -118,9 +126,12 @@ class _Operations(TorchDispatchMode):
         return False  # as in ``recorder``
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in operations.VIEWS and not _copies_onto_itself(func, args):
-            self._processing.look((args, kwargs))
-        return func(*args, **(kwargs or {}))
+        if func in operations.VIEWS or _copies_onto_itself(func, args):
+            return func(*args, **(kwargs or {}))
+        self._processing.look((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        self._processing.note(result)
+        return result
 
 
 def _copies_onto_itself(func: Any, args: Any) -> bool:
