@@ -168,7 +168,8 @@ class Layerwise(LoadOver):
         with recorder.paused():
             if restore is None or info.kernel_tensors is None:
                 return process(layer, info)
-            watch = Processing(self._vllm.get_layer_tensors(layer))
+            has_step = getattr(layer, "quant_method", None) is not None
+            watch = Processing(self._vllm.get_layer_tensors(layer), has_step)
         leaves = False
 
         def look_and_restore(layer: torch.nn.Module, info: Any) -> None:

@@ -36,12 +36,18 @@ _KNOWN = sys.stdlib_module_names | {"torch"}
 class Processing:
     """Enter it around the engine's processing of one layer."""
 
-    def __init__(self, tensors: Tensors) -> None:
-        """``tensors``: the layer's, loaded."""
+    def __init__(self, tensors: Tensors, has_step: bool) -> None:
+        """
+        Args:
+            tensors: the layer's, loaded.
+            has_step: whether the engine has a step of the layer's own. Only then are its bytes
+                compared as well: somebody may write where nobody sees it.
+        """
         self._places = {name: Place.of(tensor) for name, tensor in tensors.items()}
         self._made: set[int | None] = set()
         self._storages = [StorageWeakRef(one.untyped_storage()) for one in tensors.values()]
-        self._sums = [digests([one.data for one in tensors.values()])]
+        self._has_step = has_step
+        self._sums = [self._sum_up(tensors)]
         self._is_touched = self._is_over = False
         self._locks: set[int] = set()
         self._modes = ExitStack()
@@ -62,8 +68,11 @@ class Processing:
         self._modes.close()
         if self._is_touched or {n: Place.of(one) for n, one in tensors.items()} != self._places:
             return False
-        self._sums.append(digests([one.data for one in tensors.values()]))
+        self._sums.append(self._sum_up(tensors))
         return has_form_of(kernel, tensors)
+
+    def _sum_up(self, tensors: Tensors) -> torch.Tensor:
+        return digests([one.data for one in tensors.values()] if self._has_step else [])
 
     @property
     def changed(self) -> torch.Tensor:
