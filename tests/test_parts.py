@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from checkpoint_engine.data_types import TensorPart, align_up
 from checkpoint_engine.errors import UpdateError, WireError
 from checkpoint_engine.ground import devices
-from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.loaded import Parts
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import BucketSize
 from checkpoint_engine.replay import replayed

@@ -10,7 +10,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 
 from checkpoint_engine.loading.adapters import LoadOver
 from checkpoint_engine.loading.direct_writes import DirectWrites
+from checkpoint_engine.loading.in_place import LayersInPlace, replacing
 from checkpoint_engine.loading.replay.adapter import ModelAdapter
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
-from checkpoint_engine.loading.replay.processing import Processing, has_form_of
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.views import parted_views
@@ -74,8 +73,7 @@ class Layerwise(LoadOver):
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
-        self._left: dict[str, Processing] = {}
-        self._in_place: dict[str, _Filled] = {}
+        self._in_place = LayersInPlace(vllm, self.modules, self._infos, self.open)
 
     def check(self) -> None:
         restored = {
@@ -97,7 +95,6 @@ class Layerwise(LoadOver):
         self._vllm.initialize_layerwise_reload(self._model)
         self._opened.clear()
         self._direct.clear()
-        self._left.clear()
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -151,80 +148,26 @@ class Layerwise(LoadOver):
             with recorder.paused():
                 self._load_now(layer, info)
                 check(self._names[layer])
-            self._process(layer, info, process, recorder)
+            self._in_place.process(self._names[layer], process, recorder)
 
         self._recorder = recorder
         try:
-            with self._replacing(get_numel_loaded=count_unseen, _layerwise_process=process_unseen):
+            with replacing(
+                self._vllm, get_numel_loaded=count_unseen, _layerwise_process=process_unseen
+            ):
                 yield
         finally:
             self._recorder = None
 
-    def _process(
-        self, layer: torch.nn.Module, info: Any, process: Callable[..., None], recorder: Recorder
-    ) -> None:
-        """Have vLLM process a layer, and note whether it leaves it as it was loaded."""
-        restore = getattr(self._vllm, "_copy_and_restore_kernel_tensors", None)
-        with recorder.paused():
-            if restore is None or info.kernel_tensors is None:
-                return process(layer, info)
-            has_step = getattr(layer, "quant_method", None) is not None
-            watch = Processing(self._vllm.get_layer_tensors(layer), has_step)
-        leaves = False
-
-        def look_and_restore(layer: torch.nn.Module, info: Any) -> None:
-            nonlocal leaves
-            leaves = watch.leaves(self._vllm.get_layer_tensors(layer), _kernel_of(info))
-            restore(layer, info)
-
-        with (
-            self._replacing(_copy_and_restore_kernel_tensors=look_and_restore),
-            recorder.paused(watch.notice),
-            watch,
-        ):
-            process(layer, info)
-        if leaves:
-            self._left[self._names[layer]] = watch
-
     def left_as_loaded(self) -> frozenset[str]:
-        left = {name: watch.changed for name, watch in self._left.items() if watch.is_forgotten}
-        device = next((one.device for one in left.values()), None)
-        changed = [one.to(device) for one in left.values()]
-        together = torch.stack(changed).tolist() if changed else ()
-        return frozenset(name for name, one in zip(left, together, strict=True) if not one)
+        return self._in_place.left_as_loaded()
 
     def load_in_place(self, modules: Set[str]) -> frozenset[str]:
-        for name in self._in_place.keys() - modules:
-            self._wait_again(name, self._in_place.pop(name))
-        for name in modules - self._in_place.keys():
-            layer = self.modules[name]
-            info = self._infos[layer]
-            is_waiting = info.load_numel_total is not None and name not in self._opened
-            restored = self._vllm.get_layer_tensors(layer)
-            if is_waiting and info.kernel_tensors and has_form_of(_kernel_of(info), restored):
-                self._in_place[name] = _Filled(info.load_numel_total)
-                self._vllm._place_kernel_tensors(layer, info)
-                info.reset()
-        return frozenset(self._in_place)
-
-    def _wait_again(self, name: str, filled: _Filled) -> None:
-        """Have a layer that gets its weights in place go on as vLLM has it."""
-        if filled.numel >= filled.total:  # it is complete
-            return
-        layer = self.modules[name]
-        self._vllm.initialize_layerwise_reload(SimpleNamespace(modules=lambda: [layer]))
-        if not filled.numel:
-            return
-        info = self._infos[layer]
-        kept = _kernel_of(info)
-        self.open(name)
-        for own, tensor in self._vllm.get_layer_tensors(layer).items():
-            tensor.data.copy_(kept[own])
-        info.load_numel = filled.numel
+        return self._in_place.hold(modules)
 
     def load_weights(self, weights: NamedTensors) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        with self._replacing(**_quick_sizes(self._vllm)):
+        with replacing(self._vllm, **_quick_sizes(self._vllm)):
             return self._load_through(weights)
 
     def _load_through(self, weights: NamedTensors) -> Any:
@@ -236,7 +179,7 @@ class Layerwise(LoadOver):
         names = ("get_numel_loaded", "_layerwise_process")
         theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
-        with self._replacing(**theirs), direct, beside:
+        with replacing(self._vllm, **theirs), direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():
@@ -260,17 +203,7 @@ class Layerwise(LoadOver):
             check(self._names[layer])
             process(layer, info)
 
-        return self._replacing(_layerwise_process=check_and_process)
-
-    @contextlib.contextmanager
-    def _replacing(self, **functions: Callable[..., Any]) -> Iterator[None]:
-        """Around calls of vLLM's own functions of those names."""
-        kept = {name: getattr(self._vllm, name) for name in functions}
-        vars(self._vllm).update(functions)
-        try:
-            yield
-        finally:
-            vars(self._vllm).update(kept)
+        return replacing(self._vllm, _layerwise_process=check_and_process)
 
     def open(self, module: str) -> None:
         self._opened.add(module)
@@ -284,7 +217,7 @@ class Layerwise(LoadOver):
     def delivered(self, module: str, numel: int) -> bool:
         """What vLLM's wrapped loaders do once a tensor is in."""
         if module in self._in_place:
-            self._in_place[module].numel += numel
+            self._in_place.note(module, numel)
             return True
         layer = self.modules[module]
         info = self._infos[layer]
@@ -296,22 +229,19 @@ class Layerwise(LoadOver):
         return True
 
     def untouched(self) -> set[str] | None:
-        return {
-            Slot(self._names[layer], name).qualified.replace(".base_layer.", ".")
+        waiting = {
+            self._names[layer]
             for layer, info in self._infos.items()
             if info.load_numel == 0 < (info.load_numel_total or 0)
-            and self._names[layer] not in self._opened
-            for name in layer._parameters
-        } | {
+        }
+        return {
             Slot(module, name).qualified.replace(".base_layer.", ".")
-            for module, filled in self._in_place.items()
-            if filled.numel == 0 < filled.total
+            for module in (waiting - self._opened) | self._in_place.empty()
             for name in self.modules[module]._parameters
         }
 
     def partial_layers(self) -> set[str]:
-        in_place = {name for name, one in self._in_place.items() if 0 < one.numel < one.total}
-        return in_place | {
+        return self._in_place.partial() | {
             self._names[layer]
             for layer, info in self._infos.items()
             if 0 < info.load_numel < (info.load_numel_total or 0)
@@ -332,7 +262,7 @@ class Layerwise(LoadOver):
 
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
-        self._in_place.clear()
+        self._in_place.begin()
         self._repairs.end()
         for layer, info in self._infos.items():
             if info.load_numel_total is None:  # not waiting for weights
@@ -377,20 +307,6 @@ class Layerwise(LoadOver):
                 call.arguments["param"] = parameter
                 self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
         info.loaded_weights.clear()
-
-
-@dataclass
-class _Filled:
-    """How many elements of a layer were written in place, of how many that vLLM counts."""
-
-    total: int
-    numel: int = 0
-
-
-def _kernel_of(info: Any) -> dict[str, torch.Tensor]:
-    """What the engine computes with, of a layer that waits for weights."""
-    parameters, buffers = info.kernel_tensors
-    return {**parameters, **buffers}
 
 
 def _knows_the_device(vllm: Any) -> bool:

@@ -19,8 +19,7 @@ from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.handover.link import ServerLink
-from checkpoint_engine.loading.loaded import LoadedBuckets
-from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.loaded import LoadedBuckets, Parts
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
 

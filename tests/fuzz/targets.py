@@ -42,8 +42,7 @@ from checkpoint_engine.data_types import (
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import map_shared_memory, open_buffer
-from checkpoint_engine.loading.loaded import LoadedBuckets, digest
-from checkpoint_engine.loading.parts import Parts
+from checkpoint_engine.loading.loaded import LoadedBuckets, Parts, digest
 from checkpoint_engine.loading.receive import _check_bytes, extract_weights
 from checkpoint_engine.memory import files, folder
 from checkpoint_engine.planning import layouts as gather
