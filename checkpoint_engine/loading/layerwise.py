@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from checkpoint_engine.loading.adapters import LoadOver
 from checkpoint_engine.loading.direct_writes import DirectWrites
-from checkpoint_engine.loading.in_place import LayersInPlace, replacing
+from checkpoint_engine.loading.kernel_memory import KernelMemory, replacing
 from checkpoint_engine.loading.replay.adapter import ModelAdapter
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
@@ -29,10 +29,6 @@ from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
 _ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
 _NO_UPDATE = "vLLM would lose that in an update; start the engine with the new weights"
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
-_IMPORTED_LATE = [
-    f"vllm.model_executor.layers.quantization.online.{name}" for name in ("fp8", "moe_base")
-]
-"""By vLLM, while it processes its first layer, and what runs in an import is not the layer's."""
 
 
 def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver:
@@ -55,6 +51,10 @@ class Layerwise(LoadOver):
     but one overwrites. So a layer that is incomplete at the end of a bucket gets its parameters
     now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
     that this worker keeps. Where a release cannot do that, the tensors are copied.
+
+    vLLM loads a layer into memory of its own, processes it, and copies it into what the engine
+    computes with. Where the latter has the form of the checkpoint, the layer is loaded and
+    processed right there: nothing is held a second time, whatever the processing does.
     """
 
     is_persistent = False
@@ -73,7 +73,7 @@ class Layerwise(LoadOver):
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
-        self._in_place = LayersInPlace(vllm, self.modules, self._infos, self.open)
+        self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type)
 
     def check(self) -> None:
         restored = {
@@ -95,6 +95,7 @@ class Layerwise(LoadOver):
         self._vllm.initialize_layerwise_reload(self._model)
         self._opened.clear()
         self._direct.clear()
+        self._kernel.begin()
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -103,10 +104,12 @@ class Layerwise(LoadOver):
             arrived = info.loaded_weights[self._held.get(layer, 0) :]
             if not arrived:
                 continue
-            nbytes += sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
+            size = sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
             if self._loads_early and not self._must_wait(layer, info):
                 self._load_now(layer, info)
+                nbytes += 0 if layer in self._kernel.lent else size
                 continue
+            nbytes += size
             for _, call in arrived:
                 call.arguments.update({name: t.clone() for name, t in _tensors(call).items()})
             self._held[layer] = len(info.loaded_weights)
@@ -133,12 +136,10 @@ class Layerwise(LoadOver):
         return None
 
     @contextlib.contextmanager
-    def watching(self, recorder: Recorder, check: Callable[[str], None]) -> Iterator[None]:
+    def watching(self, recorder: Recorder) -> Iterator[None]:
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-        for name in _IMPORTED_LATE:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+
         counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
 
         def count_unseen(*args: Any) -> Any:
@@ -146,28 +147,19 @@ class Layerwise(LoadOver):
 
         def process_unseen(layer: torch.nn.Module, info: Any) -> None:
             with recorder.paused():
-                self._load_now(layer, info)
-                check(self._names[layer])
-            self._in_place.process(self._names[layer], process, recorder)
+                process(layer, info)
 
+        theirs = {"get_numel_loaded": count_unseen, "_layerwise_process": process_unseen}
         self._recorder = recorder
         try:
-            with replacing(
-                self._vllm, get_numel_loaded=count_unseen, _layerwise_process=process_unseen
-            ):
+            with replacing(self._vllm, **theirs):
                 yield
         finally:
             self._recorder = None
 
-    def left_as_loaded(self) -> frozenset[str]:
-        return self._in_place.left_as_loaded()
-
-    def load_in_place(self, modules: Set[str]) -> frozenset[str]:
-        return self._in_place.hold(modules)
-
     def load_weights(self, weights: NamedTensors) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        with replacing(self._vllm, **_quick_sizes(self._vllm)):
+        with replacing(self._vllm, **_quick_sizes(self._vllm)), self._kernel.lending():
             return self._load_through(weights)
 
     def _load_through(self, weights: NamedTensors) -> Any:
@@ -199,8 +191,9 @@ class Layerwise(LoadOver):
         process = self._vllm._layerwise_process
 
         def check_and_process(layer: torch.nn.Module, info: Any) -> None:
-            self._load_now(layer, info)
-            check(self._names[layer])
+            if not self._must_wait(layer, info):
+                self._load_now(layer, info)
+                check(self._names[layer])
             process(layer, info)
 
         return replacing(self._vllm, _layerwise_process=check_and_process)
@@ -208,7 +201,7 @@ class Layerwise(LoadOver):
     def open(self, module: str) -> None:
         self._opened.add(module)
         layer = self.modules[module]
-        self._vllm.materialize_layer(layer, self._infos[layer])
+        self._kernel.materialize(layer, self._infos[layer])
 
     def memory(self, slot: Slot) -> torch.Tensor:
         memory = getattr(self.modules[slot.module], slot.name)
@@ -216,16 +209,14 @@ class Layerwise(LoadOver):
 
     def delivered(self, module: str, numel: int) -> bool:
         """What vLLM's wrapped loaders do once a tensor is in."""
-        if module in self._in_place:
-            self._in_place.note(module, numel)
-            return True
         layer = self.modules[module]
         info = self._infos[layer]
         info.load_numel_total = self._vllm.get_layer_size(layer)
         info.load_numel += numel
         if info.load_numel < info.load_numel_total:
-            return False
-        self._vllm._layerwise_process(layer, info)
+            return layer in self._kernel.lent
+        with self._kernel.lending():
+            self._vllm._layerwise_process(layer, info)
         return True
 
     def untouched(self) -> set[str] | None:
@@ -236,12 +227,12 @@ class Layerwise(LoadOver):
         }
         return {
             Slot(module, name).qualified.replace(".base_layer.", ".")
-            for module in (waiting - self._opened) | self._in_place.empty()
+            for module in waiting - self._opened
             for name in self.modules[module]._parameters
         }
 
     def partial_layers(self) -> set[str]:
-        return self._in_place.partial() | {
+        return {
             self._names[layer]
             for layer, info in self._infos.items()
             if 0 < info.load_numel < (info.load_numel_total or 0)
@@ -256,13 +247,13 @@ class Layerwise(LoadOver):
                 info.load_numel = max(info.load_numel, 1)
         if hasattr(self._vllm, "_reload_attention_scales"):  # releases before cannot reload any
             self._reset_scales()
-        self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        with self._kernel.lending():
+            self._vllm.finalize_layerwise_reload(self._model, self._model_config)
         self._repairs.pack_tied()
         self._repairs.end()
 
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
-        self._in_place.begin()
         self._repairs.end()
         for layer, info in self._infos.items():
             if info.load_numel_total is None:  # not waiting for weights
@@ -300,7 +291,7 @@ class Layerwise(LoadOver):
         return bool(buffers) or _is_deferred(self._vllm, layer)
 
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
-        self._vllm.materialize_layer(layer, info)
+        self._kernel.materialize(layer, info)
         for name, call in info.loaded_weights:
             parameter = getattr(layer, name)
             if call.arguments["param"] is not parameter:  # otherwise it is in there already

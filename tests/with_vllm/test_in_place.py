@@ -1,10 +1,10 @@
-"""Layers that vLLM leaves as they are loaded are written where it computes with them."""
+"""Layers are loaded and processed where vLLM computes with them, if they have the right form."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -82,33 +82,35 @@ class Engine:
         self.made: list[str] = []
 
     def update(self, buckets: list[Bucket], fails_after: int = 99) -> dict[str, Any]:
-        """The memory of every bucket is overwritten after it. ``made``: the layers that vLLM made
-        anew."""
-        reload = EngineReload(self._worker, self._habits)
+        """The memory of every bucket is overwritten after it. ``made``: the layers that have memory
+        of their own while they are loaded."""
         names = {layer: name for name, layer in self.model.named_modules()}
         memory = torch.empty(4, SIDE * HALF)
         materialize = layerwise.materialize_layer
 
         def noted(layer: torch.nn.Module, info: Any) -> None:
-            self.made.append(names[layer])
+            if layer in names and any(one.is_meta for one in layer.parameters(recurse=False)):
+                self.made.append(names[layer])
             materialize(layer, info)
 
         self.made.clear()
-        try:
-            with mock.patch.object(layerwise, "materialize_layer", noted):
+        with mock.patch.object(layerwise, "materialize_layer", noted):
+            reload = EngineReload(self._worker, self._habits)
+            try:
                 reload.check()
                 for number, bucket in enumerate(buckets):
                     if number == fails_after:
                         raise ConnectionError("the server is gone")
                     weights = []
                     for place, (name, tensor) in zip(memory, bucket.items(), strict=False):
-                        weights.append((name, place.view(tensor.shape).copy_(tensor)))
-                    del place
+                        one = place[: tensor.numel()].view(tensor.shape).copy_(tensor)
+                        weights.append((name, one))
+                    del place, one
                     reload.load(weights)
                     memory.fill_(float("nan"))
                 reload.finish()
-        finally:
-            reload.close()
+            finally:
+                reload.close()
         return dict(reload.summary()["model"])
 
 
@@ -164,22 +166,25 @@ def copies_onto_itself(layer: torch.nn.Module) -> None:
         copies_onto_itself,
     ],
 )
-def test_a_layer_that_is_left_as_it_is_loaded_is_written_in_place(process: Process | None) -> None:
+def test_a_layer_that_is_left_as_it_is_loaded(process: Process | None) -> None:
     engine = Engine(process)
     for step in range(LEARNING + 3):
-        before = engine.model.a.weight.data_ptr(), engine.model.b.weight.data_ptr()
+        before = addresses(engine.model)
         report = engine.update(spread(halves(step)))
         for layer in ("a", "b"):
             assert torch.equal(getattr(engine.model, layer).weight, whole(halves(step), layer))
-        assert (engine.model.a.weight.data_ptr(), engine.model.b.weight.data_ptr()) == before
-        replays = step >= LEARNING
-        assert (report["replay"]["loaded"] == "replayed") == replays
-        assert bool(engine.made) != replays
-        assert (report["held_bytes"] == 0) == replays
+        assert addresses(engine.model) == before
+        assert (report["replay"]["loaded"] == "replayed") == (step >= LEARNING)
+        assert engine.made == []
+        assert report["held_bytes"] == 0
         assert report["missing"] == report["partial"] == []
 
 
-# ------------------------------------------------------------------ what does not
+def addresses(model: Model) -> list[int]:
+    return [one.data_ptr() for one in model.parameters()]
+
+
+# ------------------------------------------------------------------ what processes
 
 
 def moves(layer: torch.nn.Module) -> None:
@@ -263,21 +268,25 @@ def test_a_layer_that_is_processed_goes_through_that_in_every_update(process: Pr
     """Everything is as after a start from the same weights."""
     engine, fresh = Engine(process), Layer(process)
     for step in range(LEARNING + 3):
+        before = addresses(engine.model)
         engine.update(spread(halves(step)))
         with torch.no_grad():
             fresh.weight = torch.nn.Parameter(whole(halves(step), "a"), requires_grad=False)
         process(fresh)
         assert torch.equal(engine.model.a.weight, fresh.weight)
-        assert "a" in engine.made
+        assert addresses(engine.model) == before
+        assert set(engine.made) == ({"a"} if process is another_form else set())
         if process in (computes, computes_by_a_method, lists, lists_by_a_function):
             assert str(engine.model.a.seen) == str(fresh.seen)
-        assert ("b" in engine.made) == (step < LEARNING)
 
 
-def test_a_layer_that_is_derived_from_another_is_processed_in_every_update() -> None:
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_layer_whose_processing_has_to_do_with_another(reads: bool) -> None:
     def derives(layer: torch.nn.Module) -> None:
-        if of:
+        if of and reads:
             layer.seen = of[0].weight.sum().item()
+        elif of:
+            of[0].weight.mul_(2)
 
     of: list[torch.nn.Module] = []
     engine = Engine(derives)
@@ -285,21 +294,97 @@ def test_a_layer_that_is_derived_from_another_is_processed_in_every_update() -> 
     for step in range(LEARNING + 3):
         new = halves(step)
         engine.update([{n: new[n]} for n in ("b.0", "b.1", "a.0", "a.1")])
-        assert engine.model.a.seen == whole(new, "b").sum().item()
+        if reads:
+            assert engine.model.a.seen == whole(new, "b").sum().item()
+        assert torch.equal(engine.model.b.weight, whole(new, "b") * (1 if reads else 2))
 
 
-def test_what_is_processed_in_one_of_two_updates_is_not_written_in_place() -> None:
-    steps: Iterator[int] = iter(range(99))
+def loading_beside(engine: Engine, name: str, load: Callable[[torch.Tensor], None]) -> None:
+    """The model's loader takes this tensor of the checkpoint elsewhere."""
+    load_weights = engine.model.load_weights
 
-    def now_and_then(layer: torch.nn.Module) -> None:
-        if next(steps) == LEARNING:  # one is at the start
-            layer.weight.mul_(1)
+    def load_all(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        rest = []
+        for own, tensor in weights:
+            if own == name:
+                load(tensor)
+            else:
+                rest.append((own, tensor))
+        return load_weights(rest)
 
-    engine = Engine(now_and_then)
-    for step in range(LEARNING + 2):
-        engine.update(spread(halves(step)))
+    engine.model.load_weights = load_all  # type: ignore[method-assign]
+
+
+def test_two_tensors_that_processing_exchanges() -> None:
+    """Each is in the other's place when vLLM copies them."""
+
+    def exchanges(layer: torch.nn.Module) -> None:
+        layer.weight.data, layer.other.data = layer.other.data, layer.weight.data
+
+    engine = Engine(None)
+    layer = engine.model.a
+    layer.weight.data = torch.zeros(HALF, SIDE)
+    layer.other = torch.nn.Parameter(torch.zeros(HALF, SIDE), requires_grad=False)
+    layer.other.weight_loader = load_rows
+    layer.quant_method = Method(exchanges)
+    layerwise.record_metadata_for_reloading(engine.model)
+    loading_beside(engine, "a.1", lambda one: layer.other.weight_loader(layer.other, one, 0))
+    for step in range(LEARNING + 3):
+        new = halves(step)
+        engine.update(spread(new))
+        assert torch.equal(layer.weight, new["a.1"])
+        assert torch.equal(layer.other, new["a.0"])
+        assert engine.made == []
+
+
+def share(model: Model) -> None:
+    model.a.weight = model.b.weight
+
+
+def keep_a_view(model: Model) -> None:
+    model.a.rows = model.a.weight.data[:HALF]
+
+
+def lie_in_larger_memory(model: Model) -> None:
+    larger = torch.full((3 * SIDE, SIDE), 7.0)
+    model.a.weight.data = larger[SIDE : 2 * SIDE]
+
+
+@pytest.mark.parametrize("arrange", [share, keep_a_view, lie_in_larger_memory])
+def test_memory_that_is_not_a_tensors_alone_is_not_lent(arrange: Callable[[Model], None]) -> None:
+    engine = Engine(nothing)
+    arrange(engine.model)
+    around = engine.model.a.weight.untyped_storage()
+    for step in range(LEARNING + 3):
+        new = halves(step)
+        if arrange is share:
+            new |= {f"a.{n}": new[f"b.{n}"] for n in (0, 1)}
+        engine.update(spread(new))
+        for layer in ("a", "b"):
+            assert torch.equal(getattr(engine.model, layer).weight, whole(new, layer))
+        if arrange is keep_a_view:
+            assert torch.equal(engine.model.a.rows, new["a.0"])
+        if arrange is lie_in_larger_memory:
+            larger = torch.empty(0).set_(around).view(3 * SIDE, SIDE)
+            assert (larger[:SIDE] == 7).all()
+            assert (larger[2 * SIDE :] == 7).all()
         assert "a" in engine.made
-        assert torch.equal(engine.model.a.weight, whole(halves(step), "a"))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_is_loaded(persistent: bool) -> None:
+    """vLLM knows loaded buffers by the calls that it keeps."""
+    engine = Engine(nothing)
+    layer = engine.model.a
+    layer.register_buffer("scale", torch.zeros(2), persistent=persistent)
+    layerwise.record_metadata_for_reloading(engine.model)
+    loading_beside(engine, "scale", lambda one: layer.scale.weight_loader(layer.scale, one))
+    for step in range(LEARNING + 3):
+        new, scale = halves(step), torch.full((2,), float(step))
+        for buckets in ([*spread(new), {"scale": scale}], [{"scale": scale}, *spread(new)]):
+            engine.update(buckets)
+            assert torch.equal(layer.scale, scale)
+            assert torch.equal(layer.weight, whole(new, "a"))
 
 
 # ------------------------------------------------------------------ when it does not go on

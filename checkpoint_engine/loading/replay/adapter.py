@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,21 +50,9 @@ class ModelAdapter(Protocol):
         """Why a slot that was written needs the engine's own loader."""
         return None
 
-    def watching(
-        self, recorder: Recorder, check: Callable[[str], None]
-    ) -> AbstractContextManager[Any]:
-        """Around the loader while it is recorded. ``check``: as of ``checking``."""
+    def watching(self, recorder: Recorder) -> AbstractContextManager[Any]:
+        """Around the loader while it is recorded."""
         return nullcontext()
-
-    def left_as_loaded(self) -> frozenset[str]:
-        """The modules of which, while the loader was watched, the engine's own processing was seen
-        to leave every byte where it was loaded."""
-        return frozenset()
-
-    def load_in_place(self, modules: Set[str]) -> frozenset[str]:
-        """Have just these modules keep the memory that the engine computes with; all others go on
-        as the engine's loader has it. Returns those that can."""
-        return frozenset()
 
     def checking(self, check: Callable[[str], None]) -> AbstractContextManager[Any]:
         """Around the loader while a recording is compared with it: call ``check`` with a module's
@@ -80,7 +68,8 @@ class ModelAdapter(Protocol):
         ...
 
     def delivered(self, module: str, numel: int) -> bool:
-        """So many elements were loaded. Returns whether the module is complete and processed."""
+        """So many elements were loaded. Returns whether nothing of the module is held a second
+        time: it is complete and processed, or loaded where the engine computes with it."""
         return False
 
 

@@ -107,7 +107,6 @@ class LearnedLoader:
         if self.recording is not None and recording.does_as(self.recording):
             self.agreed += 1
             recording.together |= self.recording.together
-            recording.in_place &= self.recording.in_place
             recording.programs = self.recording.programs
         elif self.recording is not None:
             self._restart("its loader does something else in every update")
@@ -170,8 +169,9 @@ class _Learning(ModelUpdate):
             self._recorder.give_up(f"tensors of this device cannot be told apart: {error}")
             return self._model.load_weights(weights)
         with ExitStack() as around:
-            check = self._comparison.check
-            around.enter_context(self._model.watching(self._recorder, check))
+            if self._before is not None:
+                around.enter_context(self._model.checking(self._comparison.check))
+            around.enter_context(self._model.watching(self._recorder))
             around.enter_context(self._recorder.watching())
             return self._model.load_weights(offered)
 
@@ -202,7 +202,6 @@ class _Learning(ModelUpdate):
         recording.names, recording.places = self._names, self._places
         recording.buckets = self._buckets
         recording.loaded = self.loaded()
-        recording.in_place = self._model.left_as_loaded()
         if self._before is None or recording.does_as(self._before):
             self.reason = self._comparison.finish(recording)
         self._recording = recording
@@ -241,24 +240,6 @@ class _Replaying(ModelUpdate):
         self._arrived_with: tuple[int, set[str]] = 0, set()
         self._filled: set[str] = set()
         self._is_stale = False
-        self._in_place = frozenset[str]()
-        if checked is None and recording.in_place:
-            self._hold(recording.in_place)
-
-    def _hold(self, modules: frozenset[str]) -> None:
-        """Write these modules where the engine computes with them."""
-        self._in_place = self._model.load_in_place(modules)
-        slots = (slot for slot in self._recording.written() if slot.module in self._in_place)
-        live = {slot: Place.of(self._model.memory(slot)) for slot in slots}
-        if live != self._recording.live:
-            for program in self._recording.programs.values():
-                program.release()
-            self._recording.live = live
-
-    def _load_weights(self, weights: NamedTensors) -> Any:
-        if self._in_place:
-            self._in_place = self._model.load_in_place(frozenset())
-        return super()._load_weights(weights)
 
     @property
     def _leaves_it(self) -> bool:
@@ -303,15 +284,12 @@ class _Replaying(ModelUpdate):
 
     def _is_in_place(self, program: Program) -> bool:
         """Whether what it writes is where the recording, or the loader since then, has it."""
-        memory, fills = self._model.memory, self._recording.fills
-        places = self._places if self._model.is_persistent else self._recording.live
+        if not self._model.is_persistent:
+            return True
+        memory, places, fills = self._model.memory, self._places, self._recording.fills
         filled = [fill.slot for part in program.parts for fill in fills.get(part.module, ())]
-        slots = (slot for slot in (*program.slots, *filled) if self._stays(slot.module))
+        slots = (*program.slots, *filled)
         return all(Place.of(memory(slot)) == places.get(slot) for slot in slots)
-
-    def _stays(self, module: str) -> bool:
-        """Whether the module is written where the engine computes with it."""
-        return self._model.is_persistent or module in self._in_place
 
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
@@ -335,7 +313,7 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        if self._used:
+        if self._model.is_persistent and self._used:
             self._check_addresses()
         if self._recording.together and (absent := self.absent()):
             self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
@@ -382,14 +360,8 @@ class _Replaying(ModelUpdate):
 
     def _check_addresses(self) -> None:
         """Every tensor was where it should be when it was written, and has to be there still."""
-        memory, live = self._model.memory, self._recording.live
-        if self._model.is_persistent:
-            expected = [place.address for place in self._now.values()]
-            is_there = self._model.addresses() == expected
-        else:
-            mine = [slot for slot in live if slot.module in self._in_place]
-            is_there = all(memory(slot).data_ptr() == live[slot].address for slot in mine)
-        if not is_there:
+        expected = [place.address for place in self._now.values()]
+        if self._model.addresses() != expected:
             self._learned.forget()
             raise RuntimeError("the model's memory moved while it was updated: update again")
 
@@ -406,17 +378,19 @@ class _Replaying(ModelUpdate):
             raise
 
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
-        memory, is_persistent = self._model.memory, self._model.is_persistent
-        # It stays until the device is done, whatever the engine does.
-        self._held = [memory(slot) for slot in program.slots if self._stays(slot.module)]
-        together = None if is_persistent else self._in_place
-        program.batch_of(together).execute(buffer, memory, stays=True)
-        for part in program.parts if self._recording.fills or not is_persistent else ():
-            if not self._stays(part.module):
-                self._model.open(part.module)
-                part.batch.execute(buffer, memory, stays=False)
+        memory = self._model.memory
+        if self._model.is_persistent:
+            # It stays until the device is done, whatever the engine does.
+            self._held = [memory(slot) for slot in program.slots]
+            program.batch.execute(buffer, memory, stays=True)
+            for part in program.parts if self._recording.fills else ():
+                self._fill(part.module)
+            return
+        for part in program.parts:
+            self._model.open(part.module)
             self._fill(part.module)
-            if not (is_persistent or self._model.delivered(part.module, part.numel)):
+            part.batch.execute(buffer, memory, stays=False)
+            if not self._model.delivered(part.module, part.numel):
                 self.held_bytes += part.nbytes
 
     def _fill(self, module: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -218,18 +218,15 @@ class Program:
     parts: list[ModulePart]
     names: frozenset[str]
     unknown: list[Placed]
-    _batches: dict[frozenset[str] | None, Batch] = field(default_factory=dict)
 
     @property
     def moves(self) -> Iterator[Move]:
         return (move for part in self.parts for move in part.moves)
 
-    def batch_of(self, modules: frozenset[str] | None) -> Batch:
-        """What it does to these modules, at once; ``None``: to all."""
-        if modules not in self._batches:
-            parts = (one for one in self.parts if modules is None or one.module in modules)
-            self._batches[modules] = Batch([move for part in parts for move in part.moves])
-        return self._batches[modules]
+    @cached_property
+    def batch(self) -> Batch:
+        """All of it at once."""
+        return Batch(list(self.moves))
 
     @cached_property
     def slots(self) -> list[Slot]:
@@ -238,4 +235,4 @@ class Program:
 
     def release(self) -> None:
         """Let go of the model's memory."""
-        self._batches.clear()
+        vars(self).pop("batch", None)

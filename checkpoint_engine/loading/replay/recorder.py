@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.loading.calls import (
-    Notice,
     leaves_the_thread,
     noticing_blindness,
     noticing_calls,
@@ -73,7 +72,6 @@ class Recorder(KnownMemory):
         self._counts: dict[Source, Counter[str]] = defaultdict(Counter)
         self._constants: dict[Slot, torch.Tensor] = {}
         self.is_paused = self.is_unnoticed = False
-        self._told: Notice | None = None
         self.profile: Any = None
         self.modes = 1
         self.direct: Writes | None = None
@@ -131,12 +129,11 @@ class Recorder(KnownMemory):
                     self.profile = None
 
     @contextlib.contextmanager
-    def paused(self, told: Notice | None = None) -> Iterator[None]:
-        """For what the engine does with weights once they are loaded. ``told``: of the functions
-        written in C that are called meanwhile."""
-        before = self.is_paused, self.is_unnoticed, self._told
-        profile = None if self.is_unnoticed or told is not None else self.profile
-        self.is_paused, self.is_unnoticed, self._told = True, told is None, told
+    def paused(self) -> Iterator[None]:
+        """For what the engine does with weights once they are loaded."""
+        before = self.is_paused, self.is_unnoticed
+        profile = None if self.is_unnoticed else self.profile
+        self.is_paused = self.is_unnoticed = True
         if profile is not None:
             _set_profile(None)
         try:
@@ -144,7 +141,7 @@ class Recorder(KnownMemory):
         finally:
             if profile is not None:
                 _set_profile(profile)
-            self.is_paused, self.is_unnoticed, self._told = before
+            self.is_paused, self.is_unnoticed = before
 
     def count(self, load: Callable[[], tuple[int, Any]], counter: Any = None) -> tuple[int, Any]:
         """Call what loads a tensor into a layer and returns how many elements the engine counts.
@@ -166,8 +163,6 @@ class Recorder(KnownMemory):
         sees what is read."""
         if self.is_unnoticed:
             return
-        if self._told is not None:
-            return self._told(function, owner)
         if isinstance(owner, torch.Tensor):
             is_unseen = not _modes_see()
         else:

@@ -131,8 +131,6 @@ class Recording:
         version: of the engine.
         names, places: of what the loader may write into, which must stay the same.
         loaded: the parameters that were written; ``None`` if it is not known.
-        in_place: modules that the engine leaves as they are loaded; of an engine that makes modules
-            anew. ``live``: where the memory is that it computes with, of what is written there.
         buckets: how many calls of the loader an update was.
         programs: compiled for the buckets of the last update, by what tells buckets apart.
     """
@@ -146,8 +144,6 @@ class Recording:
     names: list[Any] = field(default_factory=list)
     places: Places = field(default_factory=dict)
     loaded: set[str] | None = None
-    in_place: frozenset[str] = frozenset()
-    live: Places = field(default_factory=dict)
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
 
@@ -205,10 +201,8 @@ class Recording:
     def prepare(self, device: torch.device, at_once: bool) -> None:
         """Work out how the programs are executed: ``at_once``, or a module at a time."""
         for program in self.programs.values() if device.type == "cuda" else ():
-            program.batch_of(None if at_once else self.in_place).prepare(device)
-            for part in () if at_once else program.parts:
-                if part.module not in self.in_place:
-                    part.batch.prepare(device)
+            for batch in [program.batch] if at_once else [part.batch for part in program.parts]:
+                batch.prepare(device)
 
     def compile(self, bucket: Sequence[Placed]) -> Program:
         """What to do with tensors that lie at these places.

@@ -1,0 +1,129 @@
+"""What an engine computes with, lent to layers that are loaded.
+
+vLLM's layerwise reload loads a layer into memory of its own, processes it, and copies it into what
+the engine computes with. Where the latter has the form of the checkpoint, the layer is loaded and
+processed right there: nothing is held a second time, whatever the processing does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from checkpoint_engine.loading.replay.adapter import every_tensor
+from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.memory import Place, key_of
+
+
+class KernelMemory:
+    """Of one model.
+
+    Attributes:
+        lent: the layers all of whose tensors are the engine's own, in this update.
+    """
+
+    def __init__(
+        self,
+        vllm: Any,
+        modules: Mapping[str, torch.nn.Module],
+        infos: Mapping[torch.nn.Module, Any],
+        device_type: str,
+    ) -> None:
+        """
+        Args:
+            vllm: the module that layerwise reload is in. If it does not copy as it does today,
+                nothing is lent.
+            infos: what it knows of each layer.
+        """
+        self.lent: set[torch.nn.Module] = set()
+        self._vllm = vllm
+        self._modules = modules
+        self._infos = infos
+        self._device_type = device_type
+        self._make = vllm.materialize_layer
+        self._copy_and_restore = getattr(vllm, "_copy_and_restore_kernel_tensors", None)
+        self._unshared: set[int | None] = set()
+
+    def begin(self) -> None:
+        """The layers wait for new weights."""
+        self.lent.clear()
+        waiting = (info for info in self._infos.values() if info.kernel_tensors is not None)
+        kernel = (one for info in waiting for one in _kernel_of(info).values())
+        others = (one for _, one in every_tensor(self._modules) if not one.is_meta)
+        # Of tied weights, one could be loaded over the other after that was processed.
+        counts = Counter(key_of(one) for one in (*kernel, *others))
+        self._unshared = {key for key, count in counts.items() if count == 1 and key is not None}
+
+    def materialize(self, layer: torch.nn.Module, info: Any) -> None:
+        """As vLLM's function, which makes what is lent here."""
+        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
+        tensors: dict[str, torch.Tensor] = self._vllm.get_layer_tensors(layer)
+        lacking = {name: one for name, one in tensors.items() if one.is_meta}
+        served = {n: kernel[n] for n, one in lacking.items() if self._serves(kernel.get(n), one)}
+        for name, there in served.items():
+            tensor = there.data
+            tensor.__class__ = lacking[name].__class__
+            tensor.__dict__ = lacking[name].__dict__.copy()
+            setattr(layer, name, tensor)
+        if lacking and len(served) == len(lacking):
+            self.lent.add(layer)
+        self._make(layer, info)
+
+    def lending(self) -> AbstractContextManager[None]:
+        """Around whatever may have vLLM make layers, or process them."""
+        if self._copy_and_restore is None:
+            return nullcontext()
+        return replacing(
+            self._vllm,
+            materialize_layer=self.materialize,
+            _copy_and_restore_kernel_tensors=self._restore,
+        )
+
+    def _serves(self, kernel: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+        """Whether what the engine computes with has the form of the checkpoint's."""
+        return (
+            kernel is not None
+            and self._copy_and_restore is not None
+            and key_of(kernel) in self._unshared
+            and key_of(tensor) is not None
+            and kernel.device.type == self._device_type
+            and View.of(kernel) == View.of(tensor)
+            and View.of(kernel).span[1] <= kernel.untyped_storage().nbytes()
+        )
+
+    def _restore(self, layer: torch.nn.Module, info: Any) -> None:
+        """As vLLM's function, which copies one tensor after the other: what processing left in
+        another one's place has to be out of it before."""
+        kernel = _kernel_of(info)
+        keys = {key_of(one) for one in kernel.values()} - {None}
+        for name, tensor in self._vllm.get_layer_tensors(layer).items():
+            if key_of(tensor) in keys and not _is_in_place(tensor, kernel.get(name)):
+                tensor.data = tensor.data.clone()
+        assert self._copy_and_restore is not None
+        self._copy_and_restore(layer, info)
+
+
+@contextlib.contextmanager
+def replacing(vllm: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Around calls of vLLM's own functions of those names, in the module that they are in."""
+    kept = {name: getattr(vllm, name) for name in functions}
+    vars(vllm).update(functions)
+    try:
+        yield
+    finally:
+        vars(vllm).update(kept)
+
+
+def _is_in_place(tensor: torch.Tensor, kernel: torch.Tensor | None) -> bool:
+    return kernel is not None and Place.of(tensor) == Place.of(kernel)
+
+
+def _kernel_of(info: Any) -> dict[str, torch.Tensor]:
+    """What the engine computes with, of a layer that waits for weights."""
+    parameters, buffers = info.kernel_tensors
+    return {**parameters, **buffers}
