@@ -204,6 +204,8 @@ class WorkerSession:
 
     def _await_reply(self, meanwhile: Callable[[], None]) -> bytes:
         def is_there() -> bool:
+            if self._link.has_reply():  # first: what the engine says of a failure is its cause
+                return True
             meanwhile()
             return self._link.has_reply()
 

@@ -87,12 +87,16 @@ COPY = _aten.copy_.default
 READ_A_NUMBER = _aten._local_scalar_dense.default
 
 
+_KNOWN = {*RULES, *VIEWS, *LOOK_AT_NO_VALUES, READ_A_NUMBER}
+
+
 def is_seen_by_dispatcher(func: Any) -> bool:
-    """Whether a mode of operations sees what this, called from Python, does. An operation of
-    somebody else's may be registered as made of others, and be made of none."""
+    """Whether a mode of operations sees what this, called from Python, does. Somebody else's may be
+    registered as made of other operations, and be made of none; some of torch's are no operations
+    of the dispatcher's at all."""
     if isinstance(func, OpOverloadPacket):
-        return func._qualified_op_name.startswith("aten::")
-    return isinstance(func, OpOverload) and func.namespace == "aten"
+        return all(is_seen_by_dispatcher(getattr(func, one)) for one in func.overloads())
+    return isinstance(func, OpOverload) and func in _KNOWN
 
 
 def _named(names: str) -> set[Any]:

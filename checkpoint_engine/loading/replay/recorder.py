@@ -242,6 +242,8 @@ class Recorder(KnownMemory):
         """Call a function of torch's for the loader; it may do more than copy."""
         if self.failure:
             return func(*args, **kwargs)
+        if not self.is_paused and (_count_modes() < self.modes or _is_hidden(_PYTHON)):
+            self.give_up("the loader switches off torch's modes of operations")
         if func in operations.CALLS_BACK:
             self.give_up(f"the loader calls {func.__qualname__}, whose function nobody sees")
         is_seen_later = operations.is_seen_by_dispatcher(func)  # by ``observe``
