@@ -1,15 +1,13 @@
-"""What ``test_two_hosts.py`` starts on every rank of two hosts: the ranks of the first host own the
-checkpoints and serve workers of the mini engine, those of the second serve one vLLM engine.
-
-``vllm_host_programs.py ARGUMENTS OUTPUT_FOLDER``
-"""
+"""What ``test_two_hosts.py`` starts on every rank: ``vllm_host_programs.py NAME ARGUMENTS
+OUTPUT_FOLDER``."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +28,9 @@ from random_checkpoint import expected_digests  # noqa: E402
 from shard_programs import digests, received_bytes  # noqa: E402
 from tiny_transformer import CausalLM, ModelConfig, new_model  # noqa: E402
 
-RANK = int(os.environ["RANK"])
-OWNERS = TP = int(os.environ["LOCAL_WORLD_SIZE"])
-LEADER = OWNERS
-"""The rank that talks to vLLM."""
+RANK, EACH = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+TP = 2
+STARTING = timedelta(seconds=150)  # of an engine; the other ranks wait
 UNUSED = "model.layers.0.self_attn.rotary_emb.cos_cached"
 """A tensor that some checkpoints have and vLLM skips."""
 
@@ -58,11 +55,11 @@ class MiniWorker(VllmColocateWorkerExtension):
 
 
 class MiniEngine:
-    """This rank's worker of the first host's engine."""
+    """This rank's worker of an engine of ours."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: str) -> None:
         sys.modules["vllm"] = None  # type: ignore[assignment]  # a host without it
-        self._workers = Workers(lambda _: MiniWorker(RANK, model), 1)
+        self._workers = Workers(lambda _: MiniWorker(RANK, Path(model)), 1)
 
     def ask(self, paths: list[tuple[str, str]]) -> None:
         self._workers.call("update_weights_from_ipc", dict(paths))
@@ -77,19 +74,21 @@ class MiniEngine:
 
 
 class Vllm:
-    """The second host's engine, as its ranks see it."""
+    """The engine of the ranks from ``leader`` on, which alone talks to it."""
 
-    def __init__(self, url: str, models: dict[str, str], ready: Path) -> None:
-        """Starts the engine with each of ``models``, then touches ``ready``; it holds the last one
-        then."""
+    def __init__(self, url: str, leader: int) -> None:
         self._url = url
+        self._leads = leader == RANK
         self._fresh: dict[str, dict[str, Any]] = {}
         self._results: list[Any] = []
-        if RANK == LEADER:
-            for model in models.values():
-                _post(url, "start", {"model": model, "tensor_parallel_size": TP})
-                self._fresh[model] = self._state()
-            ready.touch()
+
+    def start(self, model: str, **options: Any) -> None:
+        """With ``model``, and note what it holds and generates then."""
+        if self._leads:
+            _post(self._url, "start", {"model": model, "tensor_parallel_size": TP, **options})
+            self._fresh[model] = self._state()
+        elif options:
+            _post(self._url, "join", {"model": model, "tensor_parallel_size": TP, **options})
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -98,12 +97,12 @@ class Vllm:
         }
 
     def ask(self, paths: list[tuple[str, str]]) -> None:
-        if RANK == LEADER:
+        if self._leads:
             self._results = _call(self._url, "update_weights_from_ipc", dict(paths))
 
     def seen(self, model: str) -> dict[str, Any]:
         """Whether all its workers hold, and it generates, what it does when started anew."""
-        if RANK != LEADER:
+        if not self._leads:
             return {}
         state, fresh = self._state(), self._fresh[model]
         (others,) = (one for path, one in self._fresh.items() if path != model)
@@ -113,43 +112,70 @@ class Vllm:
         }
 
     def close(self) -> None:
-        if RANK == LEADER:
+        if self._leads:
             _post(self._url, "stop", {})
 
 
-def share_of(model: str, unused_bytes: int) -> dict[str, torch.Tensor]:
-    """What this rank owns: every so many tensors."""
-    tensors = tensors_of(Path(model))
-    tensors[UNUSED] = torch.ones(unused_bytes // 2, dtype=torch.bfloat16)
-    return {name: tensors[name] for name in list(tensors)[RANK::OWNERS]}
+Share = dict[str, torch.Tensor]
 
 
-def updates(
-    url: str,
+def beside(
+    url: str, models: dict[str, str], steps: list[dict[str, str]], unused_bytes: int
+) -> dict[str, Any]:
+    """The first host's ranks own everything and serve an engine of ours; the second host's serve
+    vLLM. A checkpoint is a model and one tensor that no engine needs."""
+
+    def share_of(model: str) -> Share:
+        if RANK >= EACH:
+            return {}
+        tensors = tensors_of(Path(model))
+        tensors[UNUSED] = torch.ones(unused_bytes // 2, dtype=torch.bfloat16)
+        return {name: tensors[name] for name in list(tensors)[RANK::EACH]}
+
+    if RANK < EACH:
+        mini = MiniEngine(next(iter(models.values())))
+        return _updates(ParameterServer(auto_pg=False), mini, models, steps, share_of)
+    engine, ps = Vllm(url, leader=EACH), ParameterServer(auto_pg=False)
+    for model in models.values():
+        engine.start(model)
+    return _updates(ps, engine, models, steps, share_of)
+
+
+def across(
+    urls: list[str], models: dict[str, str], steps: list[dict[str, str]], ports: list[int]
+) -> dict[str, Any]:
+    """Each of two hosts has one rank, which owns half and serves one worker of a single vLLM
+    engine. ``ports``: of the first host, for the engines' starts."""
+
+    def share_of(model: str) -> Share:
+        tensors = tensors_of(Path(model))
+        return {name: tensors[name] for name in list(tensors)[RANK::TP]}
+
+    engine, ps = Vllm(urls[RANK], leader=0), ParameterServer(auto_pg=False)
+    place = {"nnodes": TP, "node_rank": RANK, "master_addr": os.environ["MASTER_ADDR"]}
+    for model, port in zip(models.values(), ports, strict=True):
+        engine.start(model, distributed_executor_backend="mp", master_port=port, **place)
+        ps.store_based_barrier(timeout=STARTING)
+    return _updates(ps, engine, models, steps, share_of)
+
+
+def _updates(
+    ps: ParameterServer,
+    engine: MiniEngine | Vllm,
     models: dict[str, str],
     steps: list[dict[str, str]],
-    unused_bytes: int,
-    folder: str,
+    share_of: Callable[[str], Share],
 ) -> dict[str, Any]:
-    """Updates of both engines, one for each step. A checkpoint is a model and one tensor that no
-    engine needs."""
+    """Of all engines, one for each step: a model's name, and the transport."""
     torch.set_num_threads(1)
-    ready = Path(folder) / "ready"
-    engine: MiniEngine | Vllm
-    if RANK < OWNERS:
-        engine = MiniEngine(Path(next(iter(models.values()))))
-    else:
-        engine = Vllm(url, models, ready)
-    while not ready.exists():
-        time.sleep(0.1)
-    ps = ParameterServer(auto_pg=False)
     seen = []
     for step in steps:
         name, model = step["name"], models[step["name"]]
         os.environ["PS_TRANSPORT"] = step["transport"]
-        if RANK < OWNERS:
-            ps.register_checkpoint(name, named_tensors=share_of(model, unused_bytes))
-        ps.gather_metas(name, timeout=TIMEOUT)
+        share = share_of(model)
+        if share:
+            ps.register_checkpoint(name, named_tensors=share)
+        ps.gather_metas(name, timeout=STARTING)
         ps.store_based_barrier(timeout=TIMEOUT)
         before = received_bytes()
         report = ps.update(name, engine.ask, timeout=TIMEOUT)
@@ -160,7 +186,7 @@ def updates(
         told["read"] = 0 if read is None else read.bytes
         seen.append(told | engine.seen(model))
         ps.store_based_barrier(timeout=TIMEOUT)
-        if RANK < OWNERS:
+        if share:
             ps.unregister_checkpoint(name)
     engine.close()
     sockets = len(list(Path(os.environ["PS_IPC_DIR"]).iterdir()))
@@ -168,6 +194,7 @@ def updates(
 
 
 if __name__ == "__main__":
-    arguments, results = sys.argv[1:]
-    result = updates(**json.loads(arguments))
+    program, arguments, results = sys.argv[1:]
+    programs: dict[str, Callable[..., Any]] = {f.__name__: f for f in (beside, across)}
+    result = programs[program](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))
