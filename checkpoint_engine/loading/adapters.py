@@ -50,6 +50,8 @@ class LoadOver(InPlace):
 
     def finish(self) -> None:
         """After the last tensor."""
+        if self._model_config is None:  # another engine's model, which vLLM's step fails on
+            return
         try:
             from vllm.model_executor.model_loader.utils import process_weights_after_loading
         except ImportError:  # engines that have no such step

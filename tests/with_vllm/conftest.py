@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ ENGINE_ENV = {
 class EngineHost:
     """The process that the engines of the matrix run in, one at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, popen: Callable[..., Any] = subprocess.Popen) -> None:
+        """``popen``: where it is to run on another host; only that one reaches ``url`` then."""
         port_file = folder / "port"
         self._output = folder / "engines"
         with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
+            self._process = popen(
                 [sys.executable, str(HERE / "engine_host.py"), str(port_file)],
                 env={**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
                 stdout=output,

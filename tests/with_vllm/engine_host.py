@@ -1,7 +1,7 @@
 """A process that runs vLLM engines one after the other: ``engine_host.py PORT_FILE``.
 
 Engines start in a second or two here, because vLLM is imported once, and once more in the process
-that workers of several are forked from. Routes: ``/start``, ``/stop``,
+that workers of several are forked from. Routes: ``/start``, ``/join``, ``/stop``,
 ``/generate`` and vLLM's own ``/collective_rpc``; bodies and answers are JSON.
 """
 
@@ -20,7 +20,14 @@ from typing import Any
 import frozen_imports  # noqa: F401
 
 PROMPTS = [[3, 5, 7, 9], [11, 22, 33, 44, 55, 66]]
-EXTENSION = "engine_worker.TestedWorker"
+OPTIONS: dict[str, Any] = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 256,
+    "num_gpu_blocks_override": 16,  # not a gigabyte to fill with zeros
+    "worker_extension_cls": "engine_worker.TestedWorker",
+    "disable_log_stats": True,
+}
 
 
 def fork_workers() -> None:
@@ -37,6 +44,7 @@ class Host:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        self._workers: Any = None
 
     def start(self, loads_early: bool = True, **options: Any) -> None:
         """``loads_early`` false: as with releases that cannot."""
@@ -46,20 +54,23 @@ class Host:
 
         reload._keeps_what_is_there = lambda _: loads_early
         self.stop()
-        self._engine = LLM(
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            max_model_len=256,
-            num_gpu_blocks_override=16,  # not a gigabyte to fill with zeros
-            worker_extension_cls=EXTENSION,
-            disable_log_stats=True,
-            **options,
-        )
+        self._engine = LLM(**OPTIONS, **options)
+
+    def join(self, **options: Any) -> None:
+        """Run this host's workers of an engine that starts on another one."""
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        self.stop()
+        config = EngineArgs(**OPTIONS, **options).create_engine_config(headless=True)
+        self._workers = MultiprocExecutor(config, monitor_workers=False)
 
     def stop(self) -> None:
         if self._engine is not None:
             self._engine.llm_engine.engine_core.shutdown()
-        self._engine = None
+        if self._workers is not None:
+            self._workers.shutdown()
+        self._engine = self._workers = None
         gc.collect()
 
     def generate(self) -> list[list[int]]:

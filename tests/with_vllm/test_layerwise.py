@@ -240,3 +240,16 @@ def test_what_waits_for_memory_is_summed_up_once(monkeypatch: pytest.MonkeyPatch
             assert sum(looked_at) == PARTS - 1
         assert all(torch.equal(model.layer[name], one) for name, one in tensors.items())
     assert layerwise.get_info_size is size
+
+
+def test_the_model_of_another_engine_is_not_processed_by_vllm() -> None:
+    """Its worker has no configuration of a model, which vLLM's step goes by."""
+    model = torch.nn.Linear(SIDE, SIDE, bias=False).requires_grad_(False)
+    model.load_weights = lambda weights: [model.weight.copy_(one) for _, one in weights]
+    runner = SimpleNamespace(model=model)
+    reload = EngineReload(SimpleNamespace(device=torch.device("cpu"), model_runner=runner), {})
+    reload.check()
+    reload.load([("weight", torch.ones(SIDE, SIDE))])
+    reload.finish()
+    reload.close()
+    assert torch.equal(model.weight, torch.ones(SIDE, SIDE))
