@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from checkpoint_engine.loading.calls import leaves_the_thread
 from checkpoint_engine.loading.replay import digests as digests_of
 from checkpoint_engine.loading.replay.memory import Place
 from checkpoint_engine.replay import Replayed, replayed
@@ -257,6 +258,14 @@ def test_an_operation_that_is_said_to_be_made_of_others_is_not_trusted() -> None
 
     load = update(Model({"w": (FP32, (6, 4))}, looking), Bytes(THREE, 1))
     assert "peek was used on" in load.report["reason"]
+
+
+@pytest.mark.parametrize("kind", ["PyCapsule", "pybind11_detail_function_record_v1"])
+def test_a_function_that_pybind11_bound_is_not_trusted(kind: str) -> None:
+    """It may read the tensors that it is given."""
+    record = type(kind, (), {})()
+    assert leaves_the_thread(max, record, set())
+    assert not leaves_the_thread(torch._C._get_tracing_state, record, set())
 
 
 def test_a_loader_may_have_modes_of_its_own() -> None:

@@ -41,7 +41,9 @@ _FRAMES_TO_POP = 8  # from the hook to torch's function that calls a mode
 _Lock = type(threading.Lock())
 _HOOKS = {getattr(sys, name) for name in ("getprofile", "setprofile", "settrace")}
 _HOOKS |= {getattr(sys, name) for name in ("_setprofileallthreads",) if hasattr(sys, name)}
+_BOUND_BY_PYBIND = ("PyCapsule", "pybind11_")  # what its functions are methods of: up to 2, from 3
 _THREADS = {_thread.start_new_thread, torch._C._to_dlpack}
+_THREADS |= {getattr(torch._C, one) for one in ("_data_address",) if hasattr(torch._C, one)}
 _THREADS |= {
     getattr(_thread, name) for name in ("start_joinable_thread",) if hasattr(_thread, name)
 }
@@ -149,8 +151,8 @@ def noticing_blindness(give_up: Callable[[str], None]) -> Iterator[None]:
 
 
 def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
-    """Whether a call starts a thread, wakes one or waits for one, gives a tensor's memory away, or
-    could hide other calls from the hook or from our mode.
+    """Whether a call starts a thread, wakes one or waits for one, gives a tensor's memory away,
+    could hide other calls from the hook or from our mode, or is an extension's.
 
     Args:
         locks: those that the thread was seen to take; kept from call to call.
@@ -165,7 +167,15 @@ def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
         is_ours = bool(modes) and type(modes[-1]).__module__.startswith(_OWN_ROOM)
         return is_ours and not _is_torch_about_to_call_it()
     changes_hook = function in _HOOKS or (owner is _MONITORING and owner is not None)
-    return changes_hook or function in _THREADS
+    return changes_hook or function in _THREADS or _is_an_extensions(function, owner)
+
+
+def _is_an_extensions(function: Any, owner: Any) -> bool:
+    """Whether it was bound by pybind11, and not by torch: such a function may read a tensor that it
+    is given."""
+    module = str(getattr(function, "__module__", None))
+    is_bound = type(owner).__name__.startswith(_BOUND_BY_PYBIND)
+    return is_bound and not module.startswith("torch.")
 
 
 def _is_torch_about_to_call_it() -> bool:
