@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -19,12 +20,16 @@ from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Place, key_of
 
+_loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
+"""Layers that some update loaded whole. In any other, as one with padding, what is not loaded would
+be what processing has made of the weights before: it is zeroed."""
+
 
 class KernelMemory:
     """Of one model.
 
     Attributes:
-        lent: the layers all of whose tensors are the engine's own, in this update.
+        lent: the layers all of whose tensors are the engine's own, in this update; their elements.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class KernelMemory:
                 nothing is lent.
             infos: what it knows of each layer.
         """
-        self.lent: set[torch.nn.Module] = set()
+        self.lent: dict[torch.nn.Module, int] = {}
         self._vllm = vllm
         self._modules = modules
         self._infos = infos
@@ -69,9 +74,11 @@ class KernelMemory:
             tensor = there.data
             tensor.__class__ = lacking[name].__class__
             tensor.__dict__ = lacking[name].__dict__.copy()
+            if layer not in _loaded_whole:
+                there.data.zero_()
             setattr(layer, name, tensor)
         if lacking and len(served) == len(lacking):
-            self.lent.add(layer)
+            self.lent[layer] = sum(one.numel() for one in served.values())
         self._make(layer, info)
 
     def lending(self) -> AbstractContextManager[None]:
@@ -99,6 +106,8 @@ class KernelMemory:
     def _restore(self, layer: torch.nn.Module, info: Any) -> None:
         """As vLLM's function, which copies one tensor after the other: what processing left in
         another one's place has to be out of it before."""
+        if layer in self.lent and info.load_numel >= self.lent[layer]:
+            _loaded_whole.add(layer)
         kernel = _kernel_of(info)
         keys = {key_of(one) for one in kernel.values()} - {None}
         for name, tensor in self._vllm.get_layer_tensors(layer).items():

@@ -337,6 +337,24 @@ def test_two_tensors_that_processing_exchanges() -> None:
         assert engine.made == []
 
 
+def test_what_is_not_loaded_of_a_layer_is_zero() -> None:
+    """As padding at a start. Processing has moved weights to where there is none by then."""
+
+    def turns(layer: torch.nn.Module) -> None:
+        layer.weight.data.copy_(layer.weight.data.flip(0))
+
+    engine = Engine(turns)
+    for step in range(LEARNING + 3):
+        new = halves(step)
+        del new["a.1"]
+        report = engine.update([{n: new[n]} for n in new])
+        assert report["partial"] == ["a"]
+        assert torch.equal(engine.model.a.weight[HALF:], new["a.0"].flip(0))
+        assert (engine.model.a.weight[:HALF] == 0).all()
+    engine.update(spread(halves(7)))
+    assert torch.equal(engine.model.a.weight, whole(halves(7), "a").flip(0))
+
+
 def share(model: Model) -> None:
     model.a.weight = model.b.weight
 
