@@ -166,9 +166,10 @@ def _first(reasons: Sequence[bytes]) -> str:
     return next((reason.decode() for reason in reasons if reason), "")
 
 
-_Filling = tuple[Step, torch.Tensor, Event]
-"""An own bucket on its way into staging: where it goes, and when it is there."""
-_Summing = tuple[Step, torch.Tensor, Event, torch.Tensor | None]
+_Filling = tuple[Step, int, Event]
+"""An own bucket on its way into staging: where it goes, and when it is there. No view of it, which
+an error's traceback would keep."""
+_Summing = tuple[Step, int, Event, torch.Tensor | None]
 """The same, when its sum is there as well, and that sum."""
 
 
@@ -291,7 +292,7 @@ class PeersMover(Mover):
         """Begin to fill a slot of staging, which nobody reads any more, with a bucket."""
         start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
         target = self.move.buffer.tensor[start : start + step.bucket.size]
-        self._filling.append((step, target, self._bring(step, target)))
+        self._filling.append((step, start, self._bring(step, target)))
         self._filled += 1
 
     def _bring(self, step: Step, target: torch.Tensor) -> Event:
@@ -308,15 +309,16 @@ class PeersMover(Mover):
         with self._streams.copying():
             return self._streams.copy(copy, after=self._streams.event())
 
-    def _sum_up(self, step: Step, target: torch.Tensor, event: Event) -> _Summing:
+    def _sum_up(self, step: Step, start: int, event: Event) -> _Summing:
         """Begin to add up a bucket, once it is there."""
         expected = self._expected_of(step)
         if expected is None or self._factors is None:
-            return step, target, event, None
+            return step, start, event, None
         with self._streams.broadcasting():  # beside the next copy
             self._streams.wait(event)
-            found = start_sum(target, expected[0], self._factors)
-            return step, target, self._streams.event(), found
+            filled = self.move.buffer.tensor[start : start + step.bucket.size]
+            found = start_sum(filled, expected[0], self._factors)
+            return step, start, self._streams.event(), found
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
         """What an own bucket's bytes add up to, as far as one bucket has a sum of its own."""
@@ -324,13 +326,11 @@ class PeersMover(Mover):
             return None
         return self.move.gathered.sum_of(step.owner, step.bucket)
 
-    def _offer(
-        self, step: Step, target: torch.Tensor, _: Event, found: torch.Tensor | None
-    ) -> None:
+    def _offer(self, step: Step, start: int, _: Event, found: torch.Tensor | None) -> None:
         expected = self._expected_of(step)
         if found is not None and expected is not None:
             check_sum(int(found) & MASK, expected[1], f"a bucket from rank {self._rank}")
-        self._arrived[id(step)] = start = int(target.storage_offset())
+        self._arrived[id(step)] = start
         self._peers.offer(start, step.bucket.size)
 
     def _find(self, step: Step) -> int | None:
