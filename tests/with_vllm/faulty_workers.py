@@ -23,11 +23,13 @@ class LeavingOut(CertifiedWorker):
 
     def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         left_out = self.model_runner.model.get_submodule(LEFT_OUT)
+        old = left_out.weight.detach().clone()
         restore = layerwise._copy_and_restore_kernel_tensors
 
         def restore_others(layer: Any, info: Any) -> None:
-            place = layerwise._place_kernel_tensors if layer is left_out else restore
-            place(layer, info)
+            restore(layer, info)
+            if layer is left_out:
+                layer.weight.data.copy_(old)
 
         layerwise._copy_and_restore_kernel_tensors = restore_others
         try:

@@ -128,6 +128,7 @@ def test_the_trainer_half_sends_to_the_worker_half(monkeypatch: pytest.MonkeyPat
 
     served.load_weights = load  # type: ignore[assignment]
     config = VllmConfig()
+    object.__setattr__(config, "model_config", SimpleNamespace(quantization=None))
     client = Client(CheckpointEngineTransfer(None, config, torch.device("cpu"), served))
     info = CheckpointEngineTrainerInit(rank=0, world_size=1)
     source = ModuleSource(sent)
