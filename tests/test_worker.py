@@ -22,7 +22,7 @@ import zmq
 
 from checkpoint_engine import ps
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.errors import UpdateError, WireError
+from checkpoint_engine.errors import EngineError, UpdateError, WireError
 from checkpoint_engine.ground.checksum import FORMULA, checksum
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.handover import link
@@ -40,6 +40,7 @@ from checkpoint_engine.handover.wire import (
 from checkpoint_engine.loading.loaded import LoadedBuckets, digest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.replay import replayed
+from checkpoint_engine.update.session import WorkerSession
 from checkpoint_engine.update.ways.base import Move
 from checkpoint_engine.update.ways.broadcast import Broadcast
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
@@ -340,6 +341,20 @@ def test_an_abort_between_the_two_nones(
     with pytest.raises(RuntimeError, match="rank 3 failed"):
         update.result(SOON)
     assert engine.hooks == 0
+
+
+def test_what_the_worker_says_comes_before_what_else_failed() -> None:
+    """A neighbour that hangs up may have failed of the same cause: the traceback says which."""
+    said = b"Traceback: out of memory"
+    link = SimpleNamespace(has_reply=lambda: True, receive=lambda _: said, check=lambda: None)
+    call = SimpleNamespace(check=lambda: None)
+    session = WorkerSession(link, call, "step-1")  # type: ignore[arg-type]
+
+    def neighbour_is_gone() -> None:
+        raise RuntimeError("rank 3 has left")
+
+    with pytest.raises(EngineError, match="out of memory"):
+        session.await_reload("bucket 1", neighbour_is_gone)
 
 
 @pytest.mark.parametrize("stage", ["handle", "bucket", "end"])
