@@ -173,9 +173,9 @@ def leaves_the_thread(function: Any, owner: Any, locks: set[int]) -> bool:
 def _is_an_extensions(function: Any, owner: Any) -> bool:
     """Whether it was bound by pybind11, and not by torch: such a function may read a tensor that it
     is given."""
-    module = str(getattr(function, "__module__", None))
-    is_bound = type(owner).__name__.startswith(_BOUND_BY_PYBIND)
-    return is_bound and not module.startswith("torch.")
+    if not type(owner).__name__.startswith(_BOUND_BY_PYBIND):
+        return False
+    return not str(getattr(function, "__module__", None)).startswith("torch.")
 
 
 def _is_torch_about_to_call_it() -> bool:

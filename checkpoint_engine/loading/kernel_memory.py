@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -38,12 +38,14 @@ class KernelMemory:
         modules: Mapping[str, torch.nn.Module],
         infos: Mapping[torch.nn.Module, Any],
         device_type: str,
+        shared: Set[int],
     ) -> None:
         """
         Args:
             vllm: the module that layerwise reload is in. If it does not copy as it does today,
                 nothing is lent.
             infos: what it knows of each layer.
+            shared: as of ``storages_of_several``; not lent.
         """
         self.lent: dict[torch.nn.Module, int] = {}
         self._vllm = vllm
@@ -52,17 +54,21 @@ class KernelMemory:
         self._device_type = device_type
         self._make = vllm.materialize_layer
         self._copy_and_restore = getattr(vllm, "_copy_and_restore_kernel_tensors", None)
+        self._shared = shared
         self._unshared: set[int | None] = set()
 
     def begin(self) -> None:
         """The layers wait for new weights."""
         self.lent.clear()
+        if self._copy_and_restore is None:
+            return
         waiting = (info for info in self._infos.values() if info.kernel_tensors is not None)
         kernel = (one for info in waiting for one in _kernel_of(info).values())
         others = (one for _, one in every_tensor(self._modules) if not one.is_meta)
         # Of tied weights, one could be loaded over the other after that was processed.
         counts = Counter(key_of(one) for one in (*kernel, *others))
-        self._unshared = {key for key, count in counts.items() if count == 1 and key is not None}
+        once = {key for key, count in counts.items() if count == 1}
+        self._unshared = once - self._shared - {None}
 
     def materialize(self, layer: torch.nn.Module, info: Any) -> None:
         """As vLLM's function, which makes what is lent here."""
@@ -95,7 +101,6 @@ class KernelMemory:
         """Whether what the engine computes with has the form of the checkpoint's."""
         return (
             kernel is not None
-            and self._copy_and_restore is not None
             and key_of(kernel) in self._unshared
             and key_of(tensor) is not None
             and kernel.device.type == self._device_type
@@ -115,6 +120,16 @@ class KernelMemory:
                 tensor.data = tensor.data.clone()
         assert self._copy_and_restore is not None
         self._copy_and_restore(layer, info)
+
+
+def storages_of_several(models: Sequence[Any]) -> set[int]:
+    """The memory that more than one of an engine's models computes with, as a drafter's head: each
+    of them loads and processes it."""
+    counts: Counter[int] = Counter()
+    for model in models if len(models) > 1 else ():
+        modules = dict(model.named_modules())
+        counts.update({key for _, one in every_tensor(modules) if (key := key_of(one)) is not None})
+    return {key for key, count in counts.items() if count > 1}
 
 
 @contextlib.contextmanager

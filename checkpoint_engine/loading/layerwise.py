@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +31,14 @@ _NO_UPDATE = "vLLM would lose that in an update; start the engine with the new w
 _LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
 
 
-def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver:
-    """Layerwise reload, if this vLLM has it and recorded how ``model`` was made."""
+def adapter_for(
+    model: Any, model_config: Any, device: torch.device, shared: Set[int] = frozenset()
+) -> LoadOver:
+    """Layerwise reload, if this vLLM has it and recorded how ``model`` was made.
+
+    Args:
+        shared: as of ``storages_of_several``.
+    """
     try:
         vllm = importlib.import_module(_LAYERWISE)
     except ImportError:
@@ -40,7 +46,7 @@ def adapter_for(model: Any, model_config: Any, device: torch.device) -> LoadOver
     layers = model.modules() if isinstance(model, torch.nn.Module) else ()
     recorded = (vllm.get_layerwise_info(layer).restore_metadata for layer in layers)
     if any(parameters for parameters, _ in recorded):
-        return Layerwise(vllm, model, model_config, device)
+        return Layerwise(vllm, model, model_config, device, shared)
     return LoadOver(model, model_config, device)
 
 
@@ -52,15 +58,18 @@ class Layerwise(LoadOver):
     now, and what has arrived is loaded into them: no copy of the tensors, and only of the shard
     that this worker keeps. Where a release cannot do that, the tensors are copied.
 
-    vLLM loads a layer into memory of its own, processes it, and copies it into what the engine
-    computes with. Where the latter has the form of the checkpoint, the layer is loaded and
-    processed right there: nothing is held a second time, whatever the processing does.
+    Its parameters are those that the engine computes with where these serve: ``kernel_memory``.
     """
 
     is_persistent = False
 
     def __init__(
-        self, vllm: Any, model: torch.nn.Module, model_config: Any, device: torch.device
+        self,
+        vllm: Any,
+        model: torch.nn.Module,
+        model_config: Any,
+        device: torch.device,
+        shared: Set[int],
     ) -> None:
         """``vllm``: the module that layerwise reload is in."""
         super().__init__(model, model_config, device)
@@ -73,7 +82,7 @@ class Layerwise(LoadOver):
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
-        self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type)
+        self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
 
     def check(self) -> None:
         restored = {
@@ -139,7 +148,6 @@ class Layerwise(LoadOver):
     def watching(self, recorder: Recorder) -> Iterator[None]:
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-
         counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
 
         def count_unseen(*args: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.adapters import LoadOver
+from checkpoint_engine.loading.kernel_memory import storages_of_several
 from checkpoint_engine.loading.layerwise import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
@@ -369,12 +370,13 @@ class EngineReload(ModelsReload):
         self._worker = worker
         self._config = getattr(worker, "vllm_config", None)
         models = list(models_of(runner, self._config))
+        shared = storages_of_several([model for _, model, _ in models])
         self._heads = SourceHeads(next((m for role, m, _ in models if role == "drafter"), None))
         with contextlib.ExitStack() as undo:
             undo.callback(self._heads.restore, refresh=False)
             self._heads.share()  # first: what is made for a model looks at its layers
             for role, model, model_config in models:
-                adapter = adapter_for(model, model_config, worker.device)
+                adapter = adapter_for(model, model_config, worker.device, shared)
                 self._models[role] = ModelReload(
                     habits_of(habits, role, model), adapter, model_config
                 )

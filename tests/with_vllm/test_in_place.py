@@ -77,7 +77,7 @@ class Engine:
         self.model = Model(process)
         self._habits: dict[str, LoaderHabits] = {}
         config = SimpleNamespace(dtype=torch.float32, quantization=None)
-        runner = SimpleNamespace(model=self.model, model_config=config)
+        self.runner = runner = SimpleNamespace(model=self.model, model_config=config)
         self._worker = SimpleNamespace(device=torch.device("cpu"), model_runner=runner)
         self.made: list[str] = []
 
@@ -339,10 +339,6 @@ def test_two_tensors_that_processing_exchanges() -> None:
 
 def test_what_is_not_loaded_of_a_layer_is_zero() -> None:
     """As padding at a start. Processing has moved weights to where there is none by then."""
-
-    def turns(layer: torch.nn.Module) -> None:
-        layer.weight.data.copy_(layer.weight.data.flip(0))
-
     engine = Engine(turns)
     for step in range(LEARNING + 3):
         new = halves(step)
@@ -353,6 +349,23 @@ def test_what_is_not_loaded_of_a_layer_is_zero() -> None:
         assert (engine.model.a.weight[:HALF] == 0).all()
     engine.update(spread(halves(7)))
     assert torch.equal(engine.model.a.weight, whole(halves(7), "a").flip(0))
+
+
+def turns(layer: torch.nn.Module) -> None:
+    layer.weight.data.copy_(layer.weight.data.flip(0))
+
+
+def test_a_parameter_that_a_drafter_has_as_well() -> None:
+    """Both load it, bucket by bucket, and process it where it is."""
+    engine, drafter = Engine(turns), Model(turns)
+    drafter.a.weight = engine.model.a.weight
+    engine.runner.drafter = SimpleNamespace(model=drafter)
+    for step in range(LEARNING + 3):
+        new = halves(step)
+        engine.update(spread(new))
+        for model in (engine.model, drafter):
+            assert torch.equal(model.a.weight, whole(new, "a").flip(0))
+            assert torch.equal(model.b.weight, whole(new, "b"))
 
 
 def share(model: Model) -> None:

@@ -120,7 +120,7 @@ FUNCTIONS = _named(
 """What may be called with any tensor. Where an argument is a tensor that stands for a number, the
 dispatcher sees it read."""
 _PROPERTIES = (
-    "shape dtype device layout ndim itemsize nbytes requires_grad grad grad_fn is_leaf "
+    "shape dtype device layout ndim itemsize nbytes requires_grad grad is_leaf "
     "is_meta is_cpu is_cuda is_sparse is_quantized is_nested"
 )
 
