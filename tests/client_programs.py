@@ -36,6 +36,7 @@ from fleet import digests, mixed_tensors
 RANK = int(os.environ["RANK"])
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 SHORT = timedelta(seconds=40)
+LINGERS = 0.3  # seconds
 SocketPaths = list[tuple[str, str]]
 
 
@@ -77,9 +78,10 @@ class Engine:
         if self.leads:
             check(self.workers, seed, owners)
 
-    def forget(self, refuses: str = "") -> None:
+    def forget(self, *how: Any) -> None:
+        """As of the workers."""
         if self.leads:
-            self.workers.call("forget", refuses)
+            self.workers.call("forget", *how)
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -148,7 +150,7 @@ def sglang(folder: str, p2p: bool) -> dict[str, Any]:
             ps.update("step-1", request, ranks=list(range(WORLD_SIZE)))
             engine.check(1)
             ps.gather_metas("step-1")
-        engine.forget(refuses="large.1")
+        engine.forget("large.1")
         failure = error_of(lambda: ps.update("step-1", request))
         engine.forget()
         ps.update("step-1", request)
@@ -363,7 +365,7 @@ def older_recipe(port: int) -> dict[str, Any]:
         ps.gather_metas("c")
         ps.update("c", request)
         engine.check(1)
-        engine.forget(refuses="large.0")
+        engine.forget("large.0")
         failure = error_of(lambda: ps.update("c", request))
         engine.forget()
         ps.update("c", request)
@@ -393,7 +395,8 @@ def ready(kind: str) -> dict[str, Any]:
         ps.gather_metas("c")
         ps.update("c", request, timeout=SHORT)
         engine.check(1)
-        engine.forget(refuses=f"large.{WORLD_SIZE - 1}" if engine.first == 0 else "")
+        # The other engine could have loaded everything before the first one fails.
+        engine.forget(*((f"large.{WORLD_SIZE - 1}",) if engine.first == 0 else ("", LINGERS)))
         failure = error_of(lambda: ps.update("c", request, timeout=SHORT))
         engine.forget()
         ps.update("c", request, timeout=SHORT)

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,10 @@ class Model:
     def __init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
         self.refuses = ""
+        self.lingers = 0.0
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> set[str]:
+        time.sleep(self.lingers)
         for name, tensor in weights:
             if self.refuses and self.refuses in name:
                 raise KeyError(f"no parameter {name}")
@@ -50,10 +53,15 @@ class Inspected:
     def digests(self) -> dict[str, str]:
         return digests(self.model.weights)
 
-    def forget(self, refuses: str = "") -> None:
-        """Start anew; ``refuses``: a part of the names that cannot be loaded."""
+    def forget(self, refuses: str = "", lingers: float = 0.0) -> None:
+        """Start anew.
+
+        Args:
+            refuses: a part of the names that cannot be loaded.
+            lingers: seconds for each bucket.
+        """
         self.model.weights.clear()
-        self.model.refuses = refuses
+        self.model.refuses, self.model.lingers = refuses, lingers
 
     def post_hook(self) -> None:
         self.hooks += 1
