@@ -239,7 +239,7 @@ class _Replaying(ModelUpdate):
         self._used: dict[Hashable, Program] = {}
         self._arrived_with: tuple[int, set[str]] = 0, set()
         self._filled: set[str] = set()
-        self._is_stale = False
+        self._is_stale = self._is_looked_at = False
 
     @property
     def _leaves_it(self) -> bool:
@@ -256,6 +256,8 @@ class _Replaying(ModelUpdate):
         self._bucket += 1
         key = received.message
         self._execute(key, self._recording.programs[key], received.buffer)
+        if self._model.is_persistent and len(self._used) == len(self._recording.programs):
+            self._check_addresses()  # while the device copies what was the last bucket so far
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         placements = placements_of(weights, received)
@@ -294,6 +296,7 @@ class _Replaying(ModelUpdate):
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
         form is not written any more."""
+        self._is_looked_at = False
         if self._model.is_persistent:
             for program in (*self._recording.programs.values(), *self._used.values()):
                 program.release()
@@ -313,7 +316,7 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        if self._model.is_persistent and self._used:
+        if self._model.is_persistent and self._used and not self._is_looked_at:
             self._check_addresses()
         if self._recording.together and (absent := self.absent()):
             self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
@@ -364,9 +367,10 @@ class _Replaying(ModelUpdate):
         if self._model.addresses() != expected:
             self._learned.forget()
             raise RuntimeError("the model's memory moved while it was updated: update again")
+        self._is_looked_at = True
 
     def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor) -> None:
-        self._used[key] = program
+        self._used[key], self._is_looked_at = program, False
         self.tensors += program.tensors
         self.nbytes += program.nbytes
         self.replayed += program.tensors - len(program.unknown)
