@@ -7,7 +7,7 @@ import cProfile
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -97,6 +97,73 @@ def of_many() -> Model:
 
 
 IN_FIVE = [list(MANY)[begin : begin + 100] for begin in range(0, 500, 100)]
+
+
+def delivered() -> Model:
+    """A model whose buckets are known by their messages, which it was looked at ahead of."""
+    model = Model({f"p{name}": (FP32, (2, 4)) for name in THREE}, into_its_own)
+    for seed in range(3):
+        with replayed(model.load_weights) as load:
+            receive(load, Bytes(THREE, seed), range(3))
+    assert load.report["loaded"] == "replayed"
+    return model
+
+
+def receive(load: Replayed, checkpoint: Bytes, numbers: Sequence[int]) -> None:
+    """Some buckets as a worker gets them, in memory that each overwrites."""
+    memory = torch.empty(1024, dtype=torch.uint8)
+    for number in numbers:
+        (name,), message = ALONE[number], f"{number} {ALONE[number]}".encode()
+        view = memory[:32].view(FP32).view(2, 4)
+        view.copy_(checkpoint.weights([name])[0][1])
+        if load.knows(message):
+            load.replay(message, memory)
+        else:
+            load.load_bucket([(name, view)], message, memory)
+        memory.fill_(255)
+
+
+@pytest.mark.parametrize("moved", range(3))
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_parameter_that_moves_between_two_messages_is_not_lost(moved: int, after: int) -> None:
+    """What the next bucket writes was looked at beside the one before."""
+    model, checkpoint = delivered(), Bytes(THREE, 7)
+    load, parameter = replayed(model.load_weights), [*model.parameters()][moved]
+    receive(load, checkpoint, range(after))
+    parameter.data = parameter.data.clone()
+    if moved > after:
+        receive(load, checkpoint, range(after, 3))
+        load.finish()
+        assert torch.equal(rows_of(checkpoint), torch.cat([*model.parameters()]))
+    else:
+        with pytest.raises(RuntimeError, match="moved while it was updated: update again"):
+            receive(load, checkpoint, range(after, 3))
+        load.abandon()
+    for seed in range(3):
+        with replayed(model.load_weights) as load:
+            receive(load, Bytes(THREE, seed), range(3))
+        assert torch.equal(rows_of(Bytes(THREE, seed)), torch.cat([*model.parameters()]))
+
+
+def test_a_parameter_that_becomes_another_between_updates_is_loaded_plainly() -> None:
+    """At the same address, of another form."""
+    model, checkpoint = delivered(), Bytes(THREE, 7)
+    model.pk.data = model.pk.data.view(4, 2)
+    model.load = lambda m, n, t: getattr(m, f"p{n}").data.view(2, 4).copy_(t)
+    with replayed(model.load_weights) as load:
+        receive(load, checkpoint, range(3))
+    assert load.report["loaded"] == "plain" or load.report["replayed"] < 3
+    assert torch.equal(
+        rows_of(checkpoint).view(-1), torch.cat([p.view(-1) for p in model.parameters()])
+    )
+
+
+def test_buckets_may_come_in_another_order() -> None:
+    model, checkpoint = delivered(), Bytes(THREE, 7)
+    with replayed(model.load_weights) as load:
+        receive(load, checkpoint, [2, 0, 1])
+    assert (load.report["loaded"], load.report["replayed"]) == ("replayed", 3)
+    assert torch.equal(rows_of(checkpoint), torch.cat([*model.parameters()]))
 
 
 @pytest.mark.parametrize("number", [0, 1, 251, 499])

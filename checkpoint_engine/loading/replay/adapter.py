@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from checkpoint_engine.loading.replay.geometry import View
-from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.memory import Slot, addresses_of
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBucket
 
@@ -44,7 +44,7 @@ class ModelAdapter(Protocol):
 
     def addresses(self) -> list[int]:
         """Where each of ``tensors`` begins, in their order."""
-        return [tensor.data_ptr() for _, tensor in self.tensors()]
+        return addresses_of(tensor for _, tensor in self.tensors())
 
     def refuses(self, slot: Slot) -> str | None:
         """Why a slot that was written needs the engine's own loader."""
@@ -98,11 +98,13 @@ class InPlace(ModelAdapter):
 
     def addresses(self) -> list[int]:
         owned = (of for one in self.modules.values() for of in _owned_by(one))
-        return [one.data_ptr() for of in owned for one in of.values() if one is not None]
+        return addresses_of(one for of in owned for one in of.values() if one is not None)
 
     def memory(self, slot: Slot) -> torch.Tensor:
-        module = self.modules[slot.module]
-        tensor = module._parameters.get(slot.name, module._buffers.get(slot.name))
+        name, own = slot
+        module = self.modules[name]
+        tensor: torch.Tensor | None = module._parameters.get(own)
+        tensor = module._buffers.get(own) if tensor is None else tensor
         if tensor is None:
             raise RuntimeError(f"{slot.qualified} is gone")
         return tensor

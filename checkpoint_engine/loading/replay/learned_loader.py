@@ -25,7 +25,7 @@ from checkpoint_engine.loading.replay.adapter import (
 )
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import whole_storage
-from checkpoint_engine.loading.replay.memory import Place, places_of
+from checkpoint_engine.loading.replay.memory import as_columns, columns_of, places_of
 from checkpoint_engine.loading.replay.program import Program
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import (
@@ -36,6 +36,7 @@ from checkpoint_engine.loading.replay.recording import (
 )
 from checkpoint_engine.settings import replay_check, replay_mode
 
+Held = list[torch.UntypedStorage]
 _MOST_RESTARTS = 2  # without a replay in between; then a loader is left alone
 
 
@@ -232,12 +233,13 @@ class _Replaying(ModelUpdate):
         self._recording, self._checked = recording, checked
         if checked is None and recording.needs is not None:
             self.needs = recording.needs.digest
-        self._now = self._places = recording.places
-        self._held: list[torch.Tensor] = []
+        self._places, self._addresses = recording.places, recording.addresses
+        self._order = list(recording.programs)
+        self._ahead: tuple[bytes, Program, Held] | None = None
+        self._held: Held = []
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
-        self._arrived_with: tuple[int, set[str]] = 0, set()
         self._filled: set[str] = set()
         self._is_stale = self._is_looked_at = False
 
@@ -249,21 +251,45 @@ class _Replaying(ModelUpdate):
     def knows(self, message: bytes) -> bool:
         if self._leaves_it or self._bucket == self._checked:
             return False
-        program = self._recording.programs.get(message)
-        return program is not None and self._is_in_place(program)
+        if self._ahead is None or self._ahead[0] != message:
+            self._look_at(message)
+        return self._ahead is not None
 
     def replay(self, received: ReceivedBucket) -> None:
+        if not self.knows(received.message) or self._ahead is None:
+            raise RuntimeError("this bucket is not known, or the model's memory moved")
+        (key, program, held), self._ahead = self._ahead, None
         self._bucket += 1
-        key = received.message
-        self._execute(key, self._recording.programs[key], received.buffer)
-        if self._model.is_persistent and len(self._used) == len(self._recording.programs):
-            self._check_addresses()  # while the device copies what was the last bucket so far
+        self._execute(key, program, received.buffer, held)
+        if self._model.is_persistent:
+            self._use_the_wait()
+
+    def _use_the_wait(self) -> None:
+        """The device copies a bucket, and the host looks at what comes next."""
+        if len(self._used) == len(self._order):
+            self._check_addresses()
+        elif self._bucket < len(self._order) and self._bucket != self._checked:
+            key = self._order[self._bucket]
+            if isinstance(key, bytes):
+                self._look_at(key)
+
+    def _look_at(self, message: bytes) -> None:
+        program = self._recording.programs.get(message)
+        held = None if program is None else self._in_place(program)
+        self._ahead = None
+        if program is not None and held is not None:
+            self._ahead = message, program, held
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         placements = placements_of(weights, received)
         programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
-        in_place = [one for one in programs if self._is_in_place(one[1])]
+        self._ahead = None
+        in_place = [
+            (placement, program, held)
+            for placement, program in programs
+            if (held := self._in_place(program)) is not None
+        ]
         if (unknown or len(in_place) < len(programs)) and not self._leaves_it:
             self._leave(unknown, received)
         self._bucket += 1
@@ -277,21 +303,27 @@ class _Replaying(ModelUpdate):
             with self._model.checking(self._comparison.check):
                 super().load(weights, received)
             return self._look_anew()
-        for placement, program in in_place:
-            self._execute(placement.key, program, placement.buffer)
-        known = {name for _, program in in_place for name in program.names}
+        for placement, program, held in in_place:
+            self._execute(placement.key, program, placement.buffer, held)
+        known = {name for _, program, _ in in_place for name in program.names}
         if rest := [one for one in weights if one[0] not in known]:
             self._load_plainly(rest)
             self._look_anew()
 
-    def _is_in_place(self, program: Program) -> bool:
-        """Whether what it writes is where the recording, or the loader since then, has it."""
+    def _in_place(self, program: Program) -> Held | None:
+        """The memory that it writes into, if that is where the recording, or the loader since then,
+        has it; nothing where the engine opens modules itself."""
         if not self._model.is_persistent:
-            return True
-        memory, places, fills = self._model.memory, self._places, self._recording.fills
-        filled = [fill.slot for part in program.parts for fill in fills.get(part.module, ())]
-        slots = (*program.slots, *filled)
-        return all(Place.of(memory(slot)) == places.get(slot) for slot in slots)
+            return []
+        places = self._places
+        if program.targets is None or program.targets[0] is not places:
+            slots = list(self._recording.written([program]))
+            program.targets = places, slots, as_columns(map(places.get, slots))
+        _, slots, expected = program.targets
+        tensors = [self._model.memory(slot) for slot in slots]
+        if columns_of(tensors) != expected:
+            return None
+        return list(map(torch.Tensor.untyped_storage, tensors))
 
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
@@ -301,10 +333,11 @@ class _Replaying(ModelUpdate):
             for program in (*self._recording.programs.values(), *self._used.values()):
                 program.release()
             before = self._recording.places
-            self._now = places_of(self._model.tensors())
+            now = places_of(self._model.tensors())
+            self._addresses = [place.address for place in now.values()]
             self._places = {
                 slot: place
-                for slot, place in self._now.items()
+                for slot, place in now.items()
                 if slot in before and before[slot].view == place.view
             }
 
@@ -330,19 +363,13 @@ class _Replaying(ModelUpdate):
             return self.loaded_plainly
         if self.loaded_plainly is None or self._recording.loaded is None:
             return None
-        return self.loaded_plainly | self._recording.loaded_from(self._arrived())
+        return self.loaded_plainly | self._recording.outcome(self._used).loaded
 
     def unused(self) -> set[str]:
-        return self._recording.unused & self._arrived()
+        return self._recording.outcome(self._used).unused
 
     def absent(self) -> set[str]:
-        return set() if self._is_stale else self._recording.copied - self._arrived()
-
-    def _arrived(self) -> set[str]:
-        if self._arrived_with[0] != len(self._used):
-            names = (program.names for program in self._used.values())
-            self._arrived_with = len(self._used), set().union(*names)
-        return self._arrived_with[1]
+        return set() if self._is_stale else self._recording.outcome(self._used).absent
 
     def _leave(self, unknown: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded, or the model's memory moved: the next
@@ -363,14 +390,14 @@ class _Replaying(ModelUpdate):
 
     def _check_addresses(self) -> None:
         """Every tensor was where it should be when it was written, and has to be there still."""
-        expected = [place.address for place in self._now.values()]
-        if self._model.addresses() != expected:
+        if self._model.addresses() != self._addresses:
             self._learned.forget()
             raise RuntimeError("the model's memory moved while it was updated: update again")
         self._is_looked_at = True
 
-    def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor) -> None:
+    def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor, held: Held) -> None:
         self._used[key], self._is_looked_at = program, False
+        self._held = held  # it stays until the device is done, whatever the engine does
         self.tensors += program.tensors
         self.nbytes += program.nbytes
         self.replayed += program.tensors - len(program.unknown)
@@ -384,8 +411,6 @@ class _Replaying(ModelUpdate):
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
         memory = self._model.memory
         if self._model.is_persistent:
-            # It stays until the device is done, whatever the engine does.
-            self._held = [memory(slot) for slot in program.slots]
             program.batch.execute(buffer, memory, stays=True)
             for part in program.parts if self._recording.fills else ():
                 self._fill(part.module)

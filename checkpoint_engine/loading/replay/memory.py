@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +52,32 @@ Places = dict[Slot, Place]
 
 def places_of(tensors: SlotTensors) -> Places:
     return {slot: Place.of(tensor) for slot, tensor in tensors}
+
+
+Columns = tuple[list[Any], ...]
+"""Of many places, each number in a list of its own."""
+
+
+def columns_of(tensors: Sequence[torch.Tensor]) -> Columns:
+    """Where tensors are, without an object for each: every bucket of an update waits for it."""
+    return (
+        addresses_of(tensors),
+        [key_of(one) if one.is_cpu else None for one in tensors],
+        [one.dtype for one in tensors],
+        list(map(torch.Tensor.storage_offset, tensors)),
+        list(map(torch.Tensor.size, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+    )
+
+
+def as_columns(places: Iterable[Place | None]) -> Columns:
+    """The same of places that are known; of one that is not: what no tensor has."""
+    rows = [(-1,) * 6 if one is None else (*one[:2], *one.view) for one in places]
+    return tuple(map(list, zip(*rows, strict=True))) if rows else ([],) * 6
+
+
+def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ import torch
 from checkpoint_engine.loading.replay import fused_copies
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import UNITS, Copy, coalesced, whole_storage
-from checkpoint_engine.loading.replay.memory import Slot
+from checkpoint_engine.loading.replay.memory import Columns, Places, Slot
 
 MemoryOf = Callable[[Slot], torch.Tensor]
 
@@ -211,6 +211,8 @@ class Program:
         tensors, nbytes: of the bucket.
         names: of its tensors that the recording knows.
         unknown: its tensors that the recording lacks; they go through the engine's loader.
+        targets: the slots that it writes, and where those of a model's places are that it wrote
+            last.
     """
 
     tensors: int
@@ -218,6 +220,7 @@ class Program:
     parts: list[ModulePart]
     names: frozenset[str]
     unknown: list[Placed]
+    targets: tuple[Places, list[Slot], Columns] | None = None
 
     @property
     def moves(self) -> Iterator[Move]:

@@ -20,7 +20,13 @@ import torch
 from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.loading.replay.canvas import Source
 from checkpoint_engine.loading.replay.geometry import Copy, View, whole_storage
-from checkpoint_engine.loading.replay.memory import Place, Places, Slot, Traced
+from checkpoint_engine.loading.replay.memory import (
+    Places,
+    Slot,
+    Traced,
+    as_columns,
+    columns_of,
+)
 from checkpoint_engine.loading.replay.program import ModulePart, Move, Placed, Program, Route
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -108,6 +114,15 @@ class Needed(NamedTuple):
     regions: list[Region]
 
 
+class Outcome(NamedTuple):
+    """What some buckets come to: the parameters that they fill, the tensors that the loader does
+    nothing with, and those that are needed and not among them."""
+
+    loaded: set[str]
+    unused: set[str]
+    absent: set[str]
+
+
 class Model(Protocol):
     """What a recording looks at of ``adapter.ModelAdapter``."""
 
@@ -146,6 +161,7 @@ class Recording:
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
+    _outcome: tuple[frozenset[Hashable], Outcome] | None = None
 
     def add(self, traced: Traced, shared: dict[Any, Any]) -> None:
         """What was copied into a slot. ``shared`` has each route once."""
@@ -166,10 +182,16 @@ class Recording:
             return False
         # A GPU waits. What a bucket writes is looked at before it is written, in any case.
         some = list(self.places)[:: max(1, len(self.places) // _LOOKED_AT)]
-        return all(Place.of(model.memory(slot)) == self.places[slot] for slot in some) and all(
+        places = as_columns(self.places[slot] for slot in some)
+        return columns_of([model.memory(slot) for slot in some]) == places and all(
             _is_still(getattr(model.modules.get(slot.module), slot.name, None), seen)
             for slot, seen in self.constants.items()
         )
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Of ``places``."""
+        return [place.address for place in self.places.values()]
 
     def does_as(self, other: Recording) -> bool:
         """Whether both are of the same deeds, whatever order the tensors came in."""
@@ -250,7 +272,17 @@ class Recording:
             modules = {part.module for program in bucket for part in program.parts}
         return slots | {fill.slot for module in modules for fill in self.fills.get(module, ())}
 
-    def loaded_from(self, arrived: set[str]) -> set[str]:
+    def outcome(self, programs: Mapping[Hashable, Program]) -> Outcome:
+        """Worked out once for the buckets that every update has."""
+        if self._outcome is None or self._outcome[0] != programs.keys():
+            arrived = set[str]().union(*(program.names for program in programs.values()))
+            found = Outcome(
+                self._loaded_from(arrived), self.unused & arrived, self.copied - arrived
+            )
+            self._outcome = frozenset(programs), found
+        return self._outcome[1]
+
+    def _loaded_from(self, arrived: set[str]) -> set[str]:
         """The parameters that are written if just these tensors arrive."""
         if self.copied <= arrived:
             return set(self.loaded or ())
