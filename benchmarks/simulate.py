@@ -182,10 +182,10 @@ def staged(
 
 # ---------------------------------------------------------------------- GPUs of one host, measured
 
-LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=0.5e-6, per_bucket=300e-6, per_update=0.013)
-"""0.15 us: `replay.py growth`. Per tensor once, and 13 ms: the traces of two H200 (12 ms until the
-workers are there, the copies beginning after 4, and 3 ms after the last bucket)."""
-PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.013)
+LEARNED = Costs(per_tensor=0.15e-6, per_tensor_once=0.3e-6, per_bucket=300e-6, per_update=0.01)
+"""0.15 us: `replay.py growth`. Per tensor once, and 10 ms: what two and four H200 took before the
+first bucket (14 and 29 ms, of which they mapped 4 and 16 buffers) and after the last (5 and 8)."""
+PYTHON = Costs(per_tensor=39e-6, per_bucket=300e-6, per_update=0.01)
 """39 us: release 0.5.0's worker on four H200."""
 
 
@@ -203,12 +203,12 @@ class Measured:
 
 
 MEASURED = [
-    Measured(2, "H200", 16.2, 0.146, True, 0.165),
-    Measured(2, "H200", 16.2, 0.149, False, 0.176),
+    Measured(2, "H200", 16.2, 0.149, True, 0.164),
+    Measured(2, "H200", 16.2, 0.149, False, 0.168),
     Measured(2, "H200", 16.2, 0.162, False, 0.200, PYTHON),
-    Measured(2, "H200", 1.26, 0.0114, True, 0.026),
-    Measured(4, "H200", 31.1, 0.186, True, 0.278),
-    Measured(4, "H200", 31.1, 0.206, False, 0.321),
+    Measured(2, "H200", 1.26, 0.0116, True, 0.025),
+    Measured(4, "H200", 28.7, 0.166, True, 0.187),
+    Measured(4, "H200", 28.7, 0.152, False, 0.202),
     Measured(4, "H200", 31.1, 0.188, False, 0.467, PYTHON),
 ]
 
@@ -259,7 +259,10 @@ NAMESPACES = Cluster(
 )  # fmt: skip
 """1 Gbit/s less the headers of TCP; a memcpy on two cores, and gloo over loopback: `limits.md`'s
 12 GB/s of an idle core and 2.4 GB/s."""
-ON_CPUS = Costs(per_tensor=0.15e-6, per_bucket=1e-3, per_update=0.05, check=5.0, per_range=1e-4)
+ON_CPUS = Costs(
+    per_tensor=0.15e-6, per_bucket=1e-3, per_update=0.05, check=5.0, per_range=1e-4,
+    per_mapping=0.0,
+)  # fmt: skip
 
 
 def two_hosts() -> None:

@@ -39,7 +39,7 @@ def vllm_request(
     rank: int | None = None,
     pause: Literal["abort", "wait", "keep"] | None = None,
     resume_after_failure: bool = False,
-    reset_prefix_cache: bool = False,
+    reset_prefix_cache: bool | None = None,
     weight_version: str | None = None,
     plugin: bool | None = None,
     timeout: float = 300.0,
@@ -57,8 +57,9 @@ def vllm_request(
             aborted, waited for, or kept and continued with the new weights. If the update fails,
             the engine stays paused, for its weights may be partly written, until the next one.
         resume_after_failure: let it serve all the same.
-        reset_prefix_cache: after the update, forget what was computed with the old weights.
-            Requests in flight are not lost, but computed anew.
+        reset_prefix_cache: after the update, forget what was computed with the old weights, or new
+            requests that begin as earlier ones are answered with it. Requests in flight are not
+            lost, but computed anew. Default: so, unless the engine has no route for it.
         weight_version: what ``/weight_info`` of the engine shall answer afterwards. Only vLLM's own
             weight transfer tells its engine.
         plugin: whether the backend receives, not the extension. Default: what the engine's
@@ -87,10 +88,21 @@ def vllm_request(
                 request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
             else:
                 _ask_extension(f"{url}/collective_rpc", handles, seconds, uds, headers)
-            if reset_prefix_cache:
-                _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
+            if reset_prefix_cache is not False:
+                _reset_prefix_cache(post, needed=bool(reset_prefix_cache))
 
     return _for_engine(ask, rank, inference_parallel_size)
+
+
+def _reset_prefix_cache(post: Callable[..., httpx.Response], needed: bool) -> None:
+    """``needed``: an engine without such a route is an error."""
+    import httpx
+
+    try:
+        _check_success(post("/reset_prefix_cache?reset_running_requests=true"))
+    except httpx.HTTPStatusError as error:
+        if needed or error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
 
 
 class _VllmTransfer:

@@ -34,7 +34,7 @@ from demo import (
 )
 from random_checkpoint import model_config, tensor_shapes, write_checkpoint
 
-PROMPT = [11, 22, 33, 44]
+PROMPT = (11, 22, 33, 44)
 MAX_TOKENS = 12
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
@@ -90,10 +90,10 @@ class VllmServer:
                 time.sleep(0.2)
         raise RuntimeError(f"vLLM did not start, its exit code is {self.process.poll()}")
 
-    def generate(self) -> list[int]:
+    def generate(self, prompt: Sequence[int] = PROMPT) -> list[int]:
         """The tokens that follow the prompt."""
         sampling = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-        body = {"token_ids": PROMPT, "sampling_params": sampling}
+        body = {"token_ids": list(prompt), "sampling_params": sampling}
         answer = self._http.post(f"{self.url}/inference/v1/generate", json=body)
         if not answer.is_success:
             raise RuntimeError(f"vLLM answered {answer.status_code}: {answer.text}")

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -215,7 +216,8 @@ def paths_of(engine: Engine) -> list[str]:
 
 def test_vllm_is_asked_once_for_all_its_workers(engine: Engine, url: str) -> None:
     vllm_request(url, rank=0, inference_parallel_size=2, timeout=60)(WORLD)
-    ((path, body),) = engine.bodies
+    (path, body), *rest = engine.bodies
+    assert [path for path, _ in rest] == ["/reset_prefix_cache?reset_running_requests=true"]
     assert path == "/collective_rpc"
     assert body.pop("timeout") == pytest.approx(60, abs=5)
     assert body == {"method": "update_weights_from_ipc", "args": [FIRST]}
@@ -238,7 +240,7 @@ def test_vllm_stays_paused_over_weights_that_may_be_half_written(engine: Engine,
     with pytest.raises(httpx.HTTPStatusError, match=says):
         vllm_request(url, rank=0, pause="abort", reset_prefix_cache=True)(WORLD)
     assert paths_of(engine) == ["/pause?mode=abort", "/collective_rpc"]
-    vllm_request(url, rank=0, pause="abort")(WORLD)
+    vllm_request(url, rank=0, pause="abort", reset_prefix_cache=False)(WORLD)
     assert paths_of(engine)[2:] == ["/pause?mode=abort", "/collective_rpc", "/resume"]
 
 
@@ -280,7 +282,7 @@ def test_a_pause_that_fails_ends_the_request(engine: Engine, url: str) -> None:
 
 
 def test_a_resume_that_fails_is_an_error(engine: Engine, url: str) -> None:
-    engine.statuses = [200, 200, 500]
+    engine.statuses = [200, 200, 200, 500]
     with pytest.raises(httpx.HTTPStatusError, match="/resume"):
         vllm_request(url, rank=0, pause="wait")(WORLD)
 
@@ -289,6 +291,21 @@ def test_a_prefix_cache_that_stays_is_an_error(engine: Engine, url: str) -> None
     engine.text = '{"success": false}'
     with pytest.raises(RuntimeError, match=r"reset_prefix_cache.* did not succeed"):
         vllm_request(url, rank=0, reset_prefix_cache=True)(WORLD)
+
+
+@pytest.mark.parametrize("wished", [None, True])
+@pytest.mark.parametrize("status", [404, 500])
+def test_an_engine_may_have_no_prefix_cache_unless_it_is_named(
+    engine: Engine, url: str, wished: bool | None, status: int
+) -> None:
+    engine.statuses = [200, status]
+    with (
+        nullcontext()
+        if (wished, status) == (None, 404)
+        else pytest.raises(httpx.HTTPStatusError, match="/reset_prefix_cache")
+    ):
+        vllm_request(url, rank=0, reset_prefix_cache=wished)(WORLD)
+    assert len(engine.bodies) == 2
 
 
 def test_sglang_gets_what_it_expects(engine: Engine, url: str) -> None:
@@ -365,12 +382,13 @@ def test_numbers_out_of_range_are_refused(make: Callable[..., Any], wrong: dict[
 @pytest.mark.parametrize("make", REQUESTS)
 def test_engines_on_unix_sockets(engine: Engine, uds: str, make: Callable[..., Any]) -> None:
     make("http://localhost", rank=0, uds=uds)(WORLD)
-    assert len(engine.bodies) == 1
+    assert len(engine.bodies) == (2 if make is vllm_request else 1)
 
 
 WITH_BACKEND = {"vllm_config": {"weight_transfer_config": {"backend": "checkpoint_engine"}}}
 HANDLES = [("GPU-0", "ipc:///tmp/0"), ("GPU-1", "ipc:///tmp/1")]
 START, FINISH = ("/start_weight_update", None), ("/finish_weight_update", {})
+RESET = ("/reset_prefix_cache?reset_running_requests=true", None)
 UPDATE = ("/update_weights", {"update_info": {"zmq_handles": dict(HANDLES)}})
 
 
@@ -378,13 +396,13 @@ def test_vllm_with_our_backend_is_asked_by_its_own_routes(engine: Engine, url: s
     engine.server_info = WITH_BACKEND
     vllm_request(url, inference_parallel_size=2, rank=0, weight_version="7")(HANDLES)
     finish = ("/finish_weight_update", {"weight_version": "7"})
-    assert engine.bodies == [START, UPDATE, finish, ("/reset_encoder_cache", None)]
+    assert engine.bodies == [START, UPDATE, finish, ("/reset_encoder_cache", None), RESET]
 
 
 def test_vllm_with_another_backend_is_asked_by_its_extension(engine: Engine, url: str) -> None:
     engine.server_info = {"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}}
     vllm_request(url, inference_parallel_size=2, rank=0)(HANDLES)
-    assert [path for path, _ in engine.bodies] == ["/collective_rpc"]
+    assert paths_of(engine) == ["/collective_rpc", RESET[0]]
 
 
 def test_an_update_that_failed_is_ended_on_vllms_other_workers(engine: Engine, url: str) -> None:

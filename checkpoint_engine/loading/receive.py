@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.handover.link import ServerLink
 from checkpoint_engine.loading.loaded import LoadedBuckets, Parts
+from checkpoint_engine.loading.replay.program import Flat
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
 
@@ -410,17 +412,31 @@ def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
             raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
 
 
+def _strides_of(shape: torch.Size) -> tuple[int, ...]:
+    """Of a tensor whose elements lie one behind the other."""
+    counts = [max(1, count) for count in shape]
+    return tuple(math.prod(counts[dim + 1 :]) for dim in range(len(counts)))
+
+
 def extract_weights(tensors: wire.Bucket, buffer: torch.Tensor) -> NamedTensors:
     """The tensors of a bucket as views of the double buffer.
 
     Raises:
-        ValueError: one reaches beyond the buffer.
+        ValueError: one reaches beyond the buffer, or lies between elements of its dtype.
     """
     weights = []
+    flat, begin = Flat(buffer), int(buffer.storage_offset())
+    forms: dict[tuple[torch.dtype, torch.Size], tuple[int, tuple[int, ...]]] = {}
     for entry in tensors:
         dtype, shape, start = entry["dtype"], entry["shape"], entry["offset"]
-        end = start + tensor_nbytes(dtype, shape)
-        if end > buffer.nbytes:
+        if (form := forms.get((dtype, shape))) is None:
+            form = forms[dtype, shape] = tensor_nbytes(dtype, shape), _strides_of(shape)
+        nbytes, strides = form
+        if start + nbytes > buffer.nbytes:
+            end = start + nbytes
             raise ValueError(f"tensor {entry['name']!r} ends at {end} of {buffer.nbytes} bytes")
-        weights.append((entry["name"], buffer[start:end].view(dtype).view(shape)))
+        if (start | begin) % dtype.itemsize:
+            raise ValueError(f"tensor {entry['name']!r} lies at {start}, between its elements")
+        at = (begin + start) // dtype.itemsize
+        weights.append((entry["name"], flat[dtype].as_strided(shape, strides, at)))
     return weights

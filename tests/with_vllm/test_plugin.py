@@ -240,6 +240,9 @@ def test_without_a_source_an_engine_starts_from_its_files_and_says_so(
     assert f"no metas from {tmp_path / 'nothing'}: " in engine_host.output()
 
 
+LONG_PROMPT = [11 + number % 89 for number in range(200)]
+
+
 @pytest.mark.timeout(420)
 def test_updates_by_the_flag_alone(
     models: dict[str, Path], broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,10 +253,13 @@ def test_updates_by_the_flag_alone(
 
     with running(models["dense-1"], monkeypatch, "auto", options=OBSERVED) as server:
         fresh = server.generate(), rpc(server, "digests")
+        long = server.generate(LONG_PROMPT)
     with running(models["dense-2"], monkeypatch, "dummy", options=OBSERVED) as server:
         assert server.generate() != fresh[0]
+        server.generate(LONG_PROMPT)  # vLLM keeps what it computes of a prompt's blocks
         assert update(tmp_path / "first", server, one) == [""]
         assert (server.generate(), rpc(server, "digests")) == fresh
+        assert server.generate(LONG_PROMPT) == long
         assert get(server, "/weight_info") == {"weight_version": "dense-1"}
         (error,) = update(tmp_path / "fails", server, wrong)
         assert re.match(r"update failed on rank [01] during reload: .* in bucket \d+ of \d+", error)

@@ -11,6 +11,7 @@ from typing import Any
 
 GB = 1e9
 _MAY_BE_ZERO = {"hop", "per_tensor", "per_tensor_once", "per_bucket", "per_update", "per_range"}
+_MAY_BE_ZERO |= {"per_mapping"}
 
 
 def _described(default: float | None, text: str) -> Any:
@@ -72,6 +73,8 @@ class Costs(_Checked):
         per_update: plan, buffers, handshake, release, post hook; half of it before the first
             bucket.
         per_tensor_once: before the first bucket, and again after the last.
+        per_mapping: for each worker and each buffer of its host; the driver maps one at a time,
+            whoever asks.
         load: rate at which a worker takes its part out of a bucket; ``None``: the device memory's.
         check: ``None``: workers check no sums.
     """
@@ -86,5 +89,6 @@ class Costs(_Checked):
     per_tensor_once: float = _described(
         0.0, "seconds of a learned worker for a tensor, first and last, as 2.3e-6"
     )
+    per_mapping: float = _described(1.1e-3, "seconds of each buffer that a worker of a host maps")
     per_range: float = _described(2e-6, "seconds of each range that is read by P2P: over TCP 1e-4")
     load: float | None = None

@@ -151,7 +151,8 @@ class _Host:
     def run(self) -> list[Task]:
         simulation, plan = self._simulation, self._host.plan
         once = self._costs.per_update / 2 + plan.tensor_count * self._costs.per_tensor_once
-        begun = simulation.task("once", fixed=once)  # the first buckets set out meanwhile
+        mapping = self._costs.per_mapping * len(self._host.orders) ** 2
+        begun = simulation.task("once", fixed=once + mapping)  # the first buckets set out meanwhile
         fetched = {step.number: self._fetch(step) for step in plan.steps}
         loaded: defaultdict[int, list[int]] = defaultdict(list)
         for rank, order in self._host.orders.items():
