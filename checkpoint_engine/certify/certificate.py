@@ -36,6 +36,8 @@ class Updated:
         loaded: by each worker and model: ``recorded``, ``replayed`` or ``plain``.
         reasons: why a loader was not learned or replayed, where the workers say so.
         buckets: of ``bucket_bytes`` at most.
+        held_share: the most that a worker held of incomplete layers beside what the engine computes
+            with, of the bytes that arrived.
         error: of the update, if it failed.
         difference: from a fresh start; ``None`` if it failed.
     """
@@ -47,6 +49,7 @@ class Updated:
     buckets: int = 0
     loaded: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    held_share: float = 0.0
     error: str = ""
     difference: Difference | None = None
 

@@ -196,7 +196,8 @@ class _Run:
             return replace(updated, seconds=time.monotonic() - began, error=str(error))
         loaded, reasons = _replay_of(found["answer"])
         spent, buckets = time.monotonic() - began, found["buckets"]
-        return replace(updated, seconds=spent, buckets=buckets, loaded=loaded, reasons=reasons)
+        told = replace(updated, seconds=spent, buckets=buckets, loaded=loaded, reasons=reasons)
+        return replace(told, held_share=_held_of(found["answer"]))
 
     def _look(self, engine: Engine) -> Seen:
         outputs = engine.generate(self._prompts, _TOKENS)
@@ -284,3 +285,11 @@ def _replay_of(answer: Any) -> tuple[list[str], list[str]]:
     loaded = [one["loaded"] for one in told if one.get("loaded")]
     reasons = dict.fromkeys(one.get("reason") for one in told)
     return loaded, [reason for reason in reasons if reason and reason != "PS_REPLAY=off"]
+
+
+def _held_of(answer: Any) -> float:
+    """The most that a worker says it held of a layer that was not complete, as a share of what it
+    was sent."""
+    told = [one for worker in answer or () for one in worker.values()]
+    shares = [one.get("held_bytes", 0) / max(1, one.get("bytes", 0)) for one in told]
+    return round(max(shares, default=0.0), 4)

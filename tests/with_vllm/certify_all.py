@@ -98,9 +98,11 @@ start from the same files: all parameters and buffers bit for bit, tokens and lo
 
 **right**: every update left the engine as a fresh start does. **differs**: one did not, and the row
 says where. **refused**: the engine does not start, or refuses updates; the row has its words.
+**held**: the most that a worker held in any update of incomplete layers, beside what the
+engine computes with, of the bytes that arrived. Each model is updated in one bucket, and in many.
 
-| model | architecture | quantisation | TP | CPU | GPU | loaded | to be known |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | architecture | quantisation | TP | CPU | GPU | held | loaded | to be known |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -124,7 +126,8 @@ def _line(name: str, size: int, cpu: dict[str, Any] | None, gpu: dict[str, Any] 
     said = [one["reason"] for one in (cpu, gpu) if one and one.get("reason")]
     cells = [name, model.get("architecture", ""), model.get("quantisation") or "none", str(size)]
     cells += [one["result"] if one else "not run" for one in (cpu, gpu)]
-    cells += [loaded, "; ".join([*said, *notes])]
+    held = max((one.get("held_share", 0.0) for one in updates), default=0.0)
+    cells += [f"{held:.0%}" if updates else "", loaded, "; ".join([*said, *notes])]
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
 
 
