@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -473,18 +474,16 @@ def vllm(arguments: argparse.Namespace) -> None:
         "PS_DEVICE": "cpu",
     }
     sys.path.insert(0, str(tests))
-    import models
+    from certified_models import CI, MODELS, write
 
+    tiny = MODELS["qwen3-moe"]
+    size = {"num_hidden_layers": arguments.layers_of_vllm, "num_experts": EXPERTS}
+    MODELS["large"] = replace(tiny, options={**tiny.options, **size, "moe_intermediate_size": 16})
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        models.LAYERS, models.EXPERTS = arguments.layers_of_vllm, EXPERTS
-        models.HIDDEN, models.EXPERT_INNER = 128, 16
-        large = [models.write_model("moe", Path(folder) / f"large-{seed}", seed) for seed in (1, 2)]
+        large = [write("large", Path(folder) / f"large-{seed}", seed) for seed in (1, 2)]
         _time_loading(large, arguments.tp, arguments.repeats)
-        if arguments.shares:
-            models.LAYERS, models.EXPERTS = 4, 8
-            models.HIDDEN, models.EXPERT_INNER = 128, 64
-            for kind in models.KINDS:
-                _show_shares(kind, models.write_model(kind, Path(folder) / kind, 1), arguments.tp)
+        for kind, _ in dict(CI).items() if arguments.shares else ():
+            _show_shares(kind, write(kind, Path(folder) / kind), arguments.tp)
 
 
 def _time_loading(folders: list[Path], tp: int, repeats: int) -> None:

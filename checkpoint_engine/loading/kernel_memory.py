@@ -20,6 +20,8 @@ from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Place, key_of
 
+_Tensors = dict[str, torch.Tensor]
+
 _loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
 """Layers that some update loaded whole. In any other, as one with padding, what is not loaded would
 be what processing has made of the weights before: it is zeroed."""
@@ -72,10 +74,7 @@ class KernelMemory:
 
     def materialize(self, layer: torch.nn.Module, info: Any) -> None:
         """As vLLM's function, which makes what is lent here."""
-        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
-        tensors: dict[str, torch.Tensor] = self._vllm.get_layer_tensors(layer)
-        lacking = {name: one for name, one in tensors.items() if one.is_meta}
-        served = {n: kernel[n] for n, one in lacking.items() if self._serves(kernel.get(n), one)}
+        lacking, served = self._lacking(layer, info)
         for name, there in served.items():
             tensor = there.data
             tensor.__class__ = lacking[name].__class__
@@ -86,6 +85,19 @@ class KernelMemory:
         if lacking and len(served) == len(lacking):
             self.lent[layer] = sum(one.numel() for one in served.values())
         self._make(layer, info)
+
+    def lends_whole(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Whether a layer that has no memory yet would get all of it from here."""
+        lacking, served = self._lacking(layer, info)
+        return 0 < len(lacking) == len(served)
+
+    def _lacking(self, layer: torch.nn.Module, info: Any) -> tuple[_Tensors, _Tensors]:
+        """What a layer has no memory for, and what the engine computes with that serves."""
+        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
+        tensors: _Tensors = self._vllm.get_layer_tensors(layer)
+        lacking = {name: one for name, one in tensors.items() if one.is_meta}
+        served = {n: kernel[n] for n, one in lacking.items() if self._serves(kernel.get(n), one)}
+        return lacking, served
 
     def lending(self) -> AbstractContextManager[None]:
         """Around whatever may have vLLM make layers, or process them."""

@@ -176,16 +176,64 @@ class Layerwise(LoadOver):
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
         waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
         direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
-        names = ("get_numel_loaded", "_layerwise_process")
-        theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
+        made: dict[Slot, torch.Tensor] = {}
+        at_once = self._loading_at_once(waiting, made)
+        theirs = {name: direct.aside(function) for name, function in at_once.items()}
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
         with replacing(self._vllm, **theirs), direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():
-            if slot in before and not tensor.is_meta and slot.module not in self._opened:
+            is_ours = tensor.is_meta or tensor is made.get(slot) or slot.module in self._opened
+            if slot in before and not is_ours:
                 raise RuntimeError(f"the model's loader replaces {slot.qualified}: {_NO_UPDATE}")
         return loaded
+
+    def _loading_at_once(
+        self, waiting: list[tuple[Slot, torch.Tensor]], made: dict[Slot, torch.Tensor]
+    ) -> dict[str, Callable[..., Any]]:
+        """vLLM calls a parameter's loader on one without memory, to count, and again once the layer
+        is complete. Where the engine lends all of the layer's memory, the first call loads, and
+        there is no second one.
+
+        Args:
+            waiting: the tensors of layers that wait for weights.
+            made: gets what takes their place in layers that are lent memory.
+        """
+        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
+        slots = {id(tensor): slot for slot, tensor in waiting if tensor.is_meta}
+
+        def load_and_count(loader: Any, call: inspect.BoundArguments) -> Any:
+            slot = slots.get(id(call.arguments.get("param")))
+            if slot is not None:
+                with nullcontext() if self._recorder is None else self._recorder.paused():
+                    self._lend(self.modules[slot.module], made)
+                call.arguments["param"] = made.get(slot, call.arguments["param"])
+            return count(loader, call)
+
+        def process_loaded(layer: torch.nn.Module, info: Any) -> None:
+            info.loaded_weights[:] = [
+                (name, call)
+                for name, call in info.loaded_weights
+                if (into := call.arguments["param"]).is_meta
+                or into is not layer._parameters.get(name)
+            ]
+            process(layer, info)
+
+        return {"get_numel_loaded": load_and_count, "_layerwise_process": process_loaded}
+
+    def _lend(self, layer: torch.nn.Module, made: dict[Slot, torch.Tensor]) -> None:
+        """Give a layer that waits the memory that the engine computes with, if it is all there."""
+        info = self._infos[layer]
+        if layer in self._kernel.lent or self._must_wait(layer, info):
+            return
+        if self._kernel.lends_whole(layer, info):
+            self._kernel.materialize(layer, info)
+            of_layer = self._vllm.get_layer_tensors(layer).items()
+            found = {Slot(self._names[layer], name): tensor for name, tensor in of_layer}
+            made.update(found)
+            if self._recorder is not None:
+                self._recorder.rebind(found.items())
 
     def _memory_for(self, slot: Slot) -> torch.Tensor:
         """Of a layer that a loader writes into by itself."""
