@@ -13,12 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.data_types import TensorPart, placed
+from checkpoint_engine.data_types import (
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    TensorPart,
+    align_up,
+    make_metas,
+    placed,
+    tensor_nbytes,
+)
 from checkpoint_engine.ground import needs as needs_module
-from checkpoint_engine.ground.needs import Needs, Region, runs_of
+from checkpoint_engine.ground.needs import Needs, Region, runs_of, tensors_digest
 from checkpoint_engine.planning import shards
 from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
-from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, places_in, share
 from test_plan import owned
 
 quick = settings(deadline=None, max_examples=60)
@@ -213,7 +221,7 @@ def test_another_owner_is_read_where_it_has_the_bytes(world: Any) -> None:
     found = share(plan, hosts, 0, metas, duplicates)
     for step in found.steps:
         for rank in step.sources:
-            bucket = as_held_by(metas[rank], step.bucket)
+            bucket = as_held_by(metas[rank], places_in(metas[rank]), step.bucket)
             wanted = [one.name for one in step.bucket.items]
             for part, name in zip(bucket.ranges, wanted, strict=True):
                 buffer = metas[rank].memory_buffer_metas_list[part.idx]
@@ -264,7 +272,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     one, two = Needs.of(first), Needs.of(second)
     assert one is not None
     assert two is not None
-    needs = HostNeeds(Tensors(metas), [one, two])
+    needs = HostNeeds(Tensors(plan.steps), [one, two])
     by_name = {step.bucket.items[0].name: needs.runs_in(step.bucket) for step in plan.steps}
     assert by_name[names[0]] is None  # both halves: the whole tensor
     for name in names[1:]:
@@ -274,7 +282,73 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     other = Needs.of({tensor(n, 1 << 15): [] for n in names[:2]})
     assert other is not None
     with pytest.raises(ValueError, match="of other tensors"):
-        HostNeeds(Tensors(metas), [other])
+        HostNeeds(Tensors(plan.steps), [other])
+
+
+@st.composite
+def kinds(draw: Any) -> tuple[torch.dtype, torch.Size, int]:
+    dtype = draw(st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]))
+    shape = torch.Size(draw(st.lists(st.integers(0, 12), max_size=2)))
+    return dtype, shape, align_up(tensor_nbytes(dtype, shape))
+
+
+@st.composite
+def listings(draw: Any) -> tuple[dict[int, MemoryBufferMetaList], set[str]]:
+    """Owners of tensors of a few kinds, names in any order; some have several owners."""
+    some = draw(st.lists(kinds(), min_size=1, max_size=4))
+    names = draw(st.lists(st.text(max_size=3), min_size=1, max_size=12, unique=True))
+    kind_of = {name: draw(st.sampled_from(some)) for name in names}
+    metas, owners = {}, Counter(names[:0])
+    for rank in range(draw(st.integers(1, 3))):
+        mine = draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
+        items = make_metas(mine, [kind_of[name] for name in mine], range(len(mine)))
+        buffer = MemoryBufferMetas(metas=items, ptr=0, size=sum(m.aligned_size for m in items))
+        metas[rank] = MemoryBufferMetaList(
+            p2p_store_addr=None, memory_buffer_metas_list=[buffer], rdma_device=""
+        )
+        owners.update(mine)
+    return metas, {name for name, count in owners.items() if count > 1}
+
+
+@quick
+@given(listings(), st.booleans(), st.data())
+def test_tensors_are_listed_as_a_plain_loop_lists_them(
+    listing: Any, may_cut: bool, data: Any
+) -> None:
+    """Digest, sizes and places, and the bytes that are needed of each bucket."""
+    metas, duplicates = listing
+    nics = {f"rank-{rank}": {rank} for rank in metas}
+    size = BucketSize(256 if may_cut else 1024, True)
+    plan = plan_transfer(metas, size, nics, nics, may_cut=may_cut, duplicates=duplicates)
+    found = Tensors(plan.steps)
+    by_name = {
+        m.name: (m.name, m.dtype, m.shape)
+        for one in metas.values() for b in one.memory_buffer_metas_list for m in b.metas
+    }  # fmt: skip
+    listed = [by_name[name] for name in sorted(by_name)]
+    assert found.digest == tensors_digest(listed)
+    assert found.sizes.tolist() == [tensor_nbytes(dtype, shape) for _, dtype, shape in listed]
+    assert len(found) == len(listed)
+    read = {one: [Region(0, data.draw(st.integers(0, int(nbytes))), (), ())]
+            for one, nbytes in zip(listed, found.sizes, strict=True)}  # fmt: skip
+    needs = Needs.of(read)
+    assert needs is not None
+    union = HostNeeds(found, [needs])
+    for step in plan.steps:
+        names = [m.name for m in step.bucket.items]
+        places = found.places_of(step.bucket).tolist()
+        assert [listed[place][0] for place in places] == names
+        needed = sum(read[by_name[name]][0].length for name in names)
+        nbytes = sum(int(found.sizes[place]) for place in places)
+        assert union.share_of(step.bucket) == needed / max(1, nbytes)
+
+
+def test_names_of_tensors_are_told_apart() -> None:
+    def digest(*names: str) -> str:
+        return tensors_digest([tensor(name, 1) for name in names])
+
+    every = [("ab", "c"), ("a", "bc"), ("abc",), ("ab\0c",), ("ab", "\ud800"), ("", "abc")]
+    assert len({digest(*names) for names in every}) == len(every)
 
 
 def test_short_gaps_are_read_along() -> None:

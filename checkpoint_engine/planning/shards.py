@@ -10,7 +10,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,12 @@ from checkpoint_engine.data_types import (
     BucketRange,
     H2DBucket,
     MemoryBufferMetaList,
+    ParameterMeta,
     TensorPart,
     placed,
     tensor_nbytes,
 )
-from checkpoint_engine.ground.collector import collector_at_rest
-from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, kinds_of, runs_of
+from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
@@ -31,48 +32,61 @@ SHORTEST_GAP = 8 << 10
 
 
 class Tensors:
-    """The tensors of all owners in the order of their names, as needs count them. Made once for a
-    plan of all buckets: it takes several times as long as the union of needs and ``share``.
+    """The tensors that a plan of all buckets moves, as columns in the order of their names: so
+    needs count them. A large model has hundreds of thousands, and the first update waits for this.
 
     Attributes:
         digest: ``tensors_digest`` of them.
         sizes: the bytes of each.
     """
 
-    def __init__(self, metas: Metas, buckets: Iterable[H2DBucket] = ()) -> None:
-        """``buckets``: whose tensors are looked up at once."""
-        self._places: dict[int, tuple[H2DBucket, np.ndarray]] = {}
-        with collector_at_rest():
-            self._read(metas)
-            for bucket in buckets:
-                self.places_of(bucket)
+    def __init__(self, steps: Iterable[Step]) -> None:
+        items: list[ParameterMeta] = []
+        self._ends = [0]
+        self._numbers: dict[int, tuple[H2DBucket, int]] = {}
+        for number, unit in enumerate(_units(steps)):
+            for step in unit:
+                self._numbers[id(step.bucket)] = step.bucket, number
+            items += unit[0].bucket.items
+            self._ends.append(len(items))
+        self._read(items)
 
-    def _read(self, metas: Metas) -> None:
-        listed = [
-            (meta.name, meta.dtype, meta.shape)
-            for owned in metas.values()
-            for buffer in owned.memory_buffer_metas_list
-            for meta in buffer.metas
-        ]
-        listed.sort(key=itemgetter(0))
-        self._place = dict(zip(map(itemgetter(0), listed), itertools.count()))
-        if len(self._place) < len(listed):  # several owners have some of them
-            listed = [listed[place] for place in self._place.values()]
-            self._place = dict(zip(self._place, itertools.count()))
-        kinds, kind_of = kinds_of(listed)
-        self.digest = digest_of_kinds(list(self._place), kinds, kind_of)
-        sizes = np.array([tensor_nbytes(*kind) for kind in kinds], dtype=np.int64)
-        self.sizes = sizes[np.array(kind_of, dtype=np.int64)]
+    def _read(self, items: Sequence[ParameterMeta]) -> None:
+        """``items``: bucket by bucket, those of a tensor that travels in parts once."""
+        names = [meta.name for meta in items]
+        met: dict[tuple[Any, tuple[int, ...]], int] = {}
+        kinds = zip(map(attrgetter("dtype"), items), map(attrgetter("shape"), items), strict=True)
+        alike = np.fromiter(map(met.setdefault, kinds, itertools.count()), np.int64, len(names))
+        ordered = sorted(range(len(names)), key=names.__getitem__)
+        order = np.fromiter(ordered, np.int64, len(names))
+        self._places = np.empty_like(order)
+        self._places[order] = np.arange(len(order))
+        kind_of = _numbered(alike[order])
+        in_turn = np.argsort(_first_places(kind_of))  # kinds are numbered as they are met
+        every = list(met)
+        listed = [every[kind] for kind in in_turn]
+        kind_of = np.argsort(in_turn)[kind_of]
+        by_name = itemgetter(*ordered)(names) if len(names) > 1 else names
+        self.digest = digest_of_kinds(by_name, listed, kind_of)
+        self.sizes = np.array([tensor_nbytes(*kind) for kind in listed], dtype=np.int64)[kind_of]
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._places)
 
     def places_of(self, bucket: H2DBucket) -> np.ndarray:
         """Where the bucket's tensors are among all of them."""
-        if id(bucket) not in self._places:
-            places = np.array([self._place[meta.name] for meta in bucket.items], dtype=np.int64)
-            self._places[id(bucket)] = bucket, places
-        return self._places[id(bucket)][1]
+        number = self.number_of(bucket)
+        return self._places[self._ends[number] : self._ends[number + 1]]
+
+    def number_of(self, bucket: H2DBucket) -> int:
+        """Where the bucket is among all buckets, the parts of one tensor counted as one."""
+        return self._numbers[id(bucket)][1]
+
+    def per_bucket(self, column: np.ndarray) -> list[int]:
+        """The sum of a column over the tensors of each bucket; see ``number_of``."""
+        sums = np.zeros(len(column) + 1, np.int64)
+        np.cumsum(column[self._places], out=sums[1:])
+        return list(np.diff(sums[self._ends]).tolist())
 
 
 class HostNeeds:
@@ -98,8 +112,10 @@ class HostNeeds:
             )
             for at in first
         ]
-        totals = np.array([int((ends - begins).sum()) for begins, ends in self._runs])
-        self._needed = totals[self._alike]
+        totals = [int((ends - begins).sum()) for begins, ends in self._runs]
+        self._needed = np.array(totals, dtype=np.int64)[self._alike]
+        sums = zip(*map(tensors.per_bucket, (self._needed, tensors.sizes)), strict=True)
+        self._shares = [needed / max(1, nbytes) for needed, nbytes in sums]
 
     @property
     def nbytes(self) -> int:
@@ -108,8 +124,7 @@ class HostNeeds:
 
     def share_of(self, bucket: H2DBucket) -> float:
         """Which part of a bucket's bytes is needed."""
-        places = self._tensors.places_of(bucket)
-        return float(self._needed[places].sum() / max(1, self._tensors.sizes[places].sum()))
+        return self._shares[self._tensors.number_of(bucket)]
 
     def runs_in(self, bucket: H2DBucket) -> Runs | None:
         """The bytes of a bucket that are needed, from its beginning; ``None``: all of them."""
@@ -133,9 +148,14 @@ def _distinct(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for column in columns:
         numbers = _numbered(column)
         alike = _numbered(alike * (int(numbers.max(initial=0)) + 1) + numbers)
-    first = np.zeros(int(alike.max(initial=-1)) + 1, np.int64)
-    first[alike[::-1]] = np.arange(len(alike))[::-1]
-    return first, alike
+    return _first_places(alike), alike
+
+
+def _first_places(numbers: np.ndarray) -> np.ndarray:
+    """Where each of the numbers, from 0 on, comes first."""
+    first = np.zeros(int(numbers.max(initial=-1)) + 1, np.int64)
+    first[numbers[::-1]] = np.arange(len(numbers))[::-1]
+    return first
 
 
 def _numbered(values: np.ndarray) -> np.ndarray:
@@ -176,18 +196,20 @@ def share(
     """
     host_of = {rank: number for number, ranks in enumerate(hosts) for rank in ranks}
     distance = {rank: (host - here) % len(hosts) for rank, host in host_of.items()}
+    inside = {*hosts[here]}
     holders = _holders(metas, duplicates)
     sources: dict[int, tuple[int, ...]] = {}
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
         owners = sorted(holders(unit[0]), key=lambda rank: (distance[rank], rank))
-        inside = [rank for rank in owners if rank in hosts[here]]
-        (local if inside else remote).append(unit)
-        sources |= {id(step.bucket): tuple(inside or owners) for step in unit}
+        near = [rank for rank in owners if rank in inside]
+        (local if near else remote).append(unit)
+        for step in unit:
+            sources[id(step.bucket)] = tuple(near or owners)
     queues = _merged(
-        _dealt(local, lambda unit: sources[id(unit[0].bucket)], None),
-        _dealt(remote, lambda unit: hosts[here], needs),
+        _dealt(local, lambda unit: sources[id(unit[0].bucket)], hosts[here], None),
+        _dealt(remote, lambda unit: hosts[here], hosts[here], needs),
         lambda unit: distance[sources[id(unit[0].bucket)][0]],
     )
     entries = [(rank, step.owner, step.bucket) for rank, some in queues.items() for step in some]
@@ -204,7 +226,7 @@ Unit = list[Step]
 """A bucket, or all parts of one tensor: one rank stages them, one behind the other."""
 
 
-def _units(steps: Sequence[Step]) -> Iterator[Unit]:
+def _units(steps: Iterable[Step]) -> Iterator[Unit]:
     unit: Unit = []
     for step in steps:
         unit.append(step)
@@ -232,15 +254,18 @@ def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
 
 
 def _dealt(
-    units: Sequence[Unit], candidates: Callable[[Unit], Sequence[int]], needs: HostNeeds | None
+    units: Sequence[Unit],
+    candidates: Callable[[Unit], Sequence[int]],
+    ranks: Sequence[int],
+    needs: HostNeeds | None,
 ) -> dict[int, list[Unit]]:
-    """The units of each rank: the largest first, to the candidate that has the least so far."""
-    loads: defaultdict[int, float] = defaultdict(float)
+    """The units of each of ``ranks``: the largest first, to the candidate that has the least."""
+    loads = {rank: (0.0, rank) for rank in ranks}
     dealt: defaultdict[int, list[tuple[int, Unit]]] = defaultdict(list)
-    weights = [sum(_weight(step.bucket, needs) for step in unit) for unit in units]
+    weights = [sum([_weight(step.bucket, needs) for step in unit]) for unit in units]
     for place in sorted(range(len(units)), key=lambda place: (-weights[place], place)):
-        rank = min(candidates(units[place]), key=lambda rank: (loads[rank], rank))
-        loads[rank] += weights[place]
+        load, rank = min(map(loads.__getitem__, candidates(units[place])))
+        loads[rank] = load + weights[place], rank
         dealt[rank].append((place, units[place]))
     return {
         rank: [unit for _, unit in sorted(some, key=itemgetter(0))] for rank, some in dealt.items()
@@ -269,14 +294,21 @@ def _merged(
     return merged
 
 
-def as_held_by(owned: MemoryBufferMetaList, bucket: H2DBucket) -> H2DBucket:
-    """The same tensors where another owner has them."""
-    wanted = {meta.name for meta in bucket.items}
-    places: dict[str, tuple[int, int]] = {}
-    for index, buffer in enumerate(owned.memory_buffer_metas_list):
-        for start, meta in placed(buffer.metas):
-            if meta.name in wanted:
-                places[meta.name] = index, start
+Places = dict[str, tuple[int, int]]
+"""Of each tensor of an owner, the number of its host buffer, and where it begins there."""
+
+
+def places_in(owned: MemoryBufferMetaList) -> Places:
+    """Where the tensors of an owner lie. Takes long for many: made once for all buckets."""
+    return {
+        meta.name: (index, start)
+        for index, buffer in enumerate(owned.memory_buffer_metas_list)
+        for start, meta in placed(buffer.metas)
+    }
+
+
+def as_held_by(owned: MemoryBufferMetaList, places: Places, bucket: H2DBucket) -> H2DBucket:
+    """The same tensors where another owner, with these ``places``, has them."""
     ranges = []
     for meta in bucket.items:
         index, start = places[meta.name]

@@ -27,7 +27,7 @@ def bucket_size(
     least = min(hellos, key=lambda hello: hello.free_bytes)
     return plan.bucket_size(
         least.free_bytes,
-        plan.largest_tensor(gathered.metas),
+        gathered.extent[1],
         min(hello.bucket_cap for hello in hellos),
         may_cut,
         shares,
@@ -100,7 +100,7 @@ class Way(ABC):
         """
         may_cut = self._may_cut(gathered, hellos)
         size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
-        size = plan.paced(size, self.pace(hellos), gathered.metas, may_cut)
+        size = plan.paced(size, self.pace(hellos), gathered.extent, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
         members = hellos[0].ranks
         basis = (gathered.plan_basis, size, nics, members, may_cut)

@@ -12,12 +12,21 @@ from types import SimpleNamespace
 import torch
 from loguru import logger
 
+from checkpoint_engine.data_types import H2DBucket
 from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
+from checkpoint_engine.planning.shards import (
+    HostNeeds,
+    Places,
+    Tensors,
+    as_held_by,
+    places_in,
+    share,
+)
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
@@ -120,27 +129,32 @@ class Shard(Way):
 
     def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> TransferPlan:
         """All buckets, received by ranks of this host; other hosts have other receivers."""
-        every = super().plan(gathered, hellos)
+        with collector_at_rest():
+            return self._shared_out(super().plan(gathered, hellos), gathered, hellos)
+
+    def _shared_out(
+        self, every: TransferPlan, gathered: Gathered, hellos: Sequence[Hello]
+    ) -> TransferPlan:
         hosts = _hosts(hellos)
         mine = next(hello for hello in hellos if hello.rank == self.here.rank)
         here = _host_of(mine, hosts)
         ranks = tuple(tuple(hello.rank for hello in host) for host in hosts)
         basis = ranks, tuple(hello.needs for hello in here)
         if self._every is not every:
-            buckets = (step.bucket for step in every.steps)
-            self._tensors = Tensors(gathered.metas, buckets)
-            self._every, self._shared = every, None
+            self._every, self._tensors, self._shared = every, None, None
         if self._shared is None or self._shared[0] != basis:
-            options = gathered.metas, gathered.duplicates, self._needs_of(here)
+            options = gathered.metas, gathered.duplicates, self._needs_of(here, every)
             shared = share(every, ranks, hosts.index(here), *options)
             self._shared = basis, shared
         return self._shared[1]
 
-    def _needs_of(self, here: Sequence[Hello]) -> HostNeeds | None:
+    def _needs_of(self, here: Sequence[Hello], every: TransferPlan) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
         digests = sorted({hello.needs for hello in here})
-        if "" in digests or self._tensors is None:
+        if "" in digests:
             return None
+        if self._tensors is None:
+            self._tensors = Tensors(every.steps)
         try:
             return HostNeeds(self._tensors, [self._known[digest] for digest in digests])
         except ValueError as error:  # another checkpoint than the one that they have learned
@@ -221,6 +235,7 @@ class _ShardMover(PeersMover):
         """``needs``: the digest of what this rank's worker reads."""
         self._remote = remote
         self._needs = needs
+        self._places: dict[int, Places] = {}
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
         super().__init__(move, peers, streams, double_slots)
@@ -259,11 +274,7 @@ class _ShardMover(PeersMover):
         return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
 
     def _bring(self, step: Step, target: torch.Tensor) -> Event:
-        metas = self.move.gathered.metas
-        held = {
-            rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
-            for rank in step.sources
-        }
+        held = {rank: self._as_held_by(rank, step) for rank in step.sources}
         if _is_own(step):
             return self._copy_own(step, held[self._rank], target)
 
@@ -275,6 +286,14 @@ class _ShardMover(PeersMover):
 
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
+
+    def _as_held_by(self, rank: int, step: Step) -> H2DBucket:
+        if rank == step.owner:
+            return step.bucket
+        owned = self.move.gathered.metas[rank]
+        if rank not in self._places:
+            self._places[rank] = places_in(owned)
+        return as_held_by(owned, self._places[rank], step.bucket)
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
         return super()._expected_of(step) if _is_own(step) else None
