@@ -24,6 +24,7 @@ from checkpoint_engine.data_types import (
     placed,
     tensor_nbytes,
 )
+from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
@@ -182,6 +183,8 @@ def share(
     metas: Metas,
     duplicates: Set[str] = frozenset(),
     needs: HostNeeds | None = None,
+    outside: Sequence[Sequence[int]] = (),
+    gone: Set[int] = frozenset(),
 ) -> TransferPlan:
     """A plan of all buckets for one host: the receiver of each is the rank that stages it.
 
@@ -190,20 +193,26 @@ def share(
     host n + 2, and so on: each host is asked by one other at a time.
 
     Args:
-        hosts: the ranks of each.
+        hosts: the ranks of each that take part.
         here: which of them it is.
         duplicates: names that several owners have, with equal content.
+        outside: the owners that take no part, those of each host. They are only read. All owners,
+            where they are ranks of another world: then their numbers are of that.
+        gone: the owners that nobody can read any more.
+
+    Raises:
+        CollectiveError: only they have a bucket that is needed.
     """
-    host_of = {rank: number for number, ranks in enumerate(hosts) for rank in ranks}
-    distance = {rank: (host - here) % len(hosts) for rank, host in host_of.items()}
-    inside = {*hosts[here]}
+    distance = _distances(hosts, here, outside)
     holders = _holders(metas, duplicates)
     sources: dict[int, tuple[int, ...]] = {}
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
         owners = sorted(holders(unit[0]), key=lambda rank: (distance[rank], rank))
-        near = [rank for rank in owners if rank in inside]
+        if gone:
+            owners = _not_gone(owners, gone, unit[0].bucket, needs)
+        near = [rank for rank in owners if distance[rank] == 0]
         (local if near else remote).append(unit)
         for step in unit:
             sources[id(step.bucket)] = tuple(near or owners)
@@ -220,6 +229,35 @@ def share(
         held_by = (rank,) if rank in held_by else held_by
         steps.append(Step(rank, owner, bucket, index % 2, numbers[id(bucket)], held_by))
     return replace(transfer, steps=tuple(steps), needs=needs, messages={})
+
+
+def _distances(
+    hosts: Sequence[Sequence[int]], here: int, outside: Sequence[Sequence[int]]
+) -> dict[int, int]:
+    """How late this host asks each owner; 0: it is a rank of this host."""
+    found = {
+        rank: (number - here) % len(hosts) for number, ranks in enumerate(hosts) for rank in ranks
+    }
+    for number, ranks in enumerate(outside):
+        found |= dict.fromkeys(ranks, len(hosts) + (number - here) % len(outside))
+    return found
+
+
+def _not_gone(
+    owners: list[int], gone: Set[int], bucket: H2DBucket, needs: HostNeeds | None
+) -> list[int]:
+    left = [rank for rank in owners if rank not in gone]
+    if left:
+        return left
+    if needs is None or needs.share_of(bucket) > 0.0:
+        name = bucket.items[0].name
+        text = (
+            f"rank {owners[0]} is gone, and no other rank owns {name!r} and what travels with it: "
+            "start that rank again, register the checkpoint there and gather it on all ranks, or "
+            "load the metas of a world that holds it"
+        )
+        raise CollectiveError(text, "rank_gone", rank=owners[0])
+    return owners  # nobody reads it
 
 
 Unit = list[Step]

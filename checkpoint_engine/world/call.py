@@ -70,6 +70,11 @@ class Call:
         return self._membership.members
 
     @property
+    def gone(self) -> tuple[int, ...]:
+        """The ranks of the world that are not there any more, members or not."""
+        return tuple(sorted(self._liveness.gone))
+
+    @property
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]

@@ -42,9 +42,11 @@ class Way(ABC):
 
     Attributes:
         name: in reports.
+        deals_out_reads: whether the plan says which of the members reads a bucket for all of them.
     """
 
     name: str
+    deals_out_reads = False
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
@@ -102,7 +104,7 @@ class Way(ABC):
         size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
         size = plan.paced(size, self.pace(hellos), gathered.extent, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
-        members = hellos[0].ranks
+        members = hellos[0].ranks if self.deals_out_reads else None
         basis = (gathered.plan_basis, size, nics, members, may_cut)
         if self._planned is None or self._planned[0] != basis:
             transfer = plan.plan_transfer(

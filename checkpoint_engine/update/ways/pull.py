@@ -25,6 +25,7 @@ class Pull(Broadcast):
     """The receivers share the reading, and broadcast among themselves what each has read."""
 
     name = "P2P"
+    deals_out_reads = True
     joins_parts = False  # the parts of several owners' tensors would arrive at once
     keeps_group = False  # the next one may have other members
 
