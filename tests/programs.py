@@ -403,10 +403,12 @@ def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
     rank.ps.load_metas(decode_metas((here / "metas.json").read_bytes()))
     everyone = list(range(WORLD_SIZE))
     request = request_of(rank.worker, RANK)
-    buckets = []
+    buckets, ways = [], []
     for members in (everyone, [WORLD_SIZE - 1]):
         rank.worker.call("forget")
-        buckets.append(rank.ps.update("good", request, ranks=members, timeout=SHORT).buckets)
+        report = rank.ps.update("good", request, ranks=members, timeout=SHORT)
+        buckets.append(report.buckets)
+        ways += [report.way] if RANK in members else []
         if RANK in members:
             rank.check(1, set(range(sources)))
     seen = []
@@ -420,7 +422,7 @@ def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
     rank.ps.store_based_barrier()
     (here / "finished").touch()
     rank.stop()
-    return {"seen": seen, "buckets": buckets, **rank.resources()}
+    return {"seen": seen, "buckets": buckets, "ways": ways, **rank.resources()}
 
 
 def _lives(pid_file: Path) -> bool:

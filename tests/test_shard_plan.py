@@ -22,6 +22,7 @@ from checkpoint_engine.data_types import (
     placed,
     tensor_nbytes,
 )
+from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground import needs as needs_module
 from checkpoint_engine.ground.needs import Needs, Region, runs_of, tensors_digest
 from checkpoint_engine.planning import shards
@@ -229,6 +230,72 @@ def test_another_owner_is_read_where_it_has_the_bytes(world: Any) -> None:
                 begin = step.bucket.begin if isinstance(step.bucket, TensorPart) else 0
                 assert part.offset == at + begin
                 assert part.offset + part.size <= buffer.size
+
+
+@quick
+@given(worlds(), st.data())
+def test_owners_that_take_no_part_are_only_read(world: Any, data: Any) -> None:
+    """Some ranks, of some hosts; or ranks of another world, whose numbers say nothing."""
+    metas, hosts, plan, duplicates = world
+    is_loaded = data.draw(st.booleans())
+    members = [data.draw(st.lists(st.sampled_from(host), unique=True)) for host in hosts]
+    outside = [
+        [rank for rank in host if rank in metas and (is_loaded or rank not in some)]
+        for host, some in zip(hosts, members, strict=True)
+    ]
+    members = [some for some in members if some] or [[hosts[0][0]]]
+    here = data.draw(st.integers(0, len(members) - 1))
+    if not is_loaded:
+        outside = [[rank for rank in host if [rank] != members[0]] for host in outside]
+    outside = [host for host in outside if host]
+    gone = data.draw(st.sets(st.sampled_from([rank for host in hosts for rank in host])))
+    options = metas, duplicates, None, outside
+    owners_alone = metas, duplicates, None, [list(metas)]
+    found = share(plan, members, here, *options)
+    assert Counter(id(s.bucket) for s in found.steps) == Counter(id(s.bucket) for s in plan.steps)
+    for step in found.steps:
+        assert step.receiver in members[here]
+        names = {m.name for m in step.bucket.items}
+        for rank in step.sources:
+            assert names <= {m.name for b in metas[rank].memory_buffer_metas_list for m in b.metas}
+        assert is_loaded or {*step.sources} & {*members[here]} in (set(), {step.receiver})
+        if is_loaded:
+            assert step.owner in step.sources
+    if any({*step.sources} <= gone for step in share(plan, [[99]], 0, *owners_alone).steps):
+        with pytest.raises(CollectiveError) as caught:
+            share(plan, members, here, *options, gone)
+        assert (caught.value.kind, caught.value.missing) == ("rank_gone", [])
+        assert caught.value.rank in gone
+    else:
+        without = share(plan, members, here, *options, gone)
+        assert not any({*step.sources} & gone for step in without.steps)
+
+
+def test_what_nobody_needs_may_be_gone() -> None:
+    metas = {rank: owned(rank, [([1024], False)]) for rank in (0, 1)}
+    nics = {"rank-0": {0}}
+    plan = plan_transfer(metas, BucketSize(1024, True), nics, nics)
+    everything = [Region(0, 1024, (), ())]
+    names = [step.bucket.items[0].name for step in plan.steps]
+    one = Needs.of({tensor(names[0], 1024): everything, tensor(names[1], 1024): []})
+    assert one is not None
+    union = HostNeeds(Tensors(plan.steps), [one])
+    gone = [step.owner for step in plan.steps]
+    share(plan, [[2]], 0, metas, needs=union, outside=[[0], [1]], gone={gone[1]})
+    with pytest.raises(CollectiveError, match=rf"rank {gone[0]} is gone, and no other rank owns"):
+        share(plan, [[2]], 0, metas, needs=union, outside=[[0], [1]], gone={gone[0]})
+
+
+def test_hosts_that_join_begin_with_other_owners() -> None:
+    metas = {rank: owned(rank, [([1024] * 4, False)]) for rank in range(4)}
+    nics = {"rank-0": {0}}
+    plan = plan_transfer(metas, BucketSize(1024, True), nics, nics)
+    hosts = [[0], [1], [2], [3]]
+    orders = [
+        [step.sources[0] for step in share(plan, hosts, here, metas, outside=hosts).steps]
+        for here in range(4)
+    ]
+    assert all(len({*asked}) == 4 for asked in zip(*orders, strict=True))
 
 
 @quick

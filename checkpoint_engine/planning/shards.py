@@ -226,7 +226,8 @@ def share(
     steps = []
     for index, (_, (rank, owner, bucket)) in enumerate(in_rounds(entries)):
         held_by = sources[id(bucket)]
-        held_by = (rank,) if rank in held_by else held_by
+        if distance.get(rank) == 0 and rank in held_by:
+            held_by = (rank,)
         steps.append(Step(rank, owner, bucket, index % 2, numbers[id(bucket)], held_by))
     return replace(transfer, steps=tuple(steps), needs=needs, messages={})
 

@@ -231,6 +231,8 @@ class Call:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
         error = _cause_of(error, self)
+        if self._outcome is not None and not self._stays_out:
+            return self._outcome  # whether the store still answers or not
         lost = self._membership.world.why_lost
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:

@@ -315,7 +315,9 @@ class _ShardMover(PeersMover):
     def source_of(self, step: Step) -> str:
         if self._is_own(step):
             return super().source_of(step)
-        return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
+        metas = self.move.gathered.metas
+        sources = [f"{metas[rank].p2p_store_addr} (owner {rank})" for rank in step.sources]
+        return f"{' or '.join(sources)}, read by rank {step.receiver},"
 
     def _is_own(self, step: Step) -> bool:
         return _is_own(self.move.gathered, step)
