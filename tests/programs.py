@@ -311,7 +311,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     rank = Rank()
     owners = set(range(WORLD_SIZE))
     rank.publish("good", 1, owners)
-    seen = []
+    seen, ways = [], []
     for step in steps:
         members = step["ranks"]
         os.environ.update(step.get("env", {}))
@@ -321,6 +321,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
             report = rank.ps.update("good", request, ranks=members, timeout=SHORT)
             seen.append(report.buckets)
         if RANK in members:
+            ways.append(report.way)
             rank.check(1, owners)
         else:
             assert rank.worker.call("digests") == {}
@@ -329,7 +330,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     rank.update("good")
     rank.check(1, owners)
     rank.stop()
-    return {"seen": seen, **rank.resources()}
+    return {"seen": seen, "ways": ways, **rank.resources()}
 
 
 def source(folder: str, changes: list[str]) -> dict[str, Any]:
