@@ -1,4 +1,5 @@
-"""Pull: some ranks read whole buckets out of other ranks' host memory by P2P."""
+"""Pull: some ranks read whole buckets out of other ranks' host memory by P2P, where they cannot go
+by ``Shard``."""
 
 from __future__ import annotations
 
