@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,29 @@ SIZES = [
     (138_000, 256),  # Kimi-K2
     (1_000_000, 1024),
 ]
+EXPERTS = 384
 KINDS = [
-    ("mlp.experts.{}.gate_proj.weight", (2048, 7168)),
-    ("mlp.experts.{}.up_proj.weight", (2048, 7168)),
-    ("mlp.experts.{}.down_proj.weight", (7168, 2048)),
+    ("mlp.experts.{}.gate_proj.weight", torch.bfloat16, (2048, 7168)),
+    ("mlp.experts.{}.up_proj.weight", torch.bfloat16, (2048, 7168)),
+    ("mlp.experts.{}.down_proj.weight", torch.bfloat16, (7168, 2048)),
 ]
 
 
-def make_metas(tensors: int, owners: int) -> dict[int, MemoryBufferMetaList]:
-    """Experts in bf16, dealt out to the owners one after the other."""
+def make_metas(
+    tensors: int, owners: int, kinds: Sequence[tuple[str, torch.dtype, tuple[int, ...]]] = KINDS
+) -> dict[int, MemoryBufferMetaList]:
+    """Experts of these kinds, dealt out to the owners one after the other."""
     per_owner = tensors // owners
     metas = {}
     for owner in range(owners):
         items = []
         for number in range(owner * per_owner, (owner + 1) * per_owner):
-            pattern, shape = KINDS[number % 3]
-            layer, expert = divmod(number // 3, 384)
+            pattern, dtype, shape = kinds[number % len(kinds)]
+            layer, expert = divmod(number // len(kinds), EXPERTS)
             name = f"model.layers.{layer}.{pattern.format(expert)}"
             size = torch.Size(shape)
-            items.append(
-                ParameterMeta(
-                    name=name, dtype=torch.bfloat16, shape=size, aligned_size=2 * size.numel()
-                )
-            )
+            nbytes = dtype.itemsize * size.numel()
+            items.append(ParameterMeta(name=name, dtype=dtype, shape=size, aligned_size=nbytes))
         buffer = MemoryBufferMetas(metas=items, ptr=0, size=sum(i.aligned_size for i in items))
         metas[owner] = MemoryBufferMetaList(
             p2p_store_addr=None, memory_buffer_metas_list=[buffer], rdma_device=""

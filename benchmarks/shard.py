@@ -1,10 +1,21 @@
 """Sharded updates against those of the group, between two hosts on a link of 1 Gbit/s.
 
     python benchmarks/shard.py --layers 16
+    python benchmarks/shard.py --plan
 
 The hosts are network namespaces of this machine, made as the tests make theirs (root, iproute2).
 Each has one rank, whose worker holds one half of the mini engine's model (TP 2). Every update is
 compared with a plain load. The first two updates are left out: the workers learn meanwhile.
+
+``--plan`` moves nothing. It plans updates of many hosts on one rank, with Kimi-K2's experts and
+eight ranks to a host: from the others' hellos to the plan for its host. Each row is of a process of
+its own, so that "first" is the first plan that the process makes.
+
+- new: the first update. No worker has stated what it needs.
+- needs: the first update after the workers have.
+- both: a checkpoint of another layout, for workers that have; "first" is of this one.
+- exchange: what all ranks tell of their needs, as if each rank's worker needed something else, and
+  what their hosts read of that.
 """
 
 from __future__ import annotations
@@ -12,17 +23,46 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
+from plan import EXPERTS, make_metas  # noqa: E402
+
+from checkpoint_engine.ground.needs import Needs, Region  # noqa: E402
+from checkpoint_engine.planning.layouts import (  # noqa: E402
+    decode_layouts,
+    encode_layout,
+    layout_digest,
+)
+from checkpoint_engine.update.ways.peers import Peers  # noqa: E402
+from checkpoint_engine.update.ways.shard import Shard  # noqa: E402
+from checkpoint_engine.world.gathered import Gathered  # noqa: E402
+from checkpoint_engine.world.hello import Hello  # noqa: E402
 from hosts import Network, World  # noqa: E402
 
 LEARNING = 2
+WORLDS = [(256, 256), (256, 1024), (1024, 1024)]  # owners, receivers
+RANKS_OF_HOST = 8
+KIMI_TENSORS = 60 * EXPERTS * 6  # the experts' alone
+KIMI_KINDS = [
+    (f"mlp.experts.{{}}.{part}_proj.{what}", dtype, shape)
+    for part, rows, columns in (("gate", 16, 56), ("up", 16, 56), ("down", 56, 16))
+    for what, dtype, shape in (
+        ("weight", torch.float8_e4m3fn, (128 * rows, 128 * columns)),
+        ("weight_scale_inv", torch.float32, (rows, columns)),
+    )
+]
 
 
 def measure(transport: str, layers: int, updates: int, megabits: int) -> list[dict[str, Any]]:
@@ -36,12 +76,126 @@ def measure(transport: str, layers: int, updates: int, megabits: int) -> list[di
         return World(hosts, Path(folder), command, 1, env).wait(600)
 
 
+def gathered_world(owners: int) -> Gathered:
+    """What every rank knows after a gather: the layouts were decoded, as from the wire."""
+    made = make_metas(KIMI_TENSORS, owners, KIMI_KINDS)
+    blobs = {rank: encode_layout([one.memory_buffer_metas_list[0].metas])
+             for rank, one in made.items()}  # fmt: skip
+    digests = tuple(map(layout_digest, blobs.values()))
+    layouts = decode_layouts(digests, {}, blobs)
+    for rank, one in made.items():
+        one.memory_buffer_metas_list[0].metas = layouts[digests[rank]][0]
+        one.rdma_device = f"mlx5_{rank % RANKS_OF_HOST}"
+        one.p2p_store_addr = f"host-{rank // RANKS_OF_HOST}:{rank}"
+    return Gathered(name="k2", metas=made, owner_layouts=digests, layouts=layouts)
+
+
+def needs_of(gathered: Gathered, rank: int, receivers: int) -> Needs:
+    """Of expert parallelism over all receivers: a worker reads its experts, whole."""
+    read: dict[Any, list[Region]] = {}
+    for owned in gathered.metas.values():
+        for meta in owned.memory_buffer_metas_list[0].metas:
+            expert = int(meta.name.split(".")[5])
+            everything = Region(0, meta.dtype.itemsize * meta.shape.numel(), (), ())
+            is_mine = expert % receivers == rank % EXPERTS
+            read[meta.name, meta.dtype, meta.shape] = [everything] if is_mine else []
+    needs = Needs.of(read)
+    assert needs is not None
+    return needs
+
+
+class Told:
+    """Stands in for a call of all ranks: what the others of this host tell."""
+
+    def __init__(self, needs: list[Needs]) -> None:
+        self._needs = needs
+
+    def tell(self, key: str, value: bytes) -> None:
+        pass
+
+    def read(self, keys: list[str]) -> list[bytes]:
+        return [self._needs[int(key.rpartition("/")[2])].text.encode() for key in keys]
+
+
+def hellos_of(receivers: int, needs: list[Needs]) -> list[bytes]:
+    """``needs``: of the ranks of the first host; empty: nobody has stated any."""
+    found = []
+    for rank in range(receivers):
+        host, nic = rank // RANKS_OF_HOST, f"mlx5_{rank % RANKS_OF_HOST}"
+        stated = needs[rank].digest if rank < len(needs) else f"{rank:064d}" if needs else ""
+        hello = Hello(
+            rank, "update", "k2", metas="", address="ipc:///tmp/socket-of-a-worker", nic=nic,
+            free_bytes=60 << 30, free_beside=60 << 30, bucket_cap=8 << 30, joins_parts=True,
+            maps_peers=True, host=f"host-{host}", neighbour=f"{host}/{rank}", transport="auto",
+            reads="rdma", needs=stated, instance=f"rank {rank}", nonce="0" * 32,
+        )  # fmt: skip
+        found.append(hello.encode())
+    return found
+
+
+def shard_way(receivers: int) -> Shard:
+    """Rank 0's, before its first update."""
+    manager = SimpleNamespace(is_accelerator=True, device_type="cuda")
+    here: Any = SimpleNamespace(rank=0, device_manager=manager, world_size=receivers)
+    nobody: Any = SimpleNamespace(store=None)
+    return Shard(here, nobody, Peers(here))
+
+
+def seconds_of_plan(way: Shard, gathered: Gathered, told: list[bytes], needs: list[Needs]) -> float:
+    """One rank's, from the hellos that it gets to what its host does: of this process's own time,
+    as nothing here waits."""
+    began = time.process_time()
+    hellos = Hello.decode_all(told)
+    refused = way.refusal(gathered, hellos)
+    call: Any = Told(needs)
+    way.prepare(call, hellos, needs[0].text if needs else "")
+    plan = way.plan(gathered, hellos)
+    taken = time.process_time() - began
+    assert refused is None
+    assert (plan.needs is None) == (not needs)
+    return taken
+
+
+def measure_plan(owners: int, receivers: int, repeats: int) -> str:
+    gathered = gathered_world(owners)
+    needs = [needs_of(gathered, rank, receivers) for rank in range(RANKS_OF_HOST)]
+    nothing, everything = hellos_of(receivers, []), hellos_of(receivers, needs)
+    told = receivers * statistics.mean(len(one.text) for one in needs) / 1e6
+    seconds: dict[str, list[float]] = {"new": [], "needs": [], "both": []}
+    for _ in range(repeats):
+        world = replace(gathered)  # without what is cached
+        seconds["both"].append(seconds_of_plan(shard_way(receivers), world, everything, needs))
+        way, world = shard_way(receivers), replace(gathered)
+        seconds["new"].append(seconds_of_plan(way, world, nothing, []))
+        seconds["needs"].append(seconds_of_plan(way, world, everything, needs))
+    columns = [f"{name} {statistics.median(some):.3f} s" for name, some in seconds.items()]
+    return (
+        f"{KIMI_TENSORS:,} tensors {owners:5} owners {receivers:5} receivers   "
+        f"{'   '.join(columns)} (first {seconds['both'][0]:.3f})   "
+        f"exchange {told:.2f} MB told, {told * (RANKS_OF_HOST - 1):.2f} MB read"
+    )
+
+
+def print_plans(repeats: int) -> None:
+    for owners, receivers in WORLDS:
+        command = [sys.executable, __file__, "--repeats", str(repeats)]
+        subprocess.run([*command, "--world", str(owners), str(receivers)], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=16, help="of 13.6 MB each")
     parser.add_argument("--updates", type=int, default=7)
     parser.add_argument("--megabits", type=int, default=1000)
+    parser.add_argument("--plan", action="store_true", help="only plan, for many hosts")
+    parser.add_argument("--world", type=int, nargs=2, help="only plan, for these owners, receivers")
+    parser.add_argument("--repeats", type=int, default=7, help="of a plan")
     args = parser.parse_args()
+    if args.world:
+        print(measure_plan(*args.world, args.repeats), flush=True)
+        return
+    if args.plan:
+        return print_plans(args.repeats)
     for transport in ("group", "auto"):
         results = measure(transport, args.layers, args.updates, args.megabits)
         for rank, result in enumerate(results):

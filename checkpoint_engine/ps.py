@@ -285,7 +285,7 @@ class ParameterServer(Contract):
                 address) of every rank, in rank order; runs in a thread of its own on every rank.
                 Once it has returned on all ranks, a worker has 30 s or half of
                 ``timeout`` to come, whichever is longer.
-            ranks: P2P: send to the workers of these ranks only. Other ranks that call it return
+            ranks: send to the workers of these ranks only, by P2P. Other ranks that call it return
                 once it is over; of updates with one checkpoint they call all or none.
             timeout: of the whole call.
             version: an id for what the workers hold then, see ``worker.weight_version``; default:

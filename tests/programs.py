@@ -311,7 +311,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     rank = Rank()
     owners = set(range(WORLD_SIZE))
     rank.publish("good", 1, owners)
-    seen = []
+    seen, ways = [], []
     for step in steps:
         members = step["ranks"]
         os.environ.update(step.get("env", {}))
@@ -321,6 +321,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
             report = rank.ps.update("good", request, ranks=members, timeout=SHORT)
             seen.append(report.buckets)
         if RANK in members:
+            ways.append(report.way)
             rank.check(1, owners)
         else:
             assert rank.worker.call("digests") == {}
@@ -329,7 +330,7 @@ def p2p(steps: list[dict[str, Any]]) -> dict[str, Any]:
     rank.update("good")
     rank.check(1, owners)
     rank.stop()
-    return {"seen": seen, **rank.resources()}
+    return {"seen": seen, "ways": ways, **rank.resources()}
 
 
 def source(folder: str, changes: list[str]) -> dict[str, Any]:
@@ -403,10 +404,12 @@ def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
     rank.ps.load_metas(decode_metas((here / "metas.json").read_bytes()))
     everyone = list(range(WORLD_SIZE))
     request = request_of(rank.worker, RANK)
-    buckets = []
+    buckets, ways = [], []
     for members in (everyone, [WORLD_SIZE - 1]):
         rank.worker.call("forget")
-        buckets.append(rank.ps.update("good", request, ranks=members, timeout=SHORT).buckets)
+        report = rank.ps.update("good", request, ranks=members, timeout=SHORT)
+        buckets.append(report.buckets)
+        ways += [report.way] if RANK in members else []
         if RANK in members:
             rank.check(1, set(range(sources)))
     seen = []
@@ -420,7 +423,7 @@ def joiner(folder: str, sources: int, changes: list[str]) -> dict[str, Any]:
     rank.ps.store_based_barrier()
     (here / "finished").touch()
     rank.stop()
-    return {"seen": seen, "buckets": buckets, **rank.resources()}
+    return {"seen": seen, "buckets": buckets, "ways": ways, **rank.resources()}
 
 
 def _lives(pid_file: Path) -> bool:

@@ -72,15 +72,16 @@ def foreign_bytes() -> int:
     )
 
 
-def needed_bytes(tp: int) -> int:
+def needed_bytes(tp: int, owners: int = WORLD_SIZE) -> int:
     """What the workers of this host read of what its ranks do not own, by the rules of the layers:
-    norms in full, of all other tensors the shares of the host's tensor-parallel ranks."""
+    norms in full, of all other tensors the shares of the host's tensor-parallel ranks. The first
+    ``owners`` ranks own everything."""
     here = [rank for rank in range(WORLD_SIZE) if rank // EACH == RANK // EACH]
     shares = len({rank % tp for rank in here})
     return sum(
         2 * torch.Size(shape).numel() * (tp if name.endswith("norm.weight") else shares) // tp
         for place, (name, shape) in enumerate(SHAPES.items())
-        if place % WORLD_SIZE not in here
+        if place % owners not in here
     )
 
 
@@ -133,15 +134,18 @@ class Rank:
 
         self.make = make
         self.owners = WORLD_SIZE
+        self.copies_last = False
         self.workers = Workers(make, 1)
         self.ps = ParameterServer()
 
     def share_of(self, seed: int) -> dict[str, torch.Tensor]:
-        """What this rank owns, where the first ``owners`` ranks own everything."""
+        """What this rank owns, where the first ``owners`` ranks own everything. ``copies_last``:
+        rank 0 also has what the last of them owns."""
+        mine = {RANK, self.owners - 1} if self.copies_last and RANK == 0 else {RANK}
         return {
             one: tensor
             for place, (one, tensor) in enumerate(weights(seed).items())
-            if place % self.owners == RANK
+            if place % self.owners in mine
         }
 
     def register(self, seed: int) -> str:
@@ -174,6 +178,23 @@ class Rank:
             "received": received,
             "read": 0 if read is None else read.bytes,
             "seconds": report.seconds,
+        }
+
+    def update_rest(self, name: str, seed: int) -> dict[str, Any]:
+        """Without the last rank. Nothing is gathered."""
+        self.workers.call("clear")
+        before = received_bytes()
+        rest = list(range(WORLD_SIZE - 1))
+        report = self.ps.update(name, self.ask, ranks=rest, timeout=SHORT)
+        received = received_bytes() - before
+        (right,) = self.workers.call("is_right", seed)
+        read = report.stages.get("P2P read")
+        return {
+            "way": report.way,
+            "reason": report.way_reason,
+            "right": right,
+            "received": received,
+            "read": 0 if read is None else read.bytes,
         }
 
 
@@ -247,30 +268,34 @@ def _await(path: Path) -> None:
         time.sleep(0.01)
 
 
-def left_for_good(folder: str) -> dict[str, Any]:
-    """Two ranks own everything; the last one leaves in order after a few updates of all."""
-    rank, here = Rank(1), Path(folder)
-    rank.owners = WORLD_SIZE - 1
+def left_for_good(folder: str, owners: int, copies: bool) -> dict[str, Any]:
+    """The last rank leaves in order after a few updates of all.
+
+    Args:
+        owners: the first ranks that own everything.
+        copies: whether rank 0 also owns what the last of them does.
+    """
+    rank, here = Rank(2), Path(folder)
+    rank.owners, rank.copies_last = owners, copies
     seen = [rank.update(seed) for seed in (1, 2, 3)]
     name = rank.register(4)
-    if rank.owners == RANK:
+    if RANK == WORLD_SIZE - 1:
         rank.workers.stop()
         return {"seen": seen}
     _await(here / "left")
-    rest = list(range(rank.owners))
     of_all = _error_of(lambda: rank.ps.update(name, rank.ask, timeout=SHORT))
     gathered = _error_of(lambda: rank.ps.gather_metas(name, timeout=SHORT))
-    right = []
-    for seed in (4, 5):  # the second has new weights where the first had them: nothing is gathered
-        if seed == 5:
+    rest: list[dict[str, Any]] = []
+    of_rest = _error_of(lambda: rest.append(rank.update_rest(name, 4)))
+    if owners < WORLD_SIZE:  # new values where the first ones were: nothing is gathered
+        for seed, transport in ((5, "auto"), (6, "group")):
+            os.environ["PS_TRANSPORT"] = transport
             rank.ps.unregister_checkpoint(name)
             rank.ps.register_checkpoint(name, named_tensors=rank.share_of(seed))
-        rank.workers.call("clear")
-        report = rank.ps.update(name, rank.ask, ranks=rest, timeout=SHORT)
-        right += rank.workers.call("is_right", seed)
+            rest.append(rank.update_rest(name, seed))
     rank.workers.stop()
-    failures = {"of_all": of_all, "gather": gathered}
-    return {"seen": seen, **failures, "right": right, "way": report.way}
+    failures = {"of_all": of_all, "gather": gathered, "of_rest": of_rest}
+    return {"seen": seen, **failures, "rest": rest, "needed": needed_bytes(2, owners)}
 
 
 def cancelled(tp: int, folder: str) -> dict[str, Any]:

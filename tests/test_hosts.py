@@ -115,6 +115,7 @@ def test_instances_on_another_host_join(
     assert min(result["updates"] for result in owners) > 0
     for result in joined:
         assert result["buckets"][0] > 1
+        assert set(result["ways"]) == {"shard"}
         assert "has unregistered or replaced the checkpoint" in result["seen"][-1]["error"]
 
 

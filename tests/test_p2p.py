@@ -25,7 +25,11 @@ pytestmark = [
 CPU = {"PS_DEVICE": "cpu"} | SMALL_BUCKETS
 
 
-def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
+by_each_way = pytest.mark.parametrize(("transport", "way"), [("auto", "shard"), ("group", "P2P")])
+
+
+@by_each_way
+def test_chosen_ranks_pull_from_all_owners(tmp_path: Path, transport: str, way: str) -> None:
     steps = [
         {"ranks": [0, 1], "env": SMALL_BUCKETS},
         {"ranks": [1, 3]},
@@ -33,11 +37,14 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
         {"ranks": [2, 1, 0, 3]},
         {"ranks": [3, 0], "all_call": False, "env": {"PS_MAX_BUCKET_SIZE_GB": "1"}},
     ]
-    results = torchrun(tmp_path, 4, "p2p", env={"PS_DEVICE": "cpu"}, steps=steps)
+    env = {"PS_DEVICE": "cpu", "PS_TRANSPORT": transport}
+    results = torchrun(tmp_path, 4, "p2p", env=env, steps=steps)
     for result in results:
         assert result["sockets"] == 0
+        assert set(result["ways"]) == {way}
 
 
+@by_each_way
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -48,17 +55,17 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path) -> None:
     ],
 )
 def test_a_world_joins_and_never_takes_stale_weights(
-    tmp_path: Path, change: str, says: str
+    tmp_path: Path, change: str, says: str, transport: str, way: str
 ) -> None:
     """Two worlds: three owners that go on with their own updates, and two ranks that join.
 
     The change is made while an update of theirs is between two buckets; another one follows.
     """
-    owners = Run(tmp_path / "a", 3, "source", CPU, folder=str(tmp_path), changes=[change])
+    arguments = {"folder": str(tmp_path), "changes": [change]}
+    owners = Run(tmp_path / "a", 3, "source", CPU, **arguments)
     try:
-        joined = torchrun(
-            tmp_path / "b", 2, "joiner", 55, CPU, folder=str(tmp_path), sources=3, changes=[change]
-        )
+        env = CPU | {"PS_TRANSPORT": transport}
+        joined = torchrun(tmp_path / "b", 2, "joiner", 55, env, sources=3, **arguments)
         if change != "die":
             assert min(result["updates"] for result in owners.wait()) > 0
     except AssertionError as error:
@@ -69,6 +76,7 @@ def test_a_world_joins_and_never_takes_stale_weights(
     for result in joined:
         assert result["buckets"][0] >= 6  # some of them not read yet at the change
         assert result["sockets"] == 0
+        assert set(result["ways"]) == {way}
         assert len(result["seen"]) == 2
         for seen in result["seen"]:
             print(f"{change}: {seen['error']}")

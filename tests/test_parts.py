@@ -132,10 +132,9 @@ def test_a_huge_tensor_does_not_decide_how_large_buckets_are() -> None:
     metas = {0: owned(0, [([huge, rest // 4, rest // 4, rest // 2], False)])}
     allowed = BucketSize(8 << 30, True)
     whole, cut = (
-        plan.plan_transfer(
-            metas, plan.paced(allowed, plan.DEVICE_PACE, metas, may_cut), {}, {}, may_cut=may_cut
-        )
+        plan.plan_transfer(metas, size, {}, {}, may_cut=may_cut)
         for may_cut in (False, True)
+        for size in [plan.paced(allowed, plan.DEVICE_PACE, plan.extent(metas), may_cut)]
     )
     assert whole.bucket_bytes == huge
     assert cut.bucket_bytes == plan.LARGEST_WHOLE

@@ -212,6 +212,7 @@ def test_largest_tensor(metas: Metas) -> None:
         for one in buffer.metas
     ]
     assert plan.largest_tensor(metas) == max(every, default=0)
+    assert plan.extent(metas) == (sum(every), max(every, default=0))
 
 
 # ---------------------------------------------------------------------- rounds

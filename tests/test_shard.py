@@ -269,6 +269,95 @@ def test_bytes_that_a_host_has_already_are_not_read(copies: int) -> None:
     assert run_world(3, program) == [["shard", True, (3 - copies) * WHOLE]] * 3
 
 
+# ---------------------------------------------------------------------- some ranks, other worlds
+
+
+def joined(server: Server, seed: int) -> Any:
+    """The report of an update out of another world's memory. Its ranks are this world's, but they
+    say nothing of it: their numbers mean others here."""
+    rank, name = server.me.rank, f"step-{seed}"
+    server.got.clear()
+    server.ps.register_checkpoint(name, named_tensors=tensors_of(rank, seed))
+    server.ps.gather_metas(name)
+    server.ps.load_metas(server.ps.get_metas())
+    everyone = list(range(server.me.size))
+    try:
+        return server.ps.update(name, lambda paths: server.ask(paths[rank][1]), ranks=everyone)
+    finally:
+        server.ps.unregister_checkpoint(name)
+
+
+@pytest.mark.parametrize(("size", "each"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_another_worlds_memory_is_read_once_by_each_host(size: int, each: int) -> None:
+    """Whole buckets, until the workers have stated what they need."""
+
+    def program(me: Rank) -> list[Any]:
+        server = server_on(me, each)
+        first = joined(server, 1)
+        seen = [(first.way, server.has(1), read_bytes(first))]
+        model = learn(server)
+        for seed in range(2, 6):
+            report = joined(server, seed)
+            seen.append((report.way, is_right(model, seed, me.size), read_bytes(report)))
+        return seen
+
+    found = run_world(size, program)
+    assert all(way == "shard" and right for rank in found for way, right, _ in rank)
+    for host in range(size // each):
+        ranks = found[host * each : (host + 1) * each]
+        read = [sum(rank[update][2] for rank in ranks) for update in range(5)]
+        whole = size * WHOLE
+        by_needs = whole if each > 1 else whole // 2
+        assert read == [whole] * 3 + [by_needs] * 2
+
+
+def test_some_ranks_read_from_owners_that_take_no_part() -> None:
+    def program(me: Rank) -> list[Any]:
+        server = server_on(me, 1)
+        model = learn(server)
+        seen = []
+        for seed in range(1, 5):
+            report = server.publish(seed, ranks=[0, 2])
+            is_member = me.rank != 1
+            assert is_member or report.bytes == 0
+            right = not is_member or is_right(model, seed, me.size)
+            seen.append((report.way if is_member else "", right, read_bytes(report)))
+        report = server.publish(5)
+        return [seen, (report.way, is_right(model, 5, me.size))]
+
+    members = [("shard", True, 2 * WHOLE)] * 2 + [("shard", True, WHOLE)] * 2
+    for rank, (seen, after) in enumerate(run_world(3, program)):
+        assert seen == ([("", True, 0)] * 4 if rank == 1 else members)
+        assert after == ("shard", True)
+
+
+def test_more_hosts_than_owners_take_the_group_until_workers_have_stated_their_needs() -> None:
+    def program(me: Rank) -> list[Any]:
+        os.environ["PS_TRANSPORT"] = "auto"
+        server = server_on(me, 1)
+        model = learn(server)
+        reports = [joined(server, seed) for seed in range(1, 5)]
+        return [
+            [report.way for report in reports], reports[0].way_reason, is_right(model, 4, me.size)
+        ]  # fmt: skip
+
+    for ways, reason, right in run_world(2, program):
+        assert ways == ["P2P", "P2P", "shard", "shard"]
+        assert "all 2 hosts would read everything from 1" in reason
+        assert right
+
+
+def test_ranks_that_share_no_memory_pull() -> None:
+    def program(me: Rank) -> list[Any]:
+        os.environ["PS_PEERS"] = "0"
+        server = server_on(me, 1)
+        report = server.publish(1, ranks=[0, 1])
+        return [report.way, report.way_reason, server.has(1)]
+
+    reason = "not by shard: ranks [0, 1] share no memory, by their device or settings"
+    assert run_world(2, program) == [["P2P", reason, True]] * 2
+
+
 # ---------------------------------------------------------------------- bytes that are not there
 
 

@@ -114,14 +114,10 @@ def test_a_host_is_cut_off_and_comes_again(
     assert [one["way"] for one in successor["seen"]] == ["shard"] * 3
 
 
-@pytest.mark.timeout(240)
-def test_a_host_leaves_for_good(
-    tmp_path: Path,
-    make_hosts: MakeHosts,  # noqa: F811
-) -> None:
-    """What is meant for everybody names the rank that is gone; the others go on among themselves,
-    with what they gathered before, and rebuild nothing."""
-    world = start(make_hosts(3), tmp_path / "w", "left_for_good", folder=str(tmp_path))
+def left_for_good(hosts: list[Host], tmp_path: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """The results of three ranks. The last one leaves; what is meant for everybody names it."""
+    place = tmp_path / "w"
+    world = start(hosts, place, "left_for_good", folder=str(tmp_path), **arguments)
     world._parts[2].join(100)
     (tmp_path / "left").touch()
     results = world.wait(100)
@@ -132,8 +128,48 @@ def test_a_host_leaves_for_good(
         for failure in (result["of_all"], result["gather"]):
             assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
             assert failure["seconds"] < 15
-        assert result["right"] == [True, True]
-        assert result["way"] == "P2P"
+    return results
+
+
+@pytest.mark.timeout(240)
+def test_a_host_that_owns_nothing_leaves_for_good(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    """The others go on among themselves, by what their workers need, with what they gathered before
+    and with new values, and rebuild nothing."""
+    for result in left_for_good(make_hosts(3), tmp_path, owners=2, copies=False)[:2]:
+        assert result["of_rest"]["kind"] is None
+        assert [one["right"] for one in result["rest"]] == [True] * 3
+        assert [one["way"] for one in result["rest"]] == ["shard", "shard", "P2P"]
+        assert result["rest"][2]["reason"] == "not by shard: PS_TRANSPORT=group"
+        for one in result["rest"][:2]:
+            needed = result["needed"]
+            assert needed <= one["read"] <= one["received"] <= 1.05 * needed
+
+
+@pytest.mark.timeout(240)
+def test_what_a_host_that_left_owned_is_read_elsewhere(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    for result in left_for_good(make_hosts(3), tmp_path, owners=3, copies=True)[:2]:
+        assert result["of_rest"]["kind"] is None
+        assert [(one["right"], one["way"]) for one in result["rest"]] == [(True, "shard")]
+
+
+@pytest.mark.timeout(240)
+def test_what_only_a_host_that_left_owned_is_an_error_that_names_it(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+) -> None:
+    for result in left_for_good(make_hosts(3), tmp_path, owners=3, copies=False)[:2]:
+        failure = result["of_rest"]
+        assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
+        assert "rank 2 is gone, and no other rank owns" in failure["error"]
+        assert "start that rank again" in failure["error"]
+        assert failure["seconds"] < 15
+        assert result["rest"] == []
 
 
 def slowed(hosts: list[Host], tmp_path: Path, world: World) -> None:

@@ -13,12 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.data_types import TensorPart, placed
+from checkpoint_engine.data_types import (
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    TensorPart,
+    align_up,
+    make_metas,
+    placed,
+    tensor_nbytes,
+)
+from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground import needs as needs_module
-from checkpoint_engine.ground.needs import Needs, Region, runs_of
+from checkpoint_engine.ground.needs import Needs, Region, runs_of, tensors_digest
 from checkpoint_engine.planning import shards
 from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
-from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
+from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, places_in, share
 from test_plan import owned
 
 quick = settings(deadline=None, max_examples=60)
@@ -213,7 +222,7 @@ def test_another_owner_is_read_where_it_has_the_bytes(world: Any) -> None:
     found = share(plan, hosts, 0, metas, duplicates)
     for step in found.steps:
         for rank in step.sources:
-            bucket = as_held_by(metas[rank], step.bucket)
+            bucket = as_held_by(metas[rank], places_in(metas[rank]), step.bucket)
             wanted = [one.name for one in step.bucket.items]
             for part, name in zip(bucket.ranges, wanted, strict=True):
                 buffer = metas[rank].memory_buffer_metas_list[part.idx]
@@ -221,6 +230,72 @@ def test_another_owner_is_read_where_it_has_the_bytes(world: Any) -> None:
                 begin = step.bucket.begin if isinstance(step.bucket, TensorPart) else 0
                 assert part.offset == at + begin
                 assert part.offset + part.size <= buffer.size
+
+
+@quick
+@given(worlds(), st.data())
+def test_owners_that_take_no_part_are_only_read(world: Any, data: Any) -> None:
+    """Some ranks, of some hosts; or ranks of another world, whose numbers say nothing."""
+    metas, hosts, plan, duplicates = world
+    is_loaded = data.draw(st.booleans())
+    members = [data.draw(st.lists(st.sampled_from(host), unique=True)) for host in hosts]
+    outside = [
+        [rank for rank in host if rank in metas and (is_loaded or rank not in some)]
+        for host, some in zip(hosts, members, strict=True)
+    ]
+    members = [some for some in members if some] or [[hosts[0][0]]]
+    here = data.draw(st.integers(0, len(members) - 1))
+    if not is_loaded:
+        outside = [[rank for rank in host if [rank] != members[0]] for host in outside]
+    outside = [host for host in outside if host]
+    gone = data.draw(st.sets(st.sampled_from([rank for host in hosts for rank in host])))
+    options = metas, duplicates, None, outside
+    owners_alone = metas, duplicates, None, [list(metas)]
+    found = share(plan, members, here, *options)
+    assert Counter(id(s.bucket) for s in found.steps) == Counter(id(s.bucket) for s in plan.steps)
+    for step in found.steps:
+        assert step.receiver in members[here]
+        names = {m.name for m in step.bucket.items}
+        for rank in step.sources:
+            assert names <= {m.name for b in metas[rank].memory_buffer_metas_list for m in b.metas}
+        assert is_loaded or {*step.sources} & {*members[here]} in (set(), {step.receiver})
+        if is_loaded:
+            assert step.owner in step.sources
+    if any({*step.sources} <= gone for step in share(plan, [[99]], 0, *owners_alone).steps):
+        with pytest.raises(CollectiveError) as caught:
+            share(plan, members, here, *options, gone)
+        assert (caught.value.kind, caught.value.missing) == ("rank_gone", [])
+        assert caught.value.rank in gone
+    else:
+        without = share(plan, members, here, *options, gone)
+        assert not any({*step.sources} & gone for step in without.steps)
+
+
+def test_what_nobody_needs_may_be_gone() -> None:
+    metas = {rank: owned(rank, [([1024], False)]) for rank in (0, 1)}
+    nics = {"rank-0": {0}}
+    plan = plan_transfer(metas, BucketSize(1024, True), nics, nics)
+    everything = [Region(0, 1024, (), ())]
+    names = [step.bucket.items[0].name for step in plan.steps]
+    one = Needs.of({tensor(names[0], 1024): everything, tensor(names[1], 1024): []})
+    assert one is not None
+    union = HostNeeds(Tensors(plan.steps), [one])
+    gone = [step.owner for step in plan.steps]
+    share(plan, [[2]], 0, metas, needs=union, outside=[[0], [1]], gone={gone[1]})
+    with pytest.raises(CollectiveError, match=rf"rank {gone[0]} is gone, and no other rank owns"):
+        share(plan, [[2]], 0, metas, needs=union, outside=[[0], [1]], gone={gone[0]})
+
+
+def test_hosts_that_join_begin_with_other_owners() -> None:
+    metas = {rank: owned(rank, [([1024] * 4, False)]) for rank in range(4)}
+    nics = {"rank-0": {0}}
+    plan = plan_transfer(metas, BucketSize(1024, True), nics, nics)
+    hosts = [[0], [1], [2], [3]]
+    orders = [
+        [step.sources[0] for step in share(plan, hosts, here, metas, outside=hosts).steps]
+        for here in range(4)
+    ]
+    assert all(len({*asked}) == 4 for asked in zip(*orders, strict=True))
 
 
 @quick
@@ -264,7 +339,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     one, two = Needs.of(first), Needs.of(second)
     assert one is not None
     assert two is not None
-    needs = HostNeeds(Tensors(metas), [one, two])
+    needs = HostNeeds(Tensors(plan.steps), [one, two])
     by_name = {step.bucket.items[0].name: needs.runs_in(step.bucket) for step in plan.steps}
     assert by_name[names[0]] is None  # both halves: the whole tensor
     for name in names[1:]:
@@ -274,7 +349,73 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     other = Needs.of({tensor(n, 1 << 15): [] for n in names[:2]})
     assert other is not None
     with pytest.raises(ValueError, match="of other tensors"):
-        HostNeeds(Tensors(metas), [other])
+        HostNeeds(Tensors(plan.steps), [other])
+
+
+@st.composite
+def kinds(draw: Any) -> tuple[torch.dtype, torch.Size, int]:
+    dtype = draw(st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]))
+    shape = torch.Size(draw(st.lists(st.integers(0, 12), max_size=2)))
+    return dtype, shape, align_up(tensor_nbytes(dtype, shape))
+
+
+@st.composite
+def listings(draw: Any) -> tuple[dict[int, MemoryBufferMetaList], set[str]]:
+    """Owners of tensors of a few kinds, names in any order; some have several owners."""
+    some = draw(st.lists(kinds(), min_size=1, max_size=4))
+    names = draw(st.lists(st.text(max_size=3), min_size=1, max_size=12, unique=True))
+    kind_of = {name: draw(st.sampled_from(some)) for name in names}
+    metas, owners = {}, Counter(names[:0])
+    for rank in range(draw(st.integers(1, 3))):
+        mine = draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
+        items = make_metas(mine, [kind_of[name] for name in mine], range(len(mine)))
+        buffer = MemoryBufferMetas(metas=items, ptr=0, size=sum(m.aligned_size for m in items))
+        metas[rank] = MemoryBufferMetaList(
+            p2p_store_addr=None, memory_buffer_metas_list=[buffer], rdma_device=""
+        )
+        owners.update(mine)
+    return metas, {name for name, count in owners.items() if count > 1}
+
+
+@quick
+@given(listings(), st.booleans(), st.data())
+def test_tensors_are_listed_as_a_plain_loop_lists_them(
+    listing: Any, may_cut: bool, data: Any
+) -> None:
+    """Digest, sizes and places, and the bytes that are needed of each bucket."""
+    metas, duplicates = listing
+    nics = {f"rank-{rank}": {rank} for rank in metas}
+    size = BucketSize(256 if may_cut else 1024, True)
+    plan = plan_transfer(metas, size, nics, nics, may_cut=may_cut, duplicates=duplicates)
+    found = Tensors(plan.steps)
+    by_name = {
+        m.name: (m.name, m.dtype, m.shape)
+        for one in metas.values() for b in one.memory_buffer_metas_list for m in b.metas
+    }  # fmt: skip
+    listed = [by_name[name] for name in sorted(by_name)]
+    assert found.digest == tensors_digest(listed)
+    assert found.sizes.tolist() == [tensor_nbytes(dtype, shape) for _, dtype, shape in listed]
+    assert len(found) == len(listed)
+    read = {one: [Region(0, data.draw(st.integers(0, int(nbytes))), (), ())]
+            for one, nbytes in zip(listed, found.sizes, strict=True)}  # fmt: skip
+    needs = Needs.of(read)
+    assert needs is not None
+    union = HostNeeds(found, [needs])
+    for step in plan.steps:
+        names = [m.name for m in step.bucket.items]
+        places = found.places_of(step.bucket).tolist()
+        assert [listed[place][0] for place in places] == names
+        needed = sum(read[by_name[name]][0].length for name in names)
+        nbytes = sum(int(found.sizes[place]) for place in places)
+        assert union.share_of(step.bucket) == needed / max(1, nbytes)
+
+
+def test_names_of_tensors_are_told_apart() -> None:
+    def digest(*names: str) -> str:
+        return tensors_digest([tensor(name, 1) for name in names])
+
+    every = [("ab", "c"), ("a", "bc"), ("abc",), ("ab\0c",), ("ab", "\ud800"), ("", "abc")]
+    assert len({digest(*names) for names in every}) == len(every)
 
 
 def test_short_gaps_are_read_along() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_engine.data_types import H2DBucket, ParameterMeta
+from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.ground.needs import Needs, Region
 from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
@@ -314,21 +314,11 @@ def test_no_more_enters_a_host_than_its_workers_need_of_others(
 ) -> None:
     here = data.draw(st.integers(0, cluster.nodes - 1))
     host, found = on_host(cluster, Parallel(tensor, expert), here=here)
-    owned = {
-        meta.name
-        for rank in host.orders
-        for buffer in (host.metas[rank].memory_buffer_metas_list if rank in host.metas else [])
-        for meta in buffer.metas
-    }
     everyone = host.needs or ()
     named = {one.digest: one for one in (everyone[r % len(everyone)] for r in host.orders)}
-    union = HostNeeds(Tensors(host.metas), list(named.values()))
-    foreign = [
-        meta for o in host.metas.values() for b in o.memory_buffer_metas_list for meta in b.metas
-        if meta.name not in owned
-    ]  # fmt: skip
-    bucket = H2DBucket.model_construct(size=0, ranges=[], items=foreign)
-    nbytes = union.share_of(bucket) * sum(meta.aligned_size for meta in foreign)
+    union = HostNeeds(Tensors(host.plan.steps), list(named.values()))
+    foreign = [step.bucket for step in host.plan.steps if step.owner not in host.orders]
+    nbytes = sum(union.share_of(bucket) * bucket.size for bucket in foreign)
     assert found.bytes_in == pytest.approx(nbytes)
     assert (found.bytes_in > 0) == (cluster.nodes > 1 and bool(foreign) and nbytes > 0)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 _LARGEST = 64 << 20  # bytes of a statement once it is expanded
 _MOST_DIMENSIONS = 64
+_AT_ONCE = 4096  # names that are summed up at once: few enough to stay in the processor's cache
 
 
 class Region(NamedTuple):
@@ -47,25 +48,29 @@ Tensor = tuple[str, Any, tuple[int, ...]]
 """Name, dtype and shape."""
 
 
-def kinds_of(tensors: Iterable[Tensor]) -> tuple[list[tuple[Any, tuple[int, ...]]], list[int]]:
-    """The dtypes and shapes that there are, and which of them each tensor has."""
-    kinds: dict[tuple[Any, tuple[int, ...]], int] = {}
-    kind_of = [kinds.setdefault((dtype, shape), len(kinds)) for _, dtype, shape in tensors]
-    return list(kinds), kind_of
-
-
 def tensors_digest(tensors: Sequence[Tensor]) -> str:
     """Names a set of tensors, which are given in the order of their names."""
-    return digest_of_kinds([name for name, _, _ in tensors], *kinds_of(tensors))
+    kinds: dict[tuple[Any, tuple[int, ...]], int] = {}
+    kind_of = [kinds.setdefault((dtype, shape), len(kinds)) for _, dtype, shape in tensors]
+    return digest_of_kinds([name for name, _, _ in tensors], list(kinds), np.array(kind_of))
 
 
 def digest_of_kinds(
-    names: Sequence[str], kinds: Sequence[tuple[Any, tuple[int, ...]]], kind_of: Sequence[int]
+    names: Sequence[str], kinds: Sequence[tuple[Any, tuple[int, ...]]], kind_of: np.ndarray
 ) -> str:
-    """``tensors_digest`` of tensors whose kinds are known."""
+    """``tensors_digest`` of tensors whose kinds are known.
+
+    Args:
+        kinds: the dtypes and shapes that there are, in the order in which they are met.
+        kind_of: of each tensor, which of them it has.
+    """
     listed = [(str(dtype), list(shape)) for dtype, shape in kinds]
-    content = [names, kind_of, listed]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([len(names), listed]).encode())
+    digest.update(np.fromiter(map(len, names), "<i4", len(names)).tobytes())  # where each name ends
+    digest.update(kind_of.astype("<i4").tobytes())
+    for begin in range(0, len(names), _AT_ONCE):
+        digest.update("".join(names[begin : begin + _AT_ONCE]).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def digest_of(text: str) -> str:

@@ -10,7 +10,8 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 from checkpoint_engine.data_types import (
     ALIGNMENT,
@@ -23,6 +24,7 @@ from checkpoint_engine.data_types import (
     align_up,
     placed,
 )
+from checkpoint_engine.ground.collector import collector_at_rest
 
 LARGEST_WHOLE = 1 << 30
 """Tensors of more bytes than this are cut, where the workers can put them together again: the
@@ -68,8 +70,7 @@ def peer_pace(slots: int) -> Pace:
     return (120 << 20, _MAPPED_QUICKLY // slots)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One bucket on its way: ``receiver`` gets it from ``owner``, then broadcasts it into
     ``slot``, or stages it.
 
@@ -128,20 +129,19 @@ class TransferPlan:
         return [step for step in self.steps if step.receiver == receiver]
 
 
+_aligned_size = attrgetter("aligned_size")  # in ``map`` a loop that runs outside Python
+
+
 def largest_tensor(metas: Metas) -> int:
     """The padded size in bytes of the largest tensor of any owner; 0 if there is none."""
-    return max(_sizes(metas), default=0)
+    return extent(metas)[1]
 
 
-def total_bytes(metas: Metas) -> int:
-    """Bytes of all owners' tensors, padding included."""
-    return sum(_sizes(metas))
-
-
-def _sizes(metas: Metas) -> Iterator[int]:
-    for owned in metas.values():
-        for buffer in owned.memory_buffer_metas_list:
-            yield from (meta.aligned_size for meta in buffer.metas)
+def extent(metas: Metas) -> tuple[int, int]:
+    """Padded bytes of all owners' tensors, and of the largest one; 0 if there is none."""
+    buffers = (buffer for owned in metas.values() for buffer in owned.memory_buffer_metas_list)
+    sizes = [size for buffer in buffers for size in map(_aligned_size, buffer.metas)]
+    return sum(sizes), max(sizes, default=0)
 
 
 def bucket_size(
@@ -207,19 +207,20 @@ def plan_transfer(
             tensors travel in parts: ranks that began differently would wait for each other.
     """
     options = (ranks, may_cut, duplicates)
-    rounds = in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options), first)
-    steps = tuple(
-        Step(*entry, slot=index % 2, number=number) for index, (number, entry) in enumerate(rounds)
-    )
+    with collector_at_rest():
+        rounds = in_rounds(_buckets(metas, size.bytes, local_topo, remote_topo, *options), first)
+        steps = tuple(
+            Step(*entry, index % 2, number) for index, (number, entry) in enumerate(rounds)
+        )
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
     return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
 
 
-def paced(size: BucketSize, pace: Pace, metas: Metas, may_cut: bool) -> BucketSize:
-    """The best bucket that ``size`` allows."""
+def paced(size: BucketSize, pace: Pace, extent: tuple[int, int], may_cut: bool) -> BucketSize:
+    """The best bucket that ``size`` allows for tensors of that ``extent``."""
     smallest, largest = pace
-    share = align_up(total_bytes(metas) // _BUCKETS_OF_AN_UPDATE)
-    tensor = largest_tensor(metas)
+    total, tensor = extent
+    share = align_up(total // _BUCKETS_OF_AN_UPDATE)
     tensor = min(tensor, LARGEST_WHOLE) if may_cut else tensor
     best = max(min(max(share, smallest), largest), tensor)
     return replace(size, bytes=min(size.bytes, best))
@@ -318,11 +319,11 @@ def _cut(
     checksum is that of consecutive bytes.
     """
     items = [meta for buffer in buffers for meta in buffer.metas]
-    ends = list(itertools.accumulate(meta.aligned_size for meta in items))
+    ends = list(itertools.accumulate(map(_aligned_size, items)))
     left_out = [index for index, meta in enumerate(items) if meta.name in sent] if sent else []
     # Where each buffer begins when all tensors lie end to end, and where the last one ends.
-    sizes = (sum(meta.aligned_size for meta in buffer.metas) for buffer in buffers)
-    begins, number = list(itertools.accumulate(sizes, initial=0)), 0
+    counts = itertools.accumulate(len(buffer.metas) for buffer in buffers)
+    begins, number = [0, *(ends[count - 1] if count else 0 for count in counts)], 0
     for first, past in itertools.pairwise([-1, *left_out, len(items)]):
         run = _cut_run(owner, items, ends, (first + 1, past), bucket_size, may_cut)
         for start, stop, tensors in run:

@@ -10,7 +10,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,13 @@ from checkpoint_engine.data_types import (
     BucketRange,
     H2DBucket,
     MemoryBufferMetaList,
+    ParameterMeta,
     TensorPart,
     placed,
     tensor_nbytes,
 )
-from checkpoint_engine.ground.collector import collector_at_rest
-from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, kinds_of, runs_of
+from checkpoint_engine.errors import CollectiveError
+from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
@@ -31,48 +33,61 @@ SHORTEST_GAP = 8 << 10
 
 
 class Tensors:
-    """The tensors of all owners in the order of their names, as needs count them. Made once for a
-    plan of all buckets: it takes several times as long as the union of needs and ``share``.
+    """The tensors that a plan of all buckets moves, as columns in the order of their names: so
+    needs count them. A large model has hundreds of thousands, and the first update waits for this.
 
     Attributes:
         digest: ``tensors_digest`` of them.
         sizes: the bytes of each.
     """
 
-    def __init__(self, metas: Metas, buckets: Iterable[H2DBucket] = ()) -> None:
-        """``buckets``: whose tensors are looked up at once."""
-        self._places: dict[int, tuple[H2DBucket, np.ndarray]] = {}
-        with collector_at_rest():
-            self._read(metas)
-            for bucket in buckets:
-                self.places_of(bucket)
+    def __init__(self, steps: Iterable[Step]) -> None:
+        items: list[ParameterMeta] = []
+        self._ends = [0]
+        self._numbers: dict[int, tuple[H2DBucket, int]] = {}
+        for number, unit in enumerate(_units(steps)):
+            for step in unit:
+                self._numbers[id(step.bucket)] = step.bucket, number
+            items += unit[0].bucket.items
+            self._ends.append(len(items))
+        self._read(items)
 
-    def _read(self, metas: Metas) -> None:
-        listed = [
-            (meta.name, meta.dtype, meta.shape)
-            for owned in metas.values()
-            for buffer in owned.memory_buffer_metas_list
-            for meta in buffer.metas
-        ]
-        listed.sort(key=itemgetter(0))
-        self._place = dict(zip(map(itemgetter(0), listed), itertools.count()))
-        if len(self._place) < len(listed):  # several owners have some of them
-            listed = [listed[place] for place in self._place.values()]
-            self._place = dict(zip(self._place, itertools.count()))
-        kinds, kind_of = kinds_of(listed)
-        self.digest = digest_of_kinds(list(self._place), kinds, kind_of)
-        sizes = np.array([tensor_nbytes(*kind) for kind in kinds], dtype=np.int64)
-        self.sizes = sizes[np.array(kind_of, dtype=np.int64)]
+    def _read(self, items: Sequence[ParameterMeta]) -> None:
+        """``items``: bucket by bucket, those of a tensor that travels in parts once."""
+        names = [meta.name for meta in items]
+        met: dict[tuple[Any, tuple[int, ...]], int] = {}
+        kinds = zip(map(attrgetter("dtype"), items), map(attrgetter("shape"), items), strict=True)
+        alike = np.fromiter(map(met.setdefault, kinds, itertools.count()), np.int64, len(names))
+        ordered = sorted(range(len(names)), key=names.__getitem__)
+        order = np.fromiter(ordered, np.int64, len(names))
+        self._places = np.empty_like(order)
+        self._places[order] = np.arange(len(order))
+        kind_of = _numbered(alike[order])
+        in_turn = np.argsort(_first_places(kind_of))  # kinds are numbered as they are met
+        every = list(met)
+        listed = [every[kind] for kind in in_turn]
+        kind_of = np.argsort(in_turn)[kind_of]
+        by_name = itemgetter(*ordered)(names) if len(names) > 1 else names
+        self.digest = digest_of_kinds(by_name, listed, kind_of)
+        self.sizes = np.array([tensor_nbytes(*kind) for kind in listed], dtype=np.int64)[kind_of]
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._places)
 
     def places_of(self, bucket: H2DBucket) -> np.ndarray:
         """Where the bucket's tensors are among all of them."""
-        if id(bucket) not in self._places:
-            places = np.array([self._place[meta.name] for meta in bucket.items], dtype=np.int64)
-            self._places[id(bucket)] = bucket, places
-        return self._places[id(bucket)][1]
+        number = self.number_of(bucket)
+        return self._places[self._ends[number] : self._ends[number + 1]]
+
+    def number_of(self, bucket: H2DBucket) -> int:
+        """Where the bucket is among all buckets, the parts of one tensor counted as one."""
+        return self._numbers[id(bucket)][1]
+
+    def per_bucket(self, column: np.ndarray) -> list[int]:
+        """The sum of a column over the tensors of each bucket; see ``number_of``."""
+        sums = np.zeros(len(column) + 1, np.int64)
+        np.cumsum(column[self._places], out=sums[1:])
+        return list(np.diff(sums[self._ends]).tolist())
 
 
 class HostNeeds:
@@ -98,8 +113,10 @@ class HostNeeds:
             )
             for at in first
         ]
-        totals = np.array([int((ends - begins).sum()) for begins, ends in self._runs])
-        self._needed = totals[self._alike]
+        totals = [int((ends - begins).sum()) for begins, ends in self._runs]
+        self._needed = np.array(totals, dtype=np.int64)[self._alike]
+        sums = zip(*map(tensors.per_bucket, (self._needed, tensors.sizes)), strict=True)
+        self._shares = [needed / max(1, nbytes) for needed, nbytes in sums]
 
     @property
     def nbytes(self) -> int:
@@ -108,8 +125,7 @@ class HostNeeds:
 
     def share_of(self, bucket: H2DBucket) -> float:
         """Which part of a bucket's bytes is needed."""
-        places = self._tensors.places_of(bucket)
-        return float(self._needed[places].sum() / max(1, self._tensors.sizes[places].sum()))
+        return self._shares[self._tensors.number_of(bucket)]
 
     def runs_in(self, bucket: H2DBucket) -> Runs | None:
         """The bytes of a bucket that are needed, from its beginning; ``None``: all of them."""
@@ -133,9 +149,14 @@ def _distinct(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for column in columns:
         numbers = _numbered(column)
         alike = _numbered(alike * (int(numbers.max(initial=0)) + 1) + numbers)
-    first = np.zeros(int(alike.max(initial=-1)) + 1, np.int64)
-    first[alike[::-1]] = np.arange(len(alike))[::-1]
-    return first, alike
+    return _first_places(alike), alike
+
+
+def _first_places(numbers: np.ndarray) -> np.ndarray:
+    """Where each of the numbers, from 0 on, comes first."""
+    first = np.zeros(int(numbers.max(initial=-1)) + 1, np.int64)
+    first[numbers[::-1]] = np.arange(len(numbers))[::-1]
+    return first
 
 
 def _numbered(values: np.ndarray) -> np.ndarray:
@@ -162,6 +183,8 @@ def share(
     metas: Metas,
     duplicates: Set[str] = frozenset(),
     needs: HostNeeds | None = None,
+    outside: Sequence[Sequence[int]] = (),
+    gone: Set[int] = frozenset(),
 ) -> TransferPlan:
     """A plan of all buckets for one host: the receiver of each is the rank that stages it.
 
@@ -170,24 +193,32 @@ def share(
     host n + 2, and so on: each host is asked by one other at a time.
 
     Args:
-        hosts: the ranks of each.
+        hosts: the ranks of each that take part.
         here: which of them it is.
         duplicates: names that several owners have, with equal content.
+        outside: the owners that take no part, those of each host. They are only read. All owners,
+            where they are ranks of another world: then their numbers are of that.
+        gone: the owners that nobody can read any more.
+
+    Raises:
+        CollectiveError: only they have a bucket that is needed.
     """
-    host_of = {rank: number for number, ranks in enumerate(hosts) for rank in ranks}
-    distance = {rank: (host - here) % len(hosts) for rank, host in host_of.items()}
+    distance = _distances(hosts, here, outside)
     holders = _holders(metas, duplicates)
     sources: dict[int, tuple[int, ...]] = {}
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
         owners = sorted(holders(unit[0]), key=lambda rank: (distance[rank], rank))
-        inside = [rank for rank in owners if rank in hosts[here]]
-        (local if inside else remote).append(unit)
-        sources |= {id(step.bucket): tuple(inside or owners) for step in unit}
+        if gone:
+            owners = _not_gone(owners, gone, unit[0].bucket, needs)
+        near = [rank for rank in owners if distance[rank] == 0]
+        (local if near else remote).append(unit)
+        for step in unit:
+            sources[id(step.bucket)] = tuple(near or owners)
     queues = _merged(
-        _dealt(local, lambda unit: sources[id(unit[0].bucket)], None),
-        _dealt(remote, lambda unit: hosts[here], needs),
+        _dealt(local, lambda unit: sources[id(unit[0].bucket)], hosts[here], None),
+        _dealt(remote, lambda unit: hosts[here], hosts[here], needs),
         lambda unit: distance[sources[id(unit[0].bucket)][0]],
     )
     entries = [(rank, step.owner, step.bucket) for rank, some in queues.items() for step in some]
@@ -195,16 +226,46 @@ def share(
     steps = []
     for index, (_, (rank, owner, bucket)) in enumerate(in_rounds(entries)):
         held_by = sources[id(bucket)]
-        held_by = (rank,) if rank in held_by else held_by
+        if distance.get(rank) == 0 and rank in held_by:
+            held_by = (rank,)
         steps.append(Step(rank, owner, bucket, index % 2, numbers[id(bucket)], held_by))
     return replace(transfer, steps=tuple(steps), needs=needs, messages={})
+
+
+def _distances(
+    hosts: Sequence[Sequence[int]], here: int, outside: Sequence[Sequence[int]]
+) -> dict[int, int]:
+    """How late this host asks each owner; 0: it is a rank of this host."""
+    found = {
+        rank: (number - here) % len(hosts) for number, ranks in enumerate(hosts) for rank in ranks
+    }
+    for number, ranks in enumerate(outside):
+        found |= dict.fromkeys(ranks, len(hosts) + (number - here) % len(outside))
+    return found
+
+
+def _not_gone(
+    owners: list[int], gone: Set[int], bucket: H2DBucket, needs: HostNeeds | None
+) -> list[int]:
+    left = [rank for rank in owners if rank not in gone]
+    if left:
+        return left
+    if needs is None or needs.share_of(bucket) > 0.0:
+        name = bucket.items[0].name
+        text = (
+            f"rank {owners[0]} is gone, and no other rank owns {name!r} and what travels with it: "
+            "start that rank again, register the checkpoint there and gather it on all ranks, or "
+            "load the metas of a world that holds it"
+        )
+        raise CollectiveError(text, "rank_gone", rank=owners[0])
+    return owners  # nobody reads it
 
 
 Unit = list[Step]
 """A bucket, or all parts of one tensor: one rank stages them, one behind the other."""
 
 
-def _units(steps: Sequence[Step]) -> Iterator[Unit]:
+def _units(steps: Iterable[Step]) -> Iterator[Unit]:
     unit: Unit = []
     for step in steps:
         unit.append(step)
@@ -232,15 +293,18 @@ def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
 
 
 def _dealt(
-    units: Sequence[Unit], candidates: Callable[[Unit], Sequence[int]], needs: HostNeeds | None
+    units: Sequence[Unit],
+    candidates: Callable[[Unit], Sequence[int]],
+    ranks: Sequence[int],
+    needs: HostNeeds | None,
 ) -> dict[int, list[Unit]]:
-    """The units of each rank: the largest first, to the candidate that has the least so far."""
-    loads: defaultdict[int, float] = defaultdict(float)
+    """The units of each of ``ranks``: the largest first, to the candidate that has the least."""
+    loads = {rank: (0.0, rank) for rank in ranks}
     dealt: defaultdict[int, list[tuple[int, Unit]]] = defaultdict(list)
-    weights = [sum(_weight(step.bucket, needs) for step in unit) for unit in units]
+    weights = [sum([_weight(step.bucket, needs) for step in unit]) for unit in units]
     for place in sorted(range(len(units)), key=lambda place: (-weights[place], place)):
-        rank = min(candidates(units[place]), key=lambda rank: (loads[rank], rank))
-        loads[rank] += weights[place]
+        load, rank = min(map(loads.__getitem__, candidates(units[place])))
+        loads[rank] = load + weights[place], rank
         dealt[rank].append((place, units[place]))
     return {
         rank: [unit for _, unit in sorted(some, key=itemgetter(0))] for rank, some in dealt.items()
@@ -269,14 +333,21 @@ def _merged(
     return merged
 
 
-def as_held_by(owned: MemoryBufferMetaList, bucket: H2DBucket) -> H2DBucket:
-    """The same tensors where another owner has them."""
-    wanted = {meta.name for meta in bucket.items}
-    places: dict[str, tuple[int, int]] = {}
-    for index, buffer in enumerate(owned.memory_buffer_metas_list):
-        for start, meta in placed(buffer.metas):
-            if meta.name in wanted:
-                places[meta.name] = index, start
+Places = dict[str, tuple[int, int]]
+"""Of each tensor of an owner, the number of its host buffer, and where it begins there."""
+
+
+def places_in(owned: MemoryBufferMetaList) -> Places:
+    """Where the tensors of an owner lie. Takes long for many: made once for all buckets."""
+    return {
+        meta.name: (index, start)
+        for index, buffer in enumerate(owned.memory_buffer_metas_list)
+        for start, meta in placed(buffer.metas)
+    }
+
+
+def as_held_by(owned: MemoryBufferMetaList, places: Places, bucket: H2DBucket) -> H2DBucket:
+    """The same tensors where another owner, with these ``places``, has them."""
     ranges = []
     for meta in bucket.items:
         index, start = places[meta.name]

@@ -142,6 +142,8 @@ def _agree(
     mine = replace(mine, joins_parts=server.joins_parts, maps_peers=server.maps_peers)
     mine = replace(mine, needs=digest_of(server.needs))
     call.claim(mine)
+    if mine.ranks is not None:
+        mine = replace(mine, gone=call.gone)
     for way in server.ways:
         mine = way.introduce(mine, held)
     gathered.check_usable(source, remote=order.ranks is not None)

@@ -70,6 +70,11 @@ class Call:
         return self._membership.members
 
     @property
+    def gone(self) -> tuple[int, ...]:
+        """The ranks of the world that are not there any more, members or not."""
+        return tuple(sorted(self._liveness.gone))
+
+    @property
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]
@@ -148,7 +153,7 @@ class Call:
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
-        self._wait_for(keys)
+        _wait_for(self, keys)
         return list(self.store.multi_get(list(keys)))
 
     # ------------------------------------------------------------------ waiting
@@ -226,6 +231,8 @@ class Call:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
         error = _cause_of(error, self)
+        if self._outcome is not None and not self._stays_out:
+            return self._outcome  # whether the store still answers or not
         lost = self._membership.world.why_lost
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
@@ -241,17 +248,6 @@ class Call:
             self._started = True
             self._keys += ["done", "left"]
             self._membership.store.add("started", 1)
-
-    def _wait_for(self, keys: Sequence[str]) -> None:
-        """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
-        pause = 0.0001
-        while not self.store.check(list(keys)):
-            self._look_for_outcome()
-            if self._is_late():
-                raise missing(self.deadline.seconds, self.name, _missing(self, keys))
-            _look_around(self, keys)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _look_for_outcome(self) -> None:
         if self._outcome is None:
@@ -381,6 +377,18 @@ def _look_around(call: Call, keys: Sequence[str]) -> None:
         assert call._hello is not None
         call._membership.check_apart(call._hello, _missing(call, keys))
         call._looks_around_at = time.monotonic() + _LOOK_AROUND
+
+
+def _wait_for(call: Call, keys: Sequence[str]) -> None:
+    """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
+    pause = 0.0001
+    while not call.store.check(list(keys)):
+        call._look_for_outcome()
+        if call._is_late():
+            raise missing(call.deadline.seconds, call.name, _missing(call, keys))
+        _look_around(call, keys)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _missing(call: Call, keys: Sequence[str]) -> list[int]:

@@ -24,6 +24,7 @@ from checkpoint_engine.planning.layouts import (
     known_digest,
     missing_layouts,
 )
+from checkpoint_engine.planning.plan import extent
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 
@@ -72,6 +73,11 @@ class Gathered:
             (rank, owned.rdma_device, (owned.p2p_store_addr or "").rpartition(":")[0])
             for rank, owned in self.metas.items()
         )
+
+    @cached_property
+    def extent(self) -> tuple[int, int]:
+        """See ``plan.extent``; every way asks, and a large model has many tensors."""
+        return extent(self.metas)
 
     @cached_property
     def plan_basis(self) -> tuple[object, ...]:

@@ -52,6 +52,7 @@ class Hello:
         reads: the protocol by which this rank reads other hosts' memory; empty: it cannot.
         needs: digest of what the worker of the last update reads; empty: everything.
         knows: digests of the needs that this rank knows of others.
+        gone: of an update of some ranks: those that are not there any more, as this rank has heard.
         group: id of the broadcast group that this rank kept from its last update.
         instance: the engine instance that this rank's worker belongs to.
         nonce: random; that of the first rank names the update, and the group if one is made.
@@ -84,6 +85,7 @@ class Hello:
     reads: str = ""
     needs: str = ""
     knows: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
     group: str = ""
     instance: str = ""
     nonce: str = ""

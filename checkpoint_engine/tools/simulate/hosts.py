@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from checkpoint_engine.data_types import H2DBucket, TensorPart
+from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.planning import plan as planning
 from checkpoint_engine.planning.plan import Step, TransferPlan
@@ -97,9 +97,9 @@ def plan_host(
     Raises:
         ValueError: the largest tensor does not fit, or the needs are of other tensors.
     """
-    largest = planning.largest_tensor(metas)
-    size = planning.bucket_size(free_device_bytes, largest, cap, True, _SLOTS + 1)
-    size = planning.paced(size, planning.peer_pace(_SLOTS), metas, True)
+    extent = planning.extent(metas)
+    size = planning.bucket_size(free_device_bytes, extent[1], cap, True, _SLOTS + 1)
+    size = planning.paced(size, planning.peer_pace(_SLOTS), extent, True)
     topology = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
     hosts = [
         range(node * cluster.gpus_per_node, (node + 1) * cluster.gpus_per_node)
@@ -112,7 +112,7 @@ def plan_host(
         }
         return HostPlan(metas, cluster, orders, needs)
     every = planning.plan_transfer(metas, size, *topology, may_cut=True)
-    asked = [None] if needs is None else list(_unions(Tensors(metas), needs, hosts))
+    asked = [None] if needs is None else list(_unions(Tensors(every.steps), needs, hosts))
     shared = share(every, hosts, here, metas, needs=asked[here % len(asked)])
     return HostPlan(metas, cluster, dict.fromkeys(hosts[here], shared), needs, asked)
 
@@ -217,7 +217,7 @@ class _Host:
         host, steps = self._host, self._host.plan.steps
         reads: dict[str, list[Read]] = {}
         if host.needs is not None:
-            places = _Places(host.metas, [step.bucket for step in steps])
+            places = _Places(steps)
             here = {host.needs[rank % len(host.needs)].digest for rank in host.orders}
             distinct = {one.digest: one for one in host.needs if one.digest in here}
             reads = {digest: places.reads_of(one) for digest, one in distinct.items()}
@@ -232,8 +232,8 @@ class _Host:
 class _Places:
     """Where the tensors of each bucket are in the order of all names."""
 
-    def __init__(self, metas: Metas, buckets: Sequence[H2DBucket]) -> None:
-        tensors = Tensors(metas, buckets)
+    def __init__(self, steps: Sequence[Step]) -> None:
+        tensors, buckets = Tensors(steps), [step.bucket for step in steps]
         self._places = np.concatenate([tensors.places_of(bucket) for bucket in buckets])
         counts = [len(bucket.items) for bucket in buckets]
         self._begins = np.cumsum([0, *counts[:-1]])

@@ -92,10 +92,11 @@ def make_plan(
     """
     p2p = receivers is not None
     may_cut = not p2p  # as Way.plan decides it
-    largest = planning.largest_tensor(metas)
-    size = planning.bucket_size(free_device_bytes, largest, cap, may_cut)
+    extent = planning.extent(metas)
+    size = planning.bucket_size(free_device_bytes, extent[1], cap, may_cut)
     local, remote = on_nics(range(cluster.gpus), cluster), on_nics(metas, cluster)
-    size = planning.paced(size, planning.READ_PACE if p2p else planning.DEVICE_PACE, metas, may_cut)
+    pace = planning.READ_PACE if p2p else planning.DEVICE_PACE
+    size = planning.paced(size, pace, extent, may_cut)
     return planning.plan_transfer(metas, size, local, remote, receivers, may_cut=may_cut)
 
 

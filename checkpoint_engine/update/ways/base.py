@@ -27,7 +27,7 @@ def bucket_size(
     least = min(hellos, key=lambda hello: hello.free_bytes)
     return plan.bucket_size(
         least.free_bytes,
-        plan.largest_tensor(gathered.metas),
+        gathered.extent[1],
         min(hello.bucket_cap for hello in hellos),
         may_cut,
         shares,
@@ -42,9 +42,11 @@ class Way(ABC):
 
     Attributes:
         name: in reports.
+        deals_out_reads: whether the plan says which of the members reads a bucket for all of them.
     """
 
     name: str
+    deals_out_reads = False
 
     def __init__(self, here: LocalRank) -> None:
         self.here = here
@@ -100,9 +102,9 @@ class Way(ABC):
         """
         may_cut = self._may_cut(gathered, hellos)
         size = bucket_size(hellos, gathered, may_cut, self.shares(hellos))
-        size = plan.paced(size, self.pace(hellos), gathered.metas, may_cut)
+        size = plan.paced(size, self.pace(hellos), gathered.extent, may_cut)
         nics = topology((hello.rank, hello.nic, hello.host) for hello in hellos)
-        members = hellos[0].ranks
+        members = hellos[0].ranks if self.deals_out_reads else None
         basis = (gathered.plan_basis, size, nics, members, may_cut)
         if self._planned is None or self._planned[0] != basis:
             transfer = plan.plan_transfer(

@@ -51,7 +51,8 @@ class Peers(Way):
             and transport() != GROUP
             and (device == "cuda" or cpu_transport() == SHARED_MEMORY)
         )
-        if self.here.world_size == 1 or device not in ("cpu", "cuda") or not wanted:
+        is_alone = self.here.world_size == 1 and mine.ranks is None
+        if is_alone or device not in ("cpu", "cuda") or not wanted:
             return mine
         try:
             self._peers = HostPeers(self.here.rank, range(self.here.world_size))

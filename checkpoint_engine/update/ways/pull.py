@@ -1,4 +1,5 @@
-"""Pull: some ranks read whole buckets out of other ranks' host memory by P2P."""
+"""Pull: some ranks read whole buckets out of other ranks' host memory by P2P, where they cannot go
+by ``Shard``."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ class Pull(Broadcast):
     """The receivers share the reading, and broadcast among themselves what each has read."""
 
     name = "P2P"
+    deals_out_reads = True
     joins_parts = False  # the parts of several owners' tensors would arrive at once
     keeps_group = False  # the next one may have other members
 

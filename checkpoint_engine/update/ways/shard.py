@@ -1,5 +1,5 @@
 """Shard: each host reads what its workers need out of other hosts' memory, once, by P2P; inside
-the host workers read it by ``Peers``."""
+the host workers read it by ``Peers``. The hosts of all ranks, or of some of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from types import SimpleNamespace
 import torch
 from loguru import logger
 
+from checkpoint_engine.data_types import H2DBucket
 from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, share
+from checkpoint_engine.planning.shards import (
+    HostNeeds,
+    Places,
+    Tensors,
+    as_held_by,
+    places_in,
+    share,
+)
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
@@ -44,6 +53,9 @@ class Shard(Way):
     of each host can read each other's staging; over TCP, where that saves bytes or a forwarding
     host.
 
+    An update of some ranks goes this way on one host, too. Owners need not take part in it, nor be
+    of this world: then they are only read.
+
     A bucket is staged on each host by one of its ranks: its owner, or one that reads it, of which
     no more than the host's workers have stated to need.
     """
@@ -66,20 +78,23 @@ class Shard(Way):
         return replace(mine, transport=chosen, reads=reads, knows=tuple(sorted(self._known)))
 
     def refusal(self, gathered: Gathered, hellos: Sequence[Hello]) -> str | None:
-        if hellos[0].ranks is not None or len(hellos) == 1:
+        is_of_all = hellos[0].ranks is None
+        if is_of_all and len(hellos) == 1:
             return ""
         chosen = {hello.transport for hello in hellos}
         if GROUP in chosen:
             return "PS_TRANSPORT=group"
-        if len(_hosts(hellos)) == 1 or not all(hello.neighbour for hello in hellos):
+        apart = [hello.rank for hello in hellos if not hello.neighbour]
+        if is_of_all and (apart or len(_hosts(hellos)) == 1):
             return ""
+        if apart:
+            return f"ranks {apart} share no memory, by their device or settings"
         if without := [hello.rank for hello in hellos if not hello.reads]:
             return f"ranks {without} have no P2P"
         if hidden := [rank for rank, owned in gathered.metas.items() if not owned.p2p_store_addr]:
             return f"ranks {hidden} own what cannot be read by P2P"
-        saves = any(hello.needs for hello in hellos) or len(_hosts(hellos)) >= _FEWEST_HOSTS
-        if "tcp" in {hello.reads for hello in hellos} and not saves and SHARD not in chosen:
-            return "over TCP between two hosts it saves nothing until a worker has stated its needs"
+        if SHARD not in chosen and (why := _saves_nothing(gathered, hellos)):
+            return why
         return self._inside.cannot_stage(gathered, hellos)
 
     def prepare(self, call: Call, hellos: Sequence[Hello], needs: str) -> None:
@@ -120,27 +135,42 @@ class Shard(Way):
 
     def plan(self, gathered: Gathered, hellos: Sequence[Hello]) -> TransferPlan:
         """All buckets, received by ranks of this host; other hosts have other receivers."""
-        every = super().plan(gathered, hellos)
+        with collector_at_rest():
+            return self._shared_out(super().plan(gathered, hellos), gathered, hellos)
+
+    def _shared_out(
+        self, every: TransferPlan, gathered: Gathered, hellos: Sequence[Hello]
+    ) -> TransferPlan:
         hosts = _hosts(hellos)
         mine = next(hello for hello in hellos if hello.rank == self.here.rank)
         here = _host_of(mine, hosts)
         ranks = tuple(tuple(hello.rank for hello in host) for host in hosts)
-        basis = ranks, tuple(hello.needs for hello in here)
+        gone = {rank for hello in hellos for rank in hello.gone if not gathered.is_loaded}
+        outside = _outside(gathered, hellos)
+        basis = ranks, tuple(hello.needs for hello in here), outside, gone
         if self._every is not every:
-            buckets = (step.bucket for step in every.steps)
-            self._tensors = Tensors(gathered.metas, buckets)
-            self._every, self._shared = every, None
+            self._every, self._tensors, self._shared = every, None, None
         if self._shared is None or self._shared[0] != basis:
-            options = gathered.metas, gathered.duplicates, self._needs_of(here)
-            shared = share(every, ranks, hosts.index(here), *options)
+            shared = share(
+                every,
+                ranks,
+                hosts.index(here),
+                gathered.metas,
+                gathered.duplicates,
+                self._needs_of(here, every),
+                outside,
+                gone,
+            )
             self._shared = basis, shared
         return self._shared[1]
 
-    def _needs_of(self, here: Sequence[Hello]) -> HostNeeds | None:
+    def _needs_of(self, here: Sequence[Hello], every: TransferPlan) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
         digests = sorted({hello.needs for hello in here})
-        if "" in digests or self._tensors is None:
+        if "" in digests:
             return None
+        if self._tensors is None:
+            self._tensors = Tensors(every.steps)
         try:
             return HostNeeds(self._tensors, [self._known[digest] for digest in digests])
         except ValueError as error:  # another checkpoint than the one that they have learned
@@ -164,9 +194,8 @@ class Shard(Way):
         """Why another host's memory cannot be read, as behind a firewall; each is tried once."""
         tried: dict[str, Event] = {}
         for step in move.plan.loads_of(self.here.rank):
-            owned = move.gathered.metas[step.sources[0]]
-            host = str(owned.p2p_store_addr).rpartition(":")[0]
-            if step.sources[0] != self.here.rank and host not in self._reached | tried.keys():
+            host = _address_of(move.gathered, step.sources[0])
+            if not _is_own(move.gathered, step) and host not in self._reached | tried.keys():
                 tried[host] = remote.begin(partial(remote.check, step.sources[0]), HAPPENED)
         soon = Deadline(_REACHED_WITHIN)
         for host, event in tried.items():
@@ -179,10 +208,38 @@ class Shard(Way):
 
 
 def can_shard(hellos: Sequence[Hello]) -> bool:
-    """Whether ranks are on several hosts and may read each other's memory: workers are asked what
-    they need then."""
+    """Whether ranks may read memory of other hosts: workers are asked what they need then."""
     readable = all(hello.reads and hello.neighbour for hello in hellos)
-    return hellos[0].ranks is None and readable and len(_hosts(hellos)) > 1
+    return readable and (hellos[0].ranks is not None or len(_hosts(hellos)) > 1)
+
+
+def _saves_nothing(gathered: Gathered, hellos: Sequence[Hello]) -> str:
+    """Why the group is as good; empty if it is not."""
+    hosts = len(_hosts(hellos))
+    if any(hello.needs for hello in hellos):
+        return ""
+    if hellos[0].ranks is not None:
+        owners = len({_address_of(gathered, rank) for rank in gathered.metas})
+        unstated = f"all {hosts} hosts would read everything from {owners}, as no worker has stated"
+        return f"{unstated} its needs" if hosts > owners else ""
+    if hosts < _FEWEST_HOSTS and "tcp" in {hello.reads for hello in hellos}:
+        return "over TCP between two hosts it saves nothing until a worker has stated its needs"
+    return ""
+
+
+def _address_of(gathered: Gathered, owner: int) -> str:
+    """Of the host of an owner."""
+    return str(gathered.metas[owner].p2p_store_addr).rpartition(":")[0]
+
+
+def _outside(gathered: Gathered, hellos: Sequence[Hello]) -> tuple[tuple[int, ...], ...]:
+    """The owners that take no part, those of each host."""
+    members = () if gathered.is_loaded else {hello.rank for hello in hellos}
+    found: dict[str, list[int]] = {}
+    for owner in gathered.metas:
+        if owner not in members:
+            found.setdefault(_address_of(gathered, owner), []).append(owner)
+    return tuple(map(tuple, found.values()))
 
 
 def _hosts(hellos: Sequence[Hello]) -> list[list[Hello]]:
@@ -197,9 +254,10 @@ def _host_of(mine: Hello, hosts: Sequence[list[Hello]]) -> list[Hello]:
     return next(host for host in hosts if mine in host)
 
 
-def _is_own(step: Step) -> bool:
-    """Whether the rank that stages the bucket owns it."""
-    return step.sources == (step.receiver,)
+def _is_own(gathered: Gathered, step: Step) -> bool:
+    """Whether the rank that stages the bucket owns it. Owners of loaded metas are ranks of another
+    world."""
+    return step.sources == (step.receiver,) and not gathered.is_loaded
 
 
 class _ShardMover(PeersMover):
@@ -221,6 +279,7 @@ class _ShardMover(PeersMover):
         """``needs``: the digest of what this rank's worker reads."""
         self._remote = remote
         self._needs = needs
+        self._places: dict[int, Places] = {}
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
         super().__init__(move, peers, streams, double_slots)
@@ -240,10 +299,10 @@ class _ShardMover(PeersMover):
     def has_arrived(self, step: Step) -> bool:
         """What another rank has read may be there before this one has heard what is in it."""
         self.advance()
-        return (_is_own(step) or self._is_whole is not None) and super().has_arrived(step)
+        return (self._is_own(step) or self._is_whole is not None) and super().has_arrived(step)
 
     def needs_for(self, step: Step) -> str:
-        if _is_own(step):
+        if self._is_own(step):
             return ""
         if self._is_whole is None:
             raise broadcast_failed("a bucket is there before the workers of this host agreed")
@@ -251,20 +310,21 @@ class _ShardMover(PeersMover):
         return "" if needs is None or needs.runs_in(step.bucket) is None else self._needs
 
     def has_checked(self, step: Step) -> bool:
-        return super().has_checked(step) and _is_own(step)
+        return super().has_checked(step) and self._is_own(step)
 
     def source_of(self, step: Step) -> str:
-        if _is_own(step):
+        if self._is_own(step):
             return super().source_of(step)
-        return f"rank {step.receiver}, which reads it from ranks {list(step.sources)},"
+        metas = self.move.gathered.metas
+        sources = [f"{metas[rank].p2p_store_addr} (owner {rank})" for rank in step.sources]
+        return f"{' or '.join(sources)}, read by rank {step.receiver},"
+
+    def _is_own(self, step: Step) -> bool:
+        return _is_own(self.move.gathered, step)
 
     def _bring(self, step: Step, target: torch.Tensor) -> Event:
-        metas = self.move.gathered.metas
-        held = {
-            rank: step.bucket if rank == step.owner else as_held_by(metas[rank], step.bucket)
-            for rank in step.sources
-        }
-        if _is_own(step):
+        held = {rank: self._as_held_by(rank, step) for rank in step.sources}
+        if self._is_own(step):
             return self._copy_own(step, held[self._rank], target)
 
         def read() -> None:
@@ -276,5 +336,13 @@ class _ShardMover(PeersMover):
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
 
+    def _as_held_by(self, rank: int, step: Step) -> H2DBucket:
+        if rank == step.owner:
+            return step.bucket
+        owned = self.move.gathered.metas[rank]
+        if rank not in self._places:
+            self._places[rank] = places_in(owned)
+        return as_held_by(owned, self._places[rank], step.bucket)
+
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
-        return super()._expected_of(step) if _is_own(step) else None
+        return super()._expected_of(step) if self._is_own(step) else None
