@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
 
-from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.ground.deadline import Deadline, holding
 from checkpoint_engine.settings import engine_token, from_launcher
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def vllm_request(
         with nullcontext() if pause is None else _paused(post, pause, resume_after_failure):
             seconds = max(deadline.remaining(), 0.1)
             if _has_backend(url, seconds, uds, headers) if plugin is None else plugin:
-                with _one_session(uds or url, seconds):
+                late = f"{uds or url} has not answered an earlier update of this process"
+                with holding(_sessions[uds or url], seconds, late):
                     _VllmTransfer(post, weight_version).update(handles)
             elif headers is None:
                 request_inference_to_update(f"{url}/collective_rpc", handles, seconds, uds)
@@ -147,22 +148,8 @@ class _VllmTransfer:
 
 
 _sessions: defaultdict[str, Lock] = defaultdict(Lock)
-"""By engine."""
-
-
-@contextmanager
-def _one_session(engine: str, seconds: float) -> Iterator[None]:
-    """An update may have failed elsewhere before its engine answers: what ends that one's session
-    on the engine must not end the next one's."""
-    lock = _sessions[engine]
-    if not lock.acquire(timeout=seconds):
-        raise TimeoutError(
-            f"{engine} has not answered an earlier update of this process within {seconds:.3g} s"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+"""By engine. An update may have failed elsewhere before its engine answers: what ends that one's
+session on the engine must not end the next one's."""
 
 
 def _sent(headers: Headers | None) -> Headers:

@@ -79,6 +79,17 @@ def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
         waited += pause
 
 
+@contextmanager
+def holding(lock: threading.Lock, seconds: float, late: str) -> Iterator[None]:
+    """Raises ``TimeoutError``, which begins with ``late``, if it is not to be had in time."""
+    if not lock.acquire(timeout=seconds):
+        raise TimeoutError(f"{late} within {seconds:.3g} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def begin(action: Callable[[], T], name: str) -> Future[T]:
     """What ``action`` will have returned or raised; a daemon thread of its own does it, so one that
     never ends does not keep the process."""

@@ -23,10 +23,12 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 
 from checkpoint_engine.client import BACKEND
 from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.ground.deadline import holding
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.settings import from_launcher
 
 _NAME = "weights"
+_PATIENCE = 600.0  # seconds, as long as an update may take
 
 
 @dataclass
@@ -113,7 +115,7 @@ class CheckpointEngineTrainer(TrainerWeightTransferEngine):  # type: ignore[misc
         if not self.is_sender:
             return
         self._check_sent(senders)
-        with self._session:
+        with holding(self._session, _PATIENCE, "vLLM has not answered an earlier update"):
             self.client.start_weight_update()
             try:
                 self.client.update_weights({"zmq_handles": dict(socket_paths)})
