@@ -13,6 +13,7 @@ import torch.distributed as dist
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.hello import Hello, disagreement
+from checkpoint_engine.world.host import Host
 from checkpoint_engine.world.outcome import (
     SUCCESS,
     decode_failure,
@@ -21,10 +22,11 @@ from checkpoint_engine.world.outcome import (
     gone,
     publish,
 )
-from checkpoint_engine.world.packing import peek
+from checkpoint_engine.world.packing import came, peek
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_NOBODY = Host()
 _REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
 
 
@@ -65,6 +67,11 @@ class Membership:
         """What the running call's keys begin with."""
         return f"{self._name}/{self._count}"
 
+    @property
+    def host(self) -> Host:
+        """The ranks of this host, for calls of the world: the leader is in no others, maybe."""
+        return self.world.host if len(self.members) == self.world_size else _NOBODY
+
     def part_of(self, store: Any) -> Any:
         """The running call's part of a store of the world."""
         return dist.PrefixStore(self.part, store)
@@ -100,7 +107,8 @@ class Membership:
         have died began it. Empty if it may."""
         store = dist.PrefixStore(str(number), self.store)
         dead = [self.rank, *self.gone()]
-        begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
+        there = came(store, "hello")
+        begun = [rank for rank in dead if rank in there]
         if not begun:
             return peek(store, "outcome") or b""
         return self.end(store, self._failure(gone(begun, "this call"), begun[0]))
@@ -166,7 +174,7 @@ class Membership:
 
     def _has_come(self, rank: int) -> bool:
         """To the running call. Rank 0 takes the store along, and nobody can come any more."""
-        return rank == 0 or bool(self.part_of(self.world.store).check([f"hello/{rank}"]))
+        return rank == 0 or rank in came(self.part_of(self.world.store), "hello")
 
     def end(self, store: Any, outcome: bytes) -> bytes:
         """Make this the outcome of the call that ``store`` is a part for, unless it has one, and

@@ -22,6 +22,7 @@ from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, in_thread
 from checkpoint_engine.ground.sockets import connections
+from checkpoint_engine.world.host import Host
 from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer
 
 T = TypeVar("T")
@@ -43,15 +44,18 @@ class World:
     Attributes:
         store: for requests.
         liveness: who is gone.
+        host: the ranks of this host.
         id: another one where rank 0 was restarted.
     """
 
     store: Any
     liveness = Liveness()
+    host: Host
     id = ""
 
     def __init__(self) -> None:
         self.store = dist.HashStore()
+        self.host = Host()
 
     @property
     def is_lost(self) -> bool:
@@ -89,6 +93,7 @@ class ConnectedWorld(World):
         self._prefix = f"checkpoint-engine/{number}"
         self._connection: _Connection | None = _connection(rank, size, addr, port, deadline)
         self._to_block: _Connection | None = None
+        self.host = Host()
         self.store = self._part_of(self._connection)
         meeting = self._another(deadline)  # other worlds of this process may wait for the first
         try:
@@ -98,6 +103,7 @@ class ConnectedWorld(World):
             )
         except BaseException:
             self._connection = None  # it is lost, see ``_meet``
+            self.host.close()
             raise
         finally:
             meeting.close()
@@ -138,6 +144,7 @@ class ConnectedWorld(World):
 
     def close(self) -> None:
         self.cut()
+        self.host.close()
         self.liveness.close()
         self.liveness = Liveness()  # world and liveness know each other
         if self._connection is not None:
@@ -146,14 +153,17 @@ class ConnectedWorld(World):
 
     def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Liveness, str]:
         if rank == 0:
-            host, world_id = LivenessServer(size), secrets.token_hex(8)
-            store.set("liveness", f"{host.port} {host.token} {world_id}")
-            return host, world_id
+            server, world_id = LivenessServer(size), secrets.token_hex(8)
+            self.host.join(0, size, server.token, server.follow)  # before any other rank can
+            store.set("liveness", f"{server.port} {server.token} {world_id}")
+            return server, world_id
         port, token, world_id = store.get("liveness").decode().split()
         try:
             guest = LivenessClient(rank, addr, int(port), token, self.cut)
             if self.is_lost:  # ``__init__`` has given up meanwhile
                 guest.close()
+            else:
+                self.host.join(rank, size, token, guest.follow)
             return guest, world_id
         except (OSError, ValueError, KeyError) as error:
             logger.bind(rank=rank).warning(
