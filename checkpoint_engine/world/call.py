@@ -14,8 +14,6 @@ from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.clock import Clock
 from checkpoint_engine.world.exchange import PAUSE, UNRUNG, gather
 from checkpoint_engine.world.hello import Hello, check_agreement
-from checkpoint_engine.world.host import Host
-from checkpoint_engine.world.liveness import Liveness
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -55,12 +53,11 @@ class Call:
         self.on_failure: Callable[[UpdateError], None] | None = None
         self.rank = membership.rank
         self.store = membership.part_of(membership.world.store)
-        self._membership = membership
+        self.membership = membership
         self._hello: Hello | None = None
         self._guards: list[Callable[[], None]] = []
         self._announced = self._started = self._stays_out = self._came_first = False
-        self._is_announced = True  # as far as there is something to announce
-        self._watches = False
+        self._watches = self._has_to_announce = False
         self._looks_around_at = time.monotonic() + _LOOK_AROUND
         self.heard: int | None = None  # what ``Liveness.rings`` was when this looked last
         self._outcome: bytes | None = None
@@ -70,26 +67,12 @@ class Call:
     @property
     def members(self) -> tuple[int, ...]:
         """The ranks that take part, in order."""
-        return self._membership.members
+        return self.membership.members
 
     @property
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]
-
-    @property
-    def liveness(self) -> Liveness:
-        return self._membership.world.liveness
-
-    @property
-    def host(self) -> Host:
-        """The ranks of this host, which take part as well."""
-        return self._membership.host
-
-    @property
-    def part(self) -> str:
-        """What the keys of this call begin with."""
-        return self._membership.part
 
     @property
     def _is_shared(self) -> bool:
@@ -113,7 +96,7 @@ class Call:
             self.claim(mine)
         hellos = Hello.decode_all(self.all_gather("hello", mine.encode()))
         check_agreement(hellos)
-        self._membership.agreed()
+        self.membership.agreed()
         return hellos
 
     def claim(self, mine: Hello) -> None:
@@ -124,35 +107,34 @@ class Call:
         """
         self._hello = mine
         try:
-            if len(self.members) > 1 and self._membership.claim(mine.terms()):
+            if len(self.members) > 1 and self.membership.claim(mine.terms()):
                 self._came_first = True
                 self.keys.append("call")
         except CollectiveError as error:
             self._stays_out = self.rank in error.missing
             raise
         finally:  # it may be another number now
-            self.store = self._membership.part_of(self._membership.world.store)
+            self.store = self.membership.part_of(self.membership.world.store)
         self._start()
-        if mine.call == "update" and self._membership.world_size > 1:
-            self._is_announced = False
-            if not self.host.follows:
+        if mine.call == "update" and self.membership.world_size > 1:
+            self._has_to_announce = True
+            if not self.membership.host.follows:
                 self.announce()
             if mine.ranks is not None:
-                others = [rank for rank in range(self._membership.world_size) if rank != self.rank]
-                self._membership.check_apart(mine, others)
+                others = [rank for rank in range(self.membership.world_size) if rank != self.rank]
+                self.membership.check_apart(mine, others)
 
     def announce(self) -> None:
         """Let ranks that wait for this one elsewhere see what it does. One that follows a leader
         puts it off: nobody has to wait where all come at once."""
-        if not self._is_announced:
-            assert self._hello is not None
-            self._membership.announce(self._hello)
-            self._announced = self._is_announced = True
+        if self._has_to_announce and self._hello is not None:
+            self.membership.announce(self._hello)
+            self._announced, self._has_to_announce = True, False
 
     def all_gather(self, what: str, value: bytes) -> list[bytes]:
         """Every member's ``value``, in rank order. Called by all members."""
         values = gather(self, what, value)
-        self._membership.forget()
+        self.membership.forget()
         return values
 
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
@@ -170,7 +152,7 @@ class Call:
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
-        self._wait_for(keys)
+        _wait_for(self, keys)
         return list(self.store.multi_get(list(keys)))
 
     # ------------------------------------------------------------------ waiting
@@ -182,14 +164,14 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        if self._watches and self.heard != self.liveness.rings:
+        if self._watches and self.heard != self.membership.world.liveness.rings:
             self.look_for_outcome()
         if self.is_late():
             self.deadline.check(f"{self.clock.phase} of {self.name}")
 
     def is_late(self) -> bool:
         """Whether the time is up; raises what else ``check`` raises."""
-        if self._outcome is None and (absent := self._membership.lost()):
+        if self._outcome is None and (absent := self.membership.lost()):
             self.look_for_outcome()  # it may have ended in order
             # A rank that was stopped until its deadline finds that the others have left.
             if self._outcome is None and self.deadline.remaining() > 0.0:
@@ -218,7 +200,7 @@ class Call:
 
     def store_to_block(self) -> contextlib.AbstractContextManager[Any]:
         """This call's part of the store, for calls in C++ that wait by themselves."""
-        return self._membership.store_to_block(self.deadline)
+        return self.membership.store_to_block(self.deadline)
 
     # ------------------------------------------------------------------ the end
 
@@ -238,21 +220,21 @@ class Call:
                 self._fail(exc)
         finally:
             del exc  # this frame lives on in the traceback of what is raised
-            self._membership.expect_end(None)
+            self.membership.expect_end(None)
             self.state = self.on_success = self.on_failure = None
-            self._membership.old_keys += [f"{self._membership.part}/{key}" for key in self.keys]
+            self.membership.old_keys += [f"{self.membership.part}/{key}" for key in self.keys]
             if self._stays_out:
-                self._membership.skip()
+                self.membership.skip()
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
         outcome."""
         error = _cause_of(error, self)
-        lost = self._membership.world.why_lost
+        lost = self.membership.world.why_lost
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return self._membership.end(self.store, mine)
+                return self.membership.end(self.store, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -262,30 +244,20 @@ class Call:
         if self.leads and not self._started:
             self._started = True
             self.keys += ["done", "left"]
-            self._membership.store.add("started", 1)
-
-    def _wait_for(self, keys: Sequence[str]) -> None:
-        """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
-        pause = 0.0001
-        while not self.store.check(list(keys)):
-            self.look_for_outcome()
-            if self.is_late():
-                raise missing(self.deadline.seconds, self.name, _missing(self, keys))
-            self.look_around(lambda: _missing(self, keys))
-            time.sleep(pause)
-            pause = min(2 * pause, PAUSE)
+            self.membership.store.add("started", 1)
 
     def look_for_outcome(self) -> None:
         if self._outcome is None:
-            self.heard = self.liveness.rings  # before it looks: who rings then has more to say
+            # Before it looks: whoever rings then has more to say.
+            self.heard = self.membership.world.liveness.rings
             self._outcome = peek(self.store, "outcome")
 
     def look_around(self, absent: Callable[[], list[int]]) -> None:
         """Now and then, whether members that are missing are in another call. The first one to
         come does it for all."""
-        if self._announced and self._came_first and time.monotonic() > self._looks_around_at:
-            assert self._hello is not None
-            self._membership.check_apart(self._hello, absent())
+        may_look = self._announced and self._came_first
+        if may_look and self._hello is not None and time.monotonic() > self._looks_around_at:
+            self.membership.check_apart(self._hello, absent())
             self._looks_around_at = time.monotonic() + _LOOK_AROUND
 
     def _raise_failure(self) -> None:
@@ -311,7 +283,7 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self._outcome = self._membership.end(self.store, SUCCESS)
+                self._outcome = self.membership.end(self.store, SUCCESS)
             _await_outcome(self)
             self._raise_failure()
         except BaseException as error:
@@ -322,21 +294,21 @@ class Call:
 
     def _fail(self, error: BaseException) -> None:
         """End the call everywhere, and raise the one error that every rank raises."""
-        self._membership.expect_end(1.2 * _FAREWELL)
+        self.membership.expect_end(1.2 * _FAREWELL)
         self._guards.clear()
         outcome = self.publish(error)
         if outcome == SUCCESS:  # all ranks had succeeded when this one was interrupted
             self._end_in_success(Deadline(_FAREWELL))
             return
         if not self._stays_out:
-            self._membership.learn(decode_failure(outcome), self._hello)
+            self.membership.learn(decode_failure(outcome), self._hello)
         self.clock.on_phase = None
         self.begin("failed")
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
             if self.state is not None and not self._stays_out:
                 self.keys.append(f"state/{self.rank}")
-                states = self._membership.exchange_states(self.state(), _FAREWELL / 2)
+                states = self.membership.exchange_states(self.state(), _FAREWELL / 2)
             self._leave(outcome, Deadline(_FAREWELL))
         failure = error if isinstance(error, UpdateError) else error_of(outcome, self.name)
         failure.engines, failure.seconds = states, dict(self.clock.seconds)
@@ -352,11 +324,23 @@ class Call:
 
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
         if self._announced:
-            self._membership.withdraw()
+            self.membership.withdraw()
         if not self._stays_out:
             self._start()
-            if self._membership.leave(self._checkpoint, outcome, deadline):
+            if self.membership.leave(self._checkpoint, outcome, deadline):
                 self.keys.append("outcome")  # otherwise it stays for those that come late
+
+
+def _wait_for(call: Call, keys: Sequence[str]) -> None:
+    """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
+    pause = 0.0001
+    while not call.store.check(list(keys)):
+        call.look_for_outcome()
+        if call.is_late():
+            raise missing(call.deadline.seconds, call.name, _missing(call, keys))
+        call.look_around(lambda: _missing(call, keys))
+        time.sleep(pause)
+        pause = min(2 * pause, PAUSE)
 
 
 def _missing(call: Call, keys: Sequence[str]) -> list[int]:
@@ -369,7 +353,7 @@ def _await_outcome(call: Call) -> None:
     looks_at = time.monotonic() + UNRUNG
     while call._outcome is None:
         if call.heard is not None:
-            call.liveness.await_ring(call.heard, PAUSE)
+            call.membership.world.liveness.await_ring(call.heard, PAUSE)
         if time.monotonic() > looks_at:
             looks_at = time.monotonic() + UNRUNG
             call.look_for_outcome()

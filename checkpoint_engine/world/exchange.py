@@ -8,9 +8,10 @@ values: it puts one for all of them into the store, asks for the result, and han
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from checkpoint_engine.world.host import APART, STORE, VALUE
+from checkpoint_engine.world.host import APART, STORE, VALUE, Words
 from checkpoint_engine.world.outcome import missing
 from checkpoint_engine.world.packing import came, pack, peek, unpack, values_of
 
@@ -45,9 +46,10 @@ def gather(call: Call, what: str, value: bytes) -> list[bytes]:
 
 def _exchange(call: Call, what: str, value: bytes) -> bytes:
     """What the last rank to come has packed."""
-    heard = call.liveness.rings  # before this rank arrives: the last one may ring at once then
+    # Before this rank arrives: the last one may ring as soon as it has.
+    heard = call.membership.world.liveness.rings
     packed, is_counted = b"", False
-    if call.host.follows:
+    if call.membership.host.follows:
         packed, is_counted = _follow(call, what, value)
         if is_counted and call.heard is None:  # the leader has looked after this rank spoke
             call.heard = heard
@@ -55,13 +57,13 @@ def _exchange(call: Call, what: str, value: bytes) -> bytes:
         return packed
     is_last = not is_counted and _arrive(call, what, value)
     packed = _pack(call, what) if is_last else _await_packed(call, what, heard)
-    call.host.hand_on(_name(call, what), VALUE + packed)
+    call.membership.host.hand_on(_name(call, what), VALUE + packed)
     return packed
 
 
 def _name(call: Call, what: str) -> str:
     """Of an exchange, among all that there ever are in a world."""
-    return f"{call.part}/{what}"
+    return f"{call.membership.part}/{what}"
 
 
 # ---------------------------------------------------------------------- by the store
@@ -73,7 +75,7 @@ def _arrive(call: Call, what: str, value: bytes) -> bool:
     call.announce()
     said = _collect(call, what, value)
     if not said or not _decide(call, what, pack(list(said.values()))):
-        call.host.hand_on(_name(call, what), APART)
+        call.membership.host.hand_on(_name(call, what), APART)
         said = {call.rank: value}
         call.tell(f"{what}/{call.rank}", value)
     call.store.append(f"{what}/roll", ",".join(map(str, said)) + " ")
@@ -87,7 +89,7 @@ def _pack(call: Call, what: str) -> bytes:
     packed = pack(values_of(call.store, what, call.members))
     call.tell(what, packed)
     call.store.check([what])  # answered once it is there: before that nobody shall look
-    call.liveness.ring_leaders()
+    call.membership.world.liveness.ring_leaders()
     return packed
 
 
@@ -96,17 +98,17 @@ def _await_packed(call: Call, what: str, heard: int | None) -> bytes:
     if call.heard is None:
         call.look_for_outcome()
     while True:
-        if heard != call.liveness.rings or time.monotonic() > looks_at:
-            heard, looks_at = call.liveness.rings, time.monotonic() + UNRUNG
+        if heard != call.membership.world.liveness.rings or time.monotonic() > looks_at:
+            heard, looks_at = call.membership.world.liveness.rings, time.monotonic() + UNRUNG
             if (packed := peek(call.store, what)) is not None:
                 return packed
             call.look_for_outcome()
         if call.is_late():  # says who did not come, which a plain ``check`` does not know
             return _pack_at_the_end(call, what)
         call.look_around(lambda: _absent(call, what))
-        if not call.host.follows:
-            call.liveness.await_ring(heard, PAUSE)
-        elif (content := call.host.hear(_name(call, what), PAUSE))[:1] == VALUE:
+        if not call.membership.host.follows:
+            call.membership.world.liveness.await_ring(heard, PAUSE)
+        elif (content := call.membership.host.hear(_name(call, what), PAUSE))[:1] == VALUE:
             return content[1:]
         elif content == STORE:
             looks_at = 0.0
@@ -132,12 +134,12 @@ def _follow(call: Call, what: str, value: bytes) -> tuple[bytes, bool]:
     """Say it to the leader. Returns what all have packed, if that handed it on; and whether it has
     counted this rank: otherwise this rank must arrive by itself."""
     ends = _end_of_patience(call)
-    is_told = call.host.say(_name(call, what), call.seen.digest(), value)
+    is_told = call.membership.host.say(_name(call, what), call.seen.digest(), value)
     while is_told and time.monotonic() < ends and not call.is_late():
-        content = call.host.hear(_name(call, what), PAUSE)
+        content = call.membership.host.hear(_name(call, what), PAUSE)
         if content:
             return (content[1:], True) if content[:1] == VALUE else (b"", content == STORE)
-        if call.heard is not None and call.heard != call.liveness.rings:
+        if call.heard is not None and call.heard != call.membership.world.liveness.rings:
             call.look_for_outcome()
     return b"", is_told and not _decide(call, what, APART)
 
@@ -146,33 +148,34 @@ def _collect(call: Call, what: str, value: bytes) -> dict[int, bytes]:
     """As the leader: what it and those that follow it say. Empty if they speak for themselves, as
     one of them is late, or is not told what it needs."""
     ends = _end_of_patience(call)
-    words = call.host.listen(_name(call, what), 0.0)
-    if not call.host.followers:
-        return {}
-    while not call.host.followers.keys() <= words.keys():
-        if call.heard is not None and call.heard != call.liveness.rings:
+    host, name = call.membership.host, _name(call, what)
+    words: Mapping[int, Words | None] = {}
+    while None in (words := host.listen(name, PAUSE if words else 0.0)).values():
+        if call.heard is not None and call.heard != call.membership.world.liveness.rings:
             call.look_for_outcome()
         if time.monotonic() > ends or call.is_late():
             return {}
-        words = call.host.listen(_name(call, what), PAUSE)
+    if not words:
+        return {}
     if call.heard is None:
         call.look_for_outcome()  # for those that follow, too
-    differing = [rank for rank, (_, digest, _) in words.items() if digest != call.seen.digest()]
+    said = {rank: one for rank, one in words.items() if one is not None}
+    differing = [rank for rank, (_, digest, _) in said.items() if digest != call.seen.digest()]
     if differing:
         raise RuntimeError(
             f"ranks {differing} were handed other values by rank {call.rank}, which leads their "
             f"host, than it holds itself: {call.name} cannot go on"
         )
-    if any(kind == APART for kind, *_ in words.values()):
+    if any(kind == APART for kind, *_ in said.values()):
         return {}
-    return {call.rank: value} | {rank: value for rank, (*_, value) in words.items()}
+    return {call.rank: value} | {rank: theirs for rank, (*_, theirs) in said.items()}
 
 
 def _decide(call: Call, what: str, content: bytes) -> bool:
     """Whether this is what the host does, of which ranks may have decided otherwise: the leader
     writes what all of them say, or one of them, which waited too long, that each goes by itself."""
-    leads = call.host.leader is None
-    key = f"{what}/host-{call.rank if leads else call.host.leader}"
+    leads = call.membership.host.leader is None
+    key = f"{what}/host-{call.rank if leads else call.membership.host.leader}"
     if leads:
         call.keys.append(key)
     held = bytes(call.store.compare_set(key, "", content))

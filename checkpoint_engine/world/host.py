@@ -172,9 +172,9 @@ class Host:
 
     # ------------------------------------------------------------------ as the leader
 
-    def listen(self, name: str, seconds: float) -> dict[int, Words]:
-        """What ranks that follow have said in an exchange. Waits for the next one to speak, up to
-        ``seconds``."""
+    def listen(self, name: str, seconds: float) -> dict[int, Words | None]:
+        """What each rank that follows has said in an exchange; ``None``: nothing yet. Waits for the
+        next one to speak, up to ``seconds``."""
         for wait in (seconds, *[0.0] * (_PASSES - 1)):
             ready = self._selector.select(wait) if self._selector is not None else []
             if not ready:
@@ -187,7 +187,8 @@ class Host:
                     pass
                 except (OSError, ValueError):
                     self._drop(one)
-        return {rank: words for rank, (said, words) in self._said.items() if said == name}
+        said = {rank: self._said.get(rank, ("", None)) for rank in self.followers}
+        return {rank: words if about == name else None for rank, (about, words) in said.items()}
 
     def hand_on(self, name: str, content: bytes) -> None:
         """Tell all that follow. Whoever does not read it goes to the store by itself."""
