@@ -299,6 +299,26 @@ def test_a_leader_that_dies_before_it_hands_on_is_named_at_once(leader: int) -> 
         assert seconds < PATIENT
 
 
+def test_ranks_whose_leader_hangs_up_are_not_counted_twice() -> None:
+    """It has counted them, and they cannot tell by the connection alone."""
+
+    def hang_up(self: Host, name: str, content: bytes) -> None:
+        for follower in list(self.followers.values()):
+            follower.shutdown(socket.SHUT_RDWR)
+
+    def program(me: Rank) -> Any:
+        if me.rank == 2:
+            instead_of_handing_on(hang_up)
+        with me.plane.call("work", LONG) as call:
+            values = call.all_gather("v", b"%d" % me.rank)
+            arrived = call.store.add("v/arrived", 0)
+        assert me.exchange() == me.everyone()
+        return values, arrived
+
+    seen = run_world(4, on_hosts_of(2, program))
+    assert seen == [([b"0", b"1", b"2", b"3"], 4)] * 4
+
+
 def test_ranks_whose_leader_is_stopped_go_to_the_store() -> None:
     """It has counted them, and they read what all have packed; with it the call goes on."""
 

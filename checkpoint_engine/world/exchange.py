@@ -89,7 +89,9 @@ def _pack(call: Call, what: str) -> bytes:
     packed = pack(values_of(call.store, what, call.members))
     call.tell(what, packed)
     call.store.check([what])  # answered once it is there: before that nobody shall look
-    call.membership.world.liveness.ring_leaders()
+    membership = call.membership
+    liveness = membership.world.liveness
+    liveness.ring_leaders() if membership.host is membership.world else liveness.ring()
     return packed
 
 
@@ -137,6 +139,8 @@ def _follow(call: Call, what: str, value: bytes) -> tuple[bytes, bool]:
     is_told = call.membership.host.say(_name(call, what), call.seen.digest(), value)
     while is_told and time.monotonic() < ends and not call.is_late():
         content = call.membership.host.hear(_name(call, what), PAUSE)
+        if not call.membership.host.follows:  # it is lost, and may have counted this rank before
+            break
         if content:
             return (content[1:], True) if content[:1] == VALUE else (b"", content == STORE)
         if call.heard is not None and call.heard != call.membership.world.liveness.rings:
