@@ -1,13 +1,15 @@
 """What it costs ranks to agree: the exchanges of a barrier, a gather and an update, alone.
 
     python benchmarks/control.py --ranks 64
-    python benchmarks/control.py --ranks 1024 --light 64
+    python benchmarks/control.py --ranks 1024 --light 64 --per-host 8
 
 Every rank is a process that makes the calls that ``ParameterServer`` makes, in that order and with
 words of that size, without weights and engines. With ``--light`` so many ranks are threads of one
-process, each with its own connections; rank 0 has a process to itself. All of them are on this
-machine. Printed for each call: its seconds on rank 0 from its begin to its end, medians; the time
-that rank 0's process computed; and what went through rank 0's ports, as the kernel counts it:
+process, each with its own connections; rank 0 has a process to itself. They decode the words of one
+rank only, for elsewhere each has a core to decode all of them, and they wait long for one another.
+All ranks are on this machine; with ``--per-host`` blocks of so many find one another as the ranks
+of a host do. Printed for each call: its seconds on rank 0 from its begin to its end, medians; the
+time that rank 0's process computed; and what went through rank 0's ports, as the kernel counts it:
 packets with data that came, and bytes in and out.
 """
 
@@ -15,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import secrets
 import statistics
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,13 +32,18 @@ import torch.distributed as dist  # noqa: F401  # before the ranks are forked
 
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.sockets import connections, free_port_pair
-from checkpoint_engine.world import store
+from checkpoint_engine.world import call as call_module
+from checkpoint_engine.world import exchange, liveness, store
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.control import ControlPlane
 from checkpoint_engine.world.hello import Hello
+from checkpoint_engine.world.host import Host
 
 HERE = "127.0.0.1"
-TIMEOUT = 120.0
+TIMEOUT = 300.0
+# A thousand light ranks share few cores: they look seldom, and wait for one another for as long as
+# ranks with cores of their own never do.
+_SELDOM, _PATIENCE = 0.5, 60.0
 _TCP_INFO = 11  # of linux/tcp.h, which Python names from 3.12 on
 _INFO_BYTES = 160
 _BYTES_AT, _PACKETS_AT = 120, 152  # of tcpi_bytes_acked, after it _received; of tcpi_data_segs_in
@@ -70,6 +78,15 @@ class Traffic:
             (self.bytes_in - before.bytes_in) / 1e6,
             (self.bytes_out - before.bytes_out) / 1e6,
         ]
+
+
+class PartOfThisHost(Host):
+    """Ranks meet in blocks of ``size``, as if each block had a host to itself."""
+
+    size = 0
+
+    def join(self, rank: int, size: int, secret: str, on_leader: Callable[[bool], None]) -> None:
+        super().join(rank, size, f"{secret}-{rank // self.size}", on_leader)
 
 
 class Rank:
@@ -165,6 +182,8 @@ def light_ranks(ranks: range, size: int, port: int, repeats: int, pipe: Connecti
     """Threads of this process."""
     if len(ranks) > 1:
         store._connection = _own_connection
+        exchange.PAUSE = call_module.PAUSE = liveness._LOOK = _SELDOM
+        Hello.decode_all = staticmethod(_decode_one)  # type: ignore[method-assign]
     made = [Rank(rank, size, port) for rank in ranks]
     for rank in made:  # one after the other: nobody could tell whose socket is whose
         rank.plane.store()
@@ -174,6 +193,11 @@ def light_ranks(ranks: range, size: int, port: int, repeats: int, pipe: Connecti
     for thread in threads:
         thread.join()
     pipe.recv()
+
+
+def _decode_one(blobs: Sequence[bytes]) -> list[Hello]:
+    """Elsewhere each rank has a core to decode all of them."""
+    return [Hello.decode(blobs[0])]
 
 
 def _own_connection(rank: int, size: int, addr: str, port: int, deadline: Deadline) -> Any:
@@ -219,8 +243,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=16)
     parser.add_argument("--light", type=int, default=1, help="ranks of each other process")
+    parser.add_argument("--per-host", type=int, default=0, help="default: all are on one host")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
+    if arguments.light > 1:
+        exchange.UNRUNG = call_module.UNRUNG = _PATIENCE
+        # torch asks for names, and answers are lost on a machine that is this busy.
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+    if arguments.per_host:
+        PartOfThisHost.size = arguments.per_host
+        store.Host = PartOfThisHost  # type: ignore[misc]
     measured = measure(arguments.ranks, arguments.light, arguments.repeats)
     print(f"{arguments.ranks} ranks    ms  of it computing  packets in  MB in  MB out")
     for name, rows in measured.items():

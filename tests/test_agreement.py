@@ -130,7 +130,7 @@ def hold(me: Rank, words: dict[str, Any]) -> str:
         with me.plane.call("update", LONG, list(hello.ranks or ()), hello.checkpoint) as call:
             call.exchange(hello)
             while True:
-                call._look_for_outcome()
+                call.look_for_outcome()
                 call.check()
     except UpdateError as error:
         return str(error)

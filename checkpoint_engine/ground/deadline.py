@@ -62,11 +62,12 @@ class Deadline:
             raise TimeoutError(f"gave up after {self.seconds:g} s waiting for {waiting_for}")
 
 
-def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
+def poll(done: Callable[[], bool], check: Callable[[], None], longest: float = 0.001) -> None:
     """Wait until ``done()``; ``check()`` runs between looks and ends the wait by raising.
 
     Looks often at first, for events that are microseconds away, then after every twentieth of the
-    time that it has waited, from 0.2 to 1 ms; ``check``, which may ask around, less often.
+    time that it has waited, from 0.2 ms to ``longest`` seconds; ``check``, which may ask around,
+    less often.
     """
     looks = 0
     waited = 0.0
@@ -74,7 +75,7 @@ def poll(done: Callable[[], bool], check: Callable[[], None]) -> None:
         if looks % _LOOKS_PER_CHECK == 0:
             check()
         looks += 1
-        pause = 0.0 if looks < _LOOKS_PER_CHECK else min(max(waited / 20, 0.0002), 0.001)
+        pause = 0.0 if looks < _LOOKS_PER_CHECK else min(max(waited / 20, 0.0002), longest)
         time.sleep(pause)
         waited += pause
 

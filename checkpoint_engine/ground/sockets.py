@@ -1,4 +1,5 @@
-"""The TCP sockets of this process, for libraries that do not show their own, and free ports."""
+"""The sockets of this process, for libraries that do not show their own, who is at the other
+end, and free ports."""
 
 from __future__ import annotations
 
@@ -29,6 +30,13 @@ def free_port_pair() -> int:
             first.bind(("127.0.0.1", port))
             second.bind(("127.0.0.1", port + 1))
             return port
+
+
+def is_of_this_user(connection: socket.socket) -> bool:
+    """Whether a process of this one's user made the other end of a Unix socket."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", packed)
+    return bool(uid == os.geteuid())
 
 
 def connections() -> Iterator[socket.socket]:

@@ -6,7 +6,6 @@ Unix sockets say when. An owner says where a bucket lies, and each reader that i
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
 import struct
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.ground.sockets import is_of_this_user
 
 WHOLE, MAPPED, TAKEN, LEFT = b"w", b"m", b"t", b"l"
 """What a reader tells an owner: its worker reads whole buckets, said before ``MAPPED``; its worker
@@ -66,7 +66,7 @@ class HostPeers:
             try:
                 self.outgoing[rank] = connection = _socket()
                 connection.connect(_socket_name(addresses[rank]))
-                if not _is_of_this_user(connection):
+                if not is_of_this_user(connection):
                     return f"rank {rank} runs as another user than rank {self._rank}"
                 first, second = make_handle(), make_handle()
                 connection.send(_HELLO.pack(self._rank, len(first)) + first + second)
@@ -173,17 +173,11 @@ def _socket() -> socket.socket:
     return made
 
 
-def _is_of_this_user(connection: socket.socket) -> bool:
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", packed)
-    return bool(uid == os.geteuid())
-
-
 def _first_message(connection: socket.socket) -> bytes:
     """Empty of another user's process, and of one that says nothing in time."""
     connection.settimeout(_AT_ONCE)
     with contextlib.suppress(OSError):
-        return connection.recv(_LONGEST_HELLO) if _is_of_this_user(connection) else b""
+        return connection.recv(_LONGEST_HELLO) if is_of_this_user(connection) else b""
     return b""
 
 

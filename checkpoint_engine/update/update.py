@@ -143,7 +143,7 @@ def _agree(
     mine = replace(mine, needs=digest_of(server.needs))
     call.claim(mine)
     if mine.ranks is not None:
-        mine = replace(mine, gone=call.gone)
+        mine = replace(mine, gone=tuple(sorted(call.membership.world.liveness.gone)))
     for way in server.ways:
         mine = way.introduce(mine, held)
     gathered.check_usable(source, remote=order.ranks is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -11,8 +12,8 @@ from typing import Any
 from checkpoint_engine.errors import CollectiveError, UpdateError, kind_of
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.clock import Clock
+from checkpoint_engine.world.exchange import PAUSE, UNRUNG, gather
 from checkpoint_engine.world.hello import Hello, check_agreement
-from checkpoint_engine.world.liveness import Liveness
 from checkpoint_engine.world.membership import Membership
 from checkpoint_engine.world.outcome import (
     SUCCESS,
@@ -22,10 +23,8 @@ from checkpoint_engine.world.outcome import (
     gone,
     missing,
 )
-from checkpoint_engine.world.packing import pack, peek, unpack
+from checkpoint_engine.world.packing import peek
 
-_LONGEST_PAUSE = 0.01  # seconds between two looks at what other ranks wrote
-_UNRUNG = 0.25  # seconds after which a rank looks though nobody rang: a bell is no promise
 _LOOK_AROUND = 0.1  # seconds between two looks at what missing ranks do instead
 _FAREWELL = 1.0  # seconds that rank 0 waits for the others to read a failure
 
@@ -54,34 +53,26 @@ class Call:
         self.on_failure: Callable[[UpdateError], None] | None = None
         self.rank = membership.rank
         self.store = membership.part_of(membership.world.store)
-        self._membership = membership
+        self.membership = membership
         self._hello: Hello | None = None
         self._guards: list[Callable[[], None]] = []
         self._announced = self._started = self._stays_out = self._came_first = False
-        self._watches = False
+        self._watches = self._has_to_announce = False
         self._looks_around_at = time.monotonic() + _LOOK_AROUND
-        self._heard: int | None = None  # what ``Liveness.rings`` was when this looked last
+        self.heard: int | None = None  # what ``Liveness.rings`` was when this looked last
         self._outcome: bytes | None = None
-        self._keys: list[str] = []
+        self.seen = hashlib.sha256()  # of what all exchanges of this call have brought
+        self.keys: list[str] = []  # that this rank has written
 
     @property
     def members(self) -> tuple[int, ...]:
         """The ranks that take part, in order."""
-        return self._membership.members
-
-    @property
-    def gone(self) -> tuple[int, ...]:
-        """The ranks of the world that are not there any more, members or not."""
-        return tuple(sorted(self._liveness.gone))
+        return self.membership.members
 
     @property
     def leads(self) -> bool:
         """Whether this is the first member."""
         return self.rank == self.members[0]
-
-    @property
-    def _liveness(self) -> Liveness:
-        return self._membership.world.liveness
 
     @property
     def _is_shared(self) -> bool:
@@ -105,7 +96,7 @@ class Call:
             self.claim(mine)
         hellos = Hello.decode_all(self.all_gather("hello", mine.encode()))
         check_agreement(hellos)
-        self._membership.agreed()
+        self.membership.agreed()
         return hellos
 
     def claim(self, mine: Hello) -> None:
@@ -116,26 +107,34 @@ class Call:
         """
         self._hello = mine
         try:
-            if len(self.members) > 1 and self._membership.claim(mine.terms()):
+            if len(self.members) > 1 and self.membership.claim(mine.terms()):
                 self._came_first = True
-                self._keys.append("call")
+                self.keys.append("call")
         except CollectiveError as error:
             self._stays_out = self.rank in error.missing
             raise
         finally:  # it may be another number now
-            self.store = self._membership.part_of(self._membership.world.store)
+            self.store = self.membership.part_of(self.membership.world.store)
         self._start()
-        if mine.call == "update" and self._membership.world_size > 1:
-            self._membership.announce(mine)
-            self._announced = True
+        if mine.call == "update" and self.membership.world_size > 1:
+            self._has_to_announce = True
+            if not self.membership.host.follows:
+                self.announce()
             if mine.ranks is not None:
-                others = [rank for rank in range(self._membership.world_size) if rank != self.rank]
-                self._membership.check_apart(mine, others)
+                others = [rank for rank in range(self.membership.world_size) if rank != self.rank]
+                self.membership.check_apart(mine, others)
+
+    def announce(self) -> None:
+        """Let ranks that wait for this one elsewhere see what it does. One that follows a leader
+        puts it off: nobody has to wait where all come at once."""
+        if self._has_to_announce and self._hello is not None:
+            self.membership.announce(self._hello)
+            self._announced, self._has_to_announce = True, False
 
     def all_gather(self, what: str, value: bytes) -> list[bytes]:
         """Every member's ``value``, in rank order. Called by all members."""
-        values = _gather(self, what, value)
-        self._membership.forget()
+        values = gather(self, what, value)
+        self.membership.forget()
         return values
 
     def gather_from(self, ranks: Sequence[int], what: str, value: bytes) -> list[bytes]:
@@ -149,7 +148,7 @@ class Call:
     def tell(self, key: str, value: bytes) -> None:
         """Say something that other ranks may look for."""
         self.store.set(key, value)
-        self._keys.append(key)
+        self.keys.append(key)
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         """What other ranks tell under these keys; waits for it. A key ends in ``/<rank>``."""
@@ -165,15 +164,15 @@ class Call:
     def check(self) -> None:
         """Raise if another rank failed or is gone, the time is up, or a guard raises. Every wait
         of the call does this."""
-        if self._watches and self._heard != self._liveness.rings:
-            self._look_for_outcome()
-        if self._is_late():
+        if self._watches and self.heard != self.membership.world.liveness.rings:
+            self.look_for_outcome()
+        if self.is_late():
             self.deadline.check(f"{self.clock.phase} of {self.name}")
 
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
         """Whether the time is up; raises what else ``check`` raises."""
-        if self._outcome is None and (absent := self._membership.lost()):
-            self._look_for_outcome()  # it may have ended in order
+        if self._outcome is None and (absent := self.membership.lost()):
+            self.look_for_outcome()  # it may have ended in order
             # A rank that was stopped until its deadline finds that the others have left.
             if self._outcome is None and self.deadline.remaining() > 0.0:
                 raise gone(absent, self.name)
@@ -201,7 +200,7 @@ class Call:
 
     def store_to_block(self) -> contextlib.AbstractContextManager[Any]:
         """This call's part of the store, for calls in C++ that wait by themselves."""
-        return self._membership.store_to_block(self.deadline)
+        return self.membership.store_to_block(self.deadline)
 
     # ------------------------------------------------------------------ the end
 
@@ -221,11 +220,11 @@ class Call:
                 self._fail(exc)
         finally:
             del exc  # this frame lives on in the traceback of what is raised
-            self._membership.expect_end(None)
+            self.membership.expect_end(None)
             self.state = self.on_success = self.on_failure = None
-            self._membership.old_keys += [f"{self._membership.part}/{key}" for key in self._keys]
+            self.membership.old_keys += [f"{self.membership.part}/{key}" for key in self.keys]
             if self._stays_out:
-                self._membership.skip()
+                self.membership.skip()
 
     def publish(self, error: BaseException) -> bytes:
         """Make ``error`` the outcome on every rank, unless another was first; returns the
@@ -233,11 +232,11 @@ class Call:
         error = _cause_of(error, self)
         if self._outcome is not None and not self._stays_out:
             return self._outcome  # whether the store still answers or not
-        lost = self._membership.world.why_lost
+        lost = self.membership.world.why_lost
         mine = encode_failure(error, self.rank, self.clock.phase, lost)
         if not self._stays_out:
             with contextlib.suppress(RuntimeError):  # the store may be what failed
-                return self._membership.end(self.store, mine)
+                return self.membership.end(self.store, mine)
         return mine
 
     # ------------------------------------------------------------------ parts of the above
@@ -246,13 +245,21 @@ class Call:
         """Tell visitors that a call has begun."""
         if self.leads and not self._started:
             self._started = True
-            self._keys += ["done", "left"]
-            self._membership.store.add("started", 1)
+            self.keys += ["done", "left"]
+            self.membership.store.add("started", 1)
 
-    def _look_for_outcome(self) -> None:
+    def look_for_outcome(self) -> None:
         if self._outcome is None:
-            self._heard = self._liveness.rings  # before it looks: who rings then has more to say
+            self.heard = self.membership.world.liveness.rings  # first: who rings then has more
             self._outcome = peek(self.store, "outcome")
+
+    def look_around(self, absent: Callable[[], list[int]]) -> None:
+        """Now and then, whether members that are missing are in another call. The first one to
+        come does it for all."""
+        may_look = self._announced and self._came_first
+        if may_look and self._hello is not None and time.monotonic() > self._looks_around_at:
+            self.membership.check_apart(self._hello, absent())
+            self._looks_around_at = time.monotonic() + _LOOK_AROUND
 
     def _raise_failure(self) -> None:
         if self._outcome is not None and self._outcome != SUCCESS:
@@ -277,7 +284,7 @@ class Call:
         try:
             self.check()  # a rank that was stopped until the deadline is too late
             if self.store.add("done", 1) == len(self.members):
-                self._outcome = self._membership.end(self.store, SUCCESS)
+                self._outcome = self.membership.end(self.store, SUCCESS)
             _await_outcome(self)
             self._raise_failure()
         except BaseException as error:
@@ -288,21 +295,21 @@ class Call:
 
     def _fail(self, error: BaseException) -> None:
         """End the call everywhere, and raise the one error that every rank raises."""
-        self._membership.expect_end(1.2 * _FAREWELL)
+        self.membership.expect_end(1.2 * _FAREWELL)
         self._guards.clear()
         outcome = self.publish(error)
         if outcome == SUCCESS:  # all ranks had succeeded when this one was interrupted
             self._end_in_success(Deadline(_FAREWELL))
             return
         if not self._stays_out:
-            self._membership.learn(decode_failure(outcome), self._hello)
+            self.membership.learn(decode_failure(outcome), self._hello)
         self.clock.on_phase = None
         self.begin("failed")
         states: dict[int, str] = {}
         with contextlib.suppress(RuntimeError):
             if self.state is not None and not self._stays_out:
-                self._keys.append(f"state/{self.rank}")
-                states = self._membership.exchange_states(self.state(), _FAREWELL / 2)
+                self.keys.append(f"state/{self.rank}")
+                states = self.membership.exchange_states(self.state(), _FAREWELL / 2)
             self._leave(outcome, Deadline(_FAREWELL))
         failure = error if isinstance(error, UpdateError) else error_of(outcome, self.name)
         failure.engines, failure.seconds = states, dict(self.clock.seconds)
@@ -318,77 +325,23 @@ class Call:
 
     def _leave(self, outcome: bytes, deadline: Deadline) -> None:
         if self._announced:
-            self._membership.withdraw()
+            self.membership.withdraw()
         if not self._stays_out:
             self._start()
-            if self._membership.leave(self._checkpoint, outcome, deadline):
-                self._keys.append("outcome")  # otherwise it stays for those that come late
-
-
-def _gather(call: Call, what: str, value: bytes) -> list[bytes]:
-    """Every member's ``value``. The last one to come puts the values together, so that each of the
-    others asks for one, not for all."""
-    keys = [f"{what}/{rank}" for rank in call.members]
-    call.tell(f"{what}/{call.rank}", value)
-    if len(keys) == 1:
-        return [value]
-    arrived = f"{what}/arrived"
-    count = call.store.add(arrived, 1)
-    if count == 1:
-        call._keys.append(arrived)
-    return _pack(call, what, keys) if count == len(keys) else _await_packed(call, what, keys)
-
-
-def _pack(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
-    values = list(call.store.multi_get(list(keys)))
-    call.tell(what, pack(values))
-    call.store.check([what])  # answered once it is there: before that nobody shall look
-    call._liveness.ring()
-    return values
-
-
-def _await_packed(call: Call, what: str, keys: Sequence[str]) -> list[bytes]:
-    looks_at = time.monotonic()
-    heard: int | None = None
-    while True:
-        if heard != call._liveness.rings or time.monotonic() > looks_at:
-            heard, looks_at = call._liveness.rings, time.monotonic() + _UNRUNG
-            if (packed := peek(call.store, what)) is not None:
-                return unpack(packed, len(keys))
-            call._look_for_outcome()
-        if call._is_late():  # says who did not come, which a plain ``check`` does not know
-            return _values_at_the_end(call, keys)
-        _look_around(call, keys)
-        call._liveness.await_ring(heard, _LONGEST_PAUSE)
-
-
-def _values_at_the_end(call: Call, keys: Sequence[str]) -> list[bytes]:
-    """Of an exchange that nobody has packed in time: the last one to come may have died, or was
-    stopped, before it had."""
-    if absent := _missing(call, keys):
-        raise missing(call.deadline.seconds, call.name, absent)
-    return list(call.store.multi_get(list(keys)))
-
-
-def _look_around(call: Call, keys: Sequence[str]) -> None:
-    """Now and then, whether members that are missing are in another call. The first one to come
-    does it for all."""
-    if call._announced and call._came_first and time.monotonic() > call._looks_around_at:
-        assert call._hello is not None
-        call._membership.check_apart(call._hello, _missing(call, keys))
-        call._looks_around_at = time.monotonic() + _LOOK_AROUND
+            if self.membership.leave(self._checkpoint, outcome, deadline):
+                self.keys.append("outcome")  # otherwise it stays for those that come late
 
 
 def _wait_for(call: Call, keys: Sequence[str]) -> None:
     """Until all ``keys`` are there. Polls: a wait that the store times out would be logged."""
     pause = 0.0001
     while not call.store.check(list(keys)):
-        call._look_for_outcome()
-        if call._is_late():
+        call.look_for_outcome()
+        if call.is_late():
             raise missing(call.deadline.seconds, call.name, _missing(call, keys))
-        _look_around(call, keys)
+        call.look_around(lambda: _missing(call, keys))
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(2 * pause, PAUSE)
 
 
 def _missing(call: Call, keys: Sequence[str]) -> list[int]:
@@ -398,13 +351,13 @@ def _missing(call: Call, keys: Sequence[str]) -> list[int]:
 def _await_outcome(call: Call) -> None:
     """Return once the call has one; raises as ``check`` does."""
     call._watches = True
-    looks_at = time.monotonic() + _UNRUNG
+    looks_at = time.monotonic() + UNRUNG
     while call._outcome is None:
-        if call._heard is not None:
-            call._liveness.await_ring(call._heard, _LONGEST_PAUSE)
+        if call.heard is not None:
+            call.membership.world.liveness.await_ring(call.heard, PAUSE)
         if time.monotonic() > looks_at:
-            looks_at = time.monotonic() + _UNRUNG
-            call._look_for_outcome()
+            looks_at = time.monotonic() + UNRUNG
+            call.look_for_outcome()
         call.check()
 
 
@@ -413,9 +366,9 @@ def _cause_of(error: BaseException, call: Call) -> BaseException:
     soon = Deadline(_FAREWELL / 2)
     try:
         while kind_of(error) == "broadcast_failed" and soon.remaining() > 0.0:
-            call._look_for_outcome()
+            call.look_for_outcome()
             call.check()
-            time.sleep(_LONGEST_PAUSE)
+            time.sleep(PAUSE)
     except (RuntimeError, TimeoutError) as cause:
         return cause.with_traceback(None)  # which leads to the frame that will hold it
     return error

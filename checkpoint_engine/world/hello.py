@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ _MUST_AGREE = (
     "compare_ranks",
     "metas",
 )
+_terms = operator.attrgetter(*_MUST_AGREE)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Hello:
     trace: str = ""
 
     def encode(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return json.dumps(vars(self)).encode()
 
     @staticmethod
     def decode(blob: bytes) -> Hello:
@@ -175,7 +176,10 @@ def check_agreement(hellos: Sequence[Hello]) -> None:
         ValueError: two of them are on one device.
     """
     versions = {hello.version: hello for hello in reversed(hellos) if hello.version is not None}
-    for one in hellos:
+    kinds: dict[object, Hello] = {}
+    for hello in hellos:  # mostly all are of one kind, and each rank compares all of them
+        kinds.setdefault(_terms(hello), hello)
+    for one in kinds.values():
         for other in (hellos[0], *versions.values()):  # one of each: equal ones agree with it
             if one.differs_from(other):
                 raise disagreement(one, other)

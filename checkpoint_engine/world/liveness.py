@@ -28,19 +28,25 @@ _LOOK = 0.15  # seconds between two looks at the clock
 _UNTOLD = 0.05  # seconds between two looks at the store where no bell can be heard
 _FOR_THE_MUTE = 0.25  # seconds between two bells while a rank is missing that may have none
 _BELL = b"\a"  # one byte: where a receiver's buffer is full, no half of it can arrive
+_BELL_OF_LEADERS = b"l"  # from a rank: not for those that follow another one of their host
+_FOLLOWS, _LEADERLESS = b"f", b"n"  # from a rank: which of the two it is from now on
 _LOOKS_PAST_THE_END = 4  # in a row: a process that was stopped itself gets as many after it wakes
 _LONGEST_HELLO, _LONGEST_ANSWER = 256, 1 << 20  # bytes; a little more may be read
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
-def _close_in_child() -> None:
+def close_in_child(connection: socket.socket) -> None:
     """A child of this process must not hold its connections open after it."""
+    _sockets.add(connection)
+
+
+def _close_all() -> None:
     for held in list(_sockets):
         held.close()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_all)
 
 
 class Liveness:
@@ -67,6 +73,12 @@ class Liveness:
 
     def ring(self) -> None:
         """Have all other ranks look at the store."""
+
+    def ring_leaders(self) -> None:
+        """Have those look that follow no other rank of their host."""
+
+    def follow(self, follows: bool) -> None:
+        """Say whether this rank follows another one of its host; at first it does not."""
 
     def await_ring(self, heard: int, seconds: float) -> None:
         """Return once ``rings`` is no longer ``heard``, or after ``seconds``."""
@@ -114,6 +126,7 @@ class LivenessServer(Liveness):
         self._size = size
         self._strangers: dict[socket.socket, tuple[float, _Lines]] = {}  # the oldest first
         self._ranks: dict[socket.socket, int] = {}
+        self._follow: set[socket.socket] = set()  # those of ``_ranks`` that a leader tells
         self._seen: set[int] = set()
         self._rings_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
@@ -125,6 +138,9 @@ class LivenessServer(Liveness):
     def ring(self) -> None:
         """Called by the thread of a call, beside the one that serves the connections."""
         self._ring(list(self._ranks))
+
+    def ring_leaders(self) -> None:
+        self._ring([one for one in list(self._ranks) if one not in self._follow])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -199,11 +215,17 @@ class LivenessServer(Liveness):
             self._tell(self.gone - {rank})
 
     def _listen_to(self, connection: socket.socket) -> None:
-        """Ranks only ring; several rings at once are one."""
-        if not connection.recv(1024):
+        """Ranks ring, and say whether they follow; several rings at once are one."""
+        said = connection.recv(1024)
+        if not said:
             raise ConnectionError("the rank has ended")
-        self._hear()
-        self._ring([one for one in self._ranks if one is not connection])
+        if state := [byte for byte in said if byte in _FOLLOWS + _LEADERLESS][-1:]:
+            (self._follow.add if bytes(state) == _FOLLOWS else self._follow.discard)(connection)
+        if bells := said.translate(None, _FOLLOWS + _LEADERLESS):
+            self._hear()
+            for_all = bells.strip(_BELL_OF_LEADERS)
+            others = [one for one in self._ranks if for_all or one not in self._follow]
+            self._ring([one for one in others if one is not connection])
 
     def _ring(self, connections: list[socket.socket]) -> None:
         for connection in connections:
@@ -223,6 +245,7 @@ class LivenessServer(Liveness):
     def _drop(self, connection: socket.socket) -> None:
         """Also of one that has been dropped in the same turn already."""
         self._strangers.pop(connection, None)
+        self._follow.discard(connection)
         rank = self._ranks.pop(connection, None)
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection)
@@ -269,8 +292,17 @@ class LivenessClient(Liveness):
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def ring(self) -> None:
+        self._say(_BELL)
+
+    def ring_leaders(self) -> None:
+        self._say(_BELL_OF_LEADERS)
+
+    def follow(self, follows: bool) -> None:
+        self._say(_FOLLOWS if follows else _LEADERLESS)
+
+    def _say(self, byte: bytes) -> None:
         with contextlib.suppress(OSError):
-            self._socket.send(_BELL)
+            self._socket.send(byte)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -21,10 +21,11 @@ from checkpoint_engine.world.outcome import (
     gone,
     publish,
 )
-from checkpoint_engine.world.packing import peek
+from checkpoint_engine.world.packing import came, peek
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
+_NO_WORLD = World()
 _REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
 
 
@@ -65,6 +66,12 @@ class Membership:
         """What the running call's keys begin with."""
         return f"{self._name}/{self._count}"
 
+    @property
+    def host(self) -> World:
+        """The world as a way to the ranks of this host. Calls of some ranks alone do not have one:
+        the leader may not take part."""
+        return self.world if len(self.members) == self.world_size else _NO_WORLD
+
     def part_of(self, store: Any) -> Any:
         """The running call's part of a store of the world."""
         return dist.PrefixStore(self.part, store)
@@ -100,7 +107,8 @@ class Membership:
         have died began it. Empty if it may."""
         store = dist.PrefixStore(str(number), self.store)
         dead = [self.rank, *self.gone()]
-        begun = [rank for rank in dead if store.check([f"hello/{rank}"])]
+        there = came(store, "hello")
+        begun = [rank for rank in dead if rank in there]
         if not begun:
             return peek(store, "outcome") or b""
         return self.end(store, self._failure(gone(begun, "this call"), begun[0]))
@@ -131,7 +139,8 @@ class Membership:
 
         all_left = False
         with contextlib.suppress(TimeoutError):
-            poll(have_left, lambda: deadline.check("the other ranks to leave"))
+            # A thousand ranks take long, and rank 0, which serves them, shall not ask all the time.
+            poll(have_left, lambda: deadline.check("the other ranks to leave"), longest=0.01)
             all_left = True
         self._end(checkpoint, outcome)
         return all_left
@@ -166,7 +175,7 @@ class Membership:
 
     def _has_come(self, rank: int) -> bool:
         """To the running call. Rank 0 takes the store along, and nobody can come any more."""
-        return rank == 0 or bool(self.part_of(self.world.store).check([f"hello/{rank}"]))
+        return rank == 0 or rank in came(self.part_of(self.world.store), "hello")
 
     def end(self, store: Any, outcome: bytes) -> bytes:
         """Make this the outcome of the call that ``store`` is a part for, unless it has one, and

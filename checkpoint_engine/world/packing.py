@@ -54,3 +54,37 @@ def unpack(packed: bytes, count: int) -> list[bytes]:
         raise ValueError(
             f"what the store holds of an exchange was not written by a rank: {error}"
         ) from error
+
+
+def came(store: Any, what: str) -> dict[int, str]:
+    """The ranks whose values of an exchange are in the store, and the key of each. A line of the
+    roll is a rank that came by itself, or several of a host, of which the first leads."""
+    roll = peek(store, f"{what}/roll") or b""
+    try:
+        lines = [[int(rank) for rank in line.split(b",")] for line in roll.split()]
+    except ValueError as error:
+        raise ValueError(f"no rank wrote this roll into the store: {roll!r:.200}") from error
+    return {
+        rank: f"{what}/{rank}" if len(line) == 1 else f"{what}/host-{line[0]}"
+        for line in lines
+        for rank in line
+    }
+
+
+def values_of(store: Any, what: str, members: Sequence[int]) -> list[bytes]:
+    """What all members of an exchange have put into the store, once they have.
+
+    Raises:
+        ValueError: the store does not hold one value of each: whoever reaches it may write there.
+    """
+    keys = came(store, what)
+    if sorted(keys) != list(members):
+        raise ValueError(f"the store holds values of ranks {sorted(keys)}, not of {list(members)}")
+    ranks_at: dict[str, list[int]] = {}
+    for rank, key in keys.items():
+        ranks_at.setdefault(key, []).append(rank)
+    values: dict[int, bytes] = {}
+    for (key, ranks), held in zip(ranks_at.items(), store.multi_get(list(ranks_at)), strict=True):
+        said = [held] if key == f"{what}/{ranks[0]}" else unpack(held, len(ranks))
+        values |= zip(ranks, said, strict=True)
+    return [values[rank] for rank in members]
