@@ -227,8 +227,7 @@ class Call:
                 self.membership.skip()
 
     def publish(self, error: BaseException) -> bytes:
-        """Make ``error`` the outcome on every rank, unless another was first; returns the
-        outcome."""
+        """Make ``error`` the outcome on all ranks, unless another was first; returns what it is."""
         error = _cause_of(error, self)
         if self._outcome is not None and not self._stays_out:
             return self._outcome  # whether the store still answers or not
