@@ -91,7 +91,7 @@ def _pack(call: Call, what: str) -> bytes:
     call.store.check([what])  # answered once it is there: before that nobody shall look
     membership = call.membership
     liveness = membership.world.liveness
-    liveness.ring_leaders() if membership.host is membership.world else liveness.ring()
+    liveness.ring_leaders() if membership.host is membership.world.host else liveness.ring()
     return packed
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, poll
 from checkpoint_engine.world.hello import Hello, disagreement
+from checkpoint_engine.world.host import Host
 from checkpoint_engine.world.outcome import (
     SUCCESS,
     decode_failure,
@@ -25,7 +26,6 @@ from checkpoint_engine.world.packing import came, peek
 from checkpoint_engine.world.store import World
 
 RETURN_SECONDS = 2.0  # for a rank that was lost to be there again
-_NO_WORLD = World()
 _REMEMBERED = 64  # calls whose outcome a visitor that comes late still finds
 
 
@@ -67,10 +67,10 @@ class Membership:
         return f"{self._name}/{self._count}"
 
     @property
-    def host(self) -> World:
-        """The world as a way to the ranks of this host. Calls of some ranks alone do not have one:
-        the leader may not take part."""
-        return self.world if len(self.members) == self.world_size else _NO_WORLD
+    def host(self) -> Host:
+        """The ranks of this one's host; of calls of some ranks alone nobody, as the leader may not
+        take part."""
+        return self.world.host if len(self.members) == self.world_size else World.host
 
     def part_of(self, store: Any) -> Any:
         """The running call's part of a store of the world."""

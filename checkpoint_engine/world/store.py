@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from loguru import logger
 
 from checkpoint_engine.ground.deadline import Deadline, check_cancelled, in_thread
 from checkpoint_engine.ground.sockets import connections
-from checkpoint_engine.world.host import APART, Host, Words
+from checkpoint_engine.world.host import Host
 from checkpoint_engine.world.liveness import Liveness, LivenessClient, LivenessServer
 
 T = TypeVar("T")
@@ -44,12 +44,13 @@ class World:
     Attributes:
         store: for requests.
         liveness: who is gone.
-        leader: the rank that this one follows, see ``Host``, which has these methods, too.
+        host: the ranks of this one's host.
         id: another one where rank 0 was restarted.
     """
 
     store: Any
     liveness = Liveness()
+    host = Host()
     id = ""
 
     def __init__(self) -> None:
@@ -72,26 +73,6 @@ class World:
     def free_blocked(self) -> None:
         """End the calls that wait for ``store_to_block``."""
 
-    @property
-    def leader(self) -> int | None:
-        return None
-
-    @property
-    def follows(self) -> bool:
-        return False
-
-    def say(self, name: str, digest: bytes, value: bytes) -> bool:
-        return False
-
-    def hear(self, name: str, seconds: float) -> bytes:
-        return APART
-
-    def listen(self, name: str, seconds: float) -> Mapping[int, Words | None]:
-        return {}
-
-    def hand_on(self, name: str, content: bytes) -> None:
-        pass
-
     def close(self) -> None:
         """Drop what is lost, at once."""
 
@@ -111,7 +92,7 @@ class ConnectedWorld(World):
         self._prefix = f"checkpoint-engine/{number}"
         self._connection: _Connection | None = _connection(rank, size, addr, port, deadline)
         self._to_block: _Connection | None = None
-        self._host = Host()
+        self.host = Host()
         self.store = self._part_of(self._connection)
         meeting = self._another(deadline)  # other worlds of this process may wait for the first
         try:
@@ -121,7 +102,7 @@ class ConnectedWorld(World):
             )
         except BaseException:
             self._connection = None  # it is lost, see ``_meet``
-            self._host.close()
+            self.host.close()
             raise
         finally:
             meeting.close()
@@ -154,26 +135,6 @@ class ConnectedWorld(World):
             return "rank 0, which hosts the store of this world, is gone"
         return NO_ANSWER
 
-    @property
-    def leader(self) -> int | None:
-        return self._host.leader
-
-    @property
-    def follows(self) -> bool:
-        return self._host.follows
-
-    def say(self, name: str, digest: bytes, value: bytes) -> bool:
-        return self._host.say(name, digest, value)
-
-    def hear(self, name: str, seconds: float) -> bytes:
-        return self._host.hear(name, seconds)
-
-    def listen(self, name: str, seconds: float) -> Mapping[int, Words | None]:
-        return self._host.listen(name, seconds)
-
-    def hand_on(self, name: str, content: bytes) -> None:
-        self._host.hand_on(name, content)
-
     def cut(self) -> None:
         """End every call that waits for the store; for when rank 0 does not answer."""
         self.free_blocked()
@@ -182,7 +143,7 @@ class ConnectedWorld(World):
 
     def close(self) -> None:
         self.cut()
-        self._host.close()
+        self.host.close()
         self.liveness.close()
         self.liveness = Liveness()  # world and liveness know each other
         if self._connection is not None:
@@ -192,7 +153,7 @@ class ConnectedWorld(World):
     def _meet(self, rank: int, size: int, addr: str, store: Any) -> tuple[Liveness, str]:
         if rank == 0:
             server, world_id = LivenessServer(size), secrets.token_hex(8)
-            self._host.join(0, size, server.token, server.follow)  # before any other rank can
+            self.host.join(0, size, server.token, server.follow)  # before any other rank can
             store.set("liveness", f"{server.port} {server.token} {world_id}")
             return server, world_id
         port, token, world_id = store.get("liveness").decode().split()
@@ -201,7 +162,7 @@ class ConnectedWorld(World):
             if self.is_lost:  # ``__init__`` has given up meanwhile
                 guest.close()
             else:
-                self._host.join(rank, size, token, guest.follow)
+                self.host.join(rank, size, token, guest.follow)
             return guest, world_id
         except (OSError, ValueError, KeyError) as error:
             logger.bind(rank=rank).warning(
