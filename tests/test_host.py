@@ -131,6 +131,23 @@ def test_a_rank_that_was_started_again_replaces_the_one_before(join: Callable[[i
     assert leader.listen("v", 0.0) == {2: None}
 
 
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_the_one_before_ends_in_the_very_moment(
+    join: Callable[[int], Host], connect: Callable[[], socket.socket], comes_first: bool
+) -> None:
+    """As where the leader was stopped meanwhile: it finds both at one look."""
+    leader, other = followed(join, 2)
+    again = connect()
+    leader.listen("v", 0.0)
+    for act in [lambda: again.send(f"{SECRET} 2".encode()), other.close][
+        :: 1 if comes_first else -1
+    ]:
+        act()
+    assert leader.listen("v", SOON) == {2: None}
+    again.settimeout(SOON)
+    assert again.recv(1024).endswith((4).to_bytes(4, "big"))
+
+
 @pytest.mark.parametrize(
     "hello", [b"", b"x", b"0" * 32 + b" 2", f"{SECRET} 99".encode(), f"{SECRET} two".encode()]
 )

@@ -239,7 +239,7 @@ class Host:
             del self.followers[rank]
             self._said.pop(rank, None)
         assert self._selector is not None
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, ValueError):  # it may be closed already
             self._selector.unregister(connection)
         connection.close()
 

@@ -247,7 +247,7 @@ class LivenessServer(Liveness):
         self._strangers.pop(connection, None)
         self._follow.discard(connection)
         rank = self._ranks.pop(connection, None)
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, ValueError):  # it may be closed already
             self._selector.unregister(connection)
         connection.close()
         if rank is not None and rank not in self._ranks.values():
