@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from checkpoint_engine.loading.receive import _without_frames
+from checkpoint_engine.loading.receive import _without_frames, extract_weights
 from checkpoint_engine.loading.reload import EngineReload, LoaderHabits, _unwrapped
 
 Weights = list[tuple[str, torch.Tensor]]
@@ -126,6 +127,55 @@ def test_a_loader_that_keeps_tensors_gets_copies_from_then_on() -> None:
     update(worker, habits, {"a": 1.0}, {"b": 2.0})
     assert model.a.tolist() == [1.0] * 4
     assert model.b.tolist() == [2.0] * 4
+
+
+class KeepsOne(torch.nn.Module):
+    """Of each bucket the first tensor; the others are of other dtypes, or of the same."""
+
+    def __init__(self, dtypes: list[torch.dtype]) -> None:
+        super().__init__()
+        self.kept: torch.Tensor | None = None
+        for number, dtype in enumerate(dtypes):
+            zeros = torch.zeros(4, dtype=dtype)
+            self.register_parameter(f"p{number}", torch.nn.Parameter(zeros, requires_grad=False))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            self.kept = tensor if name == "p0" else self.kept
+            parameters[name].copy_(tensor)
+        return set(parameters)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float16]
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[:2], DTYPES, [torch.float32] * 4])
+def test_one_tensor_of_several_that_is_kept_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, mode: str, dtypes: list[torch.dtype]
+) -> None:
+    """Views hold what they are views of, which holds the memory as well."""
+    monkeypatch.setenv("PS_REPLAY", mode)
+    model, habits = KeepsOne(dtypes), dict[str, LoaderHabits]()
+    for step in range(3):
+        memory = torch.zeros(256 * len(dtypes), dtype=torch.uint8)
+        memory[:16].view(torch.float32).fill_(step)
+        bucket: Any = [
+            {"name": f"p{n}", "dtype": dtype, "shape": torch.Size([4]), "offset": 256 * n}
+            for n, dtype in enumerate(dtypes)
+        ]
+        reload = EngineReload(worker_of(model), habits)
+        try:
+            with pytest.raises(RuntimeError, match="update again") if step == 0 else nullcontext():
+                reload.load_bucket(extract_weights(bucket, memory), b"x", memory)
+            memory.fill_(255)
+            if step > 0:
+                reload.finish()
+                assert model.kept is not None
+                assert model.kept.tolist() == [float(step)] * 4
+        finally:
+            reload.close()
 
 
 def test_a_layer_within_an_adapter_is_expected_by_its_own_name() -> None:

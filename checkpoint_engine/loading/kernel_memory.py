@@ -20,8 +20,6 @@ from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Place, key_of
 
-_Tensors = dict[str, torch.Tensor]
-
 _loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
 """Layers that some update loaded whole. In any other, as one with padding, what is not loaded would
 be what processing has made of the weights before: it is zeroed."""
@@ -73,8 +71,16 @@ class KernelMemory:
         self._unshared = once - self._shared - {None}
 
     def materialize(self, layer: torch.nn.Module, info: Any) -> None:
-        """As vLLM's function, which makes what is lent here."""
-        lacking, served = self._lacking(layer, info)
+        """As vLLM's function, which makes what is lent here.
+
+        Parameters are lent. Buffers are made anew, as the engine has them: most are in no
+        checkpoint, and vLLM would take what happens to be in their memory.
+        """
+        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
+        tensors: dict[str, torch.Tensor] = self._vllm.get_layer_tensors(layer)
+        lacking = {name: one for name, one in tensors.items() if one.is_meta}
+        wanted = lacking.keys() - layer._buffers.keys()
+        served = {n: kernel[n] for n in wanted if self._serves(kernel.get(n), lacking[n])}
         for name, there in served.items():
             tensor = there.data
             tensor.__class__ = lacking[name].__class__
@@ -82,22 +88,14 @@ class KernelMemory:
             if layer not in _loaded_whole:
                 there.data.zero_()
             setattr(layer, name, tensor)
-        if lacking and len(served) == len(lacking):
-            self.lent[layer] = sum(one.numel() for one in served.values())
+        if wanted and len(served) == len(wanted):
+            loaded = lacking.keys() - layer._non_persistent_buffers_set
+            self.lent[layer] = sum(lacking[name].numel() for name in loaded)
         self._make(layer, info)
-
-    def lends_whole(self, layer: torch.nn.Module, info: Any) -> bool:
-        """Whether a layer that has no memory yet would get all of it from here."""
-        lacking, served = self._lacking(layer, info)
-        return 0 < len(lacking) == len(served)
-
-    def _lacking(self, layer: torch.nn.Module, info: Any) -> tuple[_Tensors, _Tensors]:
-        """What a layer has no memory for, and what the engine computes with that serves."""
-        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
-        tensors: _Tensors = self._vllm.get_layer_tensors(layer)
-        lacking = {name: one for name, one in tensors.items() if one.is_meta}
-        served = {n: kernel[n] for n, one in lacking.items() if self._serves(kernel.get(n), one)}
-        return lacking, served
+        for name in (lacking.keys() - wanted) & kernel.keys():
+            made, held = getattr(layer, name), kernel[name]
+            if (held.dtype, held.shape) == (made.dtype, made.shape) and not held.is_meta:
+                made.data.copy_(held)
 
     def lending(self) -> AbstractContextManager[None]:
         """Around whatever may have vLLM make layers, or process them."""

@@ -114,7 +114,7 @@ class Layerwise(LoadOver):
             if not arrived:
                 continue
             size = sum(t.nbytes for _, call in arrived for t in _tensors(call).values())
-            if self._loads_early and not _must_wait(self._vllm, layer, info):
+            if self._loads_early and not self._must_wait(layer, info):
                 self._load_now(layer, info)
                 nbytes += 0 if layer in self._kernel.lent else size
                 continue
@@ -176,63 +176,16 @@ class Layerwise(LoadOver):
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
         waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
         direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
-        made: dict[Slot, torch.Tensor] = {}
-        at_once = self._loading_at_once(waiting, made)
-        theirs = {name: direct.aside(function) for name, function in at_once.items()}
+        names = ("get_numel_loaded", "_layerwise_process")
+        theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
         with replacing(self._vllm, **theirs), direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():
-            is_ours = tensor.is_meta or tensor is made.get(slot) or slot.module in self._opened
-            if slot in before and not is_ours:
+            if slot in before and not tensor.is_meta and slot.module not in self._opened:
                 raise RuntimeError(f"the model's loader replaces {slot.qualified}: {_NO_UPDATE}")
         return loaded
-
-    def _loading_at_once(
-        self, waiting: list[tuple[Slot, torch.Tensor]], made: dict[Slot, torch.Tensor]
-    ) -> dict[str, Callable[..., Any]]:
-        """vLLM calls a loader on a parameter without memory, to count, and again once its layer is
-        complete. Where the engine lends all of the layer's memory the first call loads, and there
-        is no second one. ``made`` gets what takes the place of tensors that wait.
-        """
-        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-        slots = {id(tensor): slot for slot, tensor in waiting if tensor.is_meta}
-        asked: set[str] = set()
-
-        def load_and_count(loader: Any, call: inspect.BoundArguments) -> Any:
-            slot = slots.get(id(call.arguments.get("param")))
-            if slot is not None and slot.module not in asked:
-                asked.add(slot.module)
-                with nullcontext() if self._recorder is None else self._recorder.paused():
-                    self._lend(self.modules[slot.module], made)
-            if slot in made:
-                call.arguments["param"] = made[slot]
-            return count(loader, call)
-
-        def process_loaded(layer: torch.nn.Module, info: Any) -> None:
-            info.loaded_weights[:] = [
-                (name, call)
-                for name, call in info.loaded_weights
-                if (into := call.arguments["param"]).is_meta
-                or into is not layer._parameters.get(name)
-            ]
-            process(layer, info)
-
-        return {"get_numel_loaded": load_and_count, "_layerwise_process": process_loaded}
-
-    def _lend(self, layer: torch.nn.Module, made: dict[Slot, torch.Tensor]) -> None:
-        """Give a layer that waits the memory that the engine computes with, if it is all there."""
-        info = self._infos[layer]
-        if layer in self._kernel.lent or _must_wait(self._vllm, layer, info):
-            return
-        if self._kernel.lends_whole(layer, info):
-            self._kernel.materialize(layer, info)
-            of_layer = self._vllm.get_layer_tensors(layer).items()
-            found = {Slot(self._names[layer], name): tensor for name, tensor in of_layer}
-            made.update(found)
-            if self._recorder is not None:
-                self._recorder.rebind(found.items())
 
     def _memory_for(self, slot: Slot) -> torch.Tensor:
         """Of a layer that a loader writes into by itself."""
@@ -246,7 +199,7 @@ class Layerwise(LoadOver):
         process = self._vllm._layerwise_process
 
         def check_and_process(layer: torch.nn.Module, info: Any) -> None:
-            if not _must_wait(self._vllm, layer, info):
+            if not self._must_wait(layer, info):
                 self._load_now(layer, info)
                 check(self._names[layer])
             process(layer, info)
@@ -340,6 +293,11 @@ class Layerwise(LoadOver):
                     buffers[name].fill_(1.0)
                 info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
 
+    def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
+        buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
+        return bool(buffers) or _is_deferred(self._vllm, layer)
+
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
         self._kernel.materialize(layer, info)
         for name, call in info.loaded_weights:
@@ -348,12 +306,6 @@ class Layerwise(LoadOver):
                 call.arguments["param"] = parameter
                 self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
         info.loaded_weights.clear()
-
-
-def _must_wait(vllm: Any, layer: torch.nn.Module, info: Any) -> bool:
-    """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
-    buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
-    return bool(buffers) or _is_deferred(vllm, layer)
 
 
 def _knows_the_device(vllm: Any) -> bool:

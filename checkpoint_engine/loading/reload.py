@@ -269,12 +269,12 @@ class ModelsReload:
     def load(self, weights: NamedTensors, delivery: ReceivedBucket | None = None) -> None:
         """Give a bucket to every model; ``weights`` is emptied. Nothing refers to its memory then.
 
-        Raises:
-            RuntimeError: a loader keeps references; from the next update on it gets copies.
+        Raises ``RuntimeError`` if a loader does; from the next update on it gets copies.
         """
         if not weights:
             return
         storage = weights[0][1].untyped_storage()
+        bases = [tensor._base for _, tensor in weights]  # which views hold, and they the memory
         before = _references(storage) - len(weights)
         self._each(lambda model: model.load(weights, delivery))
         weights.clear()

@@ -155,6 +155,21 @@ def copies_onto_itself(layer: torch.nn.Module) -> None:
     replace_parameter(layer, "weight", layer.weight.contiguous(), prefer_copy=True)
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_are_in_no_checkpoint_stay_as_they_are(persistent: bool) -> None:
+    """As the places of vLLM's CLIP, beside the parameter that is looked up by them."""
+    engine = Engine(None)
+    engine.model.a.register_buffer("places", torch.arange(5), persistent=persistent)
+    layerwise.record_metadata_for_reloading(engine.model)
+    for step in range(LEARNING + 2):
+        before = addresses(engine.model)
+        engine.update(spread(halves(step)))
+        assert torch.equal(engine.model.a.weight, whole(halves(step), "a"))
+        assert engine.model.a.places.tolist() == list(range(5))
+        assert addresses(engine.model) == before
+        assert engine.made == []
+
+
 @pytest.mark.parametrize(
     "process",
     [

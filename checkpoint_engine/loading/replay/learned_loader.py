@@ -235,13 +235,13 @@ class _Replaying(ModelUpdate):
             self.needs = recording.needs.digest
         self._places, self._addresses = recording.places, recording.addresses
         self._order = list(recording.programs)
-        self._ahead: tuple[bytes, Program, Held] | None = None
+        self._known: Held | None = None  # of the bucket that was asked for last
         self._held: Held = []
         self._comparison: Comparison | None = None
         self._bucket = 0
         self._used: dict[Hashable, Program] = {}
         self._filled: set[str] = set()
-        self._is_stale = self._is_looked_at = False
+        self._is_stale = False
 
     @property
     def _leaves_it(self) -> bool:
@@ -251,40 +251,26 @@ class _Replaying(ModelUpdate):
     def knows(self, message: bytes) -> bool:
         if self._leaves_it or self._bucket == self._checked:
             return False
-        if self._ahead is None or self._ahead[0] != message:
-            self._look_at(message)
-        return self._ahead is not None
+        program = self._recording.programs.get(message)
+        self._known = None if program is None else self._in_place(program)
+        return self._known is not None
 
     def replay(self, received: ReceivedBucket) -> None:
-        if not self.knows(received.message) or self._ahead is None:
-            raise RuntimeError("this bucket is not known, or the model's memory moved")
-        (key, program, held), self._ahead = self._ahead, None
+        held, self._known = self._known, None
+        if held is None:
+            raise RuntimeError("a bucket is replayed that is not known")
         self._bucket += 1
-        self._execute(key, program, received.buffer, held)
-        if self._model.is_persistent:
-            self._use_the_wait()
-
-    def _use_the_wait(self) -> None:
-        """The device copies a bucket, and the host looks at what comes next."""
-        if len(self._used) == len(self._order):
-            self._check_addresses()
-        elif self._bucket < len(self._order) and self._bucket != self._checked:
-            key = self._order[self._bucket]
-            if isinstance(key, bytes):
-                self._look_at(key)
-
-    def _look_at(self, message: bytes) -> None:
-        program = self._recording.programs.get(message)
-        held = None if program is None else self._in_place(program)
-        self._ahead = None
-        if program is not None and held is not None:
-            self._ahead = message, program, held
+        key = received.message
+        self._execute(key, self._recording.programs[key], received.buffer, held)
+        if self._bucket < len(self._order):
+            # While the device copies. The look that counts comes right before the next bucket is
+            # written; this one has the processor fetch what it looks at, which takes longest.
+            self._in_place(self._recording.programs[self._order[self._bucket]])
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         placements = placements_of(weights, received)
         programs = [(one, self._recording.program_for(one)) for one in placements]
         unknown = {placed.source.name for _, program in programs for placed in program.unknown}
-        self._ahead = None
         in_place = [
             (placement, program, held)
             for placement, program in programs
@@ -328,7 +314,6 @@ class _Replaying(ModelUpdate):
     def _look_anew(self) -> None:
         """The engine's loader was at work: what it wrote may be elsewhere now. What is of another
         form is not written any more."""
-        self._is_looked_at = False
         if self._model.is_persistent:
             for program in (*self._recording.programs.values(), *self._used.values()):
                 program.release()
@@ -349,7 +334,7 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        if self._model.is_persistent and self._used and not self._is_looked_at:
+        if self._model.is_persistent and self._used:
             self._check_addresses()
         if self._recording.together and (absent := self.absent()):
             self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
@@ -393,10 +378,9 @@ class _Replaying(ModelUpdate):
         if self._model.addresses() != self._addresses:
             self._learned.forget()
             raise RuntimeError("the model's memory moved while it was updated: update again")
-        self._is_looked_at = True
 
     def _execute(self, key: Hashable, program: Program, buffer: torch.Tensor, held: Held) -> None:
-        self._used[key], self._is_looked_at = program, False
+        self._used[key] = program
         self._held = held  # it stays until the device is done, whatever the engine does
         self.tensors += program.tensors
         self.nbytes += program.nbytes
