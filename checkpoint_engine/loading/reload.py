@@ -274,7 +274,7 @@ class ModelsReload:
         if not weights:
             return
         storage = weights[0][1].untyped_storage()
-        bases = [tensor._base for _, tensor in weights]  # which views hold, and they the memory
+        bases = [one._base for _, one in weights]  # noqa: F841  # views hold them, and memory so
         before = _references(storage) - len(weights)
         self._each(lambda model: model.load(weights, delivery))
         weights.clear()
