@@ -44,6 +44,12 @@ def test_chosen_ranks_pull_from_all_owners(tmp_path: Path, transport: str, way: 
         assert set(result["ways"]) == {way}
 
 
+def test_ranks_that_share_no_memory_read_whole_buckets(tmp_path: Path) -> None:
+    env = {"PS_DEVICE": "cpu", "PS_PEERS": "0"} | SMALL_BUCKETS
+    for result in torchrun(tmp_path, 2, "p2p", env=env, steps=[{"ranks": [0, 1]}]):
+        assert set(result["ways"]) == {"P2P"}
+
+
 @by_each_way
 @pytest.mark.parametrize(
     ("change", "says"),

@@ -7,9 +7,11 @@ has hosts with networks of their own.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from checkpoint_engine.replay import replayed
 from checkpoint_engine.transfer import host_peers
 from checkpoint_engine.transfer.p2p_store import P2PError
 from checkpoint_engine.update.session import WorkerSession
+from checkpoint_engine.update.ways.shard import Shard
 from fleet import digests
 from test_control import Rank, run_world
 from test_owners import error_of
@@ -331,31 +334,36 @@ def test_some_ranks_read_from_owners_that_take_no_part() -> None:
         assert after == ("shard", True)
 
 
-def test_more_hosts_than_owners_take_the_group_until_workers_have_stated_their_needs() -> None:
-    def program(me: Rank) -> list[Any]:
-        os.environ["PS_TRANSPORT"] = "auto"
-        server = server_on(me, 1)
-        model = learn(server)
-        reports = [joined(server, seed) for seed in range(1, 5)]
-        return [
-            [report.way for report in reports], reports[0].way_reason, is_right(model, 4, me.size)
-        ]  # fmt: skip
-
-    for ways, reason, right in run_world(2, program):
-        assert ways == ["P2P", "P2P", "shard", "shard"]
-        assert "all 2 hosts would read everything from 1" in reason
-        assert right
+def hellos_of(hosts: int, **said: Any) -> list[Any]:
+    """What ranks say that is looked at before a way is taken, one on each host."""
+    common = {"ranks": (0, 1), "transport": "auto", "reads": "tcp", "needs": ""} | said
+    named = ({"rank": rank, "neighbour": f"host-{rank}/socket"} for rank in range(hosts))
+    return [SimpleNamespace(**{**name, **common}) for name in named]
 
 
-def test_ranks_that_share_no_memory_pull() -> None:
-    def program(me: Rank) -> list[Any]:
-        os.environ["PS_PEERS"] = "0"
-        server = server_on(me, 1)
-        report = server.publish(1, ranks=[0, 1])
-        return [report.way, report.way_reason, server.has(1)]
+OWNER = SimpleNamespace(metas={0: SimpleNamespace(p2p_store_addr="10.0.0.1:700")})
 
-    reason = "not by shard: ranks [0, 1] share no memory, by their device or settings"
-    assert run_world(2, program) == [["P2P", reason, True]] * 2
+
+@pytest.mark.parametrize(
+    ("hellos", "says"),
+    [
+        (hellos_of(2), "all 2 hosts would read everything from 1, as no worker has stated"),
+        (hellos_of(2, needs="digest"), None),
+        (hellos_of(2, transport="shard"), None),
+        (hellos_of(1), None),
+        (hellos_of(2, transport="group"), "PS_TRANSPORT=group"),
+        (hellos_of(2, reads=""), r"ranks \[0, 1\] have no P2P"),
+        (
+            hellos_of(2, neighbour=""),
+            r"ranks \[0, 1\] share no memory, by their device or settings",
+        ),
+    ],
+)
+def test_what_ranks_that_cannot_go_this_way_say(hellos: list[Any], says: str | None) -> None:
+    inside: Any = SimpleNamespace(cannot_stage=lambda *_: None)
+    way = Shard(SimpleNamespace(rank=0), SimpleNamespace(store=None), inside)  # type: ignore[arg-type]
+    refused = way.refusal(OWNER, hellos)  # type: ignore[arg-type]
+    assert refused is None if says is None else re.match(says, str(refused))
 
 
 # ---------------------------------------------------------------------- bytes that are not there
