@@ -397,10 +397,9 @@ def test_values_that_a_leader_hands_on_are_not_believed(own: bool) -> None:
         assert me.exchange() == me.everyone()
         return seen
 
-    for text, seconds, *_ in run_world(4, on_hosts_of(2, program)):
+    for text, *_ in run_world(4, on_hosts_of(2, program)):
         says = "got back another value than it gave" if own else "ranks [3] were handed other"
         assert says in text
-        assert seconds < SOON
 
 
 def test_a_rank_that_is_late_does_not_go_by_the_leader_and_all_is_well() -> None:
