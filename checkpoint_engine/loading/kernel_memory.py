@@ -56,13 +56,16 @@ class KernelMemory:
         self._copy_and_restore = getattr(vllm, "_copy_and_restore_kernel_tensors", None)
         self._shared = shared
         self._unshared: set[int | None] = set()
+        self._of_parameters: set[int | None] = set()
 
     def begin(self) -> None:
         """The layers wait for new weights."""
         self.lent.clear()
         if self._copy_and_restore is None:
             return
-        waiting = (info for info in self._infos.values() if info.kernel_tensors is not None)
+        waiting = [info for info in self._infos.values() if info.kernel_tensors is not None]
+        parameters = (one for info in waiting for one in info.kernel_tensors[0].values())
+        self._of_parameters = {key_of(one) for one in parameters} - {None}
         kernel = (one for info in waiting for one in _kernel_of(info).values())
         others = (one for _, one in every_tensor(self._modules) if not one.is_meta)
         # Of tied weights, one could be loaded over the other after that was processed.
@@ -124,6 +127,10 @@ class KernelMemory:
         if layer in self.lent and info.load_numel >= self.lent[layer]:
             _loaded_whole.add(layer)
         kernel = _kernel_of(info)
+        for name in layer._buffers.keys() & kernel.keys():
+            if key_of(kernel[name]) in self._of_parameters:
+                # A view: copied by itself, it would bring the parameter's old weights back.
+                layer._buffers[name] = kernel[name]
         keys = {key_of(one) for one in kernel.values()} - {None}
         for name, tensor in self._vllm.get_layer_tensors(layer).items():
             if key_of(tensor) in keys and not _is_in_place(tensor, kernel.get(name)):

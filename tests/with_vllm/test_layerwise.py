@@ -197,6 +197,21 @@ def test_a_view_that_the_engine_parts_from_its_weight_is_refused() -> None:
     assert torch.equal(model.conv.weight, whole.t())
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_is_a_view_of_a_parameter_does_not_bring_old_weights_back(
+    persistent: bool,
+) -> None:
+    model, habits = Mixer(), dict[str, LoaderHabits]()
+    view = model.conv.weight.data.view(-1)
+    model.conv.register_buffer("flat", view, persistent=persistent)
+    layerwise.record_metadata_for_reloading(model)
+    for step in range(4):
+        whole = torch.arange(16.0).view(SIDE, SIDE) + 100 * step
+        update(model, habits, [{"conv": whole}])
+        assert torch.equal(model.conv.weight, whole.t())
+        assert torch.equal(model.conv.flat, whole.t().reshape(-1))
+
+
 PARTS = 12
 
 
