@@ -170,15 +170,7 @@ class Rank:
         (right,) = self.workers.call("is_right", seed)
         if self.owners > RANK:
             self.ps.unregister_checkpoint(name)
-        read = report.stages.get("P2P read")
-        return {
-            "way": report.way,
-            "reason": report.way_reason,
-            "right": right,
-            "received": received,
-            "read": 0 if read is None else read.bytes,
-            "seconds": report.seconds,
-        }
+        return _seen(report, right, received)
 
     def update_rest(self, name: str, seed: int) -> dict[str, Any]:
         """Without the last rank. Nothing is gathered."""
@@ -188,14 +180,20 @@ class Rank:
         report = self.ps.update(name, self.ask, ranks=rest, timeout=SHORT)
         received = received_bytes() - before
         (right,) = self.workers.call("is_right", seed)
-        read = report.stages.get("P2P read")
-        return {
-            "way": report.way,
-            "reason": report.way_reason,
-            "right": right,
-            "received": received,
-            "read": 0 if read is None else read.bytes,
-        }
+        return _seen(report, right, received)
+
+
+def _seen(report: Any, right: bool, received: int) -> dict[str, Any]:
+    """``received``: bytes that entered this host."""
+    read = report.stages.get("P2P read")
+    return {
+        "way": report.way,
+        "reason": report.way_reason,
+        "right": right,
+        "received": received,
+        "read": 0 if read is None else read.bytes,
+        "seconds": report.seconds,
+    }
 
 
 def sharded(tp: int, updates: int, layers: int = 2) -> dict[str, Any]:

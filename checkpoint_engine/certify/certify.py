@@ -196,8 +196,9 @@ class _Run:
             return replace(updated, seconds=time.monotonic() - began, error=str(error))
         loaded, reasons = _replay_of(found["answer"])
         spent, buckets = time.monotonic() - began, found["buckets"]
-        told = replace(updated, seconds=spent, buckets=buckets, loaded=loaded, reasons=reasons)
-        return replace(told, held_share=_held_of(found["answer"]))
+        told: dict[str, Any] = {"loaded": loaded, "reasons": reasons}
+        told |= {"held_share": _held_of(found["answer"])}
+        return replace(updated, seconds=spent, buckets=buckets, **told)
 
     def _look(self, engine: Engine) -> Seen:
         outputs = engine.generate(self._prompts, _TOKENS)

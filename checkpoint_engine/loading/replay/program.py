@@ -231,11 +231,6 @@ class Program:
         """All of it at once."""
         return Batch(list(self.moves))
 
-    @cached_property
-    def slots(self) -> list[Slot]:
-        """What is copied into."""
-        return list(dict.fromkeys(move.route.slot for move in self.moves))
-
     def release(self) -> None:
         """Let go of the model's memory."""
         vars(self).pop("batch", None)
