@@ -385,7 +385,7 @@ def test_an_owner_waits_for_the_slowest_reader() -> None:
             server.run = slowly
         with mock.patch.object(peers.PeersMover, "_fill", noting):
             server.publish(1)
-        return [filled[2] - filled[1], server.has(1)]
+        return [filled[4] - filled[3], server.has(1)]
 
     (waited, first_right), (_, second_right) = run_world(2, program)
     assert waited > 0.9
@@ -469,7 +469,7 @@ def test_an_owner_that_sums_up_staging_offers_nothing_that_is_damaged(damaged: b
 
         def damaging(source: Checkpoint, bucket: Any, target: torch.Tensor) -> None:
             copy(source, bucket, target)
-            if damaged and me.rank == 1 and bucket.items[0].name == f"of.1.{COUNT // 2}":
+            if damaged and me.rank == 1 and bucket.items[0].name == f"of.1.{COUNT - 2}":
                 target[300] ^= 1
 
         checked = mock.Mock(wraps=receive._check_bytes)

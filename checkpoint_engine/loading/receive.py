@@ -142,6 +142,7 @@ class _Reception:
     """One update. The first failure is told to the server; nothing is loaded after it."""
 
     _buffers: list[torch.Tensor]
+    _found: torch.Tensor  # the bucket that came last
     _device: DeviceManager
 
     def __init__(self, link: ServerLink, loader: BucketLoader, version: WeightVersion) -> None:
@@ -163,7 +164,7 @@ class _Reception:
             self._load_buckets(extensions.get("weight_version"))
         finally:
             # The traceback of what is raised leads to this object.
-            del self._buffers, self._parts, self._own
+            del self._buffers, self._parts, self._own, self._found
             self._device.release_cached_memory()
         self._acknowledge()
         server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
@@ -202,6 +203,7 @@ class _Reception:
                 if refusal is not None:
                     raise refusal
                 self._buffers = [open_buffer(handle.rebuild, handle.args, device_id)]
+                self._found = self._buffers[0]
                 if wire.NEEDS in handle.extensions:
                     self._needs = getattr(self._loader, "reads_next", "")
         except Exception:
@@ -259,7 +261,8 @@ class _Reception:
             received = self._link.receive()
             try:
                 received, extensions = wire.split_extensions(received)
-                is_known = self._attempt(partial(self._loader.knows, received))
+                is_known = bool(self._attempt(partial(self._loader.knows, received)))
+                self._attempt(partial(self._find, extensions, is_known))
                 message = received if is_known else wire.decode_message(received)
             except WireError as error:  # the server waits for a reply to it all the same
                 self._link.reply(_told(_without_frames(error)))
@@ -280,21 +283,16 @@ class _Reception:
         self, received: bytes, bucket: wire.Bucket | bytes, extensions: dict[str, Any]
     ) -> None:
         """Load a bucket that has arrived. ``bucket``: its message, if that can be replayed."""
-        found = self._buffers[0]
-        if wire.SOURCE in extensions:
-            found = _find(self._buffers, extensions[wire.SOURCE])
-        source: torch.Tensor | None = found
+        source: torch.Tensor | None = self._found
         if wire.PART in extensions:
-            source = self._parts.add(received, extensions[wire.PART], found)
-        elif len(self._buffers) > 1 and not isinstance(bucket, bytes):
-            source = self._copy(found)
+            source = self._parts.add(received, extensions[wire.PART], self._found)
         if source is not None:
             _check_bytes(extensions.get(wire.CHECKSUM), source)
             part = self._part_of(extensions)
             if isinstance(bucket, bytes):
                 self._loader.replay(bucket, source, **part)
             else:
-                self._loader.load_bucket(extract_weights(bucket, source), received, source, **part)
+                self._loader.load_bucket(self._weights(bucket, source), received, source, **part)
             self._loaded.note(received)
         self._device.synchronize()
 
@@ -311,15 +309,25 @@ class _Reception:
             raise WireError("a bucket holds less than this worker said that it reads")
         return {"needs": needs}
 
-    def _copy(self, found: torch.Tensor) -> torch.Tensor:
-        """A bucket that only this worker has: other ranks read the buffers, too, and a loader may
-        write into what it is given, as that of GPT-OSS into biases."""
-        if len(self._own) < len(found) or self._own.device != found.device:
-            self._own = found[:0]  # so that there are never two of them
-            self._own = torch.empty_like(found)
-        own = self._own[: len(found)].copy_(found)
+    def _find(self, extensions: dict[str, Any], is_known: bool) -> None:
+        """Where a bucket is. One that is not known sets out to where only this worker has it, while
+        its message is decoded: other ranks read the buffers, too, and a loader may write into what
+        it is given, as that of GPT-OSS into biases."""
+        self._found = self._buffers[0]
+        if wire.SOURCE not in extensions:
+            return
+        self._found = found = _place_of(self._buffers, extensions[wire.SOURCE])
+        if len(self._buffers) > 1 and not is_known and wire.PART not in extensions:
+            if len(self._own) < len(found) or self._own.device != found.device:
+                self._own = found[:0]  # so that there are never two of them
+                self._own = torch.empty_like(found)
+            self._found = self._own[: len(found)].copy_(found, non_blocking=True)
+
+    def _weights(self, bucket: wire.Bucket, source: torch.Tensor) -> NamedTensors:
+        """Of a bucket that has arrived."""
+        weights = extract_weights(bucket, source)
         self._device.synchronize()  # a loader may go on in another stream
-        return own
+        return weights
 
     def _check_end(self, extensions: dict[str, Any]) -> None:
         """Raise unless everything was loaded once, as far as the server says what there was."""
@@ -385,7 +393,7 @@ def _told(failure: Exception) -> bytes:
     return wire.encode_failure(failure.__notes__[-1])
 
 
-def _find(buffers: list[torch.Tensor], place: Any) -> torch.Tensor:
+def _place_of(buffers: list[torch.Tensor], place: Any) -> torch.Tensor:
     """A bucket in one of the buffers."""
     match place:
         case [int(number), int(start), int(nbytes)] if (

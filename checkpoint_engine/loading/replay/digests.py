@@ -96,10 +96,11 @@ def _kept(device: torch.device, seed: int) -> torch.Tensor:
 
 
 def _mixed(count: int, device: torch.device, seed: int) -> torch.Tensor:
-    x = (torch.arange(count, device=device) + (seed << 32) + 1) * -0x61C8864680B583EB
+    # On CPUs: a GPU would load a kernel for each operation, which takes longer than all of this.
+    x = (torch.arange(count, device="cpu") + (seed << 32) + 1) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift)) * factor
-    return (x ^ (x >> 31)) | 1
+    return ((x ^ (x >> 31)) | 1).to(device)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ class Peers(Way):
     """Taken where all ranks can reach each other on one host, network namespace and user.
 
     A rank's buffer holds the double buffer, and behind it staging for what the rank owns. Where its
-    worker reads all ranks' staging, as it did in the last update, there is no double buffer.
+    worker turns out to read all ranks' staging, the double buffer becomes staging, too; where it
+    did so in the last update, there is none.
     """
 
     name = "peers"
@@ -192,7 +193,8 @@ class PeersMover(Mover):
         self._others: list[int] = []
         self.must_map = double_slots == 0
         self._reads_straight: bool | None = None
-        self._staging = double_slots * move.plan.bucket_bytes
+        self._double = range(double_slots)
+        self._slots = [double_slots + slot for slot in range(_SLOTS)]
         self._waiting = deque(move.plan.loads_of(self._rank))
         self._filling: deque[_Filling] = deque()
         self._summing: deque[_Summing] = deque()
@@ -218,6 +220,8 @@ class PeersMover(Mover):
     def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
         self.served = unmapped
         self._reads_straight = not unmapped or self.must_map
+        if self._reads_straight:  # nobody needs the double buffer; no slot was used twice yet
+            self._slots += self._double
         self._peers.tell_all(MAPPED)
         self.advance()
 
@@ -286,12 +290,13 @@ class PeersMover(Mover):
         return self._done if reader is None else min(count, self._done)
 
     def _fill_slots(self, read_by_all: int) -> None:
-        while self._waiting and self._filled - read_by_all < _SLOTS:
+        while self._waiting and self._filled - read_by_all < len(self._slots):
             self._fill(self._waiting.popleft())
 
     def _fill(self, step: Step) -> None:
         """Begin to fill a slot of staging, which nobody reads any more, with a bucket."""
-        start = self._staging + self._filled % _SLOTS * self.move.plan.bucket_bytes
+        slot = self._slots[self._filled % len(self._slots)]
+        start = slot * self.move.plan.bucket_bytes
         target = self.move.buffer.tensor[start : start + step.bucket.size]
         self._filling.append((step, start, self._bring(step, target)))
         self._filled += 1
