@@ -43,10 +43,11 @@ class LoadOver(InPlace):
         """The names of layers of which a part has not been loaded, as far as the engine tells."""
         return set()
 
-    def untouched(self) -> set[str] | None:
-        """The parameters of layers that nothing has been loaded into; ``None`` if the engine does
-        not tell."""
-        return None
+    def missing(self, expected: set[str], loaded: set[str] | None) -> set[str] | None:
+        """The parameters that nothing has been loaded into, of those that are expected; ``None`` if
+        nobody tells. ``loaded``: those that something was seen to be written into, or that the
+        loader names; ``None`` if it names none."""
+        return None if loaded is None else expected - loaded
 
     def finish(self) -> None:
         """After the last tensor."""

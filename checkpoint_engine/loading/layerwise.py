@@ -227,17 +227,28 @@ class Layerwise(LoadOver):
             self._vllm._layerwise_process(layer, info)
         return True
 
-    def untouched(self) -> set[str] | None:
-        waiting = {
-            self._names[layer]
+    def missing(self, expected: set[str], loaded: set[str] | None) -> set[str] | None:
+        if loaded is None:
+            waiting = (
+                self._parameters_of(layer)
+                for layer, info in self._infos.items()
+                if info.load_numel == 0 < (info.load_numel_total or 0)
+                and self._names[layer] not in self._opened
+            )
+            return expected.intersection(set[str]().union(*waiting))
+        # Up to release 0.31 the loader of experts names what it has loaded at once: nothing, while
+        # vLLM waits until the layer is whole. What was processed was whole, and is not counted any
+        # more.
+        whole = (
+            self._parameters_of(layer)
             for layer, info in self._infos.items()
-            if info.load_numel == 0 < (info.load_numel_total or 0)
-        }
-        return {
-            Slot(module, name).qualified.replace(".base_layer.", ".")
-            for module in waiting - self._opened
-            for name in self.modules[module]._parameters
-        }
+            if info.load_numel_total is None
+        )
+        return expected.difference(loaded, *(some for some in whole if some.isdisjoint(loaded)))
+
+    def _parameters_of(self, layer: torch.nn.Module) -> set[str]:
+        slots = (Slot(self._names[layer], name) for name in layer._parameters)
+        return {slot.qualified.replace(".base_layer.", ".") for slot in slots}
 
     def partial_layers(self) -> set[str]:
         return {

@@ -140,8 +140,7 @@ class ModelReload:
         session = self._begun()
         session.finish()
         loaded = session.loaded()
-        missing = self._adapter.untouched() if loaded is None else self._expected - loaded
-        missing = None if missing is None else missing & self._expected
+        missing = self._adapter.missing(self._expected, loaded)
         self._check_left_over(session)
         if lacking := (missing or set()) & self._required:
             raise ValueError(

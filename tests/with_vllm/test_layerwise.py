@@ -129,6 +129,26 @@ def test_a_part_that_a_loader_leaves_of_a_layer_is_an_error() -> None:
             update(model, habits, [{"0": torch.ones(2, SIDE)}, {"other": torch.ones(2, 2)}])
 
 
+def test_what_a_loader_does_not_name_is_missing_only_where_nothing_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of experts through release 0.31, whose layers are loaded once they are whole."""
+    monkeypatch.setenv("PS_REPLAY", "off")
+    model = Model(copied)
+
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            weight = model.get_submodule(name).weight
+            weight.weight_loader(weight, tensor)
+        return set()
+
+    model.load_weights = load_weights  # type: ignore[method-assign]
+    bucket = {"layer": torch.ones(SIDE, SIDE), "other": torch.ones(2, 2)}
+    assert update(model, {}, [bucket])["missing"] == []
+    del bucket["layer"]
+    assert update(model, {}, [bucket])["missing"] == ["layer.weight"]
+
+
 def replaced(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
     layer.weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
 
