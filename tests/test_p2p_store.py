@@ -34,7 +34,7 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ground.deadline import poll
 from checkpoint_engine.ground.sockets import open_listeners
 from checkpoint_engine.planning.plan import Step
-from checkpoint_engine.transfer import p2p_store
+from checkpoint_engine.transfer import p2p_store, remote_loader
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from p2p_source import pattern
@@ -236,7 +236,7 @@ def test_a_bucket_whose_lease_ends_during_the_read_is_an_error(
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("late", [False, True])
 def test_another_owner_is_asked_unless_bytes_of_the_first_may_still_arrive(
-    store: P2PStore, late: bool
+    store: P2PStore, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first has replaced its checkpoint: its bytes, if late, would replace those of the
     second."""
@@ -261,6 +261,7 @@ def test_another_owner_is_asked_unless_bytes_of_the_first_may_still_arrive(
         if late:
             under_way: Any = types.SimpleNamespace(memory=target, is_over=lambda: False)
             store._unfinished.append(under_way)
+            monkeypatch.setattr(remote_loader, "_LATE_BYTES", 0.1)
             with pytest.raises(StaleSourceError):
                 loader.read_any({0: bucket, 1: bucket}, target, runs)
         else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from checkpoint_engine.transfer.streams import Event, InThread
 from checkpoint_engine.transfer.tracer import READ, RankTracer
 
 _FAREWELL = 2.0  # seconds that a failed update waits for a read under way
+_ANSWERS_WITHIN = 5.0  # seconds; an owner that takes longer is not asked where others hold the same
+_LATE_BYTES = 60.0
+"""Seconds that bytes of a failed read may still be on their way: Mooncake drops a TCP connection
+that has been silent for 30 s, and tries to connect anew for what waited behind it."""
 _BOUNCE_BYTES = 64 << 20
 """Each half of the host memory that bytes pass through on their way to a device."""
 
@@ -45,18 +50,24 @@ class RemoteLoader:
         device_manager: DeviceManager,
         device: torch.device,
         tracer: RankTracer | None = None,
+        gone: Callable[[], Collection[int]] = tuple,
     ) -> None:
+        """``gone``: the owners that are known to have ended by now."""
         self._store = store
         self._tracer = tracer
+        self._gone = gone
         self._owners = owners
         self._device_manager = device_manager
         self._device = device
         self._checked: set[int] = set()
+        self._lost: dict[int, P2PError] = {}  # why, of owners that are not asked any more
+        self._greets = threading.Lock()
         self._ended = threading.Event()
         # Not daemons: Python kills those inside C++, which takes the process along.
         threads = 2 if store.reads_into_device_memory else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-engine-read")
         self._reads: list[InThread] = []
+        self._answers: list[InThread] = []
         self._bounce: torch.Tensor | None = None
         if not store.reads_into_device_memory:
             self._bounce = torch.empty(2, _BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -81,9 +92,32 @@ class RemoteLoader:
         self._reads = [*(one for one in self._reads if not one.is_over), begun]
         return begun
 
-    def check(self, owner: int) -> None:
-        """Raise ``P2PError`` unless the owner's memory can be read; ends when this is closed."""
-        self._check_lease(self._owners[owner], self._check)
+    def find_lost(self, owners: Collection[int], check: Check) -> Mapping[int, P2PError]:
+        """Ask all these owners for a sign of life, at once. From now on those that give none in
+        time are not asked for buckets.
+
+        Args:
+            check: called while waiting; ends the wait by raising.
+
+        Returns why, of all that have been lost so far.
+        """
+        unasked = [owner for owner in owners if owner not in self._checked]
+        # A thread each: one that waits inside Mooncake for a silent host cannot be interrupted.
+        threads = ThreadPoolExecutor(max(1, len(unasked)), "checkpoint-engine-greet")
+        answers = {owner: InThread(threads, partial(self._greet, owner)) for owner in unasked}
+        threads.shutdown(wait=False)
+        self._answers += answers.values()
+        ends = Deadline(_ANSWERS_WITHIN)
+        for owner, answer in answers.items():
+            try:
+                poll(lambda: answer.is_over or ends.remaining() == 0.0, check)  # noqa: B023
+                if not answer.query():
+                    address = self._owners[owner].p2p_store_addr
+                    raise P2PError(f"{address} has not answered within {ends.seconds:g} s")
+            except P2PError as error:
+                self._check()
+                self._lose(owner, error)
+        return self._lost
 
     def source_of(self, step: Step) -> str:
         """Where its bytes come from, for errors."""
@@ -94,9 +128,10 @@ class RemoteLoader:
         self._ended.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         farewell = Deadline(_FAREWELL)
-        for read in self._reads:
+        for read in (*self._reads, *self._answers):
             read.close(farewell)
         self._reads.clear()
+        self._answers.clear()
 
     def _check(self) -> None:
         if self._ended.is_set():
@@ -114,17 +149,26 @@ class RemoteLoader:
         Args:
             sources: by owner, the bucket as it lies there.
 
-        Returns how many bytes were read. Raises as ``read`` does, for the last of them.
+        Returns how many bytes were read.
+
+        Raises:
+            P2PError: all of them are gone, or hold another checkpoint now; names them.
         """
-        *others, last = sources.items()
-        for owner, bucket in others:
+        for owner, bucket in sources.items():
+            check = partial(self._check_owner, owner)
+            if len(sources.keys() - self._lost.keys()) > 1:
+                with self._greets:  # behind another thread's read the answer would come late
+                    self.find_lost([owner], check)
+            if owner in self._lost:
+                continue
+            if sources.keys() & self._lost.keys() and not self._late_bytes_end(target):
+                break  # by now of another checkpoint, they would replace the next owner's
             try:
-                return self.read(owner, bucket, target, self._check, runs)
+                return self.read(owner, bucket, target, check, runs)
             except P2PError as error:
-                if self._store.may_still_write(target if self._bounce is None else self._bounce):
-                    raise  # late bytes, by now of another checkpoint, would replace the others
-                logger.warning("{}; asking another owner of the same bytes", error)
-        return self.read(*last, target, self._check, runs)
+                self._check()
+                self._lose(owner, error)
+        raise self._error_of(sources)
 
     def read(
         self,
@@ -162,11 +206,44 @@ class RemoteLoader:
                 self._read_through_host(regions, owned, target, self._bounce, check)
             self._check_lease(owned, check)  # a lease that holds now has held all along
         except P2PError:
-            self._raise_if_stale(owned)
+            if owner not in self._gone():
+                self._raise_if_stale(owned)
             raise
         for at, _, nbytes in regions if runs is None else ():
             clear_gaps(target, at, nbytes)
         return sum(nbytes for _, _, nbytes in regions)
+
+    def _greet(self, owner: int) -> None:
+        self._check_lease(self._owners[owner], self._check)
+        self._checked.add(owner)
+
+    def _check_owner(self, owner: int) -> None:
+        """While an owner is read from."""
+        self._check()
+        if owner in self._gone():
+            raise P2PError(f"rank {owner} is gone: its process has ended, or its host is cut off")
+
+    def _lose(self, owner: int, error: P2PError) -> None:
+        logger.warning("owner {} is not read from any more: {}", owner, error)
+        self._lost[owner] = type(error)(str(error))  # the other's traceback leads to the memory
+
+    def _error_of(self, owners: Iterable[int]) -> P2PError:
+        """Why none of them can be read."""
+        lost = {owner: self._lost[owner] for owner in owners if owner in self._lost}
+        is_stale = all(isinstance(error, StaleSourceError) for error in lost.values())
+        said = "; ".join(f"owner {owner}: {error}" for owner, error in lost.items())
+        return StaleSourceError(said) if is_stale else P2PError(said)
+
+    def _late_bytes_end(self, target: torch.Tensor) -> bool:
+        """Wait until no byte of a failed read can arrive in ``target`` any more."""
+        memory = target if self._bounce is None else self._bounce
+        ends = Deadline(_LATE_BYTES)
+
+        def over() -> bool:
+            return not self._store.may_still_write(memory)
+
+        poll(lambda: over() or ends.remaining() == 0.0, self._check, longest=0.01)
+        return over()
 
     def _check_lease(self, owned: MemoryBufferMetaList, check: Check | None) -> None:
         """Raise unless the owner still holds the checkpoint. The original's owners give no lease,

@@ -3,7 +3,8 @@ the host workers read it by ``Peers``. The hosts of all ranks, or of some of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,9 +14,9 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.data_types import H2DBucket
-from checkpoint_engine.errors import broadcast_failed
+from checkpoint_engine.errors import CollectiveError, broadcast_failed
 from checkpoint_engine.ground.collector import collector_at_rest
-from checkpoint_engine.ground.deadline import Deadline, poll
+from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
@@ -32,7 +33,7 @@ from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.p2p_store import P2PError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
-from checkpoint_engine.transfer.streams import HAPPENED, Event, Streams
+from checkpoint_engine.transfer.streams import Event, Streams
 from checkpoint_engine.transfer.tracer import READ
 from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.update.ways.peers import Peers, PeersMover
@@ -44,8 +45,8 @@ _FEWEST_HOSTS = 3
 """Over TCP, with fewer, reading everything brings no host fewer bytes than a group does."""
 
 
-_REACHED_WITHIN = 5.0
-"""Seconds for the first answer of another host."""
+_TOLD_WITHIN = 0.5
+"""Seconds for rank 0 to tell who is gone."""
 
 
 class Shard(Way):
@@ -182,7 +183,9 @@ class Shard(Way):
         if store.needs_registered_targets:
             store.register_named_tensors({"__staging__": move.buffer.tensor})
             held.callback(store.unregister_named_tensors, ["__staging__"])
-        remote = RemoteLoader(store, move.gathered.metas, here.device_manager, here.device)
+        metas = move.gathered.metas
+        gone = partial(_gone, move)
+        remote = RemoteLoader(store, metas, here.device_manager, here.device, gone=gone)
         held.callback(remote.close)
         mine = next(hello for hello in hellos if hello.rank == here.rank)
         make = partial(_ShardMover, remote, mine.needs)
@@ -191,20 +194,29 @@ class Shard(Way):
         return self._inside.join(move, hellos, held, inside, make, unreached)
 
     def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
-        """Why another host's memory cannot be read, as behind a firewall; each is tried once."""
-        tried: dict[str, Event] = {}
-        for step in move.plan.loads_of(self.here.rank):
-            host = _address_of(move.gathered, step.sources[0])
-            if not _is_own(move.gathered, step) and host not in self._reached | tried.keys():
-                tried[host] = remote.begin(partial(remote.check, step.sources[0]), HAPPENED)
-        soon = Deadline(_REACHED_WITHIN)
-        for host, event in tried.items():
-            try:
-                poll(event.query, partial(soon.check, "an answer"))
-            except (P2PError, TimeoutError) as error:
-                return f"rank {self.here.rank} cannot read the memory of host {host}: {error}"
-        self._reached |= tried.keys()
-        return ""
+        """Why no owner of some bucket can be read, as behind a firewall; empty if one can.
+
+        Owners on hosts that this rank has not read from are asked for a sign of life, and where
+        they give none, those that hold the same.
+        """
+        loads = move.plan.loads_of(self.here.rank)
+        wanted = {step.sources for step in loads if not _is_own(move.gathered, step)}
+        lost: Mapping[int, P2PError] = {}
+        while True:
+            firsts = set()
+            for owners in wanted:
+                left = [owner for owner in owners if owner not in lost]
+                if not left:
+                    host = _address_of(move.gathered, owners[0])
+                    why = lost[owners[0]]
+                    return f"rank {self.here.rank} cannot read the memory of host {host}: {why}"
+                firsts.add(left[0])
+            hosts = {owner: _address_of(move.gathered, owner) for owner in firsts}
+            untried = [owner for owner in firsts if hosts[owner] not in self._reached]
+            if not untried:
+                return ""
+            lost = remote.find_lost(untried, move.call.check)
+            self._reached |= {hosts[owner] for owner in untried if owner not in lost}
 
 
 def can_shard(hellos: Sequence[Hello]) -> bool:
@@ -258,6 +270,11 @@ def _is_own(gathered: Gathered, step: Step) -> bool:
     """Whether the rank that stages the bucket owns it. Owners of loaded metas are ranks of another
     world."""
     return step.sources == (step.receiver,) and not gathered.is_loaded
+
+
+def _gone(move: Move) -> frozenset[int]:
+    """The owners of this world that are gone. Of another world nobody tells."""
+    return frozenset() if move.gathered.is_loaded else move.call.membership.world.liveness.gone
 
 
 class _ShardMover(PeersMover):
@@ -331,10 +348,24 @@ class _ShardMover(PeersMover):
             needs = None if self._is_whole else self.move.plan.needs
             runs = None if needs is None else needs.runs_in(step.bucket)
             with self.move.tracer.on_host(READ, step) as span:
-                span.nbytes = self._remote.read_any(held, target, runs)
+                try:
+                    span.nbytes = self._remote.read_any(held, target, runs)
+                except P2PError as error:
+                    raise self._cause_of(error, step) from error
 
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
+
+    def _cause_of(self, error: P2PError, step: Step) -> Exception:
+        """Mooncake may notice before the other ranks of this world that an owner is gone."""
+        soon = Deadline(_TOLD_WITHIN)
+        while not self.move.gathered.is_loaded and soon.remaining() > 0.0:
+            if gone := sorted(_gone(self.move).intersection(step.sources)):
+                text = f"rank {gone[0]} is gone, and no other rank that can be read owns "
+                text += f"{step.bucket.items[0].name!r} and what travels with it: {error}"
+                return CollectiveError(text, "rank_gone", rank=gone[0])
+            time.sleep(0.01)
+        return error
 
     def _as_held_by(self, rank: int, step: Step) -> H2DBucket:
         if rank == step.owner:
