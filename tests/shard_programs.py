@@ -28,6 +28,7 @@ from checkpoint_engine.errors import UpdateError  # noqa: E402
 from checkpoint_engine.ground.deadline import Deadline, cancellable  # noqa: E402
 from checkpoint_engine.ps import ParameterServer  # noqa: E402
 from checkpoint_engine.worker import VllmColocateWorkerExtension  # noqa: E402
+from checkpoint_engine.world.metas_file import decode_metas, encode_metas  # noqa: E402
 from engines import Workers  # noqa: E402
 from fleet import left_segments  # noqa: E402
 from parallel_layers import TensorParallel  # noqa: E402
@@ -38,6 +39,7 @@ RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 EACH = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 SHORT = timedelta(seconds=40)
+LONG = timedelta(seconds=80)  # Mooncake gives a silent connection 30 s
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 1024,
@@ -357,9 +359,49 @@ def continued(folder: str) -> dict[str, Any]:
     return {"seen": seen, "failed": failed, "right": right, "shared": left_segments()}
 
 
+def owner(folder: str) -> dict[str, Any]:
+    """One of several that own everything, for other worlds."""
+    here, ps = Path(folder), ParameterServer()
+    ps.register_checkpoint("step-1", named_tensors=weights(1))
+    ps.gather_metas("step-1", timeout=SHORT)
+    if RANK == 0:
+        (here / "half").write_bytes(encode_metas(ps.get_metas()))
+        (here / "half").rename(here / "metas.json")
+    _await(here / "finished")
+    return {}
+
+
+def joiner(folder: str, updates: int) -> dict[str, Any]:
+    """Updates out of the memory of ``owner``, each once the test says so."""
+    rank, here = Rank(1), Path(folder)
+    _await(here / "metas.json")
+    rank.ps.gather_metas("step-1", timeout=SHORT)
+    rank.ps.load_metas(decode_metas((here / "metas.json").read_bytes()))
+    everyone = list(range(WORLD_SIZE))
+    seen: list[dict[str, Any]] = []
+    for number in range(updates):
+        (here / f"ready-{number}-{RANK}").touch()
+        _await(here / f"go-{number}")
+        rank.workers.call("clear")
+        seen.append({"kind": None})
+        try:
+            before = received_bytes()
+            report = rank.ps.update("step-1", rank.ask, ranks=everyone, timeout=LONG)
+        except UpdateError as error:
+            seen[-1] = {"error": str(error), "kind": error.kind}
+            continue
+        received = received_bytes() - before
+        (right,) = rank.workers.call("is_right", 1)
+        seen[-1] |= _seen(report, right, received)
+    (here / "finished").touch()
+    rank.workers.stop()
+    return {"seen": seen, "shared": left_segments()}
+
+
 if __name__ == "__main__":
     program, arguments, results = sys.argv[1:]
     every = (sharded, interrupted, succeeded, left_for_good, cancelled, continued)
+    every += (owner, joiner)
     programs: dict[str, Callable[..., Any]] = {f.__name__: f for f in every}
     result = programs[program](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))

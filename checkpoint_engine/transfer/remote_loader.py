@@ -101,7 +101,7 @@ class RemoteLoader:
 
         Returns why, of all that have been lost so far.
         """
-        unasked = [owner for owner in owners if owner not in self._checked]
+        unasked = [owner for owner in owners if owner not in self._checked | self._lost.keys()]
         # A thread each: one that waits inside Mooncake for a silent host cannot be interrupted.
         threads = ThreadPoolExecutor(max(1, len(unasked)), "checkpoint-engine-greet")
         answers = {owner: InThread(threads, partial(self._greet, owner)) for owner in unasked}
