@@ -359,6 +359,36 @@ def continued(folder: str) -> dict[str, Any]:
     return {"seen": seen, "failed": failed, "right": right, "shared": left_segments()}
 
 
+def broken_off(folder: str, owners: int, members: list[int], timeout: float) -> dict[str, Any]:
+    """In the middle of an update of ``members`` the last rank, which may be one of them, is killed
+    or cut off. The others go on among themselves.
+
+    Args:
+        owners: the first ranks that own everything.
+    """
+    rank, here = Rank(2), Path(folder)
+    rank.owners = owners
+    seen = [rank.update(seed) for seed in (1, 2, 3)]
+    name = rank.register(4)
+    rank.workers.call("clear")
+    rank.ps.store_based_barrier()
+    (here / f"ready-{RANK}").touch()
+    if RANK not in members:
+        _await(here / "finished")
+        return {"seen": seen}
+    _await(here / "slow")
+    seconds = timedelta(seconds=timeout)
+    failure = _error_of(lambda: rank.ps.update(name, rank.ask, ranks=members, timeout=seconds))
+    failure["at"] = time.monotonic()
+    (here / f"failed-{RANK}").touch()
+    rest: list[dict[str, Any]] = []
+    if RANK < WORLD_SIZE - 1:
+        _await(here / "fast")
+        failure["next"] = _error_of(lambda: rest.append(rank.update_rest(name, 4)))
+    rank.workers.stop()
+    return {"seen": seen, "failure": failure, "rest": rest, "shared": left_segments()}
+
+
 def owner(folder: str) -> dict[str, Any]:
     """One of several that own everything, for other worlds."""
     here, ps = Path(folder), ParameterServer()
@@ -401,7 +431,7 @@ def joiner(folder: str, updates: int) -> dict[str, Any]:
 if __name__ == "__main__":
     program, arguments, results = sys.argv[1:]
     every = (sharded, interrupted, succeeded, left_for_good, cancelled, continued)
-    every += (owner, joiner)
+    every += (broken_off, owner, joiner)
     programs: dict[str, Callable[..., Any]] = {f.__name__: f for f in every}
     result = programs[program](**json.loads(arguments))
     (Path(results) / f"{RANK}.json").write_text(json.dumps(result))

@@ -4,6 +4,7 @@ enters a host is counted by its network interface."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +173,79 @@ def test_what_only_a_host_that_left_owned_is_an_error_that_names_it(
         assert result["rest"] == []
 
 
-def slowed(hosts: list[Host], tmp_path: Path, world: World) -> None:
-    """Once all ranks are ready, have every host send slowly, and wait until they do."""
+def broken_off(
+    hosts: list[Host], tmp_path: Path, how: str, timeout: float, **arguments: Any
+) -> list[dict[str, Any]]:
+    """What two ranks see of an update in whose middle the third one is killed or cut off; with the
+    seconds from then to their errors."""
+    world = start(
+        hosts, tmp_path / "w", "broken_off", folder=str(tmp_path), timeout=timeout, **arguments
+    )
+    slowed(hosts, tmp_path, world, sender=arguments["owners"] - 1)
+    last, began = world._parts[2], time.monotonic()
+    if how == "killed":
+        last.kill()
+    else:
+        hosts[2].unplug()
+    rest = world._parts[:2]
+    places = (0, 1)
+    await_(lambda: all((tmp_path / f"failed-{one}").exists() for one in places), seconds=90)
+    sped_up(hosts, tmp_path)
+    for part in rest:
+        part.join(90)
+    last.kill()
+    results = [
+        json.loads((tmp_path / "w" / "results" / f"{one}.json").read_text()) for one in places
+    ]
+    for result in results:
+        result["failure"]["after"] = result["failure"]["at"] - began
+    return results
+
+
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+@pytest.mark.timeout(240)
+def test_a_member_of_an_update_of_some_ranks_breaks_off_in_its_middle(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    how: str,
+) -> None:
+    for result in broken_off(make_hosts(3), tmp_path, how, 40, owners=2, members=[0, 1, 2]):
+        failure = result["failure"]
+        print(failure, result["rest"])
+        assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
+        assert failure["after"] < (2 if how == "killed" else 40)
+        assert [(one["right"], one["way"]) for one in result["rest"]] == [(True, "shard")]
+        assert result["shared"] == []
+
+
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+@pytest.mark.timeout(240)
+def test_an_owner_that_takes_no_part_breaks_off_in_the_middle_of_an_update(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    how: str,
+) -> None:
+    """Nobody else holds what it owned, so the next update names it as well."""
+    for result in broken_off(make_hosts(3), tmp_path, how, 40, owners=3, members=[0, 1]):
+        failure = result["failure"]
+        print(failure, result["rest"])
+        assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
+        assert failure["after"] < (2 if how == "killed" else 40)
+        following = failure["next"]
+        assert (following["kind"], following["rank"]) == ("rank_gone", 2)
+        assert "no other rank owns" in following["error"]
+        assert result["shared"] == []
+
+
+def slowed(hosts: list[Host], tmp_path: Path, world: World, sender: int = -1) -> None:
+    """Once all ranks are ready, have every host send slowly, and wait until ``sender`` does."""
     places = range(len(hosts))
     await_(lambda: all((tmp_path / f"ready-{one}").exists() for one in places), world, seconds=90)
     for host in hosts:
         host.slow_down(SLOW)
-    before = hosts[-1].bytes_sent()
+    before = hosts[sender].bytes_sent()
     (tmp_path / "slow").touch()
-    await_(lambda: hosts[-1].bytes_sent() > before + IN_THE_MIDDLE, world)
+    await_(lambda: hosts[sender].bytes_sent() > before + IN_THE_MIDDLE, world)
 
 
 def sped_up(hosts: list[Host], tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class RemoteLoader:
                 self._read_through_host(regions, owned, target, self._bounce, check)
             self._check_lease(owned, check)  # a lease that holds now has held all along
         except P2PError:
-            if owner not in self._gone():
+            if not self._ended.is_set() and owner not in self._gone():
                 self._raise_if_stale(owned)
             raise
         for at, _, nbytes in regions if runs is None else ():

@@ -4,7 +4,7 @@ the host workers read it by ``Peers``. The hosts of all ranks, or of some of the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -277,6 +277,16 @@ def _gone(move: Move) -> frozenset[int]:
     return frozenset() if move.gathered.is_loaded else move.call.membership.world.liveness.gone
 
 
+def _owner_gone(step: Step, gone: Set[int]) -> CollectiveError:
+    """The bucket can be read nowhere, as these of its owners have ended."""
+    rank = next(owner for owner in step.sources if owner in gone)
+    text = (
+        f"rank {rank} is gone, its process has ended or its host is cut off, and no other rank "
+        f"that can be read owns {step.bucket.items[0].name!r} and what travels with it"
+    )
+    return CollectiveError(text, "rank_gone", rank=rank)
+
+
 class _ShardMover(PeersMover):
     """Reads what no rank of the host owns, straight into staging.
 
@@ -297,6 +307,7 @@ class _ShardMover(PeersMover):
         self._remote = remote
         self._needs = needs
         self._places: dict[int, Places] = {}
+        self._unread: dict[int, Step] = {}  # of those that have to come from other hosts
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
         super().__init__(move, peers, streams, double_slots)
@@ -311,6 +322,10 @@ class _ShardMover(PeersMover):
         undecided = self._is_whole is None and self._reads_needs is not None
         if undecided and self._peers.all_said(MAPPED):
             self._is_whole = not self._reads_needs or self._peers.anybody_said(WHOLE)
+        if gone := _gone(self.move):  # a read from it may take seconds to fail
+            for step in list(self._unread.values()):
+                if gone.issuperset(step.sources):
+                    raise _owner_gone(step, gone)
         super().advance()
 
     def has_arrived(self, step: Step) -> bool:
@@ -352,7 +367,9 @@ class _ShardMover(PeersMover):
                     span.nbytes = self._remote.read_any(held, target, runs)
                 except P2PError as error:
                     raise self._cause_of(error, step) from error
+            self._unread.pop(id(step))
 
+        self._unread[id(step)] = step
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
 
@@ -360,10 +377,8 @@ class _ShardMover(PeersMover):
         """Mooncake may notice before the other ranks of this world that an owner is gone."""
         soon = Deadline(_TOLD_WITHIN)
         while not self.move.gathered.is_loaded and soon.remaining() > 0.0:
-            if gone := sorted(_gone(self.move).intersection(step.sources)):
-                text = f"rank {gone[0]} is gone, and no other rank that can be read owns "
-                text += f"{step.bucket.items[0].name!r} and what travels with it: {error}"
-                return CollectiveError(text, "rank_gone", rank=gone[0])
+            if gone := _gone(self.move).intersection(step.sources):
+                return _owner_gone(step, gone)
             time.sleep(0.01)
         return error
 
