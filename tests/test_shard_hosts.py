@@ -211,7 +211,6 @@ def test_a_member_of_an_update_of_some_ranks_breaks_off_in_its_middle(
 ) -> None:
     for result in broken_off(make_hosts(3), tmp_path, how, 40, owners=2, members=[0, 1, 2]):
         failure = result["failure"]
-        print(failure, result["rest"])
         assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
         assert failure["after"] < (2 if how == "killed" else 40)
         assert [(one["right"], one["way"]) for one in result["rest"]] == [(True, "shard")]
@@ -228,7 +227,6 @@ def test_an_owner_that_takes_no_part_breaks_off_in_the_middle_of_an_update(
     """Nobody else holds what it owned, so the next update names it as well."""
     for result in broken_off(make_hosts(3), tmp_path, how, 40, owners=3, members=[0, 1]):
         failure = result["failure"]
-        print(failure, result["rest"])
         assert (failure["kind"], failure["rank"]) == ("rank_gone", 2)
         assert failure["after"] < (2 if how == "killed" else 40)
         following = failure["next"]

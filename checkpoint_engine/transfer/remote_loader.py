@@ -133,8 +133,12 @@ class RemoteLoader:
         self._reads.clear()
         self._answers.clear()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._ended.is_set()
+
     def _check(self) -> None:
-        if self._ended.is_set():
+        if self.is_closed:
             raise P2PError("the update has ended")
 
     def read_any(
@@ -206,7 +210,7 @@ class RemoteLoader:
                 self._read_through_host(regions, owned, target, self._bounce, check)
             self._check_lease(owned, check)  # a lease that holds now has held all along
         except P2PError:
-            if not self._ended.is_set() and owner not in self._gone():
+            if not self.is_closed and owner not in self._gone():
                 self._raise_if_stale(owned)
             raise
         for at, _, nbytes in regions if runs is None else ():

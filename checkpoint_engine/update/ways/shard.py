@@ -376,7 +376,8 @@ class _ShardMover(PeersMover):
     def _cause_of(self, error: P2PError, step: Step) -> Exception:
         """Mooncake may notice before the other ranks of this world that an owner is gone."""
         soon = Deadline(_TOLD_WITHIN)
-        while not self.move.gathered.is_loaded and soon.remaining() > 0.0:
+        is_of_this_world = not self.move.gathered.is_loaded
+        while is_of_this_world and not self._remote.is_closed and soon.remaining() > 0.0:
             if gone := _gone(self.move).intersection(step.sources):
                 return _owner_gone(step, gone)
             time.sleep(0.01)
