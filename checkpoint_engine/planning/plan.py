@@ -23,6 +23,7 @@ from checkpoint_engine.data_types import (
     TensorPart,
     align_up,
     placed,
+    unvalidated,
 )
 from checkpoint_engine.ground.collector import collector_at_rest
 
@@ -129,6 +130,7 @@ class TransferPlan:
         return [step for step in self.steps if step.receiver == receiver]
 
 
+_BUCKET_FIELDS, _PART_FIELDS = ({*model.model_fields} for model in (H2DBucket, TensorPart))
 _aligned_size = attrgetter("aligned_size")  # in ``map`` a loop that runs outside Python
 
 
@@ -139,9 +141,12 @@ def largest_tensor(metas: Metas) -> int:
 
 def extent(metas: Metas) -> tuple[int, int]:
     """Padded bytes of all owners' tensors, and of the largest one; 0 if there is none."""
-    buffers = (buffer for owned in metas.values() for buffer in owned.memory_buffer_metas_list)
-    sizes = [size for buffer in buffers for size in map(_aligned_size, buffer.metas)]
-    return sum(sizes), max(sizes, default=0)
+    total = largest = 0
+    for owned in metas.values():
+        for buffer in owned.memory_buffer_metas_list:
+            sizes = list(map(_aligned_size, buffer.metas))
+            total, largest = total + sum(sizes), max(largest, max(sizes, default=0))
+    return total, largest
 
 
 def bucket_size(
@@ -318,7 +323,7 @@ def _cut(
     ``sent``: tensors of earlier owners, which are left out. A bucket ends before them: its
     checksum is that of consecutive bytes.
     """
-    items = [meta for buffer in buffers for meta in buffer.metas]
+    items = list(itertools.chain.from_iterable(buffer.metas for buffer in buffers))
     ends = list(itertools.accumulate(map(_aligned_size, items)))
     left_out = [index for index, meta in enumerate(items) if meta.name in sent] if sent else []
     # Where each buffer begins when all tensors lie end to end, and where the last one ends.
@@ -333,10 +338,10 @@ def _cut(
                 ranges, number = _ranges(buffers, begins, number, begin, end)
                 what: dict[str, Any] = {"size": end - begin, "ranges": ranges, "items": tensors}
                 if len(pieces) == 1:
-                    yield H2DBucket.model_construct(**what)
+                    yield unvalidated(H2DBucket, what, _BUCKET_FIELDS)
                 else:
                     what |= {"begin": begin - start, "total": stop - start}
-                    yield TensorPart.model_construct(**what)
+                    yield unvalidated(TensorPart, what, _PART_FIELDS)
 
 
 def _cut_run(
@@ -392,22 +397,24 @@ def in_rounds(
     for entry in buckets:
         queues[entry[0]].append(entry)
     numbers = itertools.count(1)
-    while any(queues.values()):
+    while queues:
         turn = [(next(numbers), entry) for queue in queues.values() for entry in _whole(queue)]
         if first is not None and not any(isinstance(e[2], TensorPart) for _, e in turn):
             turn.sort(key=lambda numbered: (numbered[1][0] < first, numbered[1][0]))
         yield from turn
+        # One receiver may have a thousand buckets more than the others.
+        for receiver in [receiver for receiver, queue in queues.items() if not queue]:
+            del queues[receiver]
 
 
 def _whole(
     queue: deque[tuple[int, int, H2DBucket]],
-) -> Iterator[tuple[int, int, H2DBucket]]:
+) -> list[tuple[int, int, H2DBucket]]:
     """The next bucket, or all parts of a tensor: a worker shall put together one at a time."""
-    while queue:
-        _, _, bucket = entry = queue.popleft()
-        yield entry
-        if not isinstance(bucket, TensorPart) or bucket.is_last:
-            return
+    entries = [queue.popleft()]
+    while isinstance(part := entries[-1][2], TensorPart) and not part.is_last and queue:
+        entries.append(queue.popleft())
+    return entries
 
 
 def _interleaved(

@@ -54,15 +54,15 @@ class Tensors:
 
     def _read(self, items: Sequence[ParameterMeta]) -> None:
         """``items``: bucket by bucket, those of a tensor that travels in parts once."""
-        names = [meta.name for meta in items]
-        met: dict[tuple[Any, tuple[int, ...]], int] = {}
+        names = list(map(attrgetter("name"), items))
+        met: dict[tuple[Any, tuple[int, ...]], int] = defaultdict(itertools.count().__next__)
         kinds = zip(map(attrgetter("dtype"), items), map(attrgetter("shape"), items), strict=True)
-        alike = np.fromiter(map(met.setdefault, kinds, itertools.count()), np.int64, len(names))
+        alike = np.fromiter(map(met.__getitem__, kinds), np.int64, len(names))
         ordered = sorted(range(len(names)), key=names.__getitem__)
         order = np.fromiter(ordered, np.int64, len(names))
         self._places = np.empty_like(order)
         self._places[order] = np.arange(len(order))
-        kind_of = _numbered(alike[order])
+        kind_of = alike[order]
         in_turn = np.argsort(_first_places(kind_of))  # kinds are numbered as they are met
         every = list(met)
         listed = [every[kind] for kind in in_turn]
@@ -147,8 +147,11 @@ def _distinct(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Of each distinct row, the first place; of each place, the number of its row."""
     alike = np.zeros(len(columns[0]), np.int64)
     for column in columns:
-        numbers = _numbered(column)
-        alike = _numbered(alike * (int(numbers.max(initial=0)) + 1) + numbers)
+        largest = int(column.max(initial=0))
+        if largest > len(column):  # as sizes are: their products would overflow
+            column = _numbered(column)
+            largest = int(column.max(initial=0))
+        alike = _numbered(alike * (largest + 1) + column)
     return _first_places(alike), alike
 
 
@@ -209,7 +212,9 @@ def share(
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
-        owners = sorted(holders(unit[0]), key=lambda rank: (distance[rank], rank))
+        owners = holders(unit[0])
+        if len(owners) > 1:
+            owners.sort(key=lambda rank: (distance[rank], rank))
         if gone:
             owners = _not_gone(owners, gone, unit[0].bucket, needs)
         near = [rank for rank in owners if distance[rank] == 0]
@@ -275,7 +280,7 @@ def _units(steps: Iterable[Step]) -> Iterator[Unit]:
 
 
 def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
-    """The owners of every tensor of a step's bucket."""
+    """The owners of every tensor of a step's bucket, in a list of its own."""
     owners: defaultdict[str, set[int]] = defaultdict(set)
     for rank, owned in metas.items() if duplicates else ():
         for buffer in owned.memory_buffer_metas_list:
@@ -287,7 +292,7 @@ def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
         if not owners:
             return [step.owner]
         every = [owners.get(meta.name, {step.owner}) for meta in step.bucket.items]
-        return sorted(set.intersection({*every[0]}, *every[1:])) if every else [step.owner]
+        return list(set.intersection({*every[0]}, *every[1:])) if every else [step.owner]
 
     return find
 
