@@ -272,6 +272,27 @@ def test_bytes_that_a_host_has_already_are_not_read(copies: int) -> None:
     assert run_world(3, program) == [["shard", True, (3 - copies) * WHOLE]] * 3
 
 
+def test_new_values_of_tensors_of_several_owners_need_a_gather() -> None:
+    """Some ranks cannot compare what all owners have."""
+
+    def program(me: Rank) -> list[Any]:
+        server, name, everyone = server_on(me, 1), "step-1", [0, 1]
+        server.send(name, tensors_of(0, 1))
+        errors = []
+        for seed, ranks in ((2, everyone), (2, None), (3, everyone)):
+            server.ps.unregister_checkpoint(name)
+            server.ps.register_checkpoint(name, named_tensors=tensors_of(0, seed))
+            if seed == 3:
+                server.ps.gather_metas(name)
+            request = lambda paths: server.ask(paths[me.rank][1])  # noqa: E731
+            errors.append(error_of(lambda: server.ps.update(name, request, ranks=ranks)))  # noqa: B023
+        return errors
+
+    for refused, *others in run_world(2, program):
+        assert "of which several ranks own the same tensors: call gather_metas() again" in refused
+        assert others == ["", ""]
+
+
 # ---------------------------------------------------------------------- some ranks, other worlds
 
 

@@ -21,13 +21,15 @@ pytestmark = [
 
 
 class Worlds:
-    """Owners, one on each of the first hosts, and a joiner on the last."""
+    """Owners, so many on each of the first hosts, and a joiner on the last."""
 
-    def __init__(self, hosts: list[Host], tmp_path: Path, updates: int = 1) -> None:
+    def __init__(
+        self, hosts: list[Host], tmp_path: Path, updates: int = 1, owners_each: int = 1
+    ) -> None:
         self.hosts = hosts
         self._folder = tmp_path
         shared = {"folder": str(tmp_path)}
-        self.owners = start(hosts[:-1], tmp_path / "a", "owner", **shared)
+        self.owners = start(hosts[:-1], tmp_path / "a", "owner", owners_each, **shared)
         self.joiner = start(hosts[-1:], tmp_path / "b", "joiner", **shared, updates=updates)
         self._ready(0)
 
@@ -47,12 +49,12 @@ class Worlds:
         self.begin(update)
         await_(lambda: self.hosts[owner].bytes_sent() > before + IN_THE_MIDDLE, self.joiner)
 
-    def end(self, owner: int, how: str) -> None:
-        """Its process, or its whole host without anybody being told."""
+    def end(self, host: int, how: str) -> None:
+        """The owners' processes, or the whole host without anybody being told."""
         if how == "killed":
-            self.owners._parts[owner].kill()
+            self.owners._parts[host].kill()
         else:
-            self.hosts[owner].unplug()
+            self.hosts[host].unplug()
 
     def seen(self) -> list[dict[str, Any]]:
         (result,) = self.joiner.wait(200)
@@ -65,18 +67,22 @@ def is_right(seen: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
-@pytest.mark.parametrize(("owners", "dead"), [(2, [0]), (3, [0, 1]), (3, [1])])
+@pytest.mark.parametrize(
+    ("count", "each", "dead"), [(2, 1, [0]), (3, 1, [0, 1]), (3, 1, [1]), (2, 3, [0])]
+)
 @pytest.mark.timeout(240)
 def test_owners_that_were_dead_before_are_passed_over(
     tmp_path: Path,
     make_hosts: MakeHosts,  # noqa: F811
     how: str,
-    owners: int,
+    count: int,
+    each: int,
     dead: Sequence[int],
 ) -> None:
-    worlds = Worlds(make_hosts(owners + 1), tmp_path)
-    for owner in dead:
-        worlds.end(owner, how)
+    """``count``: hosts of so many owners ``each``."""
+    worlds = Worlds(make_hosts(count + 1), tmp_path, owners_each=each)
+    for host in dead:
+        worlds.end(host, how)
     worlds.begin(0)
     (seen,) = worlds.seen()
     assert is_right(seen), seen

@@ -103,7 +103,7 @@ class RemoteLoader:
         """
         unasked = [owner for owner in owners if owner not in self._checked | self._lost.keys()]
         # A thread each: one that waits inside Mooncake for a silent host cannot be interrupted.
-        threads = ThreadPoolExecutor(max(1, len(unasked)), "checkpoint-engine-greet")
+        threads = ThreadPoolExecutor(len(unasked) or 1, "checkpoint-engine-greet")
         answers = {owner: InThread(threads, partial(self._greet, owner)) for owner in unasked}
         threads.shutdown(wait=False)
         self._answers += answers.values()

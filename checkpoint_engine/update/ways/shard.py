@@ -196,8 +196,8 @@ class Shard(Way):
     def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
         """Why no owner of some bucket can be read, as behind a firewall; empty if one can.
 
-        Owners on hosts that this rank has not read from are asked for a sign of life, and where
-        they give none, those that hold the same.
+        An owner of each host that this rank has not read from is asked for a sign of life. Where it
+        gives none, the others of its host are asked, and those that hold the same.
         """
         loads = move.plan.loads_of(self.here.rank)
         wanted = {step.sources for step in loads if not _is_own(move.gathered, step)}
@@ -211,10 +211,14 @@ class Shard(Way):
                     why = lost[owners[0]]
                     return f"rank {self.here.rank} cannot read the memory of host {host}: {why}"
                 firsts.add(left[0])
-            hosts = {owner: _address_of(move.gathered, owner) for owner in firsts}
-            untried = [owner for owner in firsts if hosts[owner] not in self._reached]
-            if not untried:
+            hosts = {owner: _address_of(move.gathered, owner) for owner in sorted(firsts)}
+            new = {owner: host for owner, host in hosts.items() if host not in self._reached}
+            if not new:
                 return ""
+            # One of each host, and all of those where one gave no sign of life.
+            doubtful = {_address_of(move.gathered, owner) for owner in lost}
+            one_of = {host: owner for owner, host in new.items()}
+            untried = [one for one, host in new.items() if host in doubtful or one_of[host] == one]
             lost = remote.find_lost(untried, move.call.check)
             self._reached |= {hosts[owner] for owner in untried if owner not in lost}
 
