@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -32,7 +33,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.ground.deadline import poll
-from checkpoint_engine.ground.sockets import open_listeners
+from checkpoint_engine.ground.sockets import open_listeners, unreachable
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer import p2p_store, remote_loader
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
@@ -275,6 +276,24 @@ def test_another_owner_is_asked_unless_bytes_of_the_first_may_still_arrive(
         loader.close()
         for owner in owners:
             owner.close()
+
+
+def test_addresses_where_nobody_answers_are_found_at_once() -> None:
+    """One refuses, one has no port, one is silent, as its queue of connections is full; one
+    answers."""
+    with contextlib.ExitStack() as held:
+        open_, full, closed = (held.enter_context(socket.socket()) for _ in range(3))
+        for one in (open_, full, closed):
+            one.bind((LOCAL, 0))
+        open_.listen()
+        full.listen(0)
+        waiting = held.enter_context(socket.socket())
+        waiting.connect(full.getsockname())
+        said = [f"{LOCAL}:{one.getsockname()[1]}" for one in (open_, full, closed)]
+        found = unreachable([*said, f"{LOCAL}:none", "[::1]:1"], 0.3, lambda: None)
+    assert found.pop(said[1]) == "no answer within 0.3 s"
+    assert found.pop(said[2]) == os.strerror(errno.ECONNREFUSED)
+    assert found.keys() == {f"{LOCAL}:none", "[::1]:1"}
 
 
 # ---------------------------------------------------------------------- reading

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import ipaddress
 import os
 import random
+import selectors
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 
 # Of classic BPF, see linux/filter.h: load a word, jump if it equals, return.
 _LOAD, _JUMP_UNLESS_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -19,6 +22,7 @@ _NETWORK_HEADER, _PROTOCOL = 0xFFF00000, 0xFFFFF000  # SKF_NET_OFF; SKF_AD_OFF +
 _DESTINATION = {4: (0x0800, 16), 6: (0x86DD, 24)}  # EtherType, offset of the address in the header
 _ATTACH_FILTER = 26  # SO_ATTACH_FILTER, which Python does not name
 _WHOLE_PACKET, _NOTHING = 0xFFFFFFFF, 0
+_LOOK = 0.05  # seconds between two checks
 
 
 def free_port_pair() -> int:
@@ -37,6 +41,42 @@ def is_of_this_user(connection: socket.socket) -> bool:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", packed)
     return bool(uid == os.geteuid())
+
+
+def unreachable(
+    addresses: Collection[str], seconds: float, check: Callable[[], None]
+) -> dict[str, str]:
+    """Why nobody takes a TCP connection, of those ``host:port`` where nobody does in time. All are
+    tried at once.
+
+    Args:
+        check: called while waiting; ends the wait by raising.
+    """
+    ends, failed = time.monotonic() + seconds, {}
+    with contextlib.ExitStack() as held:
+        selector = held.enter_context(selectors.DefaultSelector())
+        for address in addresses:
+            host, _, port = address.rpartition(":")
+            family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+            one = held.enter_context(socket.socket(family))
+            one.setblocking(False)
+            try:
+                code = one.connect_ex((host.strip("[]"), int(port)))
+                if code not in (0, errno.EINPROGRESS):
+                    failed[address] = os.strerror(code)
+                    continue
+                selector.register(one, selectors.EVENT_WRITE, address)
+            except (OSError, ValueError) as error:  # no such name, or no port
+                failed[address] = str(error)
+        while selector.get_map() and time.monotonic() < ends:
+            check()
+            for key, _ in selector.select(_LOOK):
+                selector.unregister(key.fileobj)
+                one = key.fileobj  # type: ignore[assignment]  # all are sockets
+                if code := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    failed[key.data] = os.strerror(code)
+        late = [key.data for key in selector.get_map().values()]
+    return failed | dict.fromkeys(late, f"no answer within {seconds:g} s")
 
 
 def connections() -> Iterator[socket.socket]:

@@ -17,6 +17,7 @@ from checkpoint_engine.data_types import H2DBucket, MemoryBufferMetaList, align_
 from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.needs import Runs
+from checkpoint_engine.ground.sockets import unreachable
 from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.planning.plan import Step
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
@@ -102,9 +103,20 @@ class RemoteLoader:
         Returns why, of all that have been lost so far.
         """
         unasked = [owner for owner in owners if owner not in self._checked | self._lost.keys()]
-        # A thread each: one that waits inside Mooncake for a silent host cannot be interrupted.
-        threads = ThreadPoolExecutor(len(unasked) or 1, "checkpoint-engine-greet")
-        answers = {owner: InThread(threads, partial(self._greet, owner)) for owner in unasked}
+        addresses = {owner: str(self._owners[owner].p2p_store_addr) for owner in unasked}
+        # Mooncake reaches one host after the other: those behind a silent one would answer late.
+        silent = unreachable(set(addresses.values()), _ANSWERS_WITHIN, check)
+        for owner in unasked:
+            if why := silent.get(addresses[owner]):
+                self._lose(owner, P2PError(f"{addresses[owner]} cannot be reached: {why}"))
+        self._greet([owner for owner in unasked if owner not in self._lost], check)
+        return self._lost
+
+    def _greet(self, owners: Sequence[int], check: Check) -> None:
+        """Look at the leases of owners that can be reached, and lose those that do not hold."""
+        # Not by the threads that read, which a process that was stopped may block for long.
+        threads = ThreadPoolExecutor(len(owners) or 1, "checkpoint-engine-greet")
+        answers = {owner: InThread(threads, partial(self._look_at, owner)) for owner in owners}
         threads.shutdown(wait=False)
         self._answers += answers.values()
         ends = Deadline(_ANSWERS_WITHIN)
@@ -117,7 +129,10 @@ class RemoteLoader:
             except P2PError as error:
                 self._check()
                 self._lose(owner, error)
-        return self._lost
+
+    def _look_at(self, owner: int) -> None:
+        self._check_lease(self._owners[owner], partial(self._check_owner, owner))
+        self._checked.add(owner)
 
     def source_of(self, step: Step) -> str:
         """Where its bytes come from, for errors."""
@@ -159,16 +174,16 @@ class RemoteLoader:
             P2PError: all of them are gone, or hold another checkpoint now; names them.
         """
         for owner, bucket in sources.items():
-            check = partial(self._check_owner, owner)
-            if len(sources.keys() - self._lost.keys()) > 1:
+            left = sources.keys() - self._lost.keys()
+            if len(left) > 1:
                 with self._greets:  # behind another thread's read the answer would come late
-                    self.find_lost([owner], check)
+                    self.find_lost([owner] if left == sources.keys() else left, self._check)
             if owner in self._lost:
                 continue
             if sources.keys() & self._lost.keys() and not self._late_bytes_end(target):
                 break  # by now of another checkpoint, they would replace the next owner's
             try:
-                return self.read(owner, bucket, target, check, runs)
+                return self.read(owner, bucket, target, partial(self._check_owner, owner), runs)
             except P2PError as error:
                 self._check()
                 self._lose(owner, error)
@@ -216,10 +231,6 @@ class RemoteLoader:
         for at, _, nbytes in regions if runs is None else ():
             clear_gaps(target, at, nbytes)
         return sum(nbytes for _, _, nbytes in regions)
-
-    def _greet(self, owner: int) -> None:
-        self._check_lease(self._owners[owner], self._check)
-        self._checked.add(owner)
 
     def _check_owner(self, owner: int) -> None:
         """While an owner is read from."""

@@ -196,31 +196,30 @@ class Shard(Way):
     def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
         """Why no owner of some bucket can be read, as behind a firewall; empty if one can.
 
-        An owner of each host that this rank has not read from is asked for a sign of life. Where it
-        gives none, the others of its host are asked, and those that hold the same.
+        Of each host that this rank has not read from, one of the owners to be asked first is asked
+        for a sign of life; if one gives none, all owners of such hosts are.
         """
         loads = move.plan.loads_of(self.here.rank)
         wanted = {step.sources for step in loads if not _is_own(move.gathered, step)}
+        host_of = {one: _address_of(move.gathered, one) for owners in wanted for one in owners}
         lost: Mapping[int, P2PError] = {}
         while True:
-            firsts = set()
             for owners in wanted:
-                left = [owner for owner in owners if owner not in lost]
-                if not left:
-                    host = _address_of(move.gathered, owners[0])
-                    why = lost[owners[0]]
-                    return f"rank {self.here.rank} cannot read the memory of host {host}: {why}"
-                firsts.add(left[0])
-            hosts = {owner: _address_of(move.gathered, owner) for owner in sorted(firsts)}
-            new = {owner: host for owner, host in hosts.items() if host not in self._reached}
+                if lost.keys() >= set(owners):
+                    first = owners[0]
+                    why = f"rank {self.here.rank} cannot read the memory of host {host_of[first]}"
+                    return f"{why}: {lost[first]}"
+            firsts = {next(one for one in owners if one not in lost) for owners in wanted}
+            new = {host_of[one]: one for one in firsts if host_of[one] not in self._reached}
             if not new:
                 return ""
-            # One of each host, and all of those where one gave no sign of life.
-            doubtful = {_address_of(move.gathered, owner) for owner in lost}
-            one_of = {host: owner for owner, host in new.items()}
-            untried = [one for one, host in new.items() if host in doubtful or one_of[host] == one]
-            lost = remote.find_lost(untried, move.call.check)
-            self._reached |= {hosts[owner] for owner in untried if owner not in lost}
+            asked = list(new.values())
+            if lost:
+                asked = [
+                    one for one in host_of if one not in lost and host_of[one] not in self._reached
+                ]
+            lost = remote.find_lost(asked, move.call.check)
+            self._reached |= {host_of[one] for one in asked if one not in lost}
 
 
 def can_shard(hellos: Sequence[Hello]) -> bool:
