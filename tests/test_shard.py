@@ -11,12 +11,14 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from checkpoint_engine.ground.deadline import Deadline, poll
 from checkpoint_engine.replay import replayed
 from checkpoint_engine.transfer import host_peers
 from checkpoint_engine.transfer.p2p_store import P2PError
@@ -353,6 +355,36 @@ def test_some_ranks_read_from_owners_that_take_no_part() -> None:
     for rank, (seen, after) in enumerate(run_world(3, program)):
         assert seen == ([("", True, 0)] * 4 if rank == 1 else members)
         assert after == ("shard", True)
+
+
+class Part(Model):
+    """A model that has no use for what rank 2 owns."""
+
+    def load_weights(self, weights: Any) -> set[str]:
+        useless = tensors_of(2, 1).keys()
+        return super().load_weights((n, t) for n, t in weights if n not in useless)
+
+
+def test_a_rank_that_is_gone_and_owned_what_nobody_needs_is_not_missed() -> None:
+    def program(me: Rank) -> list[Any]:
+        server, name = server_on(me, 1), "step-4"
+        model = Part(me.rank, 2)
+        server.run = replayed(model.load_weights)
+        for seed in (1, 2, 3):
+            server.publish(seed)
+        server.ps.register_checkpoint(name, named_tensors=tensors_of(me.rank, 4))
+        server.ps.gather_metas(name)
+        liveness = server.ps._control._world.liveness  # type: ignore[union-attr]
+        if me.rank == 2:
+            liveness.close()
+            return []
+        poll(lambda: 2 in liveness.gone, partial(Deadline(20).check, "the end of rank 2"))
+        request = lambda paths: server.ask(paths[me.rank][1])  # noqa: E731
+        report = server.ps.update(name, request, ranks=[0, 1])
+        return [report.way, is_right(model, 4, 2), read_bytes(report)]
+
+    *rest, _ = run_world(3, program)
+    assert rest == [["shard", True, WHOLE // 2]] * 2
 
 
 def hellos_of(hosts: int, **said: Any) -> list[Any]:

@@ -199,8 +199,13 @@ class Shard(Way):
         Of each host that this rank has not read from, one of the owners to be asked first is asked
         for a sign of life; if one gives none, all owners of such hosts are.
         """
-        loads = move.plan.loads_of(self.here.rank)
-        wanted = {step.sources for step in loads if not _is_own(move.gathered, step)}
+        needs, loads = move.plan.needs, move.plan.loads_of(self.here.rank)
+        wanted = {
+            step.sources
+            for step in loads
+            if not _is_own(move.gathered, step)
+            and (needs is None or needs.share_of(step.bucket) > 0.0)
+        }
         host_of = {one: _address_of(move.gathered, one) for owners in wanted for one in owners}
         lost: Mapping[int, P2PError] = {}
         while True:
@@ -310,7 +315,7 @@ class _ShardMover(PeersMover):
         self._remote = remote
         self._needs = needs
         self._places: dict[int, Places] = {}
-        self._unread: dict[int, Step] = {}  # of those that have to come from other hosts
+        self._unread: dict[int, Step] = {}  # what is being read
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
         super().__init__(move, peers, streams, double_slots)
@@ -325,7 +330,7 @@ class _ShardMover(PeersMover):
         undecided = self._is_whole is None and self._reads_needs is not None
         if undecided and self._peers.all_said(MAPPED):
             self._is_whole = not self._reads_needs or self._peers.anybody_said(WHOLE)
-        if gone := _gone(self.move):  # a read from it may take seconds to fail
+        if self._unread and (gone := _gone(self.move)):  # a read may take seconds to fail
             for step in list(self._unread.values()):
                 if gone.issuperset(step.sources):
                     raise _owner_gone(step, gone)
@@ -365,14 +370,16 @@ class _ShardMover(PeersMover):
         def read() -> None:
             needs = None if self._is_whole else self.move.plan.needs
             runs = None if needs is None else needs.runs_in(step.bucket)
+            if runs is not None and not len(runs[0]):
+                return  # whoever owns it may be gone
+            self._unread[id(step)] = step
             with self.move.tracer.on_host(READ, step) as span:
                 try:
                     span.nbytes = self._remote.read_any(held, target, runs)
                 except P2PError as error:
                     raise self._cause_of(error, step) from error
-            self._unread.pop(id(step))
+            del self._unread[id(step)]
 
-        self._unread[id(step)] = step
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
 
