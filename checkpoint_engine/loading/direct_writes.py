@@ -13,7 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._pytree import tree_map_only
 
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
@@ -61,10 +66,16 @@ class DirectWrites(TorchDispatchMode):
 
         def call(*args: Any) -> Any:
             before, self._is_aside = self._is_aside, True
+            # A recorder counts on this mode. Without one, operations are quicker without it, too.
+            is_last = self._recorder is None and _last_mode() is self
+            if is_last:
+                _pop_mode()
             try:
                 return function(*args)
             finally:
                 self._is_aside = before
+                if is_last:
+                    _push_mode(self)
 
         return call
 
@@ -96,6 +107,11 @@ class DirectWrites(TorchDispatchMode):
 
     def _unrecorded(self) -> AbstractContextManager[None]:
         return nullcontext() if self._recorder is None else self._recorder.paused()
+
+
+def _last_mode() -> Any:
+    count = torch._C._len_torch_dispatch_stack()
+    return torch._C._get_dispatch_stack_at(count - 1) if count else None
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
