@@ -18,5 +18,5 @@ def collector_at_rest() -> Iterator[None]:
         yield
     finally:
         if was_at_work:
+            gc.enable()  # first: an interrupt leaves it so
             gc.collect(0)
-            gc.enable()

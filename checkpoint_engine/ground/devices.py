@@ -224,6 +224,12 @@ class DeviceManager:
         """What bounds ``free_memory``, for errors."""
         return "device memory" if self.is_accelerator else min(_memory_for_files())[1]
 
+    def at(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Around what works on ``device``: ``synchronize`` goes by a thread's current device."""
+        return (
+            self.device_module.device(device) if self.is_accelerator else contextlib.nullcontext()
+        )
+
     def synchronize(self) -> None:
         """Wait for everything queued on the current device."""
         if self.is_accelerator:

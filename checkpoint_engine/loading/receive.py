@@ -158,33 +158,34 @@ class _Reception:
     def run(self, device_id: int | None, post_hook: Callable[[], Any] | None) -> None:
         extensions = self._receive_buffer(device_id)
         self._device = DeviceManager(self._buffers[0].device.type)
-        try:
-            if extensions.get(wire.SOURCES):
-                self._receive_sources(device_id)
-            self._load_buckets(extensions.get("weight_version"))
-        finally:
-            # The traceback of what is raised leads to this object.
-            del self._buffers, self._parts, self._own, self._found
-            self._device.release_cached_memory()
-        self._acknowledge()
-        server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
-        self._attempt(partial(self._finish, post_hook))
-        if self._failure is None:
-            self._version.complete()
-            if extensions:  # servers of the original use an address again after a restart
-                _received.append(self._link.address)
-        if server_waits and self._failure is None and wire.STATEMENT in extensions:
-            stated: dict[str, Any] = getattr(self._loader, "statement", dict)()
-            self._link.reply(
-                wire.encode_extensions({wire.STATEMENT: stated} | self._needs_now(extensions))
-            )
-        elif server_waits:
-            self._acknowledge()
-        if self._failure is not None:
+        with self._device.at(self._buffers[0].device):  # whatever the caller's current device is
             try:
-                raise self._failure
+                if extensions.get(wire.SOURCES):
+                    self._receive_sources(device_id)
+                self._load_buckets(extensions.get("weight_version"))
             finally:
-                self._failure = None  # no circle from its traceback back to it
+                # The traceback of what is raised leads to this object.
+                del self._buffers, self._parts, self._own, self._found
+                self._device.release_cached_memory()
+            self._acknowledge()
+            server_waits = self._server_waits_for_post_hook(is_ours=bool(extensions))
+            self._attempt(partial(self._finish, post_hook))
+            if self._failure is None:
+                self._version.complete()
+                if extensions:  # servers of the original use an address again after a restart
+                    _received.append(self._link.address)
+            if server_waits and self._failure is None and wire.STATEMENT in extensions:
+                stated: dict[str, Any] = getattr(self._loader, "statement", dict)()
+                self._link.reply(
+                    wire.encode_extensions({wire.STATEMENT: stated} | self._needs_now(extensions))
+                )
+            elif server_waits:
+                self._acknowledge()
+            if self._failure is not None:
+                try:
+                    raise self._failure
+                finally:
+                    self._failure = None  # no circle from its traceback back to it
 
     def _needs_now(self, offered: dict[str, Any]) -> dict[str, Any]:
         """What the loader needs from now on, where the server asks."""
@@ -292,7 +293,8 @@ class _Reception:
             if isinstance(bucket, bytes):
                 self._loader.replay(bucket, source, **part)
             else:
-                self._loader.load_bucket(self._weights(bucket, source), received, source, **part)
+                self._device.synchronize()  # a copy; a loader may go on in another stream
+                self._loader.load_bucket(extract_weights(bucket, source), received, source, **part)
             self._loaded.note(received)
         self._device.synchronize()
 
@@ -322,12 +324,6 @@ class _Reception:
                 self._own = found[:0]  # so that there are never two of them
                 self._own = torch.empty_like(found)
             self._found = self._own[: len(found)].copy_(found, non_blocking=True)
-
-    def _weights(self, bucket: wire.Bucket, source: torch.Tensor) -> NamedTensors:
-        """Of a bucket that has arrived."""
-        weights = extract_weights(bucket, source)
-        self._device.synchronize()  # a loader may go on in another stream
-        return weights
 
     def _check_end(self, extensions: dict[str, Any]) -> None:
         """Raise unless everything was loaded once, as far as the server says what there was."""

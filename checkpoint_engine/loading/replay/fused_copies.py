@@ -107,7 +107,8 @@ def warm_up(device: torch.device) -> None:
     if device.type != "cuda" or device in _warming:
         return
     # Copies mostly move units of 8 bytes, which is what is tried out there.
-    thread = threading.Thread(target=_try_out, args=(device,), name="warm-up", daemon=True)
+    # No daemon: where the program ends meanwhile, Python would kill it inside the compiler.
+    thread = threading.Thread(target=_try_out, args=(device,), name="warm-up")
     _warming[device] = thread
     thread.start()
 
