@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -178,6 +179,35 @@ def test_a_sender_of_release_0_4(sender: Sender, engine: Engine, update: Future[
     assert engine.hooks == 1
     assert update.result(SOON) is None
     assert digests(engine.weights) == all_weights()
+
+
+def test_all_is_done_on_the_device_of_the_buffer(
+    sender: Sender, engine: Engine, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator's waits go by the thread's current device, which may be another one."""
+    current: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def at(_: DeviceManager, device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.clear()
+
+    def look(*_: Any) -> None:
+        seen.append([*current])
+
+    monkeypatch.setattr(DeviceManager, "at", at)
+    monkeypatch.setattr(DeviceManager, "synchronize", look)
+    monkeypatch.setattr(engine, "run", look)
+    monkeypatch.setattr(engine, "post_hook", look)
+    update = pool.submit(receive, sender.address, engine)
+    stream(sender)
+    assert (sender.say(None), sender.say(None)) == (b"", b"")
+    assert update.result(SOON) is None
+    assert seen == [[torch.device("cpu")]] * len(seen)
+    assert len(seen) > 2 * len(BUCKETS)
+    assert current == []
 
 
 def test_an_address_of_the_original_is_used_again(
