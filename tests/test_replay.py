@@ -862,6 +862,24 @@ def test_known_messages_are_replayed_out_of_the_buffer() -> None:
         assert state(model) == state(plain)
 
 
+def test_buckets_of_the_cuts_before_are_known_too() -> None:
+    """As of a server that is started for each update, and does not know the worker yet."""
+    model, plain = Hoarder(), Hoarder()
+    model.load_weights = lambda weights: [model.w.data["abc".index(n)].copy_(t) for n, t in weights]
+    cuts = [[["a", "b", "c"]], [["b", "c"], ["a"]], [["a"], ["b"], ["c"]], [["c", "a"], ["b"]]]
+    kept = []
+    for seed, cut in enumerate([*cuts[:1] * 2, *cuts[1:], *cuts, *cuts]):
+        load = replayed(model.load_weights, model)
+        known = load.knows(f"0 {cut[0]}".encode())
+        deliver(load, Bytes(HOARD, seed), cut)
+        load.finish()
+        plain.load_weights(Bytes(HOARD, seed).weights())
+        assert state(model) == state(plain)
+        kept.append((known, len(load.plan.programs)))
+    assert any(known for known, _ in kept[5:])
+    assert max(programs for _, programs in kept) <= 9
+
+
 def test_another_layout_is_learned_anew() -> None:
     model = Model(
         {"a": (BF16, (4,)), "b": (BF16, (4,))}, lambda m, n, t: getattr(m, n).data.copy_(t.view(4))

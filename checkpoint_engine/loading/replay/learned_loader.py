@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from checkpoint_engine.loading.replay.recording import (
 from checkpoint_engine.settings import replay_check, replay_mode
 
 Held = list[torch.UntypedStorage]
+_CUTS = 3  # for which programs are kept
 _MOST_RESTARTS = 2  # without a replay in between; then a loader is left alone
 
 
@@ -340,7 +342,10 @@ class _Replaying(ModelUpdate):
         if self._recording.together and (absent := self.absent()):
             self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
         self._recording.buckets = self._bucket
-        self._recording.programs = self._used  # what other cuts need is compiled again
+        # A server that does not know this worker yet cuts the checkpoint in another way: programs
+        # of the cuts before are kept, too, the last ones first.
+        kept = {**self._used, **self._recording.programs}
+        self._recording.programs = dict(islice(kept.items(), _CUTS * len(self._used)))
         if self._is_stale:
             self._learned.forget()
 
