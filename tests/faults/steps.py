@@ -40,7 +40,7 @@ STEPS: dict[str, tuple[Any, str]] = {
 WORKER_STEPS: dict[str, tuple[Any, str]] = {
     "handshake": (receive, "open_buffer"),
     "mapping": (wire, "decode_sources"),
-    "read": (receive, "_find"),
+    "read": (receive, "_place_of"),
     "bucket": (receive, "_check_bytes"),
     "load": (receive._Reception, "_load"),
     "release": (DeviceManager, "release_cached_memory"),

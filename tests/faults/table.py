@@ -503,7 +503,7 @@ def p2p() -> list[Case]:
     return [
         _p2p("a P2P source unregisters", left, unregister),
         _p2p("a P2P source replaces the checkpoint", left, replace),
-        _p2p("kill -9 of a P2P source", "cannot read|unregistered or replaced", kill),
+        _p2p("kill -9 of a P2P source", "rank 2 is gone|cannot read", kill),
         _p2p("SIGSTOP of a P2P source", "gave up after", stop, timeout=SHORT),
         *(
             _p2p(fault, says, nothing, inject=inject, timeout=timeout)

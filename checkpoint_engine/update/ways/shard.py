@@ -377,21 +377,23 @@ class _ShardMover(PeersMover):
                 try:
                     span.nbytes = self._remote.read_any(held, target, runs)
                 except P2PError as error:
-                    raise self._cause_of(error, step) from error
+                    if gone := self._told_gone(step):
+                        raise _owner_gone(step, gone) from error
+                    raise  # as it is: its own cause, it would keep the memory
             del self._unread[id(step)]
 
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
 
-    def _cause_of(self, error: P2PError, step: Step) -> Exception:
-        """Mooncake may notice before the other ranks of this world that an owner is gone."""
+    def _told_gone(self, step: Step) -> frozenset[int]:
+        """The bucket's owners of this world that are gone; Mooncake may notice before rank 0."""
         soon = Deadline(_TOLD_WITHIN)
         is_of_this_world = not self.move.gathered.is_loaded
         while is_of_this_world and not self._remote.is_closed and soon.remaining() > 0.0:
             if gone := _gone(self.move).intersection(step.sources):
-                return _owner_gone(step, gone)
+                return gone
             time.sleep(0.01)
-        return error
+        return frozenset()
 
     def _as_held_by(self, rank: int, step: Step) -> H2DBucket:
         if rank == step.owner:
