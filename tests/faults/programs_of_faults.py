@@ -30,14 +30,13 @@ from checkpoint_engine.client import vllm_request
 from checkpoint_engine.loading.version import WeightVersion
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import update_weights_from_ipc
-from fleet import digests
+from fleet import digests, sockets_of_mooncake
 
 RANKS = 3
 TENSORS = 12
 BUCKETS_PER_RANK = 6
 BUCKET_BYTES = 1 << 19
 NAME = "good"
-MOONCAKE_PORTS = range(15_000, 17_001)
 
 
 def part_of(rank: int, seed: int, tensors: int = TENSORS) -> dict[str, torch.Tensor]:
@@ -367,18 +366,6 @@ def used_of(what: str) -> int:
     if what == "RLIMIT_AS":
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     return 0
-
-
-def sockets_of_mooncake() -> set[str]:
-    """What its connections are called in ``/proc/self/fd``. It keeps them, also to dead peers."""
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            ports = [int(address.rpartition(":")[2], 16) for address in fields[1:3]]
-            if any(port in MOONCAKE_PORTS for port in ports):
-                found.add(f"socket:[{fields[9]}]")
-    return found
 
 
 def resources_of_process() -> dict[str, Any]:
