@@ -193,7 +193,6 @@ class PeersMover(Mover):
         self._others: list[int] = []
         self.must_map = double_slots == 0
         self._reads_straight: bool | None = None
-        self._double = range(double_slots)
         self._slots = [double_slots + slot for slot in range(_SLOTS)]
         self._waiting = deque(move.plan.loads_of(self._rank))
         self._filling: deque[_Filling] = deque()
@@ -221,7 +220,7 @@ class PeersMover(Mover):
         self.served = unmapped
         self._reads_straight = not unmapped or self.must_map
         if self._reads_straight:  # nobody needs the double buffer; no slot was used twice yet
-            self._slots += self._double
+            self._slots += range(self._slots[0])
         self._peers.tell_all(MAPPED)
         self.advance()
 
