@@ -106,11 +106,11 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
         return file.startswith(known_code) or (own != file and not own.startswith(installed))
 
     def called(code: Any, _: int, function: Any, first: Any) -> Any:
+        if code.co_filename.startswith(_OWN_CODE):
+            return never_again  # in this place of the code
         kind = type(function)
         if kind is not _METHOD and kind is not _BUILTIN:
             return None
-        if code.co_filename.startswith(_OWN_CODE):
-            return never_again  # in this place of the code
         if function in _HARMLESS:
             return never_again if is_known(code.co_filename) else None
         if current_thread() == thread:

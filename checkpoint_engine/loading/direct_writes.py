@@ -23,11 +23,16 @@ from torch.utils._pytree import tree_map_only
 
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import Slot, SlotTensors, key_of
+from checkpoint_engine.loading.replay.operations import COPY
 from checkpoint_engine.loading.replay.recorder import Recorder
 
 
 class DirectWrites(TorchDispatchMode):
-    """Around one call of a loader, in its thread."""
+    """Around one call of a loader, in its thread.
+
+    Attributes:
+        copied: how many elements were copied into tensors so far.
+    """
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class DirectWrites(TorchDispatchMode):
             self._kept = [tensor for _, tensor in waiting]  # keys are used again
             self._slots = {key_of(tensor): slot for slot, tensor in waiting}
         self._is_aside = False
+        self.copied = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -60,6 +66,21 @@ class DirectWrites(TorchDispatchMode):
     def needs(self, target: torch.Tensor) -> bool:
         """Whether a write into this tensor has to be done again."""
         return not self._is_aside and key_of(target) in self._slots
+
+    def count(self, load: Callable[[], Any], most: int) -> tuple[int, Any]:
+        """Call the loader of one parameter. Returns how many elements it copied, as vLLM counts
+        them, and what it returns.
+
+        Args:
+            most: the parameter has. Some loaders change in place what they have just copied.
+        """
+        aside, before = self._is_aside, self.copied
+        self._is_aside = True
+        try:
+            result = load()
+        finally:
+            self._is_aside = aside
+        return min(self.copied - before, most), result
 
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, what it writes being none of the loader's own writes."""
@@ -81,7 +102,9 @@ class DirectWrites(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable and not self._is_aside:
+        if func is COPY:
+            self.copied += args[0].numel()
+        if not self._is_aside and func._schema.is_mutable:
             with self._unrecorded(), _disable_current_modes():
                 self._do_again(func, args, kwargs or {})
         return result

@@ -80,10 +80,7 @@ class KernelMemory:
         checkpoint, and vLLM would take what happens to be in their memory.
         """
         kernel = {} if info.kernel_tensors is None else _kernel_of(info)
-        tensors: dict[str, torch.Tensor] = self._vllm.get_layer_tensors(layer)
-        lacking = {name: one for name, one in tensors.items() if one.is_meta}
-        wanted = lacking.keys() - layer._buffers.keys()
-        served = {n: kernel[n] for n in wanted if self._serves(kernel.get(n), lacking[n])}
+        lacking, wanted, served = self._served(layer, kernel)
         for name, there in served.items():
             tensor = there.data
             tensor.__class__ = lacking[name].__class__
@@ -99,6 +96,24 @@ class KernelMemory:
             made, held = getattr(layer, name), kernel[name]
             if (held.dtype, held.shape) == (made.dtype, made.shape) and not held.is_meta:
                 made.data.copy_(held)
+
+    def lends(self, layer: torch.nn.Module, info: Any) -> bool:
+        """Whether all parameters of a layer are the engine's own, or are going to be."""
+        if layer in self.lent or info.kernel_tensors is None:
+            return layer in self.lent
+        _, wanted, served = self._served(layer, _kernel_of(info))
+        return bool(wanted) and len(served) == len(wanted)
+
+    def _served(
+        self, layer: torch.nn.Module, kernel: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], Set[str], dict[str, torch.Tensor]]:
+        """The tensors of a layer that have no memory, which of them are parameters, and the memory
+        that there is for those."""
+        tensors: dict[str, torch.Tensor] = self._vllm.get_layer_tensors(layer)
+        lacking = {name: one for name, one in tensors.items() if one.is_meta}
+        wanted = lacking.keys() - layer._buffers.keys()
+        served = {n: kernel[n] for n in wanted if self._serves(kernel.get(n), lacking[n])}
+        return lacking, wanted, served
 
     def lending(self) -> AbstractContextManager[None]:
         """Around whatever may have vLLM make layers, or process them."""

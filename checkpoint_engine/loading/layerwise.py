@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from checkpoint_engine.loading.adapters import LoadOver
 from checkpoint_engine.loading.direct_writes import DirectWrites
 from checkpoint_engine.loading.kernel_memory import KernelMemory, replacing
+from checkpoint_engine.loading.lent_loaders import LentLoaders
 from checkpoint_engine.loading.replay.adapter import ModelAdapter
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
@@ -81,8 +83,10 @@ class Layerwise(LoadOver):
         self._repairs = CpuRepairs(self._names if device.type == "cpu" else ())
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
+        self._made: dict[Slot, torch.Tensor] = {}
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
         self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
+        self._lent = LentLoaders(vllm, {})
 
     def check(self) -> None:
         restored = {
@@ -103,8 +107,11 @@ class Layerwise(LoadOver):
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
         self._opened.clear()
+        self._made.clear()
         self._direct.clear()
         self._kernel.begin()
+        lent = {layer: info for layer, info in self._infos.items() if self._is_lent(layer, info)}
+        self._lent = LentLoaders(self._vllm, lent)
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -133,8 +140,11 @@ class Layerwise(LoadOver):
         """Of the layers that wait for weights."""
         for layer, info in self._infos.items():
             if info.load_numel_total is not None:
-                for name, tensor in self._vllm.get_layer_tensors(layer).items():
-                    yield Slot(self._names[layer], name), tensor
+                yield from self._tensors_of(layer)
+
+    def _tensors_of(self, layer: torch.nn.Module) -> Iterator[tuple[Slot, torch.Tensor]]:
+        for name, tensor in self._vllm.get_layer_tensors(layer).items():
+            yield Slot(self._names[layer], name), tensor
 
     def refuses(self, slot: Slot) -> str | None:
         layer = self.modules[slot.module]
@@ -179,11 +189,15 @@ class Layerwise(LoadOver):
         names = ("get_numel_loaded", "_layerwise_process")
         theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
-        with replacing(self._vllm, **theirs), direct, beside:
+        lent = self._lent.in_place_of_vllms(
+            partial(_count, direct, self._recorder), direct.aside(self._load_first)
+        )
+        with lent, replacing(self._vllm, **theirs), direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():
-            if slot in before and not tensor.is_meta and slot.module not in self._opened:
+            is_ours = slot.module in self._opened or self._made.get(slot) is tensor
+            if slot in before and not tensor.is_meta and not is_ours:
                 raise RuntimeError(f"the model's loader replaces {slot.qualified}: {_NO_UPDATE}")
         return loaded
 
@@ -309,6 +323,21 @@ class Layerwise(LoadOver):
         buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
         return bool(buffers) or _is_deferred(self._vllm, layer)
 
+    def _is_lent(self, layer: torch.nn.Module, info: Any) -> bool:
+        return not _is_deferred(self._vllm, layer) and self._kernel.lends(layer, info)
+
+    def _load_first(self, layer: torch.nn.Module, info: Any) -> None:
+        """Of a layer that is lent its memory, before the bucket is over."""
+        if self._must_wait(layer, info):
+            return
+        recorder = self._recorder
+        with nullcontext() if recorder is None else recorder.paused():
+            self._load_now(layer, info)
+            made = dict(self._tensors_of(layer))
+            self._made |= made
+            if recorder is not None:
+                recorder.rebind(made.items())
+
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
         self._kernel.materialize(layer, info)
         for name, call in info.loaded_weights:
@@ -351,6 +380,15 @@ def _quick_sizes(vllm: Any) -> dict[str, Callable[..., int]]:
         return nbytes
 
     return {} if size is None else {"get_info_size": size_of}
+
+
+def _count(
+    direct: DirectWrites, recorder: Recorder | None, load: Callable[[], Any], most: int
+) -> tuple[int, Any]:
+    """As ``DirectWrites.count``; a recorder is told."""
+    if recorder is None:
+        return direct.count(load, most)
+    return recorder.count(lambda: direct.count(load, most))
 
 
 def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:

@@ -153,10 +153,44 @@ def replaced(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
     layer.weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
 
 
-def test_a_parameter_that_a_loader_replaces_is_an_error() -> None:
+def loaded_and_replaced(layer: torch.nn.Module, half: int, tensor: torch.Tensor) -> None:
+    layer.weight.weight_loader(layer.weight, tensor)
+    replaced(layer, half, tensor)
+
+
+@pytest.mark.parametrize("load", [replaced, loaded_and_replaced])
+def test_a_parameter_that_a_loader_replaces_is_an_error(load: Load) -> None:
     """vLLM would put the old one back."""
+    model = Model(load)
+    model.layer.bias = parameter(2)  # so that the layer waits
+    layerwise.record_metadata_for_reloading(model)
     with pytest.raises(RuntimeError, match=r"replaces layer\.weight: .*start the engine"):
-        update(Model(replaced), {}, [{"0": torch.ones(SIDE, SIDE)}])
+        update(model, {}, [{"0": torch.ones(SIDE, SIDE)}])
+
+
+def load_rows(param: torch.Tensor, tensor: torch.Tensor, half: int) -> None:
+    param.data[2 * half : 2 * half + 2].copy_(tensor)
+
+
+def test_a_layer_that_gets_a_parameter_while_it_is_loaded_waits_for_that() -> None:
+    def load(layer: torch.nn.Module, number: int, tensor: torch.Tensor) -> None:
+        if number < 2:
+            layer.weight.weight_loader(layer.weight, tensor, number)
+        if "late" not in layer._parameters:
+            layer.late = parameter(SIDE, SIDE)
+            layer.late.weight_loader = lambda param, tensor: param.data.copy_(tensor)
+        if number == 2:
+            layer.late.weight_loader(layer.late, tensor)
+
+    model, habits = Model(load), dict[str, LoaderHabits]()
+    model.layer.weight.weight_loader = load_rows
+    layerwise.record_metadata_for_reloading(model)
+    model.layer.late = parameter(SIDE, SIDE)  # as a start has left it
+    for step in range(4):
+        whole = torch.arange(16.0).view(SIDE, SIDE) + 100 * step
+        update(model, habits, [{"0": whole[:2], "1": whole[2:]}, {"2": whole + 1}])
+        assert torch.equal(model.layer.weight, whole.t())
+        assert torch.equal(model.layer.late, whole + 1)
 
 
 def test_a_tensor_that_vllm_neither_restores_nor_counts_is_not_counted() -> None:
@@ -168,9 +202,6 @@ def test_a_tensor_that_vllm_neither_restores_nor_counts_is_not_counted() -> None
             layer.e_score_correction_bias.data.copy_(tensor)
         else:
             layer.weight.weight_loader(layer.weight, tensor, number)
-
-    def load_rows(param: torch.Tensor, tensor: torch.Tensor, half: int) -> None:
-        param.data[2 * half : 2 * half + 2].copy_(tensor)
 
     model = Model(load)
     model.layer.weight.weight_loader = load_rows
@@ -236,13 +267,16 @@ PARTS = 12
 
 
 class Parts(torch.nn.Module):
-    """A layer of many parameters. After each vLLM is asked what waits, as it asks itself."""
+    """A layer of many parameters, which the engine has in another form. After each vLLM is asked
+    what waits, as it asks itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.ParameterDict({str(n): parameter(2) for n in range(PARTS)})
         self.answers: list[int] = []
         layerwise.record_metadata_for_reloading(self)
+        for one in self.layer.values():
+            one.data = torch.zeros(4)[::2]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = set()
@@ -288,3 +322,73 @@ def test_the_model_of_another_engine_is_not_processed_by_vllm() -> None:
     reload.finish()
     reload.close()
     assert torch.equal(model.weight, torch.ones(SIDE, SIDE))
+
+
+class Stacked(torch.nn.Module):
+    """Experts in one parameter, whose loader is called as vLLM's models do, and notes each call."""
+
+    def __init__(self, by_name: bool, experts: int = 3) -> None:
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.weight, self.layer.scale = parameter(experts, 2, SIDE), parameter(experts)
+        self.by_name, self.places, self.calls = by_name, dict[int, Any](), 0
+        for one in (self.layer.weight, self.layer.scale):
+            one.weight_loader = self.load_one  # type: ignore[attr-defined]
+        layerwise.record_metadata_for_reloading(self)
+
+    def load_one(self, param: torch.Tensor, loaded_weight: torch.Tensor, expert: int) -> bool:
+        self.calls += 1
+        if expert >= len(param):
+            return False
+        param.data[expert].copy_(loaded_weight)
+        return True
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        parameters, loaded = dict(self.named_parameters()), set()
+        for name, tensor in weights:
+            expert, _, kind = name.partition(".")
+            param: Any = parameters[f"layer.{kind}"]
+            if self.by_name:
+                is_loaded = param.weight_loader(
+                    param=param, loaded_weight=tensor, expert=int(expert)
+                )
+            else:
+                is_loaded = param.weight_loader(param, tensor, int(expert))
+            if is_loaded:
+                loaded.add(f"layer.{kind}")
+        return loaded
+
+
+def experts(step: int, count: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{n}.{kind}": torch.full(shape, 10.0 * step + n)
+        for n in range(count)
+        for kind, shape in (("weight", (2, SIDE)), ("scale", ()))
+    }
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("replay", ["on", "off"])
+def test_the_loader_of_a_layer_in_place_is_called_once_for_each_tensor(
+    monkeypatch: pytest.MonkeyPatch, by_name: bool, replay: str
+) -> None:
+    """But for the first one, which finds no memory yet; those of other ranks' experts load
+    nothing."""
+    monkeypatch.setenv("PS_REPLAY", replay)
+    model, habits = Stacked(by_name), dict[str, LoaderHabits]()
+    weight, scale = model.layer.weight, model.layer.scale
+    loaders = weight.weight_loader, scale.weight_loader
+    for step in range(4):
+        tensors, model.calls = experts(step, count=5), 0
+        names = list(tensors)
+        report = update(
+            model, habits, [{n: tensors[n] for n in names[at : at + 2]} for at in range(0, 10, 2)]
+        )
+        assert (report["held_bytes"], report["missing"]) == (0, [])
+        assert model.calls == (11 if replay == "off" or step < 2 else 0)
+        assert model.layer.weight is weight
+        assert model.layer.scale is scale
+        assert (weight.weight_loader, scale.weight_loader) == loaders
+        for n in range(3):
+            assert (weight[n] == 10.0 * step + n).all()
+            assert scale[n] == 10.0 * step + n

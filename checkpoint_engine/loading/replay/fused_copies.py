@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from loguru import logger
 
@@ -41,14 +42,16 @@ class Table(NamedTuple):
     dims: int
 
 
-def fits(copies: Sequence[Copy], device: torch.device) -> bool:
-    """Whether these copies are worth tables."""
-    return (
+def fits(copies: Sequence[Copy], device: torch.device) -> bool | None:
+    """Whether these copies are worth tables; ``None``: they are, as soon as the kernel is there."""
+    is_worth_it = (
         device.type == "cuda"
         and (len(copies) >= FEWEST_COPIES or any(len(copy.sizes) > 1 for copy in copies))
         and all(len(copy.sizes) <= _DIMS[-1] and copy.numel <= _MOST for copy in copies)
-        and _works_on(device)
     )
+    if is_worth_it and (thread := _warming.get(device)) is not None and thread.is_alive():
+        return None
+    return is_worth_it and _try_out(device)
 
 
 def build_tables(copies: Sequence[tuple[int, Copy]], device: torch.device) -> list[Table]:
@@ -67,13 +70,13 @@ def _build(copies: Sequence[tuple[int, Copy]], dims: int, device: torch.device) 
         for values, missing in zip(copy[2:], (1, 0, 0), strict=True):
             row += [*reversed(values), *[missing] * (dims - len(values))]
         rows.append(row)
-    table = torch.tensor(rows, device="cpu")
-    each = _BLOCK * _STEPS
+    table, each = np.array(rows, dtype=np.int64), _BLOCK * _STEPS
     programs = (table[:, 3] + each - 1) // each
-    begins = (programs.cumsum(0) - programs).repeat_interleave(programs)
-    of_copy = torch.arange(len(rows), device="cpu").repeat_interleave(programs)
-    blocks = torch.stack([of_copy, (torch.arange(len(begins), device="cpu") - begins) * each], 1)
-    return Table(table.to(device), blocks.to(torch.int32).to(device), dims)
+    begins = np.repeat(programs.cumsum() - programs, programs)
+    of_copy = np.repeat(np.arange(len(rows)), programs)
+    blocks = np.stack([of_copy, (np.arange(len(begins)) - begins) * each], 1).astype(np.int32)
+    there = torch.from_numpy(table).to(device, non_blocking=True)
+    return Table(there, torch.from_numpy(blocks).to(device, non_blocking=True), dims)
 
 
 def places_of(targets: Sequence[torch.Tensor], unit: torch.dtype) -> torch.Tensor:
@@ -103,7 +106,7 @@ def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> 
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile the kernel aside, which takes as long as a small update, before it is needed."""
+    """Compile the kernel aside, which takes longer than a small update, before it is needed."""
     if device.type != "cuda" or device in _warming:
         return
     # Copies mostly move units of 8 bytes, which is what is tried out there.
@@ -111,12 +114,6 @@ def warm_up(device: torch.device) -> None:
     thread = threading.Thread(target=_try_out, args=(device,), name="warm-up")
     _warming[device] = thread
     thread.start()
-
-
-def _works_on(device: torch.device) -> bool:
-    if (thread := _warming.get(device)) is not None:
-        thread.join()
-    return _try_out(device)
 
 
 _warming: dict[torch.device, threading.Thread] = {}

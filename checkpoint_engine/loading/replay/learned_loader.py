@@ -154,8 +154,6 @@ class _Learning(ModelUpdate):
         self._buckets += 1
         if received is not None and self._device is None:
             self._device = received.buffer.device
-            if self._before is not None:  # the first update is waited for longest
-                fused_copies.warm_up(self._device)
         with collector_at_rest():
             if self._before is not None:
                 for placement in placements_of(weights, received):
@@ -215,7 +213,10 @@ class _Learning(ModelUpdate):
             self._learned.refuse(self.reason)
         else:
             self._learned.learn(self._recording)
-            if self._device is not None and self._learned.agreed > 1:  # the next update replays
+            if self._device is None:
+                return
+            fused_copies.warm_up(self._device)
+            if self._learned.agreed > 1:  # the next update replays
                 self._recording.prepare(self._device, at_once=self._model.is_persistent)
 
 

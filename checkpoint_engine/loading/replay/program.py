@@ -143,7 +143,7 @@ class Batch:
 
     def __init__(self, moves: list[Move]) -> None:
         self.moves = moves
-        self._device: torch.device | None = None
+        self._prepared_for: torch.device | None = None
         self._fused: list[_Fused] = []
         self._views: list[_Views] = []
         self._places: list[torch.Tensor] = []
@@ -166,12 +166,15 @@ class Batch:
             torch._foreach_copy_(some, views.sources(flat))
 
     def prepare(self, device: torch.device) -> None:
-        """Work out how to execute it there, unless that is known."""
-        if self._device != device:
-            self._compile(device)
+        """Work out how to execute it there, unless that is known; again as long as the kernel is
+        being compiled."""
+        if self._prepared_for != device:
+            self._prepared_for = device if self._compile(device) else None
 
-    def _compile(self, device: torch.device) -> None:
-        self._device, self._fused, self._places, self._targets = device, [], [], []
+    def _compile(self, device: torch.device) -> bool:
+        """Returns whether it will stay so."""
+        self._fused, self._places, self._targets = [], [], []
+        stays = True
         by_unit: dict[torch.dtype, list[Move]] = defaultdict(list)
         for move in self.moves:
             if move.is_of_units:
@@ -179,13 +182,16 @@ class Batch:
         single = [move for move in self.moves if not move.is_of_units]
         for unit, moves in by_unit.items():
             copies = [(move.route.slot, copy) for move in moves for copy in move.copies]
-            if not fused_copies.fits([copy for _, copy in copies], device):
+            fits = fused_copies.fits([copy for _, copy in copies], device)
+            if not fits:
                 single += moves
+                stays = stays and fits is not None
                 continue
             numbers = {slot: n for n, slot in enumerate(dict.fromkeys(slot for slot, _ in copies))}
             tables = fused_copies.build_tables([(numbers[s], c) for s, c in copies], device)
             self._fused.append(_Fused(unit, list(numbers), tables))
         self._views = _Views.of(single)
+        return stays
 
 
 @dataclass(eq=False)

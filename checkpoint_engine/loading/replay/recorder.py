@@ -44,7 +44,9 @@ from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Reco
 
 
 class Writes(Protocol):
-    """A mode that has to see some of a loader's writes."""
+    """A mode that has to see some of a loader's writes, and counts the elements of its copies."""
+
+    copied: int
 
     def needs(self, target: torch.Tensor) -> bool: ...
 
@@ -381,13 +383,15 @@ class _Functions(TorchFunctionMode):
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, counter: Any) -> torch.Tensor:
         """``counter``: the engine's mode, which does it; ``None``: there is none."""
-        recorder = self._recorder
-        if recorder.direct is not None and recorder.direct.needs(target):
+        recorder, direct = self._recorder, self._recorder.direct
+        if direct is not None and direct.needs(target):
             return cast("torch.Tensor", recorder.call(_COPY, (target, source), {}))
         if counter is None:
             self._unseen(_COPY, (target, source))
         else:
             self._unseen(counter.__torch_dispatch__, (operations.COPY, (), (target, source)))
+        if direct is not None:
+            direct.copied += target.numel()
         recorder.note_copy(target, source)
         return target
 
