@@ -90,10 +90,15 @@ def measure_plan(repeats: int) -> list[float]:
 
 def measure_metas(tensors: int, owners: int, repeats: int) -> tuple[float, float, int]:
     """Seconds of all owners' encoding and of one rank's decoding, and the bytes between."""
-    from checkpoint_engine.planning.layouts import decode_layouts, encode_layout, layout_digest
+    from checkpoint_engine.planning.layouts import (
+        Layout,
+        decode_layouts,
+        encode_layout,
+        layout_digest,
+    )
 
     layouts = [
-        [buffer.metas for buffer in owned.memory_buffer_metas_list]
+        Layout.of([buffer.metas for buffer in owned.memory_buffer_metas_list])
         for owned in make_metas(tensors, owners).values()
     ]
     encoded = [encode_layout(layout) for layout in layouts]

@@ -41,6 +41,7 @@ from plan import EXPERTS, make_metas  # noqa: E402
 
 from checkpoint_engine.ground.needs import Needs, Region  # noqa: E402
 from checkpoint_engine.planning.layouts import (  # noqa: E402
+    Layout,
     decode_layouts,
     encode_layout,
     layout_digest,
@@ -79,15 +80,16 @@ def measure(transport: str, layers: int, updates: int, megabits: int) -> list[di
 def gathered_world(owners: int) -> Gathered:
     """What every rank knows after a gather: the layouts were decoded, as from the wire."""
     made = make_metas(KIMI_TENSORS, owners, KIMI_KINDS)
-    blobs = {rank: encode_layout([one.memory_buffer_metas_list[0].metas])
+    blobs = {rank: encode_layout(Layout.of([one.memory_buffer_metas_list[0].metas]))
              for rank, one in made.items()}  # fmt: skip
     digests = tuple(map(layout_digest, blobs.values()))
     layouts = decode_layouts(digests, {}, blobs)
     for rank, one in made.items():
-        one.memory_buffer_metas_list[0].metas = layouts[digests[rank]][0]
+        one.memory_buffer_metas_list[0].metas = layouts[digests[rank]].buffers[0]
         one.rdma_device = f"mlx5_{rank % RANKS_OF_HOST}"
         one.p2p_store_addr = f"host-{rank // RANKS_OF_HOST}:{rank}"
-    return Gathered(name="k2", metas=made, owner_layouts=digests, layouts=layouts)
+    owned = {rank: layouts[digests[rank]] for rank in made}
+    return Gathered(name="k2", metas=made, owned=owned, owner_layouts=digests, layouts=layouts)
 
 
 def needs_of(gathered: Gathered, rank: int, receivers: int) -> Needs:

@@ -158,20 +158,22 @@ class Shard(Way):
                 hosts.index(here),
                 gathered.metas,
                 gathered.duplicates,
-                self._needs_of(here, every),
+                self._needs_of(here, every, gathered),
                 outside,
                 gone,
             )
             self._shared = basis, shared
         return self._shared[1]
 
-    def _needs_of(self, here: Sequence[Hello], every: TransferPlan) -> HostNeeds | None:
+    def _needs_of(
+        self, here: Sequence[Hello], every: TransferPlan, gathered: Gathered
+    ) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
         digests = sorted({hello.needs for hello in here})
         if "" in digests:
             return None
         if self._tensors is None:
-            self._tensors = Tensors(every.steps)
+            self._tensors = Tensors(every.steps, gathered.owned)
         try:
             return HostNeeds(self._tensors, [self._known[digest] for digest in digests])
         except ValueError as error:  # another checkpoint than the one that they have learned
