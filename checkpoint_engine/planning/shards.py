@@ -220,12 +220,12 @@ def share(
         CollectiveError: only they have a bucket that is needed.
     """
     distance = _distances(hosts, here, outside)
-    holders = _holders(metas, duplicates)
+    find_holders = holders(metas, duplicates)
     sources: dict[int, tuple[int, ...]] = {}
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
-        owners = holders(unit[0])
+        owners = find_holders(unit[0])
         if len(owners) > 1:
             owners.sort(key=lambda rank: (distance[rank], rank))
         if gone:
@@ -292,7 +292,7 @@ def _units(steps: Iterable[Step]) -> Iterator[Unit]:
             unit = []
 
 
-def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
+def holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
     """The owners of every tensor of a step's bucket, in a list of its own."""
     owners: defaultdict[str, set[int]] = defaultdict(set)
     for rank, owned in metas.items() if duplicates else ():
@@ -349,6 +349,22 @@ def _merged(
         ordered = sorted(places, key=itemgetter(0))
         merged[rank] = [step for _, unit in ordered for step in unit]
     return merged
+
+
+class AsHeld:
+    """Buckets where each of several owners has them."""
+
+    def __init__(self, metas: Metas) -> None:
+        self._metas = metas
+        self._places: dict[int, Places] = {}
+
+    def by(self, owner: int, step: Step) -> H2DBucket:
+        if owner == step.owner:
+            return step.bucket
+        owned = self._metas[owner]
+        if owner not in self._places:
+            self._places[owner] = places_in(owned)
+        return as_held_by(owned, self._places[owner], step.bucket)
 
 
 Places = dict[str, tuple[int, int]]
