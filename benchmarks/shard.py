@@ -93,11 +93,12 @@ def print_results(name: str, results: list[dict[str, Any]]) -> None:
         assert all(one["right"] for one in result["seen"])
         seconds, way = [one["seconds"] for one in seen], seen[-1]["way"]
         received = statistics.median(one["received"] for one in seen)
+        reading = statistics.median(one["reading"] for one in seen)
         ranges = result.get("ranges", [])
         reads = ""
         if ranges:
             each = len(ranges) / len(seen)
-            reads = f", {each:.0f} reads of {statistics.mean(ranges):.0f} ranges"
+            reads = f", {each:.0f} reads of {statistics.mean(ranges):.0f} ranges, {reading:.3f} s"
         print(
             f"{name:10} rank {rank}: {way:9} {statistics.median(seconds):.3f} s "
             f"({min(seconds):.3f} to {max(seconds):.3f}), {received / 1e6:.1f} MB received, "
