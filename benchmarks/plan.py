@@ -90,16 +90,25 @@ def measure_plan(repeats: int) -> list[float]:
 
 def measure_metas(tensors: int, owners: int, repeats: int) -> tuple[float, float, int]:
     """Seconds of all owners' encoding and of one rank's decoding, and the bytes between."""
-    from checkpoint_engine.planning.layouts import decode_layouts, encode_layout, layout_digest
+    from checkpoint_engine.planning.layouts import (
+        Layout,
+        decode_layouts,
+        encode_layout,
+        layout_digest,
+    )
 
-    layouts = [
+    owned_buffers = [
         [buffer.metas for buffer in owned.memory_buffer_metas_list]
         for owned in make_metas(tensors, owners).values()
     ]
-    encoded = [encode_layout(layout) for layout in layouts]
+
+    def encode_all() -> list[bytes]:
+        return [encode_layout(Layout.of(buffers)) for buffers in owned_buffers]
+
+    encoded = encode_all()
     digests = [layout_digest(blob) for blob in encoded]
     received = dict(enumerate(encoded))
-    encode = seconds_of(lambda: [encode_layout(layout) for layout in layouts], repeats)
+    encode = seconds_of(encode_all, repeats)
     decode = seconds_of(lambda: decode_layouts(digests, {}, received), repeats)
     return encode, decode, sum(map(len, received.values()))
 

@@ -1,11 +1,19 @@
 """Sharded updates against those of the group, between two hosts on a link of 1 Gbit/s.
 
     python benchmarks/shard.py --layers 16
+    python benchmarks/shard.py --rows --layers 64
     python benchmarks/shard.py --plan
 
 The hosts are network namespaces of this machine, made as the tests make theirs (root, iproute2).
 Each has one rank, whose worker holds one half of the mini engine's model (TP 2). Every update is
 compared with a plain load. The first two updates are left out: the workers learn meanwhile.
+
+``--rows`` updates a model of whose bytes a third are matrices that hosts need by columns, 768 bytes
+of each row. Would another order of a checkpoint's bytes be faster?
+
+- whole rows: short gaps are read along, as always.
+- pieces: what a host needs of each row is a read of its own.
+- contiguous: each host needs as many bytes, whole rows: the best that another order could do.
 
 ``--plan`` moves nothing. It plans updates of many hosts on one rank, with Kimi-K2's experts and
 eight ranks to a host: from the others' hellos to the plan for its host. Each row is of a process of
@@ -41,10 +49,12 @@ from plan import EXPERTS, make_metas  # noqa: E402
 
 from checkpoint_engine.ground.needs import Needs, Region  # noqa: E402
 from checkpoint_engine.planning.layouts import (  # noqa: E402
+    Layout,
     decode_layouts,
     encode_layout,
     layout_digest,
 )
+from checkpoint_engine.planning.shards import SHORTEST_GAP  # noqa: E402
 from checkpoint_engine.update.ways.peers import Peers  # noqa: E402
 from checkpoint_engine.update.ways.shard import Shard  # noqa: E402
 from checkpoint_engine.world.gathered import Gathered  # noqa: E402
@@ -65,29 +75,52 @@ KIMI_KINDS = [
 ]
 
 
-def measure(transport: str, layers: int, updates: int, megabits: int) -> list[dict[str, Any]]:
-    """The results of both ranks."""
-    arguments = json.dumps({"tp": 2, "updates": updates, "layers": layers})
-    command = [str(TESTS / "shard_programs.py"), "sharded", arguments]
+def measure(
+    program: str, megabits: int, transport: str = "auto", **arguments: Any
+) -> list[dict[str, Any]]:
+    """The results of both ranks of one of ``shard_programs.py``."""
+    command = [str(TESTS / "shard_programs.py"), program, json.dumps(arguments)]
     with Network(2) as hosts, tempfile.TemporaryDirectory() as folder:
-        for host in hosts:
+        for host in hosts if megabits else ():
             host.slow_down(megabits)
         env = {"PS_DEVICE": "cpu", "PS_TRANSPORT": transport}
         return World(hosts, Path(folder), command, 1, env).wait(600)
 
 
+def print_results(name: str, results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        seen = result["seen"][LEARNING:]
+        assert all(one["right"] for one in result["seen"])
+        seconds, way = [one["seconds"] for one in seen], seen[-1]["way"]
+        received = statistics.median(one["received"] for one in seen)
+        reading = statistics.median(one["reading"] for one in seen)
+        ranges = result.get("ranges", [])
+        reads = ""
+        if ranges:
+            each = len(ranges) / len(seen)
+            reads = f", {each:.0f} reads of {statistics.mean(ranges):.0f} ranges, {reading:.3f} s"
+        print(
+            f"{name:10} rank {rank}: {way:9} {statistics.median(seconds):.3f} s "
+            f"({min(seconds):.3f} to {max(seconds):.3f}), {received / 1e6:.1f} MB received, "
+            f"{result['needed'] / 1e6:.1f} needed, {result['elsewhere'] / 1e6:.1f} MB owned "
+            f"elsewhere{reads}",
+            flush=True,
+        )
+
+
 def gathered_world(owners: int) -> Gathered:
     """What every rank knows after a gather: the layouts were decoded, as from the wire."""
     made = make_metas(KIMI_TENSORS, owners, KIMI_KINDS)
-    blobs = {rank: encode_layout([one.memory_buffer_metas_list[0].metas])
+    blobs = {rank: encode_layout(Layout.of([one.memory_buffer_metas_list[0].metas]))
              for rank, one in made.items()}  # fmt: skip
     digests = tuple(map(layout_digest, blobs.values()))
     layouts = decode_layouts(digests, {}, blobs)
     for rank, one in made.items():
-        one.memory_buffer_metas_list[0].metas = layouts[digests[rank]][0]
+        one.memory_buffer_metas_list[0].metas = layouts[digests[rank]].buffers[0]
         one.rdma_device = f"mlx5_{rank % RANKS_OF_HOST}"
         one.p2p_store_addr = f"host-{rank // RANKS_OF_HOST}:{rank}"
-    return Gathered(name="k2", metas=made, owner_layouts=digests, layouts=layouts)
+    owned = {rank: layouts[digests[rank]] for rank in made}
+    return Gathered(name="k2", metas=made, owned=owned, owner_layouts=digests, layouts=layouts)
 
 
 def needs_of(gathered: Gathered, rank: int, receivers: int) -> Needs:
@@ -184,9 +217,10 @@ def print_plans(repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=16, help="of 13.6 MB each")
+    parser.add_argument("--layers", type=int, default=16, help="of 13.6 MB each; --rows: of 7 MB")
     parser.add_argument("--updates", type=int, default=7)
-    parser.add_argument("--megabits", type=int, default=1000)
+    parser.add_argument("--megabits", type=int, default=1000, help="of each link; 0: not shaped")
+    parser.add_argument("--rows", action="store_true", help="column slices whose rows are short")
     parser.add_argument("--plan", action="store_true", help="only plan, for many hosts")
     parser.add_argument("--world", type=int, nargs=2, help="only plan, for these owners, receivers")
     parser.add_argument("--repeats", type=int, default=7, help="of a plan")
@@ -196,18 +230,14 @@ def main() -> None:
         return
     if args.plan:
         return print_plans(args.repeats)
+    model = {"layers": args.layers, "updates": args.updates}
+    if args.rows:
+        for name, gap in (("whole rows", SHORTEST_GAP), ("pieces", 0), ("contiguous", 0)):
+            order = {"gap": gap, "contiguous": name == "contiguous"}
+            print_results(name, measure("short_rows", args.megabits, **model, **order))
+        return
     for transport in ("group", "auto"):
-        results = measure(transport, args.layers, args.updates, args.megabits)
-        for rank, result in enumerate(results):
-            seen = result["seen"][LEARNING:]
-            assert all(one["right"] for one in result["seen"])
-            seconds, way = [one["seconds"] for one in seen], seen[-1]["way"]
-            received = statistics.median(one["received"] for one in seen)
-            print(
-                f"{transport:6} rank {rank}: {way:9} {statistics.median(seconds):.3f} s "
-                f"({min(seconds):.3f} to {max(seconds):.3f}), {received / 1e6:.1f} MB received, "
-                f"{result['elsewhere'] / 1e6:.1f} MB owned elsewhere"
-            )
+        print_results(transport, measure("sharded", args.megabits, transport, tp=2, **model))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,12 +28,14 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 from checkpoint_engine.errors import UpdateError  # noqa: E402
 from checkpoint_engine.ground.deadline import Deadline, cancellable  # noqa: E402
+from checkpoint_engine.planning import shards  # noqa: E402
 from checkpoint_engine.ps import ParameterServer  # noqa: E402
+from checkpoint_engine.transfer.remote_loader import RemoteLoader  # noqa: E402
 from checkpoint_engine.worker import VllmColocateWorkerExtension  # noqa: E402
 from checkpoint_engine.world.metas_file import decode_metas, encode_metas  # noqa: E402
 from engines import Workers  # noqa: E402
 from fleet import left_segments  # noqa: E402
-from parallel_layers import TensorParallel  # noqa: E402
+from parallel_layers import RowParallelLinear, TensorParallel  # noqa: E402
 from random_checkpoint import tensor_shapes  # noqa: E402
 from tiny_transformer import CausalLM, ModelConfig, new_model  # noqa: E402
 
@@ -195,13 +199,14 @@ def _seen(report: Any, right: bool, received: int) -> dict[str, Any]:
         "received": received,
         "read": 0 if read is None else read.bytes,
         "seconds": report.seconds,
+        "reading": 0.0 if read is None else read.seconds,
     }
 
 
 def sharded(tp: int, updates: int, layers: int = 2) -> dict[str, Any]:
     """One update after the other, of a model of so many layers."""
     CONFIG["num_hidden_layers"] = layers
-    SHAPES.update(tensor_shapes(CONFIG))
+    SHAPES.update(tensor_shapes(CONFIG))  # in the order of those that are there
     rank = Rank(tp)
     seen = [rank.update(seed) for seed in range(1, updates + 1)]
     rank.workers.stop()
@@ -212,6 +217,38 @@ def sharded(tp: int, updates: int, layers: int = 2) -> dict[str, Any]:
         "sockets": len(list(Path(os.environ["PS_IPC_DIR"]).iterdir())),
         "shared": left_segments(),
     }
+
+
+def short_rows(updates: int, layers: int, gap: int, contiguous: bool) -> dict[str, Any]:
+    """``sharded`` at TP 2, where a rank's columns of a row take 768 bytes; with how many ranges are
+    read.
+
+    Args:
+        gap: bytes between ranges that are read along.
+        contiguous: each rank loads as many bytes, but whole rows: what another order of the
+            checkpoint's bytes could do at best.
+    """
+    CONFIG.update(hidden_size=768, intermediate_size=768)
+    shapes = tensor_shapes(CONFIG | {"num_hidden_layers": layers})
+    kind_first = sorted(shapes, key=lambda name: name.split(".", 3)[::-1])  # both own as much
+    SHAPES.clear()
+    SHAPES.update({name: shapes[name] for name in kind_first})
+    ranges: list[int] = []
+
+    def counted(self: RemoteLoader, regions: Sequence[Any], *place: Any) -> None:
+        ranges.append(len(regions))
+        read(self, regions, *place)
+
+    def load_rows(self: RowParallelLinear, param: Any, loaded: torch.Tensor, _: str) -> None:
+        share = self.tp.narrow(loaded, 0, len(param) // self.tp.size)
+        param.data.copy_(share.reshape(param.shape))
+
+    read, shards.SHORTEST_GAP = RemoteLoader._read, gap
+    with mock.patch.object(RemoteLoader, "_read", counted), ExitStack() as patches:
+        if contiguous:
+            patches.enter_context(mock.patch.object(RowParallelLinear, "load", load_rows))
+        found = sharded(2, updates, layers)
+    return found | {"ranges": ranges}
 
 
 def interrupted(tp: int, folder: str, timeout: float) -> dict[str, Any]:
@@ -430,7 +467,7 @@ def joiner(folder: str, updates: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     program, arguments, results = sys.argv[1:]
-    every = (sharded, interrupted, succeeded, left_for_good, cancelled, continued)
+    every = (sharded, short_rows, interrupted, succeeded, left_for_good, cancelled, continued)
     every += (broken_off, owner, joiner)
     programs: dict[str, Callable[..., Any]] = {f.__name__: f for f in every}
     result = programs[program](**json.loads(arguments))

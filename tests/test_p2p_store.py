@@ -369,7 +369,7 @@ def test_two_reads_through_host_memory_do_not_mix(monkeypatch: pytest.MonkeyPatc
     targets = [torch.zeros(4 << 20, dtype=torch.uint8) for _ in buckets]
     there = types.SimpleNamespace(query=lambda: True)
     arrivals = [
-        loader.start(Step(0, 0, bucket, index), target, there)
+        loader.start(Step(0, 0, bucket, index), {0: bucket}, target, there)
         for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True))
     ]
     poll(lambda: all(one.query() for one in arrivals), lambda: None)

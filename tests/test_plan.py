@@ -21,6 +21,7 @@ from checkpoint_engine.data_types import (
     align_up,
 )
 from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.layouts import layouts_of
 from checkpoint_engine.planning.plan import BucketSize
 
 A = ALIGNMENT
@@ -213,6 +214,9 @@ def test_largest_tensor(metas: Metas) -> None:
     ]
     assert plan.largest_tensor(metas) == max(every, default=0)
     assert plan.extent(metas) == (sum(every), max(every, default=0))
+    each = [layout.extent for layout in layouts_of(metas).values()]
+    assert sum(total for total, _ in each) == sum(every)
+    assert max((largest for _, largest in each), default=0) == max(every, default=0)
 
 
 # ---------------------------------------------------------------------- rounds

@@ -24,13 +24,22 @@ class Worlds:
     """Owners, so many on each of the first hosts, and a joiner on the last."""
 
     def __init__(
-        self, hosts: list[Host], tmp_path: Path, updates: int = 1, owners_each: int = 1
+        self,
+        hosts: list[Host],
+        tmp_path: Path,
+        updates: int = 1,
+        owners_each: int = 1,
+        transport: str = "auto",
     ) -> None:
+        """``transport``: with ``group``, the joiner pulls whole buckets."""
         self.hosts = hosts
         self._folder = tmp_path
         shared = {"folder": str(tmp_path)}
         self.owners = start(hosts[:-1], tmp_path / "a", "owner", owners_each, **shared)
-        self.joiner = start(hosts[-1:], tmp_path / "b", "joiner", **shared, updates=updates)
+        env = {"PS_TRANSPORT": transport}
+        self.joiner = start(
+            hosts[-1:], tmp_path / "b", "joiner", env=env, **shared, updates=updates
+        )
         self._ready(0)
 
     def _ready(self, update: int) -> None:
@@ -62,8 +71,8 @@ class Worlds:
         return list(result["seen"])
 
 
-def is_right(seen: dict[str, Any]) -> bool:
-    return seen["kind"] is None and (seen["right"], seen["way"]) == (True, "shard")
+def is_right(seen: dict[str, Any], way: str = "shard") -> bool:
+    return seen["kind"] is None and (seen["right"], seen["way"]) == (True, way)
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
@@ -119,6 +128,29 @@ def test_an_owner_that_dies_while_it_is_read_is_replaced_by_another(
     worlds.end(0, how)
     (seen,) = worlds.seen()
     assert is_right(seen), seen
+
+
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+@pytest.mark.timeout(240)
+def test_pull_passes_over_owners_that_die_too(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    how: str,
+) -> None:
+    """One while it is read, one before the next update, then nobody is left."""
+    worlds = Worlds(make_hosts(4), tmp_path, updates=3, transport="group")
+    worlds.begin_slowly(0, owner=0)
+    worlds.end(0, how)
+    for update, owner in ((1, 1), (2, 2)):
+        worlds._ready(update)
+        worlds.end(owner, how)
+        worlds.begin(update)
+    first, second, last = worlds.seen()
+    assert is_right(first, "P2P"), first
+    assert is_right(second, "P2P"), second
+    assert last["kind"] == "p2p_failed"
+    for owner in range(3):
+        assert f"owner {owner}: " in last["error"]
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])

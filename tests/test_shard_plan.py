@@ -26,6 +26,7 @@ from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground import needs as needs_module
 from checkpoint_engine.ground.needs import Needs, Region, runs_of, tensors_digest
 from checkpoint_engine.planning import shards
+from checkpoint_engine.planning.layouts import layouts_of
 from checkpoint_engine.planning.plan import BucketSize, TransferPlan, plan_transfer
 from checkpoint_engine.planning.shards import HostNeeds, Tensors, as_held_by, places_in, share
 from test_plan import owned
@@ -279,7 +280,7 @@ def test_what_nobody_needs_may_be_gone() -> None:
     names = [step.bucket.items[0].name for step in plan.steps]
     one = Needs.of({tensor(names[0], 1024): everything, tensor(names[1], 1024): []})
     assert one is not None
-    union = HostNeeds(Tensors(plan.steps), [one])
+    union = HostNeeds(Tensors(plan.steps, layouts_of(metas)), [one])
     gone = [step.owner for step in plan.steps]
     share(plan, [[2]], 0, metas, needs=union, outside=[[0], [1]], gone={gone[1]})
     with pytest.raises(CollectiveError, match=rf"rank {gone[0]} is gone, and no other rank owns"):
@@ -339,7 +340,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     one, two = Needs.of(first), Needs.of(second)
     assert one is not None
     assert two is not None
-    needs = HostNeeds(Tensors(plan.steps), [one, two])
+    needs = HostNeeds(Tensors(plan.steps, layouts_of(metas)), [one, two])
     by_name = {step.bucket.items[0].name: needs.runs_in(step.bucket) for step in plan.steps}
     assert by_name[names[0]] is None  # both halves: the whole tensor
     for name in names[1:]:
@@ -349,7 +350,7 @@ def test_a_hosts_needs_are_those_of_all_its_workers() -> None:
     other = Needs.of({tensor(n, 1 << 15): [] for n in names[:2]})
     assert other is not None
     with pytest.raises(ValueError, match="of other tensors"):
-        HostNeeds(Tensors(plan.steps), [other])
+        HostNeeds(Tensors(plan.steps, layouts_of(metas)), [other])
 
 
 @st.composite
@@ -387,7 +388,7 @@ def test_tensors_are_listed_as_a_plain_loop_lists_them(
     nics = {f"rank-{rank}": {rank} for rank in metas}
     size = BucketSize(256 if may_cut else 1024, True)
     plan = plan_transfer(metas, size, nics, nics, may_cut=may_cut, duplicates=duplicates)
-    found = Tensors(plan.steps)
+    found = Tensors(plan.steps, layouts_of(metas))
     by_name = {
         m.name: (m.name, m.dtype, m.shape)
         for one in metas.values() for b in one.memory_buffer_metas_list for m in b.metas

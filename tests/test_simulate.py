@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from checkpoint_engine.data_types import ParameterMeta
 from checkpoint_engine.ground.needs import Needs, Region
+from checkpoint_engine.planning.layouts import layouts_of
 from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
 from checkpoint_engine.tools.simulate.cluster import Cluster, Costs
@@ -316,7 +317,7 @@ def test_no_more_enters_a_host_than_its_workers_need_of_others(
     host, found = on_host(cluster, Parallel(tensor, expert), here=here)
     everyone = host.needs or ()
     named = {one.digest: one for one in (everyone[r % len(everyone)] for r in host.orders)}
-    union = HostNeeds(Tensors(host.plan.steps), list(named.values()))
+    union = HostNeeds(Tensors(host.plan.steps, layouts_of(host.metas)), list(named.values()))
     foreign = [step.bucket for step in host.plan.steps if step.owner not in host.orders]
     nbytes = sum(union.share_of(bucket) * bucket.size for bucket in foreign)
     assert found.bytes_in == pytest.approx(nbytes)

@@ -36,7 +36,7 @@ from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import expand_folders
 from checkpoint_engine.memory.host_memory import HostMemory, can_be_pinned
 from checkpoint_engine.memory.sources import file_of, tensor_sources
-from checkpoint_engine.planning.layouts import encode_layout, layout_digest
+from checkpoint_engine.planning.layouts import Layout, encode_layout, layout_digest
 
 POOL = "__shared_memory_pool__"
 """The memory that checkpoints with ``use_shared_memory_pool`` occupy one after the other."""
@@ -74,7 +74,7 @@ class Checkpoint:
     @cached_property
     def layout(self) -> bytes:
         """Names, dtypes and shapes, as the ranks exchange them."""
-        return encode_layout([buffer.metas for buffer in self.filled])
+        return encode_layout(Layout.of([buffer.metas for buffer in self.filled]))
 
     @cached_property
     def layout_digest(self) -> str:

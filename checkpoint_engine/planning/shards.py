@@ -19,13 +19,13 @@ from checkpoint_engine.data_types import (
     BucketRange,
     H2DBucket,
     MemoryBufferMetaList,
-    ParameterMeta,
     TensorPart,
     placed,
     tensor_nbytes,
 )
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
+from checkpoint_engine.planning.layouts import Layout
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
 SHORTEST_GAP = 8 << 10
@@ -41,31 +41,44 @@ class Tensors:
         sizes: the bytes of each.
     """
 
-    def __init__(self, steps: Iterable[Step]) -> None:
-        items: list[ParameterMeta] = []
+    def __init__(self, steps: Iterable[Step], owners: Mapping[int, Layout]) -> None:
+        """``owners``: what each of them has, also tensors that another one sends."""
+        met: dict[tuple[Any, tuple[int, ...]], int] = defaultdict(itertools.count().__next__)
+        kinds_of = {
+            owner: np.array([met[kind[:2]] for kind in own.kinds], np.int64)[own.kind_of]
+            for owner, own in owners.items()
+        }
+        names: list[str] = []
+        kind_of = [np.zeros(0, np.int64)]
         self._ends = [0]
         self._numbers: dict[int, tuple[H2DBucket, int]] = {}
-        for number, unit in enumerate(_units(steps)):
+        past = dict.fromkeys(owners, 0)  # of each, behind the tensors that it has sent
+        for number, unit in enumerate(_units(sorted(steps, key=attrgetter("number")))):
             for step in unit:
                 self._numbers[id(step.bucket)] = step.bucket, number
-            items += unit[0].bucket.items
-            self._ends.append(len(items))
-        self._read(items)
+            owner, items = unit[0].owner, unit[0].bucket.items
+            begin = owners[owner].names.index(items[0].name, past[owner])
+            past[owner] = end = begin + len(items)
+            names += owners[owner].names[begin:end]
+            kind_of.append(kinds_of[owner][begin:end])
+            self._ends.append(len(names))
+        self._read(names, np.concatenate(kind_of), list(met))
 
-    def _read(self, items: Sequence[ParameterMeta]) -> None:
-        """``items``: bucket by bucket, those of a tensor that travels in parts once."""
-        names = list(map(attrgetter("name"), items))
-        met: dict[tuple[Any, tuple[int, ...]], int] = defaultdict(itertools.count().__next__)
-        kinds = zip(map(attrgetter("dtype"), items), map(attrgetter("shape"), items), strict=True)
-        alike = np.fromiter(map(met.__getitem__, kinds), np.int64, len(names))
+    def _read(
+        self, names: list[str], alike: np.ndarray, kinds: Sequence[tuple[Any, tuple[int, ...]]]
+    ) -> None:
+        """
+        Args:
+            names: bucket by bucket, that of a tensor that travels in parts once.
+            alike: of each name, the number of its kind.
+        """
         ordered = sorted(range(len(names)), key=names.__getitem__)
         order = np.fromiter(ordered, np.int64, len(names))
         self._places = np.empty_like(order)
         self._places[order] = np.arange(len(order))
         kind_of = alike[order]
         in_turn = np.argsort(_first_places(kind_of))  # kinds are numbered as they are met
-        every = list(met)
-        listed = [every[kind] for kind in in_turn]
+        listed = [kinds[kind] for kind in in_turn]
         kind_of = np.argsort(in_turn)[kind_of]
         by_name = itemgetter(*ordered)(names) if len(names) > 1 else names
         self.digest = digest_of_kinds(by_name, listed, kind_of)
@@ -207,12 +220,12 @@ def share(
         CollectiveError: only they have a bucket that is needed.
     """
     distance = _distances(hosts, here, outside)
-    holders = _holders(metas, duplicates)
+    find_holders = holders(metas, duplicates)
     sources: dict[int, tuple[int, ...]] = {}
     local: list[Unit] = []
     remote: list[Unit] = []
     for unit in _units(transfer.steps):
-        owners = holders(unit[0])
+        owners = find_holders(unit[0])
         if len(owners) > 1:
             owners.sort(key=lambda rank: (distance[rank], rank))
         if gone:
@@ -279,7 +292,7 @@ def _units(steps: Iterable[Step]) -> Iterator[Unit]:
             unit = []
 
 
-def _holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
+def holders(metas: Metas, duplicates: Set[str]) -> Callable[[Step], list[int]]:
     """The owners of every tensor of a step's bucket, in a list of its own."""
     owners: defaultdict[str, set[int]] = defaultdict(set)
     for rank, owned in metas.items() if duplicates else ():
@@ -336,6 +349,22 @@ def _merged(
         ordered = sorted(places, key=itemgetter(0))
         merged[rank] = [step for _, unit in ordered for step in unit]
     return merged
+
+
+class AsHeld:
+    """Buckets where each of several owners has them."""
+
+    def __init__(self, metas: Metas) -> None:
+        self._metas = metas
+        self._places: dict[int, Places] = {}
+
+    def by(self, owner: int, step: Step) -> H2DBucket:
+        if owner == step.owner:
+            return step.bucket
+        owned = self._metas[owner]
+        if owner not in self._places:
+            self._places[owner] = places_in(owned)
+        return as_held_by(owned, self._places[owner], step.bucket)
 
 
 Places = dict[str, tuple[int, int]]

@@ -73,12 +73,15 @@ class RemoteLoader:
         if not store.reads_into_device_memory:
             self._bounce = torch.empty(2, _BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
 
-    def start(self, step: Step, target: torch.Tensor, after: Event) -> Event:
-        """Begin to read the bucket into ``target``, once ``after`` has happened."""
+    def start(
+        self, step: Step, sources: Mapping[int, H2DBucket], target: torch.Tensor, after: Event
+    ) -> Event:
+        """Begin to ``read_any`` of the step's bucket into ``target``, once ``after`` has
+        happened."""
 
         def read() -> None:
             with nullcontext() if self._tracer is None else self._tracer.on_host(READ, step):
-                self.read(step.owner, step.bucket, target, self._check)
+                self.read_any(sources, target)
 
         return self.begin(read, after)
 
@@ -134,9 +137,9 @@ class RemoteLoader:
         self._check_lease(self._owners[owner], partial(self._check_owner, owner))
         self._checked.add(owner)
 
-    def source_of(self, step: Step) -> str:
-        """Where its bytes come from, for errors."""
-        return f"{self._owners[step.owner].p2p_store_addr} (owner {step.owner})"
+    def source_of(self, owners: Iterable[int]) -> str:
+        """Where bytes that all of these hold come from, for errors."""
+        return " or ".join(f"{self._owners[one].p2p_store_addr} (owner {one})" for one in owners)
 
     def close(self) -> None:
         """End a read that is under way; the store keeps what it might still write into."""
@@ -160,13 +163,14 @@ class RemoteLoader:
         self,
         sources: Mapping[int, H2DBucket],
         target: torch.Tensor,
-        runs: Runs | None,
+        runs: Runs | None = None,
     ) -> int:
         """Read a bucket from the first of ``sources`` that can be read; ends when this is closed.
         None is asked while a read from the one before may still write.
 
         Args:
             sources: by owner, the bucket as it lies there.
+            runs: as of ``read``.
 
         Returns how many bytes were read.
 

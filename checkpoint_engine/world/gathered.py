@@ -22,9 +22,9 @@ from checkpoint_engine.planning.layouts import (
     encode_layout,
     encode_place,
     known_digest,
+    layouts_of,
     missing_layouts,
 )
-from checkpoint_engine.planning.plan import extent
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.hello import Hello
 
@@ -39,6 +39,7 @@ class Gathered:
     Attributes:
         name: the checkpoint; ``None``: nothing was gathered, or the metas were loaded.
         metas: of the ranks that own something.
+        owned: the tensors of each of these.
         digest: equal on ranks that know the same.
         nics: the ranks of this world on each NIC.
         devices: identity of each rank's device.
@@ -54,6 +55,7 @@ class Gathered:
 
     name: str | None = None
     metas: Metas = field(default_factory=dict)
+    owned: Mapping[int, Layout] = field(default_factory=dict)
     digest: str = ""
     nics: Mapping[str, set[int]] = field(default_factory=dict)
     devices: Mapping[int, str] = field(default_factory=dict)
@@ -76,8 +78,9 @@ class Gathered:
 
     @cached_property
     def extent(self) -> tuple[int, int]:
-        """See ``plan.extent``; every way asks, and a large model has many tensors."""
-        return extent(self.metas)
+        """Padded bytes of all owners' tensors, and of the largest one; every way asks."""
+        each = [layout.extent for layout in self.owned.values()]
+        return sum(total for total, _ in each), max((largest for _, largest in each), default=0)
 
     @cached_property
     def plan_basis(self) -> tuple[object, ...]:
@@ -155,7 +158,7 @@ class Gathered:
         if not news:
             return self
         renewed = {
-            rank: _as_owner(decode_place(hello.place, self.layouts[hello.layout]))
+            rank: _as_owner(decode_place(hello.place, self.layouts[hello.layout].buffers))
             for rank, hello in news.items()
             if rank in self.metas
         }
@@ -202,9 +205,11 @@ def load(metas: Metas) -> Gathered:
             "the checkpoint while it is read, nobody notices",
             unleased,
         )
+    layouts = layouts_of(owners)
     return Gathered(
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
-        digest=_digest(owners),
+        owned=layouts,
+        digest=_digest(owners, layouts),
         is_loaded=True,
         duplicates=frozenset(_find_duplicates(owners)),
     )
@@ -234,7 +239,9 @@ def gather(call: Call, source: Checkpoint, before: Gathered) -> Gathered:
     missing = missing_layouts(digests, [hello.known for hello in hellos], before.layouts)
     blobs = call.gather_from(missing, "layouts", source.layout)
     layouts = decode_layouts(digests, before.layouts, dict(zip(missing, blobs, strict=True)))
-    found = {hello.rank: decode_place(hello.place, layouts[hello.layout]) for hello in hellos}
+    found = {
+        hello.rank: decode_place(hello.place, layouts[hello.layout].buffers) for hello in hellos
+    }
     owners = {rank: one for rank, one in found.items() if one.memory_buffer_metas_list}
     for rank, owned in owners.items():
         _check_proofs(rank, owned)
@@ -245,6 +252,7 @@ def gather(call: Call, source: Checkpoint, before: Gathered) -> Gathered:
     gathered = Gathered(
         name=source.name,
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
+        owned={rank: layouts[digests[rank]] for rank in owners},
         digest=hashlib.sha256("".join(places).encode()).hexdigest(),
         nics=topology((rank, one.rdma_device, one.host_ip) for rank, one in found.items()),
         devices={rank: one.device_uuid for rank, one in found.items()},
@@ -271,7 +279,7 @@ def topology(nics: Iterable[tuple[int, str, str]]) -> dict[str, set[int]]:
 # ---------------------------------------------------------------------- parts of the above
 
 
-def _digest(owners: Metas) -> str:
+def _digest(owners: Metas, layouts: Mapping[int, Layout]) -> str:
     """Of all that loaded metas say."""
     digest = hashlib.sha256()
     for rank, owned in owners.items():
@@ -280,7 +288,7 @@ def _digest(owners: Metas) -> str:
         place = [rank, owned.p2p_store_addr, owned.rdma_device, lease and [lease.ptr, lease.id]]
         lies = [[one.ptr, one.size, getattr(one, "checksums", None)] for one in buffers]
         digest.update(json.dumps([place, lies]).encode())
-        digest.update(encode_layout([one.metas for one in buffers]))
+        digest.update(encode_layout(layouts[rank]))
     return digest.hexdigest()
 
 

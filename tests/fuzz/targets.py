@@ -490,7 +490,9 @@ TARGETS = (
     Target(".npy.meta", npy_meta, (ValueError,), (NPY_META,)),
     Target("metas: JSON", metas_file.decode_metas, (ValueError,), (_METAS_JSON,)),
     Target("metas: pickle", metas_file.decode_metas, (ValueError,), _pickles({0: OWNED})[-1:]),
-    Target("gather: layout", layout, (ValueError,), (gather.encode_layout([METAS]),)),
+    Target(
+        "gather: layout", layout, (ValueError,), (gather.encode_layout(gather.Layout.of([METAS])),)
+    ),
     Target("gather: place", place, (ValueError,), (gather.encode_place(PLACE).encode(),)),
     Target("liveness: hello", hello_to_rank_0, (), (b"token 1\n", b"token 0\n", b"other 1\n")),
     Target(

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoint_engine.data_types import TensorPart
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.planning import plan as planning
+from checkpoint_engine.planning.layouts import layouts_of
 from checkpoint_engine.planning.plan import Step, TransferPlan
 from checkpoint_engine.planning.shards import HostNeeds, Tensors, share
 from checkpoint_engine.tools.simulate.cluster import GB, Cluster, Costs
@@ -112,7 +113,11 @@ def plan_host(
         }
         return HostPlan(metas, cluster, orders, needs)
     every = planning.plan_transfer(metas, size, *topology, may_cut=True)
-    asked = [None] if needs is None else list(_unions(Tensors(every.steps), needs, hosts))
+    asked = (
+        [None]
+        if needs is None
+        else list(_unions(Tensors(every.steps, layouts_of(metas)), needs, hosts))
+    )
     shared = share(every, hosts, here, metas, needs=asked[here % len(asked)])
     return HostPlan(metas, cluster, dict.fromkeys(hosts[here], shared), needs, asked)
 
@@ -217,7 +222,7 @@ class _Host:
         host, steps = self._host, self._host.plan.steps
         reads: dict[str, list[Read]] = {}
         if host.needs is not None:
-            places = _Places(steps)
+            places = _Places(Tensors(steps, layouts_of(host.metas)), steps)
             here = {host.needs[rank % len(host.needs)].digest for rank in host.orders}
             distinct = {one.digest: one for one in host.needs if one.digest in here}
             reads = {digest: places.reads_of(one) for digest, one in distinct.items()}
@@ -232,8 +237,8 @@ class _Host:
 class _Places:
     """Where the tensors of each bucket are in the order of all names."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        tensors, buckets = Tensors(steps), [step.bucket for step in steps]
+    def __init__(self, tensors: Tensors, steps: Sequence[Step]) -> None:
+        buckets = [step.bucket for step in steps]
         self._places = np.concatenate([tensors.places_of(bucket) for bucket in buckets])
         counts = [len(bucket.items) for bucket in buckets]
         self._begins = np.cumsum([0, *counts[:-1]])

@@ -186,6 +186,11 @@ class Move(NamedTuple):
         return self.buffer.tensor[start : start + step.bucket.size]
 
 
+def gone_owners(move: Move) -> frozenset[int]:
+    """The owners of this world that are gone. Of another world nobody tells."""
+    return frozenset() if move.gathered.is_loaded else move.call.membership.world.liveness.gone
+
+
 class Mover(ABC):
     """Brings the buckets of one update into this rank's double buffer, in the order of the plan.
 

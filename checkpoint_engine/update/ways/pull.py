@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,10 +14,11 @@ from checkpoint_engine.distributed.weights_group import TorchGroup
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
 from checkpoint_engine.planning.plan import Pace, Step
+from checkpoint_engine.planning.shards import AsHeld, holders
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
-from checkpoint_engine.update.ways.base import Move, Mover
+from checkpoint_engine.update.ways.base import Move, Mover, gone_owners
 from checkpoint_engine.update.ways.broadcast import Broadcast, GroupMover, make_staging
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
@@ -57,13 +59,15 @@ class Pull(Broadcast):
             store.register_named_tensors(targets)
             held.callback(store.unregister_named_tensors, list(targets))
         metas, here = move.gathered.metas, self.here
-        remote = RemoteLoader(store, metas, here.device_manager, here.device, move.tracer)
+        devices, gone = (here.device_manager, here.device), partial(gone_owners, move)
+        remote = RemoteLoader(store, metas, *devices, move.tracer, gone)
         held.callback(remote.close)
         return PullMover(move, streams, staging, self.join_group(move.call, hellos, held), remote)
 
 
 class PullMover(GroupMover):
-    """Receivers read buckets by P2P, or copy them where they own them themselves."""
+    """Receivers read buckets by P2P, or copy them where they own them themselves. Where several own
+    a bucket's bytes, the owner that the plan names is asked first."""
 
     fetches_in_order = False
 
@@ -76,19 +80,25 @@ class PullMover(GroupMover):
         remote: RemoteLoader,
     ) -> None:
         self._remote = remote
+        self._as_held = AsHeld(move.gathered.metas)
+        self._holders = holders(move.gathered.metas, move.gathered.duplicates)
         self.never_waits = group is None
         super().__init__(move, streams, staging, group)
 
     def fetch(self, step: Step, target: torch.Tensor, after: Event) -> Event:
         if self._is_mine(step):
             return self.copy_from_host(step, target, after)
-        return self._remote.start(step, target, after)
+        held = {owner: self._as_held.by(owner, step) for owner in self._owners_of(step)}
+        return self._remote.start(step, held, target, after)
 
     def in_one_piece(self, step: Step) -> torch.Tensor | None:
         return super().in_one_piece(step) if self._is_mine(step) else None
 
     def source_of(self, step: Step) -> str:
-        return self._remote.source_of(step)
+        return self._remote.source_of(self._owners_of(step))
+
+    def _owners_of(self, step: Step) -> list[int]:
+        return sorted(self._holders(step), key=lambda owner: (owner != step.owner, owner))
 
     def _is_mine(self, step: Step) -> bool:
         """Owners of loaded metas are ranks of another world."""

@@ -13,21 +13,13 @@ from types import SimpleNamespace
 import torch
 from loguru import logger
 
-from checkpoint_engine.data_types import H2DBucket
 from checkpoint_engine.errors import CollectiveError, broadcast_failed
 from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.deadline import Deadline
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.needs import Needs, digest_of
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
-from checkpoint_engine.planning.shards import (
-    HostNeeds,
-    Places,
-    Tensors,
-    as_held_by,
-    places_in,
-    share,
-)
+from checkpoint_engine.planning.shards import AsHeld, HostNeeds, Tensors, share
 from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
@@ -35,7 +27,7 @@ from checkpoint_engine.transfer.p2p_store import P2PError
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams
 from checkpoint_engine.transfer.tracer import READ
-from checkpoint_engine.update.ways.base import Move, Mover, Way
+from checkpoint_engine.update.ways.base import Move, Mover, Way, gone_owners
 from checkpoint_engine.update.ways.peers import Peers, PeersMover
 from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered
@@ -158,20 +150,22 @@ class Shard(Way):
                 hosts.index(here),
                 gathered.metas,
                 gathered.duplicates,
-                self._needs_of(here, every),
+                self._needs_of(here, every, gathered),
                 outside,
                 gone,
             )
             self._shared = basis, shared
         return self._shared[1]
 
-    def _needs_of(self, here: Sequence[Hello], every: TransferPlan) -> HostNeeds | None:
+    def _needs_of(
+        self, here: Sequence[Hello], every: TransferPlan, gathered: Gathered
+    ) -> HostNeeds | None:
         """Of the workers of this host; ``None`` if one needs everything."""
         digests = sorted({hello.needs for hello in here})
         if "" in digests:
             return None
         if self._tensors is None:
-            self._tensors = Tensors(every.steps)
+            self._tensors = Tensors(every.steps, gathered.owned)
         try:
             return HostNeeds(self._tensors, [self._known[digest] for digest in digests])
         except ValueError as error:  # another checkpoint than the one that they have learned
@@ -184,7 +178,7 @@ class Shard(Way):
             store.register_named_tensors({"__staging__": move.buffer.tensor})
             held.callback(store.unregister_named_tensors, ["__staging__"])
         metas = move.gathered.metas
-        gone = partial(_gone, move)
+        gone = partial(gone_owners, move)
         remote = RemoteLoader(store, metas, here.device_manager, here.device, gone=gone)
         held.callback(remote.close)
         mine = next(hello for hello in hellos if hello.rank == here.rank)
@@ -280,11 +274,6 @@ def _is_own(gathered: Gathered, step: Step) -> bool:
     return step.sources == (step.receiver,) and not gathered.is_loaded
 
 
-def _gone(move: Move) -> frozenset[int]:
-    """The owners of this world that are gone. Of another world nobody tells."""
-    return frozenset() if move.gathered.is_loaded else move.call.membership.world.liveness.gone
-
-
 def _owner_gone(step: Step, gone: Set[int]) -> CollectiveError:
     """The bucket can be read nowhere, as these of its owners have ended."""
     rank = next(owner for owner in step.sources if owner in gone)
@@ -314,7 +303,7 @@ class _ShardMover(PeersMover):
         """``needs``: the digest of what this rank's worker reads."""
         self._remote = remote
         self._needs = needs
-        self._places: dict[int, Places] = {}
+        self._as_held = AsHeld(move.gathered.metas)
         self._unread: dict[int, Step] = {}  # what is being read
         self._reads_needs: bool | None = None
         self._is_whole: bool | None = True if move.plan.needs is None else None
@@ -330,7 +319,7 @@ class _ShardMover(PeersMover):
         undecided = self._is_whole is None and self._reads_needs is not None
         if undecided and self._peers.all_said(MAPPED):
             self._is_whole = not self._reads_needs or self._peers.anybody_said(WHOLE)
-        if self._unread and (gone := _gone(self.move)):  # a read may take seconds to fail
+        if self._unread and (gone := gone_owners(self.move)):  # a read may take seconds to fail
             for step in list(self._unread.values()):
                 if gone.issuperset(step.sources):
                     raise _owner_gone(step, gone)
@@ -355,15 +344,13 @@ class _ShardMover(PeersMover):
     def source_of(self, step: Step) -> str:
         if self._is_own(step):
             return super().source_of(step)
-        metas = self.move.gathered.metas
-        sources = [f"{metas[rank].p2p_store_addr} (owner {rank})" for rank in step.sources]
-        return f"{' or '.join(sources)}, read by rank {step.receiver},"
+        return f"{self._remote.source_of(step.sources)}, read by rank {step.receiver},"
 
     def _is_own(self, step: Step) -> bool:
         return _is_own(self.move.gathered, step)
 
     def _bring(self, step: Step, target: torch.Tensor) -> Event:
-        held = {rank: self._as_held_by(rank, step) for rank in step.sources}
+        held = {rank: self._as_held.by(rank, step) for rank in step.sources}
         if self._is_own(step):
             return self._copy_own(step, held[self._rank], target)
 
@@ -390,18 +377,10 @@ class _ShardMover(PeersMover):
         soon = Deadline(_TOLD_WITHIN)
         is_of_this_world = not self.move.gathered.is_loaded
         while is_of_this_world and not self._remote.is_closed and soon.remaining() > 0.0:
-            if gone := _gone(self.move).intersection(step.sources):
+            if gone := gone_owners(self.move).intersection(step.sources):
                 return gone
             time.sleep(0.01)
         return frozenset()
-
-    def _as_held_by(self, rank: int, step: Step) -> H2DBucket:
-        if rank == step.owner:
-            return step.bucket
-        owned = self.move.gathered.metas[rank]
-        if rank not in self._places:
-            self._places[rank] = places_in(owned)
-        return as_held_by(owned, self._places[rank], step.bucket)
 
     def _expected_of(self, step: Step) -> tuple[int, int] | None:
         return super()._expected_of(step) if self._is_own(step) else None
