@@ -20,7 +20,7 @@ from checkpoint_engine.loading.adapters import LoadOver
 from checkpoint_engine.loading.direct_writes import DirectWrites
 from checkpoint_engine.loading.kernel_memory import KernelMemory, replacing
 from checkpoint_engine.loading.lent_loaders import LentLoaders
-from checkpoint_engine.loading.replay.adapter import ModelAdapter
+from checkpoint_engine.loading.replay.adapter import ModelAdapter, nothing
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
@@ -84,6 +84,7 @@ class Layerwise(LoadOver):
         self._recorder: Recorder | None = None
         self._opened: set[str] = set()
         self._made: dict[Slot, torch.Tensor] = {}
+        self._moved: list[torch.nn.Module] = []
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
         self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
         self._lent = LentLoaders(vllm, {})
@@ -108,6 +109,7 @@ class Layerwise(LoadOver):
         self._vllm.initialize_layerwise_reload(self._model)
         self._opened.clear()
         self._made.clear()
+        self._moved.clear()
         self._direct.clear()
         self._kernel.begin()
         lent = {layer: info for layer, info in self._infos.items() if self._is_lent(layer, info)}
@@ -140,6 +142,13 @@ class Layerwise(LoadOver):
         """Of the layers that wait for weights."""
         for layer, info in self._infos.items():
             if info.load_numel_total is not None:
+                yield from self._tensors_of(layer)
+
+    def moved(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Of the layers that have got memory, and wait for more weights."""
+        moved, self._moved = self._moved, []
+        for layer in moved:
+            if self._infos[layer].load_numel_total is not None:
                 yield from self._tensors_of(layer)
 
     def _tensors_of(self, layer: torch.nn.Module) -> Iterator[tuple[Slot, torch.Tensor]]:
@@ -175,14 +184,17 @@ class Layerwise(LoadOver):
         finally:
             self._recorder = None
 
-    def load_weights(self, weights: NamedTensors) -> Any:
+    def load_weights(
+        self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
+    ) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
         with replacing(self._vllm, **_quick_sizes(self._vllm)), self._kernel.lending():
-            return self._load_through(weights)
+            if self._loads_early:
+                return self._load_through(weights, around)
+            with around:
+                return self._model.load_weights(weights)
 
-    def _load_through(self, weights: NamedTensors) -> Any:
-        if not self._loads_early:
-            return self._model.load_weights(weights)
+    def _load_through(self, weights: NamedTensors, around: AbstractContextManager[Any]) -> Any:
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
         waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
         direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
@@ -192,7 +204,7 @@ class Layerwise(LoadOver):
         lent = self._lent.in_place_of_vllms(
             partial(_count, direct, self._recorder), direct.aside(self._load_first)
         )
-        with lent, replacing(self._vllm, **theirs), direct, beside:
+        with lent, replacing(self._vllm, **theirs), around, direct, beside:
             loaded = self._model.load_weights(weights)
         before = {slot for slot, tensor in waiting if tensor.is_meta}
         for slot, tensor in self.tensors():
@@ -222,8 +234,7 @@ class Layerwise(LoadOver):
 
     def open(self, module: str) -> None:
         self._opened.add(module)
-        layer = self.modules[module]
-        self._kernel.materialize(layer, self._infos[layer])
+        self._materialize(self.modules[module])
 
     def memory(self, slot: Slot) -> torch.Tensor:
         memory = getattr(self.modules[slot.module], slot.name)
@@ -333,13 +344,16 @@ class Layerwise(LoadOver):
         recorder = self._recorder
         with nullcontext() if recorder is None else recorder.paused():
             self._load_now(layer, info)
-            made = dict(self._tensors_of(layer))
-            self._made |= made
+            self._made |= self._tensors_of(layer)
             if recorder is not None:
-                recorder.rebind(made.items())
+                recorder.rebind(self.moved())
+
+    def _materialize(self, layer: torch.nn.Module) -> None:
+        self._kernel.materialize(layer, self._infos[layer])
+        self._moved.append(layer)
 
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
-        self._kernel.materialize(layer, info)
+        self._materialize(layer)
         for name, call in info.loaded_weights:
             parameter = getattr(layer, name)
             if call.arguments["param"] is not parameter:  # otherwise it is in there already

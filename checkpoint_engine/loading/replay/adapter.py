@@ -17,6 +17,8 @@ from checkpoint_engine.loading.replay.recording import NamedTensors, ReceivedBuc
 if TYPE_CHECKING:
     from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 
+nothing: AbstractContextManager[Any] = nullcontext()
+
 
 class ModelAdapter(Protocol):
     """A model as replay sees it. The defaults suit an engine whose loader is all there is."""
@@ -26,8 +28,10 @@ class ModelAdapter(Protocol):
     modules: Mapping[str, torch.nn.Module]
     """The model's, by name."""
 
-    def load_weights(self, weights: NamedTensors) -> Any:
-        """The engine's own loader."""
+    def load_weights(
+        self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
+    ) -> Any:
+        """The engine's own loader; ``around`` that alone."""
         ...
 
     def cannot(self) -> str:
@@ -37,6 +41,10 @@ class ModelAdapter(Protocol):
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         """What the loader may write into, as it is now."""
         ...
+
+    def moved(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Those of ``tensors`` that may have got other memory since this was asked last."""
+        return self.tensors()
 
     def names(self) -> list[Any]:
         """Of ``tensors``, in their order: equal as long as there are just these."""
@@ -82,8 +90,11 @@ class InPlace(ModelAdapter):
         self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
         self._load_weights = load_weights
 
-    def load_weights(self, weights: NamedTensors) -> Any:
-        return self._load_weights(weights)
+    def load_weights(
+        self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
+    ) -> Any:
+        with around:
+            return self._load_weights(weights)
 
     def tensors(self) -> Iterator[tuple[Slot, torch.Tensor]]:
         for name, module in self.modules.items():

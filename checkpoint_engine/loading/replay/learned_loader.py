@@ -159,7 +159,7 @@ class _Learning(ModelUpdate):
                 for placement in placements_of(weights, received):
                     self._comparison.expect(self._before.program_for(placement), placement.buffer)
             if not self._model.is_persistent:
-                self._recorder.rebind(self._model.tensors())
+                self._recorder.rebind(self._model.moved())
             super().load(weights, received)
 
     def _load_weights(self, weights: NamedTensors) -> Any:
@@ -174,8 +174,7 @@ class _Learning(ModelUpdate):
             if self._before is not None:
                 around.enter_context(self._model.checking(self._comparison.check))
             around.enter_context(self._model.watching(self._recorder))
-            around.enter_context(self._recorder.watching())
-            return self._model.load_weights(offered)
+            return self._model.load_weights(offered, self._recorder.watching())
 
     def settle(self) -> list[str]:
         return self._recorder.settle()
