@@ -315,14 +315,16 @@ def _memory_of(
             number: list(every_tensor({name: modules[name] for name in names}))
             for number, names in groups.items()
         }
-        sums = iter(digests([one for some in own.values() for _, one in some]).tolist())
+        tensors = [one for some in own.values() for _, one in some if one.numel()]
+        sums = iter(digests(tensors).tolist())
     found = {}
     for number, some in own.items():
         tensors = [tensor for _, tensor in some]
         objects = [ref for name in groups[number] for ref in _objects_of(modules[name])]
         places = columns_of(tensors)
         slots = [slot for slot, _ in some]
-        found[number] = _Memory(slots, places, [next(sums) for _ in some], objects)
+        own_sums = [next(sums) if one.numel() else 0 for one in tensors]
+        found[number] = _Memory(slots, places, own_sums, objects)
     return found
 
 
