@@ -211,6 +211,32 @@ def test_one_bit_is_sent() -> None:
     assert run_world(1, program) == [(1, COUNT - 1, True)]
 
 
+def test_memory_that_was_written_after_it_was_registered_is_an_error() -> None:
+    """As without the setting: what was hashed before is not taken for what is there now."""
+
+    def program(me: Rank) -> Any:
+        mine = Skipping(me)
+        mine.send({})
+        ps, rank = mine.server.ps, me.rank
+        ps.register_checkpoint("mine", named_tensors=tensors_of(rank, {}))
+        ps.gather_metas("mine")
+
+        def update() -> Any:
+            return ps.update("mine", lambda paths: mine.server.ask(paths[rank][1]))
+
+        reports = [update()]
+        memory = ps._checkpoints.get("mine").filled[0].buffer
+        memory[100] ^= 1
+        with pytest.raises(UpdateError, match="are not those"):
+            update()
+        memory[100] ^= 1
+        reports.append(update())
+        assert mine.model.is_right({})
+        return [(one.tensors, one.skipped_tensors) for one in reports]
+
+    assert run_world(1, program) == [[(0, COUNT), (1, COUNT - 1)]]
+
+
 def test_equal_content_under_another_name_is_sent() -> None:
     """Content is compared by name: that another tensor holds the same bytes says nothing."""
 
