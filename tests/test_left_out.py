@@ -352,6 +352,30 @@ def test_a_worker_refuses_what_it_does_not_hold() -> None:
     assert worker.held.left_out == {"002"}
 
 
+def test_what_is_written_is_not_held_any_more() -> None:
+    worker = Worker([{"a"}, {"a"}, {"b"}, {"c"}], {0, 1, 2, 3})
+    worker.held.begin_writing({"001"})
+    assert places_in(worker.offer(), 4) == {2, 3}
+    worker.held.begin_writing(None)
+    assert places_in(worker.offer(), 4) == set()
+
+
+def test_what_is_left_out_must_not_come_and_the_rest_must() -> None:
+    worker = Worker([{"a"}, {"a"}, {"b"}, {"c"}], {0, 1, 2, 3})
+    worker.offer()
+    worker.held.leave_out(b"\xe0")
+    with pytest.raises(RuntimeError, match="did not come"):
+        worker.held.finish(worker.adapter, worker.recording)
+    worker.held.begin_writing({"003"})
+    worker.held.note_loaded({"003"})
+    worker.held.finish(worker.adapter, worker.recording)
+    for names in ({"003", "001"}, None):
+        with pytest.raises(RuntimeError, match="leaves out"):
+            worker.held.begin_writing(names)
+    worker.held.look(worker.adapter)
+    assert worker.offer() == b"\0"
+
+
 def test_a_checkpoint_of_other_tensors_is_not_held() -> None:
     worker = Worker([{"a"}, {"b"}], {0, 1})
     assert worker.held.offer(worker.recording, "another", b"\1" * 32, True) == b"\0"

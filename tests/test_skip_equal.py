@@ -234,7 +234,7 @@ def test_memory_that_was_written_after_it_was_registered_is_an_error() -> None:
         assert mine.model.is_right({})
         return [(one.tensors, one.skipped_tensors) for one in reports]
 
-    assert run_world(1, program) == [[(0, COUNT), (1, COUNT - 1)]]
+    assert run_world(1, program) == [[(0, COUNT), (0, COUNT)]]  # it was not loaded
 
 
 def test_equal_content_under_another_name_is_sent() -> None:
@@ -533,6 +533,31 @@ def test_without_the_setting_messages_are_as_before() -> None:
 
     names = ["json buckets", "sources", "statement", "timeout", "weight_version"]
     assert run_world(1, program) == [(((COUNT, 0), (COUNT, 0)), names)]
+
+
+def test_updates_that_go_on_without_an_engine() -> None:
+    """One that has failed is no reason to send anything, and is brought up to date by the next."""
+
+    def program(me: Rank) -> Any:
+        mine = Skipping(me)
+        mine.send({}, on_instance_failure="continue")
+        receive = mine.server.receive
+        seen = []
+        for fails in (True, False, False):
+
+            def ask(address: str, fails: bool = fails) -> None:
+                if fails and me.rank == 0:
+                    raise ConnectionError("the engine is not up")
+                receive(address)
+
+            mine.server.ask = ask
+            report = mine.report({0: 2}, on_instance_failure="continue")
+            seen.append((report.tensors, report.skipped_tensors, len(report.failed_instances)))
+            assert mine.model.is_right({0: 2}) == (not fails or me.rank == 1)
+        return seen
+
+    sent = 2, 2 * COUNT - 2
+    assert run_world(2, program) == [[(*sent, 1), (*sent, 0), (0, 2 * COUNT, 0)]] * 2
 
 
 # ---------------------------------------------------------------------- several hosts

@@ -27,14 +27,15 @@ _MOST_ROUNDS = 8
 """In which workers that process other tensors together agree, or nothing is left out."""
 
 
-def may_skip(hellos: Sequence[Hello], gathered: Gathered) -> bool:
+def may_skip(call: Call, hellos: Sequence[Hello], gathered: Gathered) -> bool:
     """Whether the ranks look for tensors that need not be sent. The same on all of them.
 
     Owners of another world are only read: nobody there hashes anything.
     """
     without = [hello.rank for hello in hellos if not hello.skips_equal]
-    if without and len(without) < len(hellos):
-        logger.warning("PS_SKIP_EQUAL=1 is not set on ranks {}: everything is sent", without)
+    if call.leads and 0 < len(without) < len(hellos):
+        log = logger.bind(rank=call.rank)
+        log.warning("everything is sent: PS_SKIP_EQUAL=1 is not set on ranks {}", without)
     return not without and not gathered.is_loaded
 
 

@@ -176,13 +176,13 @@ def _connect(
     Returns what is moved and by what, and the stack that disconnects.
     """
     refusals: list[str] = []
+    may_shrink = may_skip(call, hellos, gathered)
     for way in server.ways:
         refused = way.refusal(gathered, hellos)
         if refused is None:
             way.prepare(call, hellos, server.needs)
             plan = way.plan(gathered, hellos)
-            if may_skip(hellos, gathered):
-                plan = replace(plan, may_shrink=True)
+            plan = replace(plan, may_shrink=True) if may_shrink else plan
             _show_progress(call, plan, order, server, held)
             tracer = _trace(call, hellos, order, server)
             call.begin("buffers")

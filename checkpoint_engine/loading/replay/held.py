@@ -203,8 +203,15 @@ class HeldTensors:
 
     # ------------------------------------------------------------------ what an update writes
 
-    def begin_writing(self, names: Iterable[str] | None) -> None:
-        """These tensors are about to be loaded; ``None``: anything may be written."""
+    def begin_writing(self, names: Collection[str] | None) -> None:
+        """These tensors are about to be loaded; ``None``: anything may be written.
+
+        Raises:
+            RuntimeError: the server had said that it leaves them out.
+        """
+        if self.left_out and (names is None or not self.left_out.isdisjoint(names)):
+            self.forget()
+            raise RuntimeError("the server sends what it had said that it leaves out: update again")
         for name in () if names is None or not self._held else names:
             number = None if self._groups is None else self._groups.number_of.get(name)
             if number is None:
@@ -223,8 +230,11 @@ class HeldTensors:
         """All of the update is loaded and processed: from now on what it brought is held.
 
         Raises:
-            RuntimeError: what it left out is not in the model's memory any more.
+            RuntimeError: what it left out is not in the model's memory any more, or more than that
+                did not come.
         """
+        if self.left_out and len(self._arrived) + len(self.left_out) < len(recording.entries):
+            raise RuntimeError("tensors did not come that this worker does not hold: update again")
         self._check_left_out(model)
         self._hold(model, self._loaded_groups(recording, lambda _: True))
 
