@@ -25,7 +25,7 @@ TEST_PROCESSES ?= 2
 SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Planning, files, wire, memory, and worlds in one process: no test here starts torch again.
 FAST := access api checkpoint_files checkpoint_folder checksum client contract device_utils \
-	doctor gather ipc metas_file packing pin_memory plain_pickle plan progress ps_unit rdma reload report settings \
+	doctor gather ipc left_out metas_file packing pin_memory plain_pickle plan progress ps_unit rdma reload report settings \
 	store threads wire worker
 FAST_TESTS := $(FAST:%=tests/test_%.py)
 SOAK_UPDATES ?= 200

@@ -194,6 +194,14 @@ class TensorPart(H2DBucket):
         return self.begin + self.size == self.total
 
 
+class BucketPiece(H2DBucket):
+    """Consecutive tensors of the bucket ``whole``, from its tensor number ``first`` on, which
+    travel without the others."""
+
+    whole: H2DBucket
+    first: int
+
+
 class MemoryBufferMetas(BaseModel):
     """What one host buffer of an owner holds: ``size`` bytes at address ``ptr`` of the owner's
     process.

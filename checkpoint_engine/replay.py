@@ -113,7 +113,14 @@ class Replayed:
 
     def abandon(self) -> None:
         """The update failed: nothing is learned from it."""
-        self._update = None
+        update, self._update = self._update, None
+        if update is not None:
+            update.abandon()
+
+    @property
+    def held(self) -> ModelUpdate:
+        """As of ``BucketLoader``."""
+        return self._begun()
 
     def __enter__(self) -> Replayed:
         return self
@@ -124,6 +131,7 @@ class Replayed:
     def _begun(self) -> ModelUpdate:
         if self._update is None:
             adapter = InPlace(self._model, self._load_weights)
+            self._learned.held.look(adapter)
             self._update = self._learned.begin(adapter, version_of(self._model))
         return self._update
 

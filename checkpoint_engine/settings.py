@@ -122,6 +122,7 @@ shares_memory = _switch("PS_PEERS", True)
 cpu_transport = _one_of("PS_CPU_TRANSPORT", SHARED_MEMORY, SHARED_MEMORY, GLOO)
 transport = _one_of("PS_TRANSPORT", AUTO, AUTO, SHARD, GROUP)
 checksum = _one_of("PS_CHECKSUM", "on", "on", "off")
+skip_equal = _switch("PS_SKIP_EQUAL", False)
 trace_folder = _text("PS_TRACE")
 replay_mode = _one_of("PS_REPLAY", "on", "on", "off", "verify")
 replay_check = _count("PS_REPLAY_CHECK", 50, least=1)
@@ -153,6 +154,7 @@ _OF_SERVERS: tuple[Variable[Any], ...] = (
     cpu_transport,
     transport,
     checksum,
+    skip_equal,
     ipc_abstract,
     admitted_users,
     p2p,

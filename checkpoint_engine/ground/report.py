@@ -85,6 +85,9 @@ class UpdateReport(BaseModel, frozen=True):
     ``partial``. ``missing`` is left out if neither loader nor engine tells; all is, if nothing is
     known: of the original's workers, and with a ``run`` that is a plain function.
 
+    ``skipped_tensors``, of ``skipped_bytes``, were not sent, because every worker held them already
+    (``PS_SKIP_EQUAL``); ``tensors``, ``buckets`` and ``bytes`` are of what was sent.
+
     ``checkpoint_memory`` and ``retained_memory`` are bytes of host memory that this rank's server
     holds at the end: for checkpoints, and kept for later ones. ``trace`` is the trace's file, on
     the rank that wrote it.
@@ -97,6 +100,8 @@ class UpdateReport(BaseModel, frozen=True):
     buckets: int = 0
     bucket_bytes: int = 0
     bytes: int = 0
+    skipped_tensors: int = 0
+    skipped_bytes: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = {}
     version: str | None = None
@@ -192,6 +197,9 @@ class UpdateReport(BaseModel, frozen=True):
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases.items())
         told = [f"; {_statement(rank, models)}" for rank, models in self.engines.items()]
+        if self.skipped_tensors:
+            nbytes = f"{self.skipped_bytes / 1e9:.3f} GB"
+            told.insert(0, f"; not sent, as held: {nbytes} in {self.skipped_tensors} tensors")
         failed = [f"; FAILED on ranks {one.ranks}: {one.error}" for one in self.failed_instances]
         return (
             f"{self.checkpoint_name}: {self.bytes / 1e9:.3f} GB in {self.tensors} tensors and "

@@ -11,12 +11,14 @@ buckets are JSON.
 
 from __future__ import annotations
 
+import base64
 import builtins
 import importlib
 import json
 import math
 import pickle
 import reprlib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +71,20 @@ going to read in this update; empty: everything. With its last answer it states 
 needs from now on, as ``ground.needs.Needs.text``; ``True``: what the offered digest stands for;
 empty: everything. With a bucket: the digest of the needs that its bytes suffice for. What else the
 bucket holds is not what was registered: a worker that does not read by just these needs fails."""
+
+HELD = "held"
+"""An extension with ``PS_SKIP_EQUAL=1``, offered as ``True``. A worker that accepts it is sent,
+once it has mapped all buffers, the ``tensors_digest`` of the checkpoint and a hash of each tensor's
+content, of ``HASH_BYTES``, in the order of the names; zeros where it is not known. It answers with
+``HELD``: a bit for each tensor that it holds, see ``encode_bits``."""
+
+LEFT_OUT = "left out"
+"""The next messages to a worker that accepted ``HELD``: bits of tensors to be left out, and whether
+that is settled. It answers with those of them that may be: all, or fewer, as of what it processes
+together it needs all or nothing. If settled it answers the same bits, or fails. Buckets follow."""
+
+HASH_BYTES = 16
+_MOST_BITS = 8 << 20  # bytes
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"
 
@@ -125,6 +141,51 @@ def decode_acceptance(reply: bytes) -> dict[str, Any] | None:
     if reply.startswith(_EXTENSION_MARK):
         return _parse_extensions(reply[len(_EXTENSION_MARK) :])
     return {} if reply == ACK else None
+
+
+def encode_contents(tensors: str, hashes: bytes) -> bytes:
+    """What a worker that accepted ``HELD`` is sent first."""
+    return encode_extensions({HELD: [tensors, base64.b64encode(hashes).decode()]})
+
+
+def encode_left_out(bits: bytes, is_settled: bool) -> bytes:
+    """What it is sent next, once or more often."""
+    return encode_extensions({LEFT_OUT: [encode_bits(bits), is_settled]})
+
+
+def decode_held(message: bytes) -> tuple[str, Any, bytes] | Exception:
+    """One of those: ``HELD``, the digest and the hashes, or ``LEFT_OUT``, whether that is settled
+    and the bits; or why the server aborts. Raises ``WireError`` if it is anything else."""
+    if not message.startswith(_EXTENSION_MARK):
+        match _load(message):
+            case _Made(error=error):
+                return error
+    try:
+        match _parse_extensions(message[len(_EXTENSION_MARK) :]):
+            case {"held": [str() as tensors, str() as hashes]}:
+                return HELD, tensors, base64.b64decode(hashes, validate=True)
+            case {"left out": [str() as bits, bool() as is_settled]}:
+                return LEFT_OUT, is_settled, decode_bits(bits)
+    except ValueError as error:  # no base64
+        raise WireError(f"a message of {len(message)} bytes cannot be read: {error}") from error
+    raise WireError(f"a message of {len(message)} bytes says nothing of what is left out")
+
+
+def encode_bits(bits: bytes) -> str:
+    """A bit of each tensor of a checkpoint, in the order of the names."""
+    return base64.b64encode(zlib.compress(bits, 1)).decode()
+
+
+def decode_bits(told: Any) -> bytes:
+    """Raises ``WireError`` if those are none."""
+    try:
+        stream = zlib.decompressobj()
+        bits = stream.decompress(base64.b64decode(told, validate=True), _MOST_BITS)
+    except (TypeError, ValueError, zlib.error) as error:
+        raise WireError(f"what is held or left out is told wrongly: {error}") from error
+    if not stream.eof:
+        raise WireError("what is held or left out is told wrongly: it is too much, or too little")
+    return bits
 
 
 def encode_bucket(tensors: Iterable[dict[str, Any]]) -> bytes:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +23,7 @@ class LoadOver(InPlace):
         self._model = model
         self._model_config = model_config
         self._device = device
+        self.keeps_others = model_config is None  # otherwise all of the model is repacked
 
     def cannot(self) -> str:
         return "" if self._model is self.module else "it is no torch.nn.Module"
@@ -61,3 +64,25 @@ class LoadOver(InPlace):
 
     def abandon(self) -> None:
         """The update failed: leave a model that can be updated again."""
+
+
+def tied_parameters(model: torch.nn.Module) -> set[str]:
+    """The names of parameters that are another one under a second name."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str] | None:
+    """The parameters that vLLM's own loader does without, at start-up; ``None``: another engine,
+    which has not said."""
+    try:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    except ImportError:
+        return None
+    exempt: set[str] = set()
+    track = getattr(DefaultModelLoader, "track_weights_loading", None)
+    if track is not None:
+        options = {"quantized": True} if "quantized" in inspect.signature(track).parameters else {}
+        with contextlib.suppress(ValueError):  # of what is missing; it notes what may be
+            track(None, model, exempt, **(options if quantised else {}))
+    return exempt

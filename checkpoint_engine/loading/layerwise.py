@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -75,6 +75,7 @@ class Layerwise(LoadOver):
     ) -> None:
         """``vllm``: the module that layerwise reload is in."""
         super().__init__(model, model_config, device)
+        self.keeps_others = True
         self._vllm = vllm
         self._names = {layer: name for name, layer in self.modules.items()}
         self._infos = {layer: vllm.get_layerwise_info(layer) for layer in self._names}
@@ -296,17 +297,28 @@ class Layerwise(LoadOver):
         self._repairs.pack_tied()
         self._repairs.end()
 
+    def keep(self, modules: Iterable[str]) -> None:
+        for module in modules:
+            self._put_back(self.modules[module])
+
+    def is_done(self, module: str) -> bool:
+        return self._infos[self.modules[module]].load_numel_total is None
+
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
         self._repairs.end()
-        for layer, info in self._infos.items():
-            if info.load_numel_total is None:  # not waiting for weights
-                continue
-            if info.kernel_tensors is not None:
-                self._vllm._place_kernel_tensors(layer, info)
-            info.reset()
+        for layer in self._infos:
+            self._put_back(layer)
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
+
+    def _put_back(self, layer: torch.nn.Module) -> None:
+        info = self._infos[layer]
+        if info.load_numel_total is None:  # not waiting for weights
+            return
+        if info.kernel_tensors is not None:
+            self._vllm._place_kernel_tensors(layer, info)
+        info.reset()
 
     def _check_direct_writes(self) -> None:
         """What a loader leaves of a layer that it writes itself would be uninitialised memory."""

@@ -8,12 +8,17 @@ every tensor once is the plan's property, which its tests show.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from typing import Any
 
 import torch
 
+from checkpoint_engine.data_types import tensor_nbytes
 from checkpoint_engine.errors import WireError
+from checkpoint_engine.handover import wire
+from checkpoint_engine.loading.replay.program import Flat
+from checkpoint_engine.loading.replay.recording import NamedTensors
 
 _SHOWN = 3
 
@@ -106,3 +111,33 @@ class Parts:
         """Raises ``WireError`` if a part of some tensor never came."""
         if self._tensors:
             raise WireError(f"{len(self._tensors)} tensors ended before all of their parts came")
+
+
+def _strides_of(shape: torch.Size) -> tuple[int, ...]:
+    """Of a tensor whose elements lie one behind the other."""
+    counts = [max(1, count) for count in shape]
+    return tuple(math.prod(counts[dim + 1 :]) for dim in range(len(counts)))
+
+
+def extract_weights(tensors: wire.Bucket, buffer: torch.Tensor) -> NamedTensors:
+    """The tensors of a bucket as views of the double buffer.
+
+    Raises:
+        ValueError: one reaches beyond the buffer, or lies between elements of its dtype.
+    """
+    weights = []
+    flat, begin = Flat(buffer), int(buffer.storage_offset())
+    forms: dict[tuple[torch.dtype, torch.Size], tuple[int, tuple[int, ...]]] = {}
+    for entry in tensors:
+        dtype, shape, start = entry["dtype"], entry["shape"], entry["offset"]
+        if (form := forms.get((dtype, shape))) is None:
+            form = forms[dtype, shape] = tensor_nbytes(dtype, shape), _strides_of(shape)
+        nbytes, strides = form
+        if start + nbytes > buffer.nbytes:
+            end = start + nbytes
+            raise ValueError(f"tensor {entry['name']!r} ends at {end} of {buffer.nbytes} bytes")
+        if (start | begin) % dtype.itemsize:
+            raise ValueError(f"tensor {entry['name']!r} lies at {start}, between its elements")
+        at = (begin + start) // dtype.itemsize
+        weights.append((entry["name"], flat[dtype].as_strided(shape, strides, at)))
+    return weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -13,15 +12,15 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 import zmq
 
-from checkpoint_engine.data_types import ALIGNMENT, tensor_nbytes
+from checkpoint_engine.data_types import ALIGNMENT
 from checkpoint_engine.errors import WireError
 from checkpoint_engine.ground.checksum import FORMULA, check_bytes
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import open_buffer
 from checkpoint_engine.handover.link import ServerLink
-from checkpoint_engine.loading.loaded import LoadedBuckets, Parts
-from checkpoint_engine.loading.replay.program import Flat
+from checkpoint_engine.loading.loaded import LoadedBuckets, Parts, extract_weights
+from checkpoint_engine.loading.replay.adapter import ModelUpdate
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.version import WeightVersion
 
@@ -51,6 +50,9 @@ class BucketLoader(Protocol):
     most, and ``reads_next``, the digest of what the update that begins will read, or an empty text.
     ``load_bucket`` and ``replay`` then get ``needs=`` with buckets that hold nothing else, and must
     raise if they would read by other needs than those.
+
+    One that may go without what its model holds has ``held``, an ``adapter.ModelUpdate`` or
+    ``None``, which says what of a checkpoint that is.
     """
 
     def load_bucket(self, weights: NamedTensors, message: bytes, buffer: torch.Tensor) -> None:
@@ -153,6 +155,7 @@ class _Reception:
         self._own = torch.empty(0, dtype=torch.uint8)
         self._loaded = LoadedBuckets()
         self._needs = ""
+        self._held: ModelUpdate | None = None
         self._failure: Exception | None = None
 
     def run(self, device_id: int | None, post_hook: Callable[[], Any] | None) -> None:
@@ -162,6 +165,8 @@ class _Reception:
             try:
                 if extensions.get(wire.SOURCES):
                     self._receive_sources(device_id)
+                if self._held is not None:
+                    self._agree_on_left_out(self._held)
                 self._load_buckets(extensions.get("weight_version"))
             finally:
                 # The traceback of what is raised leads to this object.
@@ -226,6 +231,8 @@ class _Reception:
         accepted |= {one: True for one in (wire.JSON_BUCKETS, wire.SOURCES) if one in offered}
         if wire.NEEDS in offered:
             accepted[wire.NEEDS] = self._needs
+        if wire.HELD in offered and (held := getattr(self._loader, "held", None)) is not None:
+            self._held, accepted[wire.HELD] = held, True
         self._link.reply(wire.encode_extensions(accepted) if offered else wire.ACK)
         return offered
 
@@ -255,6 +262,23 @@ class _Reception:
             del self._buffers[1:]
             why = f"{type(error).__name__}: {error}"
         self._link.reply(wire.encode_extensions({wire.SOURCES: why}))
+
+    def _agree_on_left_out(self, held: ModelUpdate) -> None:
+        """Say what of the checkpoint the model holds, until all ranks leave out the same of it."""
+        is_settled = False
+        while not is_settled and self._failure is None:
+            asked = wire.decode_held(self._link.receive())
+            if isinstance(asked, Exception):
+                try:
+                    raise asked
+                finally:
+                    del asked
+            is_settled = asked[:2] == (wire.LEFT_OUT, True)
+            bits = self._attempt(partial(_answer, held, *asked))
+            if bits is not None:
+                self._link.reply(wire.encode_extensions({wire.HELD: wire.encode_bits(bits)}))
+            else:
+                self._acknowledge()
 
     def _load_buckets(self, version: str | None) -> None:
         """Load buckets until there are no more."""
@@ -369,6 +393,15 @@ class _Reception:
         self._link.reply(wire.ACK if self._failure is None else _told(self._failure))
 
 
+def _answer(held: ModelUpdate, what: str, about: Any, content: bytes) -> bytes:
+    if what == wire.HELD:
+        return held.offer(about, content)
+    if about:
+        held.leave_out(content)
+        return content
+    return held.narrow(content)
+
+
 def _without_frames(error: Exception) -> Exception:
     """``error`` without the frames it was raised in, which hold views of the buffer. Its traceback
     is its last note."""
@@ -414,33 +447,3 @@ def _check_bytes(expected: Any, buffer: torch.Tensor) -> None:
             check_bytes(buffer[start : start + nbytes], first_block, total, where)
         case _ if expected is not None:
             raise WireError(f"no checksum of bytes in the buffer: {expected!r:.100}")
-
-
-def _strides_of(shape: torch.Size) -> tuple[int, ...]:
-    """Of a tensor whose elements lie one behind the other."""
-    counts = [max(1, count) for count in shape]
-    return tuple(math.prod(counts[dim + 1 :]) for dim in range(len(counts)))
-
-
-def extract_weights(tensors: wire.Bucket, buffer: torch.Tensor) -> NamedTensors:
-    """The tensors of a bucket as views of the double buffer.
-
-    Raises:
-        ValueError: one reaches beyond the buffer, or lies between elements of its dtype.
-    """
-    weights = []
-    flat, begin = Flat(buffer), int(buffer.storage_offset())
-    forms: dict[tuple[torch.dtype, torch.Size], tuple[int, tuple[int, ...]]] = {}
-    for entry in tensors:
-        dtype, shape, start = entry["dtype"], entry["shape"], entry["offset"]
-        if (form := forms.get((dtype, shape))) is None:
-            form = forms[dtype, shape] = tensor_nbytes(dtype, shape), _strides_of(shape)
-        nbytes, strides = form
-        if start + nbytes > buffer.nbytes:
-            end = start + nbytes
-            raise ValueError(f"tensor {entry['name']!r} ends at {end} of {buffer.nbytes} bytes")
-        if (start | begin) % dtype.itemsize:
-            raise ValueError(f"tensor {entry['name']!r} lies at {start}, between its elements")
-        at = (begin + start) // dtype.itemsize
-        weights.append((entry["name"], flat[dtype].as_strided(shape, strides, at)))
-    return weights

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.ground.needs import Needs
-from checkpoint_engine.loading.adapters import LoadOver
+from checkpoint_engine.loading.adapters import LoadOver, may_be_missing, tied_parameters
 from checkpoint_engine.loading.kernel_memory import storages_of_several
 from checkpoint_engine.loading.layerwise import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
@@ -184,15 +183,16 @@ class ModelReload:
 
     def close(self) -> None:
         """Clean up after a failed update; nothing after a finished one."""
-        if self._session is not None:
-            self._session = None
-            self._adapter.abandon()
+        session, self._session = self._session, None
+        if session is not None:
+            session.abandon(self._adapter.abandon)
 
     def _begun(self) -> ModelUpdate:
         """The session of this update, begun with the first bucket."""
         if self._session is None:
-            tied = _tied(self._adapter.module)
+            tied = tied_parameters(self._adapter.module)
             self._views = kept_views(self._adapter.modules)
+            self._learned.held.look(self._adapter)
             self._adapter.begin()
             self._session = ModelUpdate(self._learned, self._adapter)  # what close() needs
             self._session = self._learned.begin(self._adapter, version_of(self._model))
@@ -204,7 +204,7 @@ class ModelReload:
         names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
         names -= tied | self._elsewhere
         quantised = getattr(self._model_config, "quantization", None) is not None
-        exempt = _may_be_missing(model, quantised)
+        exempt = may_be_missing(model, quantised)
         self._expected = names - (exempt or set()) if quantised else names
         self._required = set() if quantised or exempt is None else names - exempt
 
@@ -222,28 +222,6 @@ def _parts_of(parameters: set[str], tensors: set[str]) -> set[str]:
         if layer and any(layer in fused for fused in layers.get(around, ())):
             parts.add(tensor)
     return parts
-
-
-def _tied(model: torch.nn.Module) -> set[str]:
-    """The names of parameters that are another one under a second name."""
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in model.named_parameters()}
-
-
-def _may_be_missing(model: torch.nn.Module, quantised: bool) -> set[str] | None:
-    """The parameters that vLLM's own loader does without, at start-up; ``None``: another engine,
-    which has not said."""
-    try:
-        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    except ImportError:
-        return None
-    exempt: set[str] = set()
-    track = getattr(DefaultModelLoader, "track_weights_loading", None)
-    if track is not None:
-        options = {"quantized": True} if "quantized" in inspect.signature(track).parameters else {}
-        with contextlib.suppress(ValueError):  # of what is missing; it notes what may be
-            track(None, model, exempt, **(options if quantised else {}))
-    return exempt
 
 
 class ModelsReload:
@@ -295,6 +273,12 @@ class ModelsReload:
         """As of ``BucketLoader``."""
         one = self._alone
         return "" if one is None else one.reads_next
+
+    @property
+    def held(self) -> ModelUpdate | None:
+        """As of ``BucketLoader``; with a drafter everything is sent."""
+        one = self._alone
+        return None if one is None else one._begun()
 
     @property
     def _alone(self) -> ModelReload | None:

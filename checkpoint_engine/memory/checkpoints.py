@@ -30,7 +30,7 @@ from checkpoint_engine.ground.deadline import check_cancelled
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress, drawn_bar
-from checkpoint_engine.memory import checksum
+from checkpoint_engine.memory import checksum, content
 from checkpoint_engine.memory.checksum import clear_gaps
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import expand_folders
@@ -120,9 +120,16 @@ class Checkpoint:
             memory = buffer.buffer.numpy().data
             for start, meta in placed(buffer.metas):
                 if meta.name in names:
-                    content = memory[start : start + tensor_nbytes(meta.dtype, meta.shape)]
-                    hashes[meta.name] = hashlib.blake2b(content, digest_size=16).hexdigest()
+                    own = memory[start : start + tensor_nbytes(meta.dtype, meta.shape)]
+                    hashes[meta.name] = hashlib.blake2b(own, digest_size=16).hexdigest()
         return hashes
+
+    def content_hashes(self, check: Callable[[], None]) -> bytes:
+        """See ``content.content_hashes``. Empty without checksums: what is sent may then be other
+        bytes than those that were hashed, and nobody would notice."""
+        if any(buffer.checksums is None for buffer in self.filled):
+            return b""
+        return content.content_hashes(self.filled, check)
 
 
 class Readers(Protocol):

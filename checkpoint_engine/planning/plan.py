@@ -95,6 +95,8 @@ class TransferPlan:
     Attributes:
         bucket_bytes: the size of each half of the double buffer.
         needs: what is read of the buckets, a ``shards.HostNeeds``; ``None``: everything.
+        first: the receiver with which a round begins; ``None``: the same on all ranks.
+        may_shrink: whether some tensors may be left out before it is executed.
         messages: what workers are told of its buckets, once that has been encoded.
     """
 
@@ -102,6 +104,8 @@ class TransferPlan:
     bucket_bytes: int
     staging: bool
     needs: Any = None
+    first: int | None = None
+    may_shrink: bool = False
     messages: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -124,6 +128,11 @@ class TransferPlan:
     def cuts_tensors(self) -> bool:
         """Whether workers have to put tensors together."""
         return any(isinstance(step.bucket, TensorPart) for step in self.steps)
+
+    def slots_for(self, buckets: int) -> int:
+        """Of a buffer that so many of its buckets go through: two where there are two. One that
+        lacks some of its tensors may become several."""
+        return min(2, 2 * buckets if self.may_shrink else buckets)
 
     def loads_of(self, receiver: int) -> list[Step]:
         """The steps whose bytes ``receiver`` fetches, in order."""
@@ -218,7 +227,7 @@ def plan_transfer(
             Step(*entry, index % 2, number) for index, (number, entry) in enumerate(rounds)
         )
     largest_bucket = max((align_up(step.bucket.size) for step in steps), default=0)
-    return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging)
+    return TransferPlan(steps, max(largest_bucket, ALIGNMENT), size.staging, first=first)
 
 
 def paced(size: BucketSize, pace: Pace, extent: tuple[int, int], may_cut: bool) -> BucketSize:

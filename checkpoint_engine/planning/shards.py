@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint_engine.data_types import (
+    BucketPiece,
     BucketRange,
     H2DBucket,
     MemoryBufferMetaList,
@@ -89,6 +90,8 @@ class Tensors:
 
     def places_of(self, bucket: H2DBucket) -> np.ndarray:
         """Where the bucket's tensors are among all of them."""
+        if isinstance(bucket, BucketPiece):
+            return self.places_of(bucket.whole)[bucket.first :][: len(bucket.items)]
         number = self.number_of(bucket)
         return self._places[self._ends[number] : self._ends[number + 1]]
 

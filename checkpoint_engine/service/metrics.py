@@ -23,6 +23,8 @@ _COUNTERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "failures": ("Calls that failed.", {"cause": KINDS}),
     "updated_bytes": ("Bytes of successful updates.", {}),
     "updated_tensors": ("Tensors of successful updates.", {}),
+    "skipped_bytes": ("Bytes that successful updates did not send, as workers held them.", {}),
+    "skipped_tensors": ("Tensors of which that is true.", {}),
     "engine_tensors": ("Tensors that workers state they left over, and parameters that got nothing "
                        "or a part, in successful updates.", _STATED),
     "phase_seconds": ("Seconds of successful updates by phase.", {"phase": PHASES}),
@@ -79,6 +81,8 @@ class Metrics:
     def _count_report(self, report: UpdateReport) -> None:
         self._rise("updated_bytes", report.bytes)
         self._rise("updated_tensors", report.tensors)
+        self._rise("skipped_bytes", report.skipped_bytes)
+        self._rise("skipped_tensors", report.skipped_tensors)
         stated = report.engines.get(report.rank, {}).values()
         for state, said in product(_STATED["state"], stated):
             self._rise("engine_tensors", said.get(state, 0), state)

@@ -63,6 +63,19 @@ class Instance(WorkerSession):
         """A failed engine reads nothing at all."""
         return self._failure is not None or super().reads_needs
 
+    def ask_held(self, tensors: str, hashes: bytes) -> None:
+        super().ask_held(tensors, hashes)
+        self._forget_held()
+
+    def leave_out(self, bits: bytes, is_settled: bool) -> None:
+        super().leave_out(bits, is_settled)
+        self._forget_held()
+
+    def _forget_held(self) -> None:
+        """A failed engine is no reason to send anything."""
+        if self._failure is not None:
+            self.held = None
+
     def check(self) -> None:
         """A guard of the call: notes that this rank's engine is gone."""
         if self._failure is None:

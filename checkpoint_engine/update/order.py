@@ -12,7 +12,7 @@ from typing import Any
 from checkpoint_engine.errors import EngineError
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress
-from checkpoint_engine.settings import max_bucket_bytes, trace_folder
+from checkpoint_engine.settings import max_bucket_bytes, skip_equal, trace_folder
 from checkpoint_engine.world.hello import Hello
 
 SocketPaths = list[tuple[str, str]]
@@ -69,6 +69,7 @@ class Order:
             instance=str(getattr(self.req_func, "instance", f"rank {here.rank}")),
             nonce=uuid.uuid4().hex,
             trace=trace_folder() if self.trace is None else os.fspath(self.trace),
+            skips_equal=skip_equal(),
         )
 
 

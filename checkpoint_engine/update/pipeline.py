@@ -52,6 +52,10 @@ class Pipeline:
         is first given what has arrived, to load it meanwhile.
         """
         clock, steps = self._move.call.clock, self._move.plan.steps
+        if self._move.skipped_bytes:
+            clock.advance(self._move.skipped_bytes)
+        if not steps:
+            self._session.announce_end([])
         if len(self._waiting) == len(steps):
             self._start_next()
         for index, step in enumerate(steps):

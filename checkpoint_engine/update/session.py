@@ -55,6 +55,8 @@ class WorkerSession:
             while it is not known.
         needs: what the worker's loader reads, as it stated last; empty: everything. Of the update
             before, until this one says something else.
+        held: a bit for each tensor that the worker holds and that may be left out; ``None``: it
+            loads nothing, and needs nothing.
         failed: engine instances that were not updated; none, for a session that fails raises.
     """
 
@@ -68,6 +70,7 @@ class WorkerSession:
         self._accepted = False
         self.needs = ""
         self.unmapped: str | None = None
+        self.held: bytes | None = None
         self._told_to_release = self._told_to_finish = self._may_leave = False
         self.state = EngineState.UNTOUCHED
         self.statement: dict[str, Any] = {}
@@ -96,6 +99,7 @@ class WorkerSession:
         must_map: bool = False,
         needs: str = "",
         asks_needs: bool = False,
+        asks_held: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Share the double buffer; returns when the worker has mapped it.
@@ -107,12 +111,15 @@ class WorkerSession:
             must_map: whether the worker can be updated only if it maps those.
             needs: what it reads, as far as is known.
             asks_needs: whether it is to say what it reads.
+            asks_held: whether it is going to be asked what it holds.
         """
         offered: dict[str, Any] = {"timeout": seconds_left, "weight_version": self._version}
         offered |= {wire.JSON_BUCKETS: True, wire.STATEMENT: True, wire.SOURCES: len(sources or ())}
         self.needs = needs
         if asks_needs:
             offered[wire.NEEDS] = digest_of(needs)
+        if asks_held:
+            offered[wire.HELD] = True
         handle = wire.encode_handle(*buffer.handle(), offered)
         self._link.send(handle, self._check)
         reply = self._await_reply(meanwhile)
@@ -148,6 +155,37 @@ class WorkerSession:
             raise _failed("the handshake", reply)
         why = said[wire.SOURCES]
         return f"the worker cannot map other ranks' buffers: {why}" if why else ""
+
+    @_step
+    def ask_held(self, tensors: str, hashes: bytes) -> None:
+        """Learn what the worker holds of the tensors that have these hashes: ``held``."""
+        self.held = bytes(-(-len(hashes) // wire.HASH_BYTES // 8))
+        if self._extensions.get(wire.HELD):
+            self.held = self._hear_held(wire.encode_contents(tensors, hashes))
+
+    @_step
+    def leave_out(self, bits: bytes, is_settled: bool) -> None:
+        """Tell the worker what is left out, or would be: then ``held`` is as much of it as may be.
+
+        Raises ``EngineError`` if it is settled, and the worker does not hold all of it.
+        """
+        if not self._extensions.get(wire.HELD):
+            self.held = bytes(len(bits))
+        else:
+            self.held = self._hear_held(wire.encode_left_out(bits, is_settled))
+        if is_settled and self.held != bits:
+            raise EngineError("the worker does not hold what is left out of this update")
+
+    def _hear_held(self, message: bytes) -> bytes:
+        self._link.send(message, self._check)
+        reply = self._await_reply(lambda: None)
+        said = wire.decode_acceptance(reply)
+        if said is None:
+            raise _failed("telling what it holds", reply)
+        bits = wire.decode_bits(said.get(wire.HELD))
+        if self.held is not None and len(bits) != len(self.held):
+            raise WireError(f"the worker tells what it holds in {len(bits)} bytes")
+        return bits
 
     @property
     def worker_is_ours(self) -> bool:

@@ -32,6 +32,7 @@ from checkpoint_engine.update.instances import Instance
 from checkpoint_engine.update.order import Order, SocketPaths, check_request
 from checkpoint_engine.update.pipeline import Pipeline
 from checkpoint_engine.update.session import EngineState, WorkerSession
+from checkpoint_engine.update.skipping import Contents, may_skip
 from checkpoint_engine.update.trace import write_trace
 from checkpoint_engine.update.ways.base import Move, Mover, Way
 from checkpoint_engine.update.ways.shard import can_shard
@@ -100,11 +101,19 @@ def run_update(
         request = ask()
         session = _open_session(call, link, request, order, hellos, server, held)
         pipeline = Pipeline(move, mover, session)
-        pipeline.begin()
-        worker = (server.needs, can_shard(hellos))
+        skips = move.plan.may_shrink
+        contents = Contents.gather(call, move.plan, source, gathered) if skips else None
+        if contents is None:
+            pipeline.begin()
+        worker = (server.needs, can_shard(hellos), contents is not None)
         options = (move.plan.cuts_tensors, mover.sources, mover.must_map, *worker, mover.advance)
         session.hand_over(move.buffer, call.deadline.remaining(), *options)
         mover.handed_over(session.unmapped or "", session.reads_needs)
+        if contents is not None:
+            move = move.without(contents.agree(call, session))
+            mover.begin(move.plan)
+            pipeline = Pipeline(move, mover, session)
+            pipeline.begin()
         pipeline.run()
 
         call.begin("release")
@@ -167,11 +176,13 @@ def _connect(
     Returns what is moved and by what, and the stack that disconnects.
     """
     refusals: list[str] = []
+    may_shrink = may_skip(call, hellos, gathered)
     for way in server.ways:
         refused = way.refusal(gathered, hellos)
         if refused is None:
             way.prepare(call, hellos, server.needs)
             plan = way.plan(gathered, hellos)
+            plan = replace(plan, may_shrink=True) if may_shrink else plan
             _show_progress(call, plan, order, server, held)
             tracer = _trace(call, hellos, order, server)
             call.begin("buffers")
@@ -406,6 +417,8 @@ def _report(
         buckets=len(move.plan.steps),
         bucket_bytes=move.plan.bucket_bytes,
         bytes=move.plan.total_bytes,
+        skipped_tensors=len(move.left_out),
+        skipped_bytes=move.skipped_bytes,
         version=agreed_version(hellos),
         way=move.way,
         way_reason="; ".join(one for one in (move.reason, served) if one),

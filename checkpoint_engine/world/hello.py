@@ -58,6 +58,7 @@ class Hello:
         instance: the engine instance that this rank's worker belongs to.
         nonce: random; that of the first rank names the update, and the group if one is made.
         trace: the folder for a trace; empty: none.
+        skips_equal: ``PS_SKIP_EQUAL``.
     """
 
     rank: int
@@ -91,6 +92,7 @@ class Hello:
     instance: str = ""
     nonce: str = ""
     trace: str = ""
+    skips_equal: bool = False
 
     def encode(self) -> bytes:
         return json.dumps(vars(self)).encode()

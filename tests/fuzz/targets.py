@@ -44,6 +44,7 @@ from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import map_shared_memory, open_buffer
 from checkpoint_engine.loading.loaded import LoadedBuckets, Parts, digest
 from checkpoint_engine.loading.receive import _check_bytes, extract_weights
+from checkpoint_engine.loading.replay.held import HeldTensors
 from checkpoint_engine.memory import files, folder
 from checkpoint_engine.planning import layouts as gather
 from checkpoint_engine.service.access import Guard, ImpatientProtocol
@@ -122,8 +123,24 @@ def extensions(data: bytes) -> None:
 
 
 def reply(data: bytes) -> None:
-    if wire.decode_acceptance(data) is None:
+    said = wire.decode_acceptance(data)
+    if said is None:
         data.decode(errors="replace")
+    elif wire.HELD in said:
+        wire.decode_bits(said[wire.HELD])
+
+
+def left_out(data: bytes) -> None:
+    read = wire.decode_held(data)
+    if isinstance(read, Exception):
+        assert isinstance(str(read), str)
+        return
+    held = HeldTensors()
+    with contextlib.suppress(RuntimeError):  # it is of another checkpoint
+        what, about, content = read
+        if what == wire.HELD:
+            held.narrow(held.offer(None, about, content, True))
+        held.leave_out(content)
 
 
 # ---------------------------------------------------------------------- files
@@ -472,7 +489,22 @@ TARGETS = (
         "wire: replies",
         reply,
         (WireError,),
-        (b"", b"Traceback", wire.encode_extensions({"version": 1, wire.JSON_BUCKETS: True})),
+        (
+            b"",
+            b"Traceback",
+            wire.encode_extensions({"version": 1, wire.JSON_BUCKETS: True}),
+            wire.encode_extensions({wire.HELD: wire.encode_bits(b"\x05\x80")}),
+        ),
+    ),
+    Target(
+        "wire: held, left out",
+        left_out,
+        (WireError,),
+        (
+            wire.encode_contents("digest", bytes(range(32))),
+            wire.encode_left_out(b"\x80", True),
+            *_pickles(RuntimeError("why", 3)),
+        ),
     ),
     Target(
         "safetensors",

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -45,9 +46,13 @@ def tensors_of(model: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def my_part(model: Path) -> dict[str, torch.Tensor]:
-    """This rank's share of a checkpoint: every so many tensors."""
+def my_part(model: Path, other: str = "") -> dict[str, torch.Tensor]:
+    """This rank's share of a checkpoint: every so many tensors. ``other``: whose odd layers it
+    has."""
     tensors = tensors_of(model)
+    for name, tensor in tensors_of(Path(other)).items() if other else ():
+        if re.search(r"layers\.\d*[13579]\.", name):
+            tensors[name] = tensor
     return {name: tensors[name] for name in list(tensors)[RANK::WORLD_SIZE]}
 
 
@@ -74,7 +79,9 @@ def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         os.environ["PS_MAX_BUCKET_SIZE_GB"] = step["bucket_gb"]
         name = step["name"]
         if "metas" not in step:
-            ps.register_checkpoint(name, named_tensors=my_part(Path(step["model"])))
+            ps.register_checkpoint(
+                name, named_tensors=my_part(Path(step["model"]), step.get("other", ""))
+            )
         results: list[Any] = []
         ps.gather_metas(name)
         ranks = None
@@ -94,6 +101,7 @@ def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "digests": digests,
                 "results": results,
                 "buckets": report.buckets,
+                "sent": [report.tensors, report.skipped_tensors],
             }
         )
     return seen

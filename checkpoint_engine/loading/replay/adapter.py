@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,8 @@ class ModelAdapter(Protocol):
     """Whether the memory of slots stays the same from update to update."""
     modules: Mapping[str, torch.nn.Module]
     """The model's, by name."""
+    keeps_others: bool = False
+    """Whether modules that get nothing in an update keep the weights that they have."""
 
     def load_weights(
         self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
@@ -80,11 +82,21 @@ class ModelAdapter(Protocol):
         time: it is complete and processed, or loaded where the engine computes with it."""
         return False
 
+    def keep(self, modules: Iterable[str]) -> None:
+        """These modules get nothing in this update, and are not to wait for anything."""
+        return
+
+    def is_done(self, module: str) -> bool:
+        """Whether the engine computes with all that was loaded into a module, also if the update
+        fails now."""
+        return self.is_persistent
+
 
 class InPlace(ModelAdapter):
     """A model whose parameters stay where they are and as they are."""
 
     is_persistent = True
+    keeps_others = True
 
     def __init__(self, model: torch.nn.Module, load_weights: Callable[[NamedTensors], Any]) -> None:
         self.modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
@@ -162,11 +174,13 @@ class ModelUpdate:
         replayed: tensors that did not go through the loader.
         held_bytes: of those, what went to modules that the bucket left incomplete.
         loaded_plainly: the parameters that the loader says it loaded; ``None`` if it does not say.
+        may_leave_out: whether it goes without tensors that the model holds.
         needs: the digest of what it reads at most; empty: everything.
     """
 
     how = "plain"
     needs = ""
+    may_leave_out = False
 
     def __init__(self, learned: LearnedLoader, model: ModelAdapter, reason: str = "") -> None:
         self.reason = reason
@@ -179,6 +193,7 @@ class ModelUpdate:
         """Load a bucket; ``received`` says where its tensors lie, if they came in one buffer."""
         self.tensors += len(weights)
         self.nbytes += sum(tensor.nbytes for _, tensor in weights)
+        self._learned.held.begin_writing(None)
         self._load_plainly(weights)
 
     def knows(self, message: bytes) -> bool:
@@ -188,6 +203,19 @@ class ModelUpdate:
     def replay(self, received: ReceivedBucket) -> None:
         """Load a bucket whose message is known."""
         raise RuntimeError("only known messages can be replayed")
+
+    def offer(self, tensors: str, hashes: bytes) -> bytes:
+        """What the model holds of the checkpoint that comes; see ``HeldTensors.offer``."""
+        known = self._learned.recording if self._learned.agreed > 1 else None
+        return self._learned.held.offer(known, tensors, hashes, self.may_leave_out)
+
+    def narrow(self, bits: bytes) -> bytes:
+        """See ``HeldTensors.narrow``."""
+        return self._learned.held.narrow(bits)
+
+    def leave_out(self, bits: bytes) -> None:
+        """See ``HeldTensors.leave_out``."""
+        self._model.keep(self._learned.held.leave_out(bits))
 
     def settle(self) -> list[str]:
         """The bucket's memory is about to be overwritten. Returns the names of tensors that the
@@ -215,7 +243,15 @@ class ModelUpdate:
         """Every bucket has been loaded."""
 
     def commit(self) -> None:
-        """The update succeeded: keep what was learned."""
+        """The update succeeded: keep what was learned.
+
+        Raises:
+            RuntimeError: it has left out what the model does not hold any more.
+        """
+
+    def abandon(self, undo: Callable[[], None] = lambda: None) -> None:
+        """The update failed; ``undo``: has the engine compute with what is there."""
+        undo()
 
     def _load_weights(self, weights: NamedTensors) -> Any:
         return self._model.load_weights(weights)

@@ -8,7 +8,7 @@ and buffer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -26,11 +26,13 @@ from checkpoint_engine.loading.replay.adapter import (
 )
 from checkpoint_engine.loading.replay.comparison import Comparison
 from checkpoint_engine.loading.replay.geometry import whole_storage
+from checkpoint_engine.loading.replay.held import HeldTensors
 from checkpoint_engine.loading.replay.memory import as_columns, columns_of, places_of
 from checkpoint_engine.loading.replay.program import Program
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import (
     NamedTensors,
+    Outcome,
     ReceivedBucket,
     Recording,
     placements_of,
@@ -50,6 +52,7 @@ class LearnedLoader:
         agreed: how many updates in a row did it.
         why_not: why it is not replayed, ever; empty while it may be.
         keeps_tensors: it must be given copies.
+        held: what of a checkpoint the model holds.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,7 @@ class LearnedLoader:
         self.agreed = 0
         self.why_not = ""
         self.keeps_tensors = False
+        self.held = HeldTensors()
         self._restarts = self._replays = 0
 
     def begin(self, model: ModelAdapter, version: str = "") -> ModelUpdate:
@@ -119,6 +123,7 @@ class LearnedLoader:
     def forget(self) -> None:
         """Learn anew."""
         self.recording, self.agreed = None, 0
+        self.held.forget()
 
     def refuse(self, reason: str) -> None:
         """Never again."""
@@ -212,11 +217,14 @@ class _Learning(ModelUpdate):
             self._learned.refuse(self.reason)
         else:
             self._learned.learn(self._recording)
-            if self._device is None:
+            if self._device is not None:
+                fused_copies.warm_up(self._device)
+            if self._learned.agreed < 2:
                 return
-            fused_copies.warm_up(self._device)
-            if self._learned.agreed > 1:  # the next update replays
+            if self._device is not None:  # the next update replays
                 self._recording.prepare(self._device, at_once=self._model.is_persistent)
+            self._learned.held.note_loaded([source.name for source in self._recording.entries])
+            self._learned.held.finish(self._model, self._recording)
 
 
 class _Replaying(ModelUpdate):
@@ -233,9 +241,10 @@ class _Replaying(ModelUpdate):
     ) -> None:
         """``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, model)
-        self._recording, self._checked = recording, checked
+        self._recording, self._checked, self._held_tensors = recording, checked, learned.held
         if checked is None and recording.needs is not None:
             self.needs = recording.needs.digest
+        self.may_leave_out = checked is None and model.keeps_others and replay_mode() == "on"
         self._places, self._addresses = recording.places, recording.addresses
         self._order = list(recording.programs)
         self._known: Held | None = None  # of the bucket that was asked for last
@@ -291,11 +300,13 @@ class _Replaying(ModelUpdate):
                 self._comparison.expect(program, placement.buffer)
             with self._model.checking(self._comparison.check):
                 super().load(weights, received)
+            self._held_tensors.note_loaded([name for name, _ in weights])
             return self._look_anew()
         for placement, program, held in in_place:
             self._execute(placement.key, program, placement.buffer, held)
         known = {name for _, program, _ in in_place for name in program.names}
         if rest := [one for one in weights if one[0] not in known]:
+            self._held_tensors.begin_writing(None)
             self._load_plainly(rest)
             self._look_anew()
 
@@ -337,35 +348,52 @@ class _Replaying(ModelUpdate):
         return []
 
     def finish(self) -> None:
-        if self._model.is_persistent and self._used:
+        if self._model.is_persistent and (self._used or self._held_tensors.left_out):
             self._check_addresses()
         if self._recording.together and (absent := self.absent()):
             self._refuse(f"the checkpoint lacks {len(absent)} tensors that it had before")
-        self._recording.buckets = self._bucket
+        if not self._held_tensors.left_out:
+            self._recording.buckets = self._bucket
         # A server that does not know this worker yet cuts the checkpoint in another way: programs
         # of the cuts before are kept, too, the last ones first.
         kept = {**self._used, **self._recording.programs}
-        self._recording.programs = dict(islice(kept.items(), _CUTS * len(self._used)))
+        most = _CUTS * max(len(self._used), self._recording.buckets)
+        self._recording.programs = dict(islice(kept.items(), most))
         if self._is_stale:
             self._learned.forget()
+
+    def commit(self) -> None:
+        if not self._is_stale:
+            self._held_tensors.finish(self._model, self._recording)
+
+    def abandon(self, undo: Callable[[], None] = lambda: None) -> None:
+        is_known = self._learned.recording is self._recording and not self._is_stale
+        with self._held_tensors.keeping(self._model, self._recording if is_known else None):
+            undo()
 
     def loaded(self) -> set[str] | None:
         if self._leaves_it:
             return self.loaded_plainly
         if self.loaded_plainly is None or self._recording.loaded is None:
             return None
-        return self.loaded_plainly | self._recording.outcome(self._used).loaded
+        return self.loaded_plainly | self._outcome.loaded
 
     def unused(self) -> set[str]:
-        return self._recording.outcome(self._used).unused
+        return self._outcome.unused
 
     def absent(self) -> set[str]:
-        return set() if self._is_stale else self._recording.outcome(self._used).absent
+        return set() if self._is_stale else self._outcome.absent
+
+    @property
+    def _outcome(self) -> Outcome:
+        return self._recording.outcome(self._used, self._held_tensors.left_out)
 
     def _leave(self, unknown: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded, or the model's memory moved: the next
         update learns it anew."""
         self._is_stale, self.needs = True, ""
+        if self._held_tensors.left_out:
+            self._refuse("the model moved, or the checkpoint became another")
         if received is not None:
             received.check(self.needs)
         if self._used and self._recording.together:
@@ -374,10 +402,8 @@ class _Replaying(ModelUpdate):
 
     def _refuse(self, what: str) -> None:
         self._learned.forget()
-        raise RuntimeError(
-            f"{what}, and its loader looks at tensors together: update again, it will be learned "
-            "anew"
-        )
+        why = "; its loader looks at tensors together" if self._recording.together else ""
+        raise RuntimeError(f"{what}{why}: update again, it will be learned anew")
 
     def _check_addresses(self) -> None:
         """Every tensor was where it should be when it was written, and has to be there still."""
@@ -391,12 +417,14 @@ class _Replaying(ModelUpdate):
         self.tensors += program.tensors
         self.nbytes += program.nbytes
         self.replayed += program.tensors - len(program.unknown)
+        self._held_tensors.begin_writing(program.names)
         try:
             with torch.no_grad():
                 self._run(program, buffer)
         except Exception as error:
             self._learned.refuse(f"replaying failed: {type(error).__name__}: {error}")
             raise
+        self._held_tensors.note_loaded(program.names)
 
     def _run(self, program: Program, buffer: torch.Tensor) -> None:
         memory = self._model.memory

@@ -161,7 +161,7 @@ class Recording:
     loaded: set[str] | None = None
     buckets: int = 0
     programs: dict[Hashable, Program] = field(default_factory=dict)
-    _outcome: tuple[frozenset[Hashable], Outcome] | None = None
+    _outcome: tuple[object, Outcome] | None = None
 
     def add(self, traced: Traced, shared: dict[Any, Any]) -> None:
         """What was copied into a slot. ``shared`` has each route once."""
@@ -272,14 +272,17 @@ class Recording:
             modules = {part.module for program in bucket for part in program.parts}
         return slots | {fill.slot for module in modules for fill in self.fills.get(module, ())}
 
-    def outcome(self, programs: Mapping[Hashable, Program]) -> Outcome:
-        """Worked out once for the buckets that every update has."""
-        if self._outcome is None or self._outcome[0] != programs.keys():
+    def outcome(
+        self, programs: Mapping[Hashable, Program], held: frozenset[str] = frozenset()
+    ) -> Outcome:
+        """Worked out once for the buckets that every update has. ``held``: the tensors that were
+        loaded before, and are not sent again."""
+        basis = frozenset(programs), held
+        if self._outcome is None or self._outcome[0] != basis:
             arrived = set[str]().union(*(program.names for program in programs.values()))
-            found = Outcome(
-                self._loaded_from(arrived), self.unused & arrived, self.copied - arrived
-            )
-            self._outcome = frozenset(programs), found
+            there = arrived | held
+            found = Outcome(self._loaded_from(there), self.unused & arrived, self.copied - there)
+            self._outcome = basis, found
         return self._outcome[1]
 
     def _loaded_from(self, arrived: set[str]) -> set[str]:

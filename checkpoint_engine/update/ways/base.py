@@ -13,6 +13,7 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.handover.ipc import SharedBuffer
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning import plan
+from checkpoint_engine.planning.left_out import without
 from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.transfer.tracer import RankTracer
 from checkpoint_engine.world.call import Call
@@ -131,7 +132,7 @@ class Way(ABC):
 
     def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
         """How many buckets the buffer takes that this rank's worker maps."""
-        return min(2, len(transfer.steps))
+        return transfer.slots_for(len(transfer.steps))
 
     def _may_cut(self, gathered: Gathered, hellos: Sequence[Hello]) -> bool:
         """A worker that has not said is asked in the handshake, where nothing else would do."""
@@ -169,6 +170,8 @@ class Move(NamedTuple):
         source: this rank's part of the checkpoint.
         buffer: what this rank's worker maps. It begins with the double buffer, if there is one.
         way, reason: the name of the way that is taken, and why those before it are not.
+        left_out: the tensors that the plan lacks, as all workers hold them already.
+        skipped_bytes: of those.
     """
 
     call: Call
@@ -179,6 +182,14 @@ class Move(NamedTuple):
     tracer: RankTracer
     way: str = ""
     reason: str = ""
+    left_out: frozenset[str] = frozenset()
+    skipped_bytes: int = 0
+
+    def without(self, names: frozenset[str]) -> Move:
+        """The same, but for these tensors."""
+        left = without(self.plan, names)
+        nbytes = self.plan.total_bytes - left.total_bytes
+        return self._replace(plan=left, left_out=names, skipped_bytes=nbytes)
 
     def slot(self, step: Step) -> torch.Tensor:
         """Where the step's bucket goes: its half of the double buffer."""
@@ -209,6 +220,15 @@ class Mover(ABC):
 
     def __init__(self, move: Move) -> None:
         self.move = move
+
+    @abstractmethod
+    def begin(self, plan: TransferPlan) -> None:
+        """Bring the first buckets, where that takes no waiting. Called once, when the ranks know
+        what they move: by ``Way.connect``, or later if its plan ``may_shrink``.
+
+        Args:
+            plan: the move's, or what is left of it.
+        """
 
     def handed_over(self, unmapped: str, reads_needs: bool = False) -> None:
         """This rank's worker has mapped the buffer, and its ``sources`` unless it says why not.

@@ -14,7 +14,7 @@ from checkpoint_engine.distributed.weights_group import TorchGroup, create_weigh
 from checkpoint_engine.errors import broadcast_failed
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.planning import plan
-from checkpoint_engine.planning.plan import Pace, Step
+from checkpoint_engine.planning.plan import Pace, Step, TransferPlan
 from checkpoint_engine.settings import keeps_groups
 from checkpoint_engine.transfer.streams import Event, Streams, make_streams
 from checkpoint_engine.transfer.tracer import TracedSpan
@@ -111,10 +111,16 @@ class GroupMover(Mover):
         self._rank = move.call.rank
         self._group = group
         self._staging = staging
-        self._loads = deque(move.plan.loads_of(self._rank))
+        self._loads: deque[Step] = deque()
         self._arrivals: dict[int, list[Event]] = {}
-        if staging is not None:
-            self._filled = self._fetch_next(staging, after=streams.event())
+        if not move.plan.may_shrink:
+            self.begin(move.plan)
+
+    def begin(self, plan: TransferPlan) -> None:
+        self.move = self.move._replace(plan=plan)
+        self._loads.extend(plan.loads_of(self._rank))
+        if self._staging is not None:
+            self._filled = self._fetch_next(self._staging, after=self.streams.event())
 
     def fetch(self, step: Step, target: torch.Tensor, after: Event) -> Event:
         """Begin to write the bucket into ``target``, once ``after`` has happened."""

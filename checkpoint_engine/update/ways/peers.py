@@ -94,12 +94,12 @@ class Peers(Way):
         return (_SLOTS if all(hello.maps_peers for hello in hellos) else 2 * _SLOTS) + 1
 
     def buffer_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
-        staging = min(_SLOTS, len(transfer.loads_of(self.here.rank)))
+        staging = transfer.slots_for(len(transfer.loads_of(self.here.rank)))
         return staging + self._double_slots(transfer, hellos)
 
     def _double_slots(self, transfer: TransferPlan, hellos: Sequence[Hello]) -> int:
         mine = next(hello for hello in hellos if hello.rank == self.here.rank)
-        return 0 if mine.maps_peers else min(_SLOTS, len(transfer.steps))
+        return 0 if mine.maps_peers else transfer.slots_for(len(transfer.steps))
 
     def connect(self, move: Move, hellos: Sequence[Hello], held: ExitStack) -> Mover | str:
         return self.join(move, hellos, held, hellos, PeersMover)
@@ -194,7 +194,7 @@ class PeersMover(Mover):
         self.must_map = double_slots == 0
         self._reads_straight: bool | None = None
         self._slots = [double_slots + slot for slot in range(_SLOTS)]
-        self._waiting = deque(move.plan.loads_of(self._rank))
+        self._waiting: deque[Step] = deque()
         self._filling: deque[_Filling] = deque()
         self._summing: deque[_Summing] = deque()
         self._filled = self._done = 0
@@ -205,6 +205,12 @@ class PeersMover(Mover):
         self._factors: torch.Tensor | None = None
         if streams.are_queues and move.buffer.tensor.is_cuda:
             self._factors = torch.from_numpy(FACTORS).to(move.buffer.tensor.device)
+        if not move.plan.may_shrink:
+            self.begin(move.plan)
+
+    def begin(self, plan: TransferPlan) -> None:
+        self.move = self.move._replace(plan=plan)
+        self._waiting.extend(plan.loads_of(self._rank))
         self._fill_slots(read_by_all=0)  # summed up later: the ranks reach each other meanwhile
 
     def connected(self, memory: dict[int, torch.Tensor]) -> None:
