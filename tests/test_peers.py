@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from checkpoint_engine.replay import replayed
 from checkpoint_engine.transfer import host_peers
 from checkpoint_engine.update.ways import peers
 from checkpoint_engine.worker import update_weights_from_ipc
+from checkpoint_engine.world.hello import Hello
 from fleet import digests, left_segments
 from foreign import receive as receive_as
 from test_control import Rank, run_world
@@ -487,3 +489,24 @@ def test_an_owner_that_sums_up_staging_offers_nothing_that_is_damaged(damaged: b
         assert bool(failed) == damaged
         assert unchecked
         assert right != damaged
+
+
+@pytest.mark.parametrize(
+    ("ranks", "learned", "free", "largest"),
+    [
+        (2, True, 64 << 30, 240 << 20),
+        (2, False, 64 << 30, 240 << 20),
+        (2, False, 2 << 30, 120 << 20),  # beside a KV cache
+        (4, False, 64 << 30, 120 << 20),  # sixteen buffers to map
+        (4, True, 64 << 30, 240 << 20),
+    ],
+)
+def test_few_ranks_with_room_send_workers_that_learn_larger_buckets(
+    ranks: int, learned: bool, free: int, largest: int
+) -> None:
+    here: Any = SimpleNamespace(device_manager=SimpleNamespace(is_accelerator=True))
+    hellos = [
+        Hello(rank, "update", maps_peers=learned, free_bytes=free if rank else 64 << 30)
+        for rank in range(ranks)
+    ]
+    assert peers.Peers(here).pace(hellos) == (120 << 20, largest)

@@ -29,6 +29,8 @@ from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
 _SLOTS = 2  # of staging: one is read while the next bucket is copied into the other
+_FEW_RANKS = 2
+_AMPLE = 4 << 30  # bytes
 
 
 class Peers(Way):
@@ -81,8 +83,13 @@ class Peers(Way):
         return "the rank with the least memory has no room for two staging buffers"
 
     def pace(self, hellos: Sequence[Hello]) -> Pace:
-        on_device = self.here.device_manager.is_accelerator
-        return plan.peer_pace(self.shares(hellos) - 1) if on_device else plan.HOST_PACE
+        if not self.here.device_manager.is_accelerator:
+            return plan.HOST_PACE
+        # An engine's loader takes milliseconds to begin with a bucket, more than few ranks take to
+        # map larger buffers.
+        has_room = min(hello.free_bytes for hello in hellos) >= _AMPLE
+        are_few = len(hellos) <= _FEW_RANKS
+        return plan.peer_pace(_SLOTS if has_room and are_few else self.shares(hellos) - 1)
 
     @property
     def first_receiver(self) -> int:
