@@ -18,6 +18,7 @@ import torch
 
 from checkpoint_engine.loading.adapters import LoadOver
 from checkpoint_engine.loading.direct_writes import DirectWrites
+from checkpoint_engine.loading.expert_names import ExpertNames
 from checkpoint_engine.loading.kernel_memory import KernelMemory, replacing
 from checkpoint_engine.loading.lent_loaders import LentLoaders
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, nothing
@@ -89,6 +90,7 @@ class Layerwise(LoadOver):
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
         self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
         self._lent = LentLoaders(vllm, {})
+        self._experts = ExpertNames()
 
     def check(self) -> None:
         restored = {
@@ -189,7 +191,8 @@ class Layerwise(LoadOver):
         self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
     ) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        with replacing(self._vllm, **_quick_sizes(self._vllm)), self._kernel.lending():
+        quick = replacing(self._vllm, **_quick_sizes(self._vllm))
+        with quick, self._experts.around_loader(), self._kernel.lending():
             if self._loads_early:
                 return self._load_through(weights, around)
             with around:
