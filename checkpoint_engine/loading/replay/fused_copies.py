@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from checkpoint_engine.loading.replay.digests import digests
 from checkpoint_engine.loading.replay.geometry import UNITS, Copy
 
 FEWEST_COPIES = 32
@@ -106,14 +107,21 @@ def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> 
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile the kernel aside, which takes longer than a small update, before it is needed."""
+    """Have what the next updates execute loaded and compiled aside, which takes longer than a small
+    update."""
     if device.type != "cuda" or device in _warming:
         return
     # Copies mostly move units of 8 bytes, which is what is tried out there.
     # No daemon: where the program ends meanwhile, Python would kill it inside the compiler.
-    thread = threading.Thread(target=_try_out, args=(device,), name="warm-up")
+    thread = threading.Thread(target=_load_and_compile, args=(device,), name="warm-up")
     _warming[device] = thread
     thread.start()
+
+
+def _load_and_compile(device: torch.device) -> None:
+    words = torch.zeros(1 << 18, dtype=torch.int64, device=device)
+    digests([words[:8], words[8:16], words, words.view(-1, 8)[:, :4]])
+    _try_out(device)
 
 
 _warming: dict[torch.device, threading.Thread] = {}
