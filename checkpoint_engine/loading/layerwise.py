@@ -297,6 +297,7 @@ class Layerwise(LoadOver):
             self._reset_scales()
         with self._kernel.lending():
             self._vllm.finalize_layerwise_reload(self._model, self._model_config)
+        self._lent.clear()
         self._repairs.pack_tied()
         self._repairs.end()
 
@@ -309,6 +310,7 @@ class Layerwise(LoadOver):
 
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
+        self._lent.clear()
         self._repairs.end()
         for layer in self._infos:
             self._put_back(layer)

@@ -59,6 +59,10 @@ class LentLoaders:
             self._count = self._load_first = None
             self._put_back()
 
+    def clear(self) -> None:
+        """The update is over: let go of the layers and their memory."""
+        self._loaders.clear()
+
     def _put_back(self) -> None:
         """vLLM keeps parameters without memory, and so their loaders, for later updates."""
         for layer, info in self._infos.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -392,3 +393,20 @@ def test_the_loader_of_a_layer_in_place_is_called_once_for_each_tensor(
         for n in range(3):
             assert (weight[n] == 10.0 * step + n).all()
             assert scale[n] == 10.0 * step + n
+
+
+def test_nothing_of_an_update_keeps_the_layers() -> None:
+    """Without the collector, which may not come for long."""
+    model, habits = Stacked(by_name=False), dict[str, LoaderHabits]()
+    storage = model.layer.weight.untyped_storage()
+    before = torch._C._storage_Use_Count(storage._cdata)
+    gc.disable()
+    try:
+        for step in range(2):
+            update(model, habits, [experts(step, count=3)])
+            assert torch._C._storage_Use_Count(storage._cdata) == before
+        with pytest.raises(KeyError):
+            update(model, habits, [experts(0, count=1), {"0.unknown": torch.ones(1)}])
+        assert torch._C._storage_Use_Count(storage._cdata) == before
+    finally:
+        gc.enable()
