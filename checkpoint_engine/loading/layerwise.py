@@ -89,7 +89,7 @@ class Layerwise(LoadOver):
         self._moved: list[torch.nn.Module] = []
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
         self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
-        self._lent = LentLoaders(vllm, {})
+        self._lent = LentLoaders(vllm, {}, set())
         self._experts = ExpertNames()
 
     def check(self) -> None:
@@ -115,8 +115,8 @@ class Layerwise(LoadOver):
         self._moved.clear()
         self._direct.clear()
         self._kernel.begin()
-        lent = {layer: info for layer, info in self._infos.items() if self._is_lent(layer, info)}
-        self._lent = LentLoaders(self._vllm, lent)
+        lent = {layer for layer, info in self._infos.items() if self._is_lent(layer, info)}
+        self._lent = LentLoaders(self._vllm, self._infos, lent)
         self._repairs.begin()
 
     def after_bucket(self) -> int:
@@ -371,12 +371,12 @@ class Layerwise(LoadOver):
 
     def _load_now(self, layer: torch.nn.Module, info: Any) -> None:
         self._materialize(layer)
-        for name, call in info.loaded_weights:
+        while info.loaded_weights:  # a loader's own thread may add to them
+            name, call = info.loaded_weights.pop(0)
             parameter = getattr(layer, name)
             if call.arguments["param"] is not parameter:  # otherwise it is in there already
                 call.arguments["param"] = parameter
                 self._vllm._get_original_loader(parameter)(*call.args, **call.kwargs)
-        info.loaded_weights.clear()
 
 
 def _knows_the_device(vllm: Any) -> bool:

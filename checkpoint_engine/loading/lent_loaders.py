@@ -8,9 +8,11 @@ first tensor on, and its loaders are then called once, and counted meanwhile.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,20 +20,40 @@ Loader = Callable[..., Any]
 Count = Callable[[Callable[[], Any], int], tuple[int, Any]]
 
 
+class _Known(NamedTuple):
+    """A layer's tensors, as a loader met them last, and how many elements its parameter has."""
+
+    ids: list[int]
+    tensors: list[Any]  # so that none gets the id of one that is gone
+    most: int
+
+
+_NOTHING = _Known([], [], 0)
+
+
 class LentLoaders:
     """Of one model, in one update."""
 
-    def __init__(self, vllm: Any, infos: Mapping[torch.nn.Module, Any]) -> None:
+    def __init__(
+        self, vllm: Any, infos: Mapping[torch.nn.Module, Any], lent: Set[torch.nn.Module]
+    ) -> None:
         """
         Args:
             vllm: the module that layerwise reload is in.
-            infos: what it knows of each of those layers.
+            infos: what it knows of each layer.
+            lent: those of them that will be loaded where the engine computes with them.
         """
         self._vllm = vllm
-        self._infos = infos
+        self._infos = {layer: infos[layer] for layer in lent}
+        # A parameter of several layers counts for the one whose wrapper it has.
+        owned = (one for layer in infos for one in layer._parameters.values())
+        counts = Counter(id(one) for one in owned if one is not None)
+        self._shared = {one for one, count in counts.items() if count > 1}
         self._loaders: dict[Loader, Loader] = {}
+        self._known: dict[Loader, _Known] = {}
         self._count: Any = None
         self._load_first: Any = None
+        self._thread = 0
 
     @contextlib.contextmanager
     def in_place_of_vllms(
@@ -42,14 +64,16 @@ class LentLoaders:
         Args:
             count: as of ``DirectWrites``.
             load_first: gets a layer, and what vLLM knows of it: makes its memory, and loads what
-                has arrived.
+                has arrived, unless the layer has to wait.
         """
         self._count, self._load_first = count, load_first
+        self._thread = threading.get_ident()
         for layer, info in self._infos.items():
             own: Any = layer._parameters
             for name, parameter in own.items() if info.can_load() else ():
                 theirs: Any = getattr(parameter, "weight_loader", None)
-                if getattr(theirs, "__name__", "") == "online_process_loader":
+                is_vllms = getattr(theirs, "__name__", "") == "online_process_loader"
+                if is_vllms and id(parameter) not in self._shared:
                     if theirs not in self._loaders:
                         self._loaders[theirs] = self._instead_of(theirs, layer, info, name)
                     parameter.weight_loader = self._loaders[theirs]
@@ -62,6 +86,7 @@ class LentLoaders:
     def clear(self) -> None:
         """The update is over: let go of the layers and their memory."""
         self._loaders.clear()
+        self._known.clear()
 
     def _put_back(self) -> None:
         """vLLM keeps parameters without memory, and so their loaders, for later updates."""
@@ -74,40 +99,42 @@ class LentLoaders:
                         parameter.weight_loader = theirs
 
     def _instead_of(self, theirs: Any, layer: torch.nn.Module, info: Any, name: str) -> Loader:
-        vllm, original = self._vllm, theirs.__wrapped__
-        parameters, buffers = layer._parameters, layer._buffers
-        known: list[Any] = []
-        known_ids: list[int] = []
-        most = 0
+        original, parameters, buffers = theirs.__wrapped__, layer._parameters, layer._buffers
+        without_memory = parameters[name]
 
         @wraps(original, assigned=("__doc__", "__annotations__"))
         def online_process_loader(*args: Any, **kwargs: Any) -> Any:
-            nonlocal known, known_ids, most
+            # A model may have kept this loader, or call it in a thread, where nobody counts.
+            if self._count is None or threading.get_ident() != self._thread:
+                return theirs(*args, **kwargs)
             there = parameters.get(name)
+            if there is without_memory and theirs not in self._known and info.can_load():
+                self._load_first(layer, info)
+                there = parameters.get(name)
+            given = args[0] if args else kwargs.get("param")
+            is_ours = given is there or given is without_memory
+            if there is None or there.is_meta or not is_ours or not info.can_load():
+                return theirs(*args, **kwargs)
+            known = self._known.get(theirs, _NOTHING)
             ids = [*map(id, parameters.values()), *map(id, buffers.values())]
-            if ids != known_ids:
-                if there is None or there.is_meta or not info.can_load():
-                    before = info.load_numel
-                    result = theirs(*args, **kwargs)
-                    if info.can_load() and info.load_numel > before:
-                        self._load_first(layer, info)
-                    return result
-                # Some layers get more parameters while they are loaded.
-                info.load_numel_total = vllm.get_layer_size(layer)
-                vllm._wrap_parameters_weight_loader(layer)
-                most = getattr(there, "weight_loader_numel", there.numel())
-                known, known_ids = [*parameters.values(), *buffers.values()], ids
+            if ids != known.ids:
+                known = self._known[theirs] = self._meet(layer, info, there, ids)
             if args:
                 load = partial(original, there, *args[1:], **kwargs)
-            elif "param" in kwargs:
-                load = partial(original, **(kwargs | {"param": there}))
             else:
-                return theirs(**kwargs)
-            numel, result = self._count(load, most)
+                load = partial(original, **(kwargs | {"param": there}))
+            numel, result = self._count(load, known.most)
             info.load_numel += numel
             if info.load_numel >= info.load_numel_total:
-                vllm._layerwise_process(layer, info)
+                self._vllm._layerwise_process(layer, info)
             return result
 
         online_process_loader.vllms_loader = theirs  # type: ignore[attr-defined]
         return online_process_loader
+
+    def _meet(self, layer: torch.nn.Module, info: Any, parameter: Any, ids: list[int]) -> _Known:
+        """Some layers get more parameters while they are loaded."""
+        info.load_numel_total = self._vllm.get_layer_size(layer)
+        self._vllm._wrap_parameters_weight_loader(layer)
+        most = getattr(parameter, "weight_loader_numel", parameter.numel())
+        return _Known(ids, [*layer._parameters.values(), *layer._buffers.values()], most)
