@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_engine.loading.expert_names import ExpertNames
+from checkpoint_engine.loading.vllm.expert_names import ExpertNames
 
 MODULE = "vllm.model_executor.layers.fused_moe.routed_experts"
 FUSED = [("w13_weight", "experts.gate_up_proj", e, "w1") for e in range(2)]

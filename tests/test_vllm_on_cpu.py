@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
+from checkpoint_engine.loading.vllm.on_cpu import CpuRepairs
 
 
 class Packing:

@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from checkpoint_engine.loading.adapters import LoadOver
-from checkpoint_engine.loading.direct_writes import DirectWrites
-from checkpoint_engine.loading.expert_names import ExpertNames
-from checkpoint_engine.loading.kernel_memory import KernelMemory, replacing
-from checkpoint_engine.loading.lent_loaders import LentLoaders
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, nothing
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.views import parted_views
-from checkpoint_engine.loading.vllm_on_cpu import CpuRepairs
+from checkpoint_engine.loading.vllm.direct_writes import DirectWrites
+from checkpoint_engine.loading.vllm.expert_names import ExpertNames
+from checkpoint_engine.loading.vllm.kernel_memory import KernelMemory, replacing
+from checkpoint_engine.loading.vllm.lent_loaders import LentLoaders
+from checkpoint_engine.loading.vllm.on_cpu import CpuRepairs
 
 _ATTENTION_SCALES = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
 _NO_UPDATE = "vLLM would lose that in an update; start the engine with the new weights"
@@ -115,7 +115,8 @@ class Layerwise(LoadOver):
         self._moved.clear()
         self._direct.clear()
         self._kernel.begin()
-        lent = {layer for layer, info in self._infos.items() if self._is_lent(layer, info)}
+        lent = {one for one, info in self._infos.items() if self._kernel.lends(one, info)}
+        lent -= {one for one in lent if _is_deferred(self._vllm, one)}
         self._lent = LentLoaders(self._vllm, self._infos, lent)
         self._repairs.begin()
 
@@ -259,7 +260,7 @@ class Layerwise(LoadOver):
     def missing(self, expected: set[str], loaded: set[str] | None) -> set[str] | None:
         if loaded is None:
             waiting = (
-                self._parameters_of(layer)
+                _parameters_of(self._names[layer], layer)
                 for layer, info in self._infos.items()
                 if info.load_numel == 0 < (info.load_numel_total or 0)
                 and self._names[layer] not in self._opened
@@ -269,15 +270,11 @@ class Layerwise(LoadOver):
         # vLLM waits until the layer is whole. What was processed was whole, and is not counted any
         # more.
         whole = (
-            self._parameters_of(layer)
+            _parameters_of(self._names[layer], layer)
             for layer, info in self._infos.items()
             if info.load_numel_total is None
         )
         return expected.difference(loaded, *(some for some in whole if some.isdisjoint(loaded)))
-
-    def _parameters_of(self, layer: torch.nn.Module) -> set[str]:
-        slots = (Slot(self._names[layer], name) for name in layer._parameters)
-        return {slot.qualified.replace(".base_layer.", ".") for slot in slots}
 
     def partial_layers(self) -> set[str]:
         return {
@@ -288,13 +285,14 @@ class Layerwise(LoadOver):
         }
 
     def finish(self) -> None:
-        self._check_direct_writes()
+        for module, written in self._direct.items():
+            _check_written(module, self._infos[self.modules[module]], written)
         for module in self._opened:  # what a loader wrote itself was not counted
             info = self._infos[self.modules[module]]
             if info.load_numel_total is not None:
                 info.load_numel = max(info.load_numel, 1)
         if hasattr(self._vllm, "_reload_attention_scales"):  # releases before cannot reload any
-            self._reset_scales()
+            _reset_scales(self._vllm, self._infos)
         with self._kernel.lending():
             self._vllm.finalize_layerwise_reload(self._model, self._model_config)
         self._lent.clear()
@@ -325,34 +323,10 @@ class Layerwise(LoadOver):
             self._vllm._place_kernel_tensors(layer, info)
         info.reset()
 
-    def _check_direct_writes(self) -> None:
-        """What a loader leaves of a layer that it writes itself would be uninitialised memory."""
-        for module, written in self._direct.items():
-            info = self._infos[self.modules[module]]
-            numel = info.load_numel + sum(math.prod(view.sizes) for _, view in written)
-            if info.load_numel_total is not None and numel < info.load_numel_total:
-                raise RuntimeError(f"the model's loader writes a part of {module}: {_NO_UPDATE}")
-
-    def _reset_scales(self) -> None:
-        """Where a checkpoint has no scales for attention, a start sets them to their defaults;
-        vLLM's reload leaves what is there, as the random values of a start with dummy weights."""
-        for layer, info in self._infos.items():
-            method = getattr(layer, "quant_method", None)
-            if info.kernel_tensors is None or not hasattr(method, "create_weights"):
-                continue
-            if _is_deferred(self._vllm, layer):
-                _, buffers = info.kernel_tensors
-                for name in _ATTENTION_SCALES & buffers.keys():
-                    buffers[name].fill_(1.0)
-                info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
-
     def _must_wait(self, layer: torch.nn.Module, info: Any) -> bool:
         """Attention is loaded last of all; loaded buffers are recognised by what is kept."""
         buffers = {name for name, _ in info.loaded_weights} & layer._buffers.keys()
         return bool(buffers) or _is_deferred(self._vllm, layer)
-
-    def _is_lent(self, layer: torch.nn.Module, info: Any) -> bool:
-        return not _is_deferred(self._vllm, layer) and self._kernel.lends(layer, info)
 
     def _load_first(self, layer: torch.nn.Module, info: Any) -> None:
         """Of a layer that is lent its memory, before the bucket is over."""
@@ -411,6 +385,32 @@ def _quick_sizes(vllm: Any) -> dict[str, Callable[..., int]]:
         return nbytes
 
     return {} if size is None else {"get_info_size": size_of}
+
+
+def _parameters_of(name: str, layer: torch.nn.Module) -> set[str]:
+    slots = (Slot(name, own) for own in layer._parameters)
+    return {slot.qualified.replace(".base_layer.", ".") for slot in slots}
+
+
+def _check_written(module: str, info: Any, written: set[tuple[Slot, View]]) -> None:
+    """What a loader leaves of a layer that it writes itself would be uninitialised memory."""
+    numel = info.load_numel + sum(math.prod(view.sizes) for _, view in written)
+    if info.load_numel_total is not None and numel < info.load_numel_total:
+        raise RuntimeError(f"the model's loader writes a part of {module}: {_NO_UPDATE}")
+
+
+def _reset_scales(vllm: Any, infos: Mapping[torch.nn.Module, Any]) -> None:
+    """Where a checkpoint has no scales for attention, a start sets them to their defaults; vLLM's
+    reload leaves what is there, as the random values of a start with dummy weights."""
+    for layer, info in infos.items():
+        method = getattr(layer, "quant_method", None)
+        if info.kernel_tensors is None or not hasattr(method, "create_weights"):
+            continue
+        if _is_deferred(vllm, layer):
+            _, buffers = info.kernel_tensors
+            for name in _ATTENTION_SCALES & buffers.keys():
+                buffers[name].fill_(1.0)
+            info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
 
 
 def _count(

@@ -19,7 +19,6 @@ import torch
 
 from checkpoint_engine.ground.needs import Needs
 from checkpoint_engine.loading.adapters import LoadOver, may_be_missing, tied_parameters
-from checkpoint_engine.loading.kernel_memory import storages_of_several
 from checkpoint_engine.loading.layerwise import adapter_for
 from checkpoint_engine.loading.lm_heads import SourceHeads
 from checkpoint_engine.loading.refusals import refuse_unfit
@@ -27,6 +26,7 @@ from checkpoint_engine.loading.replay.adapter import ModelUpdate
 from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.recording import KEEPS_TENSORS, NamedTensors, ReceivedBucket
 from checkpoint_engine.loading.views import KeptView, keep_views, kept_views
+from checkpoint_engine.loading.vllm.kernel_memory import storages_of_several
 from checkpoint_engine.replay import summary, version_of
 
 _SHOWN_NAMES = 20

@@ -1,0 +1,1 @@
+"""What vLLM does with the weights of layers, and what is done about it."""
