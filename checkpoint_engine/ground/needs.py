@@ -47,6 +47,10 @@ class Region(NamedTuple):
 Tensor = tuple[str, Any, tuple[int, ...]]
 """Name, dtype and shape."""
 
+HASH_BYTES = 16
+"""Of the hash of a tensor's content; see ``memory.content``."""
+UNKNOWN_HASH = bytes(HASH_BYTES)
+
 
 def tensors_digest(tensors: Sequence[Tensor]) -> str:
     """Names a set of tensors, which are given in the order of their names."""

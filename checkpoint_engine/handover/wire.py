@@ -75,15 +75,14 @@ bucket holds is not what was registered: a worker that does not read by just the
 HELD = "held"
 """An extension with ``PS_SKIP_EQUAL=1``, offered as ``True``. A worker that accepts it is sent,
 once it has mapped all buffers, the ``tensors_digest`` of the checkpoint and a hash of each tensor's
-content, of ``HASH_BYTES``, in the order of the names; zeros where it is not known. It answers with
-``HELD``: a bit for each tensor that it holds, see ``encode_bits``."""
+content, of ``needs.HASH_BYTES``, in the order of the names; zeros where it is not known. It answers
+with ``HELD``: a bit for each tensor that it holds, see ``encode_bits``."""
 
 LEFT_OUT = "left out"
 """The next messages to a worker that accepted ``HELD``: bits of tensors to be left out, and whether
 that is settled. It answers with those of them that may be: all, or fewer, as of what it processes
 together it needs all or nothing. If settled it answers the same bits, or fails. Buckets follow."""
 
-HASH_BYTES = 16
 _MOST_BITS = 8 << 20  # bytes
 
 _EXTENSION_MARK = b"\x00checkpoint-engine\x00"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from checkpoint_engine.data_types import MemoryBuffer, placed, tensor_nbytes
+from checkpoint_engine.ground.needs import HASH_BYTES
 from checkpoint_engine.memory import threads
 
-HASH_BYTES = 16
 _PIECE = 16 << 20
 """Bytes that a thread hashes at a time. A larger tensor's hash is that of its pieces' hashes."""
 

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 from checkpoint_engine.errors import EngineError, WireError
 from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.deadline import Deadline, poll
-from checkpoint_engine.ground.needs import digest_of
+from checkpoint_engine.ground.needs import HASH_BYTES, digest_of
 from checkpoint_engine.ground.report import InstanceFailure
 from checkpoint_engine.handover import wire
 from checkpoint_engine.handover.ipc import SharedBuffer
@@ -159,7 +159,7 @@ class WorkerSession:
     @_step
     def ask_held(self, tensors: str, hashes: bytes) -> None:
         """Learn what the worker holds of the tensors that have these hashes: ``held``."""
-        self.held = bytes(-(-len(hashes) // wire.HASH_BYTES // 8))
+        self.held = bytes(-(-len(hashes) // HASH_BYTES // 8))
         if self._extensions.get(wire.HELD):
             self.held = self._hear_held(wire.encode_contents(tensors, hashes))
 

@@ -13,8 +13,7 @@ import numpy as np
 from loguru import logger
 
 from checkpoint_engine.data_types import ParameterMeta, TensorPart
-from checkpoint_engine.ground.needs import tensors_digest
-from checkpoint_engine.handover.wire import HASH_BYTES
+from checkpoint_engine.ground.needs import HASH_BYTES, UNKNOWN_HASH, tensors_digest
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.planning.plan import TransferPlan
 from checkpoint_engine.update.session import WorkerSession
@@ -22,7 +21,6 @@ from checkpoint_engine.world.call import Call
 from checkpoint_engine.world.gathered import Gathered
 from checkpoint_engine.world.hello import Hello
 
-_UNKNOWN = bytes(HASH_BYTES)
 _MOST_ROUNDS = 8
 """In which workers that process other tensors together agree, or nothing is left out."""
 
@@ -62,7 +60,7 @@ class Contents:
         return Contents(
             [meta.name for meta in metas],
             tensors_digest([(meta.name, meta.dtype, tuple(meta.shape)) for meta in metas]),
-            b"".join(hash_of.get(meta.name, _UNKNOWN) for meta in metas),
+            b"".join(hash_of.get(meta.name, UNKNOWN_HASH) for meta in metas),
         )
 
     def agree(self, call: Call, session: WorkerSession) -> frozenset[str]:
@@ -111,8 +109,8 @@ def _hashes_by_name(told: dict[int, bytes], gathered: Gathered) -> dict[str, byt
         names = [meta.name for one in owned.memory_buffer_metas_list for meta in one.metas]
         hashes = told.get(rank, b"")
         if len(hashes) != HASH_BYTES * len(names):
-            hashes = _UNKNOWN * len(names)
+            hashes = UNKNOWN_HASH * len(names)
         for place, name in enumerate(names):
             own = hashes[HASH_BYTES * place : HASH_BYTES * (place + 1)]
-            found[name] = own if found.get(name, own) == own else _UNKNOWN
+            found[name] = own if found.get(name, own) == own else UNKNOWN_HASH
     return found

@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy as np
 import torch
 
-from checkpoint_engine.ground.needs import tensors_digest
-from checkpoint_engine.handover.wire import HASH_BYTES
+from checkpoint_engine.ground.needs import HASH_BYTES, UNKNOWN_HASH, tensors_digest
 from checkpoint_engine.loading.replay.adapter import ModelAdapter, every_tensor
 from checkpoint_engine.loading.replay.digests import digests
 from checkpoint_engine.loading.replay.memory import Columns, Slot, columns_of
 
 if TYPE_CHECKING:
     from checkpoint_engine.loading.replay.recording import Recording
-
-_UNKNOWN = bytes(HASH_BYTES)
 
 
 class Groups(NamedTuple):
@@ -264,7 +261,7 @@ class HeldTensors:
             for number, members in enumerate(groups.members)
             if self._arrived.issuperset(names[at] for at in members)
             and self.left_out.isdisjoint(names[at] for at in members)
-            and all(_hashes_of([at], hashes) != _UNKNOWN for at in members)
+            and all(_hashes_of([at], hashes) != UNKNOWN_HASH for at in members)
             and all(map(is_done, groups.modules[number]))
         ]
 
