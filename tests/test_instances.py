@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from checkpoint_engine.errors import CollectiveError, EngineError
+from checkpoint_engine.ground.deadline import Deadline
+from checkpoint_engine.handover import wire
 from checkpoint_engine.loading.version import WeightVersion
+from checkpoint_engine.update.instances import Instance
+from checkpoint_engine.update.session import WorkerSession
+from checkpoint_engine.world.clock import Clock
 from test_update import ON_EVERY_DEVICE, SMALL_BUCKETS, environment
 from torchrun import torchrun
 
@@ -73,6 +82,48 @@ def test_a_worker_that_was_never_reached_is_not_called_failed(tmp_path: Path, de
     (seen,) = untouched["seen"]
     assert "no engine could be updated" in seen["error"]
     assert seen["holds"] == {"version": None, "state": "initial", "updating": None}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_engine_fails_in_reload_also_while_the_next_bucket_is_waited_for(goes_on: bool) -> None:
+    """Whether its answer tells of the failure, or its request."""
+    for answers in (True, False):
+        request: Future[Any] = Future()
+        call, link = waiting_call(), SimpleNamespace(send=mock.Mock(), abort=mock.Mock())
+        link.has_reply, link.check = lambda: True, mock.Mock()
+        session = (
+            Instance(link, request, call, ["engine"], "v")
+            if goes_on
+            else WorkerSession(link, call, "v")
+        )
+        call.clock.begin("transfer")
+        assert session.phase == "transfer"
+        session.begin_reload(b"bucket 1")
+        link.receive = lambda check: wire.ACK
+        session.await_reload("bucket 1", lambda: None)
+        assert session.phase == "transfer"
+        session.begin_reload(b"bucket 2")
+        link.receive = lambda check: b"cannot load"
+        request.set_exception(RuntimeError("cannot load"))
+        if not goes_on:
+            with pytest.raises(EngineError, match="bucket 2"):
+                session.await_reload("bucket 2", lambda: None)
+            assert session.phase == "reload"
+            continue
+        if answers:
+            session.await_reload("bucket 2", lambda: None)
+        session.check()
+        with pytest.raises(CollectiveError, match="cannot load"):
+            session._settle("loaded")
+        assert [one.phase for one in session.failed] == ["reload"]
+
+
+def waiting_call() -> Any:
+    """Of one rank, which hears nothing from others."""
+    call = SimpleNamespace(members=[0], rank=0, clock=Clock("update", "c"), check=mock.Mock())
+    call.deadline, call.tell = Deadline(10.0), mock.Mock()
+    call.all_gather = lambda what, mine: [mine]
+    return call
 
 
 def test_a_version_is_held_only_when_it_is_whole() -> None:

@@ -8,15 +8,12 @@ import re
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from checkpoint_engine.errors import EngineError, UpdateError
-from checkpoint_engine.update.pipeline import Pipeline
+from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.update.trace import write_trace
-from checkpoint_engine.world.clock import Clock
 from torchrun import torchrun
 
 pytestmark = pytest.mark.alone
@@ -139,24 +136,6 @@ def test_each_rank_writes_its_part_of_a_failed_update(
     ]
     assert mark["ts"] == lanes[1, "phases"][-1]["ts"]
     assert end_of(lanes[1, "reload"][-1]) <= mark["ts"]
-
-
-def test_a_bucket_fails_in_reload_also_while_the_next_is_waited_for() -> None:
-    def fail(what: str, meanwhile: object) -> None:
-        raise EngineError(f"failed in {what}")
-
-    step: Any = SimpleNamespace(number=1)
-    clock = Clock("update", "c")
-    call = SimpleNamespace(clock=clock)
-    move: Any = SimpleNamespace(call=call, plan=SimpleNamespace(steps=[step]))
-    session: Any = SimpleNamespace(has_answered=lambda: True, await_reload=fail)
-    mover: Any = SimpleNamespace(advance=None)
-    pipeline = Pipeline(move, mover, session)
-    pipeline._loading.append(step)
-    clock.begin("transfer")
-    with pytest.raises(EngineError, match="failed in bucket 1 of 1"):
-        pipeline._has_arrived(step)
-    assert clock.phase == "reload"
 
 
 def test_a_rank_that_is_gone_has_no_lanes_and_nothing_is_overwritten(tmp_path: Path) -> None:

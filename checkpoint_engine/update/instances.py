@@ -152,7 +152,7 @@ class Instance(WorkerSession):
             instance=self._name,
             ranks=[rank for rank, name in self._instances.items() if name == self._name],
             rank=self._call.rank,
-            phase=self._call.clock.phase,
+            phase=self.phase,
             error=str(error),
         )
         self._call.tell(self._key, json.dumps(str(error)).encode())

@@ -79,11 +79,7 @@ class Pipeline:
     def _has_arrived(self, step: Step) -> bool:
         """Also takes note of what the worker has loaded meanwhile: others wait for that memory."""
         if self._loading and self._session.has_answered():
-            try:
-                self._await_oldest()
-            except Exception:
-                self._move.call.clock.begin("reload")  # that failed, not what is waited for
-                raise
+            self._await_oldest()
         return self._mover.has_arrived(step)
 
     def _send(self, index: int, step: Step) -> None:

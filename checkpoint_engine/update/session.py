@@ -72,6 +72,7 @@ class WorkerSession:
         self.unmapped: str | None = None
         self.held: bytes | None = None
         self._told_to_release = self._told_to_finish = self._may_leave = False
+        self._loading = 0  # buckets that it was sent, and has not answered
         self.state = EngineState.UNTOUCHED
         self.statement: dict[str, Any] = {}
 
@@ -223,9 +224,16 @@ class WorkerSession:
         if not self._may_leave:
             self._link.check()
 
+    @property
+    def phase(self) -> str:
+        """What the engine fails in, if it fails now. It loads while this rank waits for the next
+        bucket."""
+        return "reload" if self._loading else self._call.clock.phase
+
     @_step
     def begin_reload(self, message: bytes) -> None:
         self.state = EngineState.PARTLY_WRITTEN
+        self._loading += 1
         self._link.send(message, self._check)
 
     def has_answered(self) -> bool:
@@ -239,6 +247,7 @@ class WorkerSession:
         Raises ``EngineError`` with the worker's traceback if it could not load the bucket.
         """
         _expect_ack(self._await_reply(meanwhile), what)
+        self._loading -= 1
 
     def _await_reply(self, meanwhile: Callable[[], None]) -> bytes:
         def is_there() -> bool:

@@ -244,17 +244,21 @@ def _open_session(
 
     def give_up(exc_type: object, exc: BaseException | None, traceback: object) -> None:
         """On failure, tell the other ranks and this rank's worker before cleaning up."""
+        if isinstance(exc, EngineError):
+            call.clock.begin(session.phase)
         if exc is not None:
             call.publish(exc)
             link.abort(_words(exc))
 
-    held.push(give_up)
     version = agreed_version(hellos)
-    session: WorkerSession
-    if order.on_instance_failure == "continue":
-        session = Instance(link, request, call, [one.instance for one in hellos], version)
-    else:
-        session = WorkerSession(link, call, version)
+    goes_on = order.on_instance_failure == "continue"
+    session = (
+        Instance(link, request, call, [one.instance for one in hellos], version)
+        if goes_on
+        else WorkerSession(link, call, version)
+    )
+    held.push(give_up)
+    if not goes_on:
         held.enter_context(call.guarded(partial(check_request, request)))
         held.enter_context(call.guarded(_expect_worker(call, link, request, hellos)))
     held.enter_context(call.guarded(session.check))

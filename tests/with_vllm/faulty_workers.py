@@ -6,11 +6,12 @@ The faults are planted in vLLM's reload or in ours, in the processes of one comm
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 from vllm.model_executor.model_loader.reload import layerwise
 
 from checkpoint_engine.certify.worker import CertifiedWorker
-from checkpoint_engine.loading.layerwise import Layerwise
+from checkpoint_engine.loading import layerwise as ours
 from checkpoint_engine.loading.reload import EngineReload
 
 LEFT_OUT = "model.layers.1.input_layernorm"
@@ -42,8 +43,8 @@ class KeepingScales(CertifiedWorker):
     """Attention keeps the scales that a start with dummy weights has given it."""
 
     def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
-        Layerwise._reset_scales = lambda self: None  # type: ignore[method-assign]
-        return super().update_weights_from_ipc(zmq_handles)
+        with mock.patch.object(ours, "_reset_scales"):
+            return super().update_weights_from_ipc(zmq_handles)
 
 
 class SwappingExperts(CertifiedWorker):
