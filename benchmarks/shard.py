@@ -78,14 +78,15 @@ KIMI_KINDS = [
 
 
 def measure(
-    program: str, megabits: int, env: dict[str, str] | None = None, **arguments: Any
+    program: str, megabits: int, transport: str = "auto", **arguments: Any
 ) -> list[dict[str, Any]]:
     """The results of both ranks of one of ``shard_programs.py``."""
     command = [str(TESTS / "shard_programs.py"), program, json.dumps(arguments)]
     with Network(2) as hosts, tempfile.TemporaryDirectory() as folder:
         for host in hosts if megabits else ():
             host.slow_down(megabits)
-        return World(hosts, Path(folder), command, 1, {"PS_DEVICE": "cpu"} | (env or {})).wait(600)
+        env = {"PS_DEVICE": "cpu", "PS_TRANSPORT": transport}
+        return World(hosts, Path(folder), command, 1, env).wait(600)
 
 
 def print_results(name: str, results: list[dict[str, Any]]) -> None:
@@ -236,13 +237,12 @@ def main() -> None:
     if args.rows:
         for name in args.only or ROWS:
             gap = 0 if name in ("pieces", "contiguous") else SHORTEST_GAP
-            order = {"gap": gap, "contiguous": name == "contiguous"}
-            env = {"PS_COLUMN_COPIES": str(int(name == "copies"))}
-            print_results(name, measure("short_rows", args.megabits, env, **model, **order))
+            copying = [0, 1] if name == "copies" else []
+            order = {"gap": gap, "contiguous": name == "contiguous", "copying": copying}
+            print_results(name, measure("short_rows", args.megabits, **model, **order))
         return
     for transport in ("group", "auto"):
-        env = {"PS_TRANSPORT": transport}
-        print_results(transport, measure("sharded", args.megabits, env, tp=2, **model))
+        print_results(transport, measure("sharded", args.megabits, transport, tp=2, **model))
 
 
 if __name__ == "__main__":
