@@ -4,7 +4,7 @@ plain bytes; ``test_columns.py`` is about the bytes themselves."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from checkpoint_engine.data_types import MemoryBuffer
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.deadline import cancellable
 from checkpoint_engine.memory import checkpoints
+from checkpoint_engine.memory.columns import CopiedColumns
 from checkpoint_engine.memory.host_memory import HostMemory
 from checkpoint_engine.replay import replayed
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore
@@ -146,33 +147,32 @@ def test_a_checkpoint_that_is_registered_again_has_other_copies_or_none() -> Non
 
 
 def test_a_worker_that_needs_other_columns_reads_the_plain_bytes() -> None:
-    """Of a model whose halves are interleaved, in quarters of a row."""
+    """As of another degree of tensor parallelism: the third quarter of a row."""
 
-    class Quarters(Model):
+    class Quarter(Model):
         def load_weights(self, weights: Any) -> set[str]:
             for name, tensor in weights:
-                param = self.params[name.replace(".", "_")]
-                for at in (0, 1):
-                    begin = 256 * at + 128 * self.half
-                    param[:, 128 * at : 128 * at + 128].copy_(tensor[:, begin : begin + 128])
+                for at in (0, 128):
+                    param = self.params[name.replace(".", "_")]
+                    param[:, at : at + 128].copy_(tensor[:, 256:384])
             return set()
 
         def is_right(self, named: dict[str, torch.Tensor]) -> bool:
-            other = Quarters(self.half, 2)
+            other = Quarter(self.half, 2)
             other.load_weights(named.items())
             return all(torch.equal(self.params[key], one) for key, one in other.params.items())
 
     def program(me: Rank) -> list[Any]:
         server, model = learner_on(me)
         if me.rank == 1:
-            model = Quarters(1, 2)
+            model = Quarter(1, 2)
             server.run = replayed(model.load_weights)
         return [publish(server, model, seed) for seed in range(1, 6)]
 
     first, second = run_world(2, program)
-    # Halves are whole parts of what rank 1 copies; its quarters are none of what rank 0 does.
+    # A half is two whole parts of what rank 1 copies; a quarter is no part of what rank 0 does.
     assert first == [(True, nbytes) for nbytes in [*LEARNING, *[WHOLE // 2] * 2]]
-    assert second == [(True, nbytes) for nbytes in [WHOLE, WHOLE, *[WHOLE - GAPS // 2] * 3]]
+    assert second == [(True, nbytes) for nbytes in [WHOLE, WHOLE, *[WHOLE - GAPS * 3 // 2] * 3]]
 
 
 # ---------------------------------------------------------------------- who sees plain bytes
@@ -279,7 +279,8 @@ def test_a_checkpoint_is_registered_without_copies_where_they_cannot_be() -> Non
         server, model = learner_on(me)
         seen = [publish(server, model, seed) for seed in (1, 2, 3)]
 
-        def fail(*_: Any, **__: Any) -> Any:
+        def fail(*args: Any) -> Iterator[CopiedColumns]:
+            yield from copy_columns(*args)
             raise MemoryError("none is left")
 
         copy_columns, checkpoints.copy_columns = checkpoints.copy_columns, fail

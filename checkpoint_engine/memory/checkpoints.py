@@ -295,11 +295,12 @@ class Checkpoints:
     def _copy_columns(self, buffers: list[MemoryBuffer], columns: list[CopiedColumns]) -> None:
         """None where there is no memory for them: they only spare time."""
         try:
-            columns += copy_columns(
-                self.memory, buffers, self._readers.wanted_columns, lambda _: check_cancelled()
-            )
+            wanted = self._readers.wanted_columns
+            for one in copy_columns(self.memory, buffers, wanted, lambda _: check_cancelled()):
+                columns.append(one)  # one by one: the next may fail
         except (MemoryError, RuntimeError) as error:
-            check_cancelled()
+            check_cancelled()  # rather than that there is no memory
+            self._release_columns(columns)
             self._log.warning("no column copies are made: {}", error)
         for one in columns if settings.checksum() == "on" else ():
             checksum.add_sums([one.memory])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,32 +33,25 @@ def copy_columns(
     buffers: Sequence[MemoryBuffer],
     wanted: Mapping[str, Columns],
     on_progress: Callable[[float], None],
-) -> list[CopiedColumns]:
-    """Copy the tensors of ``buffers`` of which others want columns. The caller releases them.
+) -> Iterator[CopiedColumns]:
+    """Copy the tensors of ``buffers`` of which others want columns. The caller releases what it
+    gets, whatever happens.
 
     Args:
         wanted: by name, what hosts need of a tensor.
 
     Raises:
-        MemoryError, RuntimeError: there is no memory for it. All is released again.
+        MemoryError, RuntimeError: there is no memory for the next copy.
     """
-    made: list[CopiedColumns] = []
-    try:
-        for index, buffer in enumerate(buffers):
-            parts = [
-                wanted[meta.name].parts_of(meta) if meta.name in wanted else 0
-                for meta in buffer.metas
-            ]
-            if not any(parts):
-                continue
-            views = _views(buffer, parts)
-            (copy,) = memory.fill(tensor_sources(views), on_progress=on_progress)
+    for index, buffer in enumerate(buffers):
+        parts = [
+            wanted[meta.name].parts_of(meta) if meta.name in wanted else 0 for meta in buffer.metas
+        ]
+        if any(parts):
+            sources = tensor_sources(_views(buffer, parts))
+            (copy,) = memory.fill(sources, on_progress=on_progress)  # it is no larger than buffer
             copy.metas = [part for meta in copy.metas for part in _parts(meta)]
-            made.append(CopiedColumns(index, parts, copy))
-    except BaseException:
-        memory.release([one.memory for one in made])
-        raise
-    return made
+            yield CopiedColumns(index, parts, copy)
 
 
 def _views(buffer: MemoryBuffer, parts: Sequence[int]) -> dict[str, torch.Tensor]:

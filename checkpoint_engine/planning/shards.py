@@ -25,13 +25,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
-from checkpoint_engine.planning.columns import (
-    ColumnRead,
-    Columns,
-    ColumnTensor,
-    column_reads,
-    short_rows,
-)
+from checkpoint_engine.planning.columns import ColumnRead, Columns, ColumnTensor, short_rows
 from checkpoint_engine.planning.layouts import Layout
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
@@ -177,12 +171,19 @@ class HostNeeds:
     def read_by_columns(
         self, bucket: H2DBucket, copies: Mapping[str, ColumnTensor]
     ) -> tuple[Runs, list[ColumnRead]] | None:
-        """What of a bucket is read out of the column copies of its owner, and as which runs the
-        rest; ``None``: all of it as runs. Whole buckets are compared with sums of plain bytes."""
-        runs = self.runs_in(bucket)
-        if runs is None or not copies or isinstance(bucket, TensorPart):
+        """As which runs a bucket is read, and what of it out of column copies of its owner;
+        ``None``: all of it as runs. Bytes of a whole bucket are compared with sums of plain ones,
+        and a tensor that travels in parts has its columns in all of them."""
+        if not copies or isinstance(bucket, TensorPart) or self.runs_in(bucket) is None:
             return None
-        reads = column_reads(bucket.items, self.columns_in(bucket), copies)
+        reads: dict[int, ColumnRead] = {}
+        both = zip(placed(bucket.items), self.columns_in(bucket), strict=True)
+        for index, ((at, meta), columns) in enumerate(both):
+            tensor = copies.get(meta.name)
+            if columns is None or tensor is None or tensor.meta != meta:
+                continue
+            if (read := tensor.read(at, columns)) is not None:
+                reads[index] = read
         rest = self.runs_in(bucket, reads)
         return (rest, [*reads.values()]) if reads and rest is not None else None
 

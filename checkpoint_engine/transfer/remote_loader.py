@@ -227,7 +227,7 @@ class RemoteLoader:
         regions = _regions(owned, bucket)
         if runs is not None:
             regions = _within(regions, runs)
-        regions += [piece[:3] for one in columns for piece in one.pieces()]
+        regions += [(one.at, one.address, one.nbytes) for one in columns]
         if not regions:
             return 0
         try:

@@ -193,17 +193,15 @@ class Shard(Way):
 
     def _learn_columns(self, move: Move) -> None:
         """Which columns of this rank's tensors its host needs, for what is registered next."""
-        needs, buckets = (
-            move.plan.needs,
-            [step.bucket for step in move.plan.steps if step.owner == self.here.rank],
-        )
+        needs = move.plan.needs
         if needs is None or self._learned_of is needs or move.gathered.is_loaded:
             return
         self._learned_of = needs
         self._p2p.wanted_columns = {
             meta.name: columns
-            for bucket in buckets
-            for meta, columns in zip(bucket.items, needs.columns_in(bucket), strict=True)
+            for step in move.plan.steps
+            if step.owner == self.here.rank
+            for meta, columns in zip(step.bucket.items, needs.columns_in(step.bucket), strict=True)
             if columns is not None
         }
 
