@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+from base64 import b64encode
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +23,7 @@ from checkpoint_engine.data_types import (
     MemoryBufferMetas,
     ParameterMeta,
 )
+from checkpoint_engine.ground.checksum import FORMULA
 from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.needs import Needs, Region, runs_of
 from checkpoint_engine.memory import checksum
@@ -31,6 +35,7 @@ from checkpoint_engine.planning.columns import Columns, column_tensors, encode_p
 from checkpoint_engine.planning.layouts import layouts_of
 from checkpoint_engine.planning.plan import BucketSize, plan_transfer
 from checkpoint_engine.planning.shards import HostNeeds, Tensors
+from checkpoint_engine.transfer import remote_loader
 from checkpoint_engine.transfer.remote_loader import RemoteLoader
 
 quick = settings(deadline=None, max_examples=300)
@@ -136,11 +141,16 @@ class Owner:
             found |= column_tensors(buffers, told(one))
         return found
 
-    def read(self, needs: HostNeeds, copies: dict[str, columns.ColumnTensor]) -> tuple[int, int]:
+    def read(
+        self,
+        needs: HostNeeds,
+        copies: dict[str, columns.ColumnTensor],
+        store: Any = SameProcess(),  # noqa: B008  # it has no state
+        manager: Any = DeviceManager("cpu"),  # noqa: B008
+    ) -> tuple[int, int]:
         """Compare what is read of each bucket with its tensors. Returns how many bytes were read,
         and how many tensors out of copies."""
-        store: Any = SameProcess()
-        loader = RemoteLoader(store, {0: self.owned}, DeviceManager("cpu"), CPU)
+        loader = RemoteLoader(store, {0: self.owned}, manager, CPU)
         nbytes = by_columns = 0
         try:
             for step in self.plan.steps:
@@ -304,6 +314,56 @@ def test_changed_bytes_are_noticed() -> None:
     with pytest.raises(ValueError, match="the bytes of columns from here"):
         owner.read(needs, copies)
     owner.read(owner.reads(halves(named, 0)), copies)  # the other part
+
+
+def test_columns_pass_through_host_memory_on_their_way_to_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    device = SimpleNamespace(
+        set_device=lambda _: None,
+        Stream=lambda: stream,
+        Event=lambda: event,
+        stream=lambda _: contextlib.nullcontext(),
+    )
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: empty(*size, **o))
+    monkeypatch.setattr(remote_loader, "_BOUNCE_BYTES", 4096)
+    named = {"a": matrix(), "b": matrix(256, 512), "c": torch.rand(100)}
+    read = {"c": [Region(0, 400, (), ())]}
+    both = {name: named[name] for name in "ab"}
+    owner = Owner(named)
+    copies = owner.copies(owner.wanted(owner.host(read | halves(both, 0))))
+    needs = owner.reads(read | halves(both, 1))
+    store = SimpleNamespace(
+        reads_into_device_memory=False,
+        batch_transfer_sync_read=SameProcess().batch_transfer_sync_read,
+    )
+    manager = SimpleNamespace(is_accelerator=True, device_module=device)
+    total = sum(one.nbytes for one in both.values()) // 2 + 400
+    assert owner.read(needs, copies, store, manager) == (total, 2)
+    assert len(waited) == 2  # for what was read, and for what was put in its place
+
+
+@quick
+@given(
+    st.integers(0, 2),
+    st.integers(0, 1 << 17),
+    st.text() | st.lists(st.integers(0, 255), max_size=4).map(encode_parts),
+    st.none()
+    | st.text()
+    | st.binary(max_size=64).map(lambda b: f"{FORMULA}:{b64encode(b).decode()}"),
+)
+def test_anything_else_is_refused_as_well(
+    idx: int, size: int, parts: str, sums: str | None
+) -> None:
+    told = ColumnCopy(idx=idx, ptr=1, size=size, parts=parts, checksums=sums, lease="")
+    meta = ParameterMeta(name="a", dtype=torch.uint8, shape=torch.Size((64, 1024)))
+    with contextlib.suppress(ValueError):
+        found = column_tensors([[meta], [meta, meta]], told)
+        assert size == (1 << 16) * len(found)
 
 
 @pytest.mark.parametrize(

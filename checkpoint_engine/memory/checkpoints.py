@@ -315,6 +315,7 @@ class Checkpoints:
         """With the column copies if that can be, else without them."""
         lease = self._readers.offer(place, [*buffers, *(one.memory for one in columns)])
         if lease is None and columns:
+            self._readers.withdraw(place)  # it may have failed once they were registered
             self._release_columns(columns)
             lease = self._readers.offer(place, buffers)
         return lease
