@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_engine.data_types import MemoryBuffer
+from checkpoint_engine.data_types import BucketRange, H2DBucket, MemoryBuffer
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.ground.deadline import cancellable
 from checkpoint_engine.memory import checkpoints
@@ -193,6 +193,12 @@ def test_metas_lead_to_the_plain_bytes() -> None:
         assert "column" not in encode_metas(metas).decode() + repr(metas)
         (pool,) = [buffers for name, buffers in ps._memory_pool.items() if name == "four"]
         assert sum(buffer.size for buffer in pool) == WHOLE
+        (theirs,) = metas[1 - me.rank].memory_buffer_metas_list
+        bucket = H2DBucket(size=WHOLE, ranges=[BucketRange(0, 0, WHOLE)], items=theirs.metas)
+        target = torch.zeros(WHOLE, dtype=torch.uint8)
+        ps._copy_to_buffer("four", bucket, target, 1 - me.rank)
+        plain = torch.stack(list(matrices_of(1 - me.rank, 4).values()))
+        assert torch.equal(target.view(torch.float32).view(plain.shape), plain)
         request = lambda paths: server.ask(paths[me.rank][1])  # noqa: E731
         ps.load_metas(metas)
         report = ps.update("four", request, ranks=everyone)
