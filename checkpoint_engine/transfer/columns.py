@@ -8,15 +8,38 @@ from collections.abc import Iterable
 import torch
 
 from checkpoint_engine.ground.checksum import check_bytes
+from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.planning.columns import WORD, ColumnRead
 
 
-def place_columns(target: torch.Tensor, reads: Iterable[ColumnRead], whose: str) -> None:
-    """On the current stream. ``target``: the bucket, with the columns as they were read.
+def place_columns(
+    target: torch.Tensor,
+    reads: Iterable[ColumnRead],
+    whose: str,
+    device_manager: DeviceManager,
+    device: torch.device,
+) -> None:
+    """Once it returns, or raises, the device is done with it.
+
+    Args:
+        target: the bucket, on ``device``, with the columns as they were read.
 
     Raises:
         ValueError: the bytes are not those that were registered.
     """
+    if not device_manager.is_accelerator:
+        return _place(target, reads, whose)
+    module = device_manager.device_module
+    module.set_device(device)
+    stream = module.Stream()
+    try:
+        with module.stream(stream):
+            _place(target, reads, whose)
+    finally:
+        stream.synchronize()
+
+
+def _place(target: torch.Tensor, reads: Iterable[ColumnRead], whose: str) -> None:
     for read in reads:
         arrived = target[read.at : read.at + read.nbytes]
         if read.expected is not None:

@@ -245,22 +245,11 @@ class RemoteLoader:
                 self._raise_if_stale(owned)
             raise
         if columns:
-            self._place(columns, target, self.source_of([owner]))
+            whose = self.source_of([owner])
+            place_columns(target, columns, whose, self._device_manager, self._device)
         for at, _, nbytes in regions if runs is None else ():
             clear_gaps(target, at, nbytes)
         return sum(nbytes for _, _, nbytes in regions)
-
-    def _place(self, columns: Sequence[ColumnRead], target: torch.Tensor, whose: str) -> None:
-        if not self._device_manager.is_accelerator:
-            return place_columns(target, columns, whose)
-        module = self._device_manager.device_module
-        module.set_device(self._device)
-        stream = module.Stream()
-        try:
-            with module.stream(stream):
-                place_columns(target, columns, whose)
-        finally:
-            stream.synchronize()
 
     def _check_owner(self, owner: int) -> None:
         """While an owner is read from."""
