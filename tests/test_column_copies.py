@@ -25,7 +25,7 @@ from checkpoint_engine.world.metas_file import encode_metas
 from fleet import digests
 from test_control import Rank, run_world
 from test_owners import error_of
-from test_peers import Server
+from test_peers import SECONDS, Server
 from test_shard import read_bytes, server_on, sockets  # noqa: F401
 from torchrun import mooncake_works
 
@@ -76,6 +76,7 @@ class Model(torch.nn.Module):
 
 def learner_on(me: Rank, copies: bool = True) -> tuple[Server, Model]:
     """The only rank of its host, whose worker reads half of the columns."""
+    torch.set_num_threads(1)  # those of the process that this one was forked from are not here
     os.environ["PS_COLUMN_COPIES"] = str(int(copies))
     server, model = server_on(me, 1), Model(me.rank, me.size)
     server.run = replayed(model.load_weights)
@@ -201,7 +202,7 @@ def test_metas_lead_to_the_plain_bytes() -> None:
         assert torch.equal(target.view(torch.float32).view(plain.shape), plain)
         request = lambda paths: server.ask(paths[me.rank][1])  # noqa: E731
         ps.load_metas(metas)
-        report = ps.update("four", request, ranks=everyone)
+        report = ps.update("four", request, ranks=everyone, timeout=SECONDS)
         seen = [model.is_right(everything(4, 2)), read_bytes(report)]
         return [parts, *seen]
 
