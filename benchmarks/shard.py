@@ -14,6 +14,7 @@ of each row. Would another order of a checkpoint's bytes be faster?
 - whole rows: short gaps are read along, as always.
 - pieces: what a host needs of each row is a read of its own.
 - contiguous: each host needs as many bytes, whole rows: the best that another order could do.
+- copies: whole rows, with ``PS_COLUMN_COPIES=1``.
 
 ``--plan`` moves nothing. It plans updates of many hosts on one rank, with Kimi-K2's experts and
 eight ranks to a host: from the others' hellos to the plan for its host. Each row is of a process of
@@ -62,6 +63,7 @@ from checkpoint_engine.world.hello import Hello  # noqa: E402
 from hosts import Network, World  # noqa: E402
 
 LEARNING = 2
+ROWS = ["whole rows", "pieces", "contiguous", "copies"]
 WORLDS = [(256, 256), (256, 1024), (1024, 1024)]  # owners, receivers
 RANKS_OF_HOST = 8
 KIMI_TENSORS = 60 * EXPERTS * 6  # the experts' alone
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=7)
     parser.add_argument("--megabits", type=int, default=1000, help="of each link; 0: not shaped")
     parser.add_argument("--rows", action="store_true", help="column slices whose rows are short")
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="with --rows, these in turn")
     parser.add_argument("--plan", action="store_true", help="only plan, for many hosts")
     parser.add_argument("--world", type=int, nargs=2, help="only plan, for these owners, receivers")
     parser.add_argument("--repeats", type=int, default=7, help="of a plan")
@@ -232,8 +235,10 @@ def main() -> None:
         return print_plans(args.repeats)
     model = {"layers": args.layers, "updates": args.updates}
     if args.rows:
-        for name, gap in (("whole rows", SHORTEST_GAP), ("pieces", 0), ("contiguous", 0)):
-            order = {"gap": gap, "contiguous": name == "contiguous"}
+        for name in args.only or ROWS:
+            gap = 0 if name in ("pieces", "contiguous") else SHORTEST_GAP
+            copying = [0, 1] if name == "copies" else []
+            order = {"gap": gap, "contiguous": name == "contiguous", "copying": copying}
             print_results(name, measure("short_rows", args.megabits, **model, **order))
         return
     for transport in ("group", "auto"):

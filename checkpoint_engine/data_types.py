@@ -258,8 +258,25 @@ class MemoryBufferMetaList(BaseModel):
     __setstate__ = _set_valid_state
 
 
+class ColumnCopy(BaseModel):
+    """Where an owner holds some tensors of its buffer number ``idx`` a second time, cut by columns;
+    see ``planning.columns``. Told within a world, and never part of metas.
+
+    ``parts``: ``encode_parts``. ``checksums``: as ``MemoryBufferMetas`` has them, of each part.
+    ``lease``: the id of the one that it is read under.
+    """
+
+    idx: NonNegativeInt
+    ptr: NonNegativeInt
+    size: NonNegativeInt
+    parts: str
+    checksums: str | None = None
+    lease: str
+
+
 class DataToGather(MemoryBufferMetaList):
-    """What one rank tells all others in ``gather_metas``."""
+    """What one rank tells all others in ``gather_metas``. ``column_copies`` are this library's."""
 
     host_ip: str
     device_uuid: str
+    column_copies: list[ColumnCopy] = []

@@ -121,6 +121,7 @@ keeps_groups = _switch("PS_KEEP_GROUPS", True)  # making and destroying one take
 shares_memory = _switch("PS_PEERS", True)
 cpu_transport = _one_of("PS_CPU_TRANSPORT", SHARED_MEMORY, SHARED_MEMORY, GLOO)
 transport = _one_of("PS_TRANSPORT", AUTO, AUTO, SHARD, GROUP)
+copies_columns = _switch("PS_COLUMN_COPIES", False)  # they take pinned memory
 checksum = _one_of("PS_CHECKSUM", "on", "on", "off")
 skip_equal = _switch("PS_SKIP_EQUAL", False)
 trace_folder = _text("PS_TRACE")
@@ -153,6 +154,7 @@ _OF_SERVERS: tuple[Variable[Any], ...] = (
     shares_memory,
     cpu_transport,
     transport,
+    copies_columns,
     checksum,
     skip_equal,
     ipc_abstract,

@@ -219,7 +219,9 @@ def sharded(tp: int, updates: int, layers: int = 2) -> dict[str, Any]:
     }
 
 
-def short_rows(updates: int, layers: int, gap: int, contiguous: bool) -> dict[str, Any]:
+def short_rows(
+    updates: int, layers: int, gap: int, contiguous: bool, copying: Sequence[int] = ()
+) -> dict[str, Any]:
     """``sharded`` at TP 2, where a rank's columns of a row take 768 bytes; with how many ranges are
     read.
 
@@ -227,7 +229,9 @@ def short_rows(updates: int, layers: int, gap: int, contiguous: bool) -> dict[st
         gap: bytes between ranges that are read along.
         contiguous: each rank loads as many bytes, but whole rows: what another order of the
             checkpoint's bytes could do at best.
+        copying: the ranks that hold column copies.
     """
+    os.environ["PS_COLUMN_COPIES"] = str(int(RANK in copying))
     CONFIG.update(hidden_size=768, intermediate_size=768)
     shapes = tensor_shapes(CONFIG | {"num_hidden_layers": layers})
     kind_first = sorted(shapes, key=lambda name: name.split(".", 3)[::-1])  # both own as much

@@ -67,6 +67,30 @@ def test_each_host_gets_what_its_workers_need_once(
             assert here[0]["needed"] <= read <= seen[0]["received"] <= 1.05 * here[0]["needed"]
 
 
+@pytest.mark.parametrize("copying", [[], [1], [0, 1]])
+@pytest.mark.timeout(120)
+def test_columns_of_short_rows_enter_a_host_without_the_others(
+    tmp_path: Path,
+    make_hosts: MakeHosts,  # noqa: F811
+    copying: list[int],
+) -> None:
+    """From the hosts that hold column copies."""
+    order = {"gap": 8 << 10, "contiguous": False, "copying": copying}
+    results = start(make_hosts(2), tmp_path / "w", "short_rows", updates=6, layers=2, **order).wait(
+        100
+    )
+    check_clean(results)
+    for host, result in enumerate(results):
+        needed, learned = result["needed"], result["seen"][3:]
+        assert all(one["right"] for one in result["seen"])
+        assert {one["way"] for one in learned} == {"shard"}
+        for one in learned:
+            if 1 - host in copying:
+                assert needed == one["read"] <= one["received"] <= 1.05 * needed
+            else:
+                assert 1.2 * needed < one["read"] <= one["received"]
+
+
 @pytest.mark.timeout(240)
 def test_a_host_is_cut_off_and_comes_again(
     tmp_path: Path,

@@ -32,10 +32,12 @@ from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.ground.progress import Progress, drawn_bar
 from checkpoint_engine.memory import checksum, content
 from checkpoint_engine.memory.checksum import clear_gaps
+from checkpoint_engine.memory.columns import CopiedColumns, copy_columns
 from checkpoint_engine.memory.files import open_files
 from checkpoint_engine.memory.folder import expand_folders
 from checkpoint_engine.memory.host_memory import HostMemory, can_be_pinned
 from checkpoint_engine.memory.sources import file_of, tensor_sources
+from checkpoint_engine.planning.columns import Columns
 from checkpoint_engine.planning.layouts import Layout, encode_layout, layout_digest
 
 POOL = "__shared_memory_pool__"
@@ -54,6 +56,7 @@ class Checkpoint:
         describe: ``Readers.place``.
         lease: what other ranks check when they read it by P2P; ``None``: they cannot.
         pooled: whether its memory is the shared memory pool.
+        columns: the column copies of some buffers, read under the same lease.
         serial: tells this registration from others of the same name; 0: of none.
         uses: calls that read it now.
     """
@@ -63,6 +66,7 @@ class Checkpoint:
     describe: Callable[[Checkpoint], DataToGather]
     lease: Lease | None = None
     pooled: bool = False
+    columns: list[CopiedColumns] = field(default_factory=list)
     serial: int = field(default_factory=lambda: next(_serials))
     uses: int = 0
 
@@ -133,7 +137,13 @@ class Checkpoint:
 
 
 class Readers(Protocol):
-    """What lets other ranks read memory by P2P: ``transfer.p2p.P2P``."""
+    """What lets other ranks read memory by P2P: ``transfer.p2p.P2P``.
+
+    Attributes:
+        wanted_columns: what hosts need of tensors with short rows, by name, as far as is known.
+    """
+
+    wanted_columns: Mapping[str, Columns]
 
     def offer(self, place: str, buffers: Sequence[MemoryBuffer]) -> Lease | None:
         """Let others read ``buffers`` until ``withdraw`` of ``place``."""
@@ -239,12 +249,16 @@ class Checkpoints:
                     with self._observed("summing", name, summed, on_progress) as advance:
                         checksum.add_sums(every, advance)
 
+            columns: list[CopiedColumns] = []
+            undo.callback(self._release_columns, columns)
+            if not pooled and settings.copies_columns():
+                self._copy_columns(buffers, columns)  # before those in place are among them
             buffers += self.memory.pin_in_place(pinned, named_tensors.keys(), add_sums)
             place, offered = (POOL, self._pool or buffers) if pooled else (name, buffers)
             if reused is None:
                 undo.callback(self._readers.withdraw, place)
-            lease = self._readers.offer(place, offered) if buffers else None
-            checkpoint = Checkpoint(name, buffers, self._readers.place, lease, pooled)
+            lease = self._offer(place, offered, columns) if buffers else None
+            checkpoint = Checkpoint(name, buffers, self._readers.place, lease, pooled, columns)
             undo.pop_all()
             with self._lock:
                 self._registered = {**self._registered, name: checkpoint}
@@ -262,7 +276,8 @@ class Checkpoints:
             if checkpoint.lease is not None:
                 self._readers.revoke(checkpoint.lease)
             if not checkpoint.pooled:
-                self._free(name, checkpoint.buffers)
+                copies = [one.memory for one in checkpoint.columns]
+                self._free(name, [*checkpoint.buffers, *copies])
             elif force:
                 pool, self._pool = self._pool, []
                 self._free(POOL, pool)
@@ -283,6 +298,34 @@ class Checkpoints:
                 f"checkpoint {self.pool_user!r} occupies the shared memory pool: "
                 "unregister it first"
             )
+
+    def _copy_columns(self, buffers: list[MemoryBuffer], columns: list[CopiedColumns]) -> None:
+        """None where there is no memory for them: they only spare time."""
+        try:
+            wanted = self._readers.wanted_columns
+            for one in copy_columns(self.memory, buffers, wanted, lambda _: check_cancelled()):
+                columns.append(one)  # one by one: the next may fail
+        except (MemoryError, RuntimeError) as error:
+            check_cancelled()  # rather than that there is no memory
+            self._release_columns(columns)
+            self._log.warning("no column copies are made: {}", error)
+        for one in columns if settings.checksum() == "on" else ():
+            checksum.add_sums([one.memory])
+
+    def _release_columns(self, columns: list[CopiedColumns]) -> None:
+        self.memory.release([one.memory for one in columns])
+        columns.clear()
+
+    def _offer(
+        self, place: str, buffers: list[MemoryBuffer], columns: list[CopiedColumns]
+    ) -> Lease | None:
+        """With the column copies if that can be, else without them."""
+        lease = self._readers.offer(place, [*buffers, *(one.memory for one in columns)])
+        if lease is None and columns:
+            self._readers.withdraw(place)  # it may have failed once they were registered
+            self._release_columns(columns)
+            lease = self._readers.offer(place, buffers)
+        return lease
 
     def _take_out(self, name: str) -> Checkpoint | None:
         """Nobody finds the checkpoint any more.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -26,6 +26,7 @@ from checkpoint_engine.data_types import (
 )
 from checkpoint_engine.errors import CollectiveError
 from checkpoint_engine.ground.needs import Needs, Runs, digest_of_kinds, runs_of
+from checkpoint_engine.planning.columns import ColumnRead, Columns, ColumnTensor, short_rows
 from checkpoint_engine.planning.layouts import Layout
 from checkpoint_engine.planning.plan import Metas, Step, TransferPlan, in_rounds
 
@@ -121,15 +122,17 @@ class HostNeeds:
             raise ValueError("the workers have stated needs of another number of tensors")
         self._tensors = tensors
         first, self._alike = _distinct([*columns, tensors.sizes])
-        self._runs = [
-            runs_of(
-                itertools.chain(*(one.kinds[one.numbers[at]] for one in needs)),
-                int(tensors.sizes[at]),
-                SHORTEST_GAP,
-            )
-            for at in first
+        regions = [
+            [region for one in needs for region in one.kinds[one.numbers[at]]] for at in first
         ]
+        sizes = tensors.sizes[first].tolist()
+        both = list(zip(regions, sizes, strict=True))
+        self._runs = [runs_of(some, size, SHORTEST_GAP) for some, size in both]
         totals = [int((ends - begins).sum()) for begins, ends in self._runs]
+        self._columns = [
+            short_rows(some, size, total, SHORTEST_GAP)
+            for (some, size), total in zip(both, totals, strict=True)
+        ]
         self._needed = np.array(totals, dtype=np.int64)[self._alike]
         sums = zip(*map(tensors.per_bucket, (self._needed, tensors.sizes)), strict=True)
         self._shares = [needed / max(1, nbytes) for needed, nbytes in sums]
@@ -143,20 +146,49 @@ class HostNeeds:
         """Which part of a bucket's bytes is needed."""
         return self._shares[self._tensors.number_of(bucket)]
 
-    def runs_in(self, bucket: H2DBucket) -> Runs | None:
-        """The bytes of a bucket that are needed, from its beginning; ``None``: all of them."""
+    def runs_in(self, bucket: H2DBucket, but: Container[int] = ()) -> Runs | None:
+        """The bytes of a bucket that are needed, from its beginning; ``None``: all of them.
+
+        ``but``: places of tensors in the bucket that are read in another way.
+        """
         places = self._tensors.places_of(bucket)
         if (self._needed[places] == self._tensors.sizes[places]).all():
             return None
-        begins, ends = [], []
-        for (start, _), alike in zip(placed(bucket.items), self._alike[places], strict=True):
-            some = self._runs[alike]
-            begins.append(some[0] + start)
-            ends.append(some[1] + start)
+        begins, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        both = zip(placed(bucket.items), self._alike[places], strict=True)
+        for index, ((start, _), alike) in enumerate(both):
+            if index not in but:
+                some = self._runs[alike]
+                begins.append(some[0] + start)
+                ends.append(some[1] + start)
         found = np.concatenate(begins), np.concatenate(ends)
         return (
             _clipped(found, bucket.begin, bucket.size) if isinstance(bucket, TensorPart) else found
         )
+
+    def columns_in(self, bucket: H2DBucket) -> list[Columns | None]:
+        """Of each tensor of a bucket the columns that are needed, if it has short rows."""
+        places = self._tensors.places_of(bucket)
+        return [self._columns[alike] for alike in self._alike[places]]
+
+    def read_by_columns(
+        self, bucket: H2DBucket, copies: Mapping[str, ColumnTensor]
+    ) -> tuple[Runs, list[ColumnRead]] | None:
+        """As which runs a bucket is read, and what of it out of column copies of its owner;
+        ``None``: all of it as runs. Bytes of a whole bucket are compared with sums of plain ones,
+        and a tensor that travels in parts has its columns in all of them."""
+        if not copies or isinstance(bucket, TensorPart) or self.runs_in(bucket) is None:
+            return None
+        reads: dict[int, ColumnRead] = {}
+        both = zip(placed(bucket.items), self.columns_in(bucket), strict=True)
+        for index, ((at, meta), columns) in enumerate(both):
+            tensor = copies.get(meta.name)
+            if columns is None or tensor is None or tensor.meta != meta:
+                continue
+            if (read := tensor.read(at, columns)) is not None:
+                reads[index] = read
+        rest = self.runs_in(bucket, reads)
+        return (rest, [*reads.values()]) if reads and rest is not None else None
 
 
 def _distinct(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from loguru import logger
 
-from checkpoint_engine.data_types import DataToGather, Lease, MemoryBuffer, MemoryBufferMetas
+from checkpoint_engine.data_types import (
+    ColumnCopy,
+    DataToGather,
+    Lease,
+    MemoryBuffer,
+    MemoryBufferMetas,
+)
 from checkpoint_engine.ground.local_rank import LocalRank
 from checkpoint_engine.memory.checkpoints import Checkpoint
+from checkpoint_engine.planning.columns import Columns, encode_parts
 
 if TYPE_CHECKING:
     from checkpoint_engine.transfer.p2p_store import P2PStore
@@ -24,6 +31,8 @@ class P2P:
             the original set it to ``None``.
         missing: why there is no store.
         device: this rank's RDMA device; empty: P2P over TCP, or none.
+        wanted_columns: what this host needed last of this rank's tensors with short rows, by name.
+            Other hosts need as much in tensor parallelism: checkpoints are registered by it.
     """
 
     def __init__(self, here: LocalRank) -> None:
@@ -31,6 +40,7 @@ class P2P:
         self.store: P2PStore | None = None
         self.missing = "it was switched off"
         self.device = ""
+        self.wanted_columns: Mapping[str, Columns] = {}
         self._offered: dict[str, list[int]] = {}  # addresses that are registered for each place
         self._log = logger.bind(rank=here.rank)
 
@@ -95,7 +105,25 @@ class P2P:
             host_ip=self._here.host_ip,
             device_uuid=self._here.device_uuid,
             lease=checkpoint.lease,
+            column_copies=_column_copies(checkpoint) if readable else [],
         )
+
+
+def _column_copies(checkpoint: Checkpoint) -> list[ColumnCopy]:
+    lease = checkpoint.lease
+    if lease is None:
+        return []
+    return [
+        ColumnCopy(
+            idx=one.index,
+            ptr=one.memory.buffer.data_ptr(),
+            size=one.memory.size,
+            parts=encode_parts(one.parts),
+            checksums=one.memory.checksums,
+            lease=lease.id,
+        )
+        for one in checkpoint.columns
+    ]
 
 
 def _pieces(buffers: Sequence[MemoryBuffer]) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from checkpoint_engine.ground.devices import DeviceManager
 from checkpoint_engine.ground.needs import Runs
 from checkpoint_engine.ground.sockets import unreachable
 from checkpoint_engine.memory.checksum import clear_gaps
+from checkpoint_engine.planning.columns import ColumnRead
 from checkpoint_engine.planning.plan import Step
+from checkpoint_engine.transfer.columns import place_columns
 from checkpoint_engine.transfer.p2p_store import P2PError, P2PStore, StaleSourceError
 from checkpoint_engine.transfer.streams import Event, InThread
 from checkpoint_engine.transfer.tracer import READ, RankTracer
@@ -33,6 +36,7 @@ _BOUNCE_BYTES = 64 << 20
 """Each half of the host memory that bytes pass through on their way to a device."""
 
 Check = Callable[[], None]
+ByColumns = tuple[Runs, Sequence[ColumnRead]]
 Region = tuple[int, int, int]
 """A range of a bucket: its offset in the bucket, its address at the owner, its bytes."""
 
@@ -164,6 +168,7 @@ class RemoteLoader:
         sources: Mapping[int, H2DBucket],
         target: torch.Tensor,
         runs: Runs | None = None,
+        by_columns: Mapping[int, ByColumns] = MappingProxyType({}),
     ) -> int:
         """Read a bucket from the first of ``sources`` that can be read; ends when this is closed.
         None is asked while a read from the one before may still write.
@@ -171,6 +176,7 @@ class RemoteLoader:
         Args:
             sources: by owner, the bucket as it lies there.
             runs: as of ``read``.
+            by_columns: by owner, what is read instead of ``runs``.
 
         Returns how many bytes were read.
 
@@ -187,7 +193,8 @@ class RemoteLoader:
             if sources.keys() & self._lost.keys() and not self._late_bytes_end(target):
                 break  # by now of another checkpoint, they would replace the next owner's
             try:
-                return self.read(owner, bucket, target, partial(self._check_owner, owner), runs)
+                part = by_columns.get(owner, (runs, ()))
+                return self.read(owner, bucket, target, partial(self._check_owner, owner), *part)
             except P2PError as error:
                 self._check()
                 self._lose(owner, error)
@@ -200,22 +207,27 @@ class RemoteLoader:
         target: torch.Tensor,
         check: Check | None = None,
         runs: Runs | None = None,
+        columns: Sequence[ColumnRead] = (),
     ) -> int:
         """Read a bucket of ``owner`` into ``target``; returns when it is there and known good.
 
         Args:
             check: called while waiting; ends the read by raising. Default: ten minutes.
-            runs: the bytes of the bucket to be read; the others stay as they are. Default: all.
+            runs: the bytes of the bucket to be read. Default: all. The others, and the rest of the
+                tensors in ``columns``, are of no use afterwards.
+            columns: what is read out of the owner's column copies, beside ``runs``.
 
         Returns how many bytes were read.
 
         Raises:
             P2PError: the source is gone, or holds another checkpoint now.
+            ValueError: what was read of columns is not what was registered.
         """
         owned = self._owners[owner]
         regions = _regions(owned, bucket)
         if runs is not None:
             regions = _within(regions, runs)
+        regions += [(one.at, one.address, one.nbytes) for one in columns]
         if not regions:
             return 0
         try:
@@ -232,6 +244,9 @@ class RemoteLoader:
             if not self.is_closed and owner not in self._gone():
                 self._raise_if_stale(owned)
             raise
+        if columns:
+            whose = self.source_of([owner])
+            place_columns(target, columns, whose, self._device_manager, self._device)
         for at, _, nbytes in regions if runs is None else ():
             clear_gaps(target, at, nbytes)
         return sum(nbytes for _, _, nbytes in regions)

@@ -11,10 +11,16 @@ from functools import cached_property
 
 from loguru import logger
 
-from checkpoint_engine.data_types import DataToGather, H2DBucket, MemoryBufferMetaList
+from checkpoint_engine.data_types import (
+    ColumnCopy,
+    DataToGather,
+    H2DBucket,
+    MemoryBufferMetaList,
+)
 from checkpoint_engine.ground.details import log_detail
 from checkpoint_engine.memory.checkpoints import Checkpoint
 from checkpoint_engine.memory.checksum import Sums, check_sums, sum_of, sums_of
+from checkpoint_engine.planning.columns import ColumnTensor, column_tensors
 from checkpoint_engine.planning.layouts import (
     Layout,
     decode_layouts,
@@ -39,6 +45,8 @@ class Gathered:
     Attributes:
         name: the checkpoint; ``None``: nothing was gathered, or the metas were loaded.
         metas: of the ranks that own something.
+        column_copies: what owners of this world hold a second time. Metas never say so: they are
+            read by other releases.
         owned: the tensors of each of these.
         digest: equal on ranks that know the same.
         nics: the ranks of this world on each NIC.
@@ -55,6 +63,7 @@ class Gathered:
 
     name: str | None = None
     metas: Metas = field(default_factory=dict)
+    column_copies: Mapping[int, Sequence[ColumnCopy]] = field(default_factory=dict)
     owned: Mapping[int, Layout] = field(default_factory=dict)
     digest: str = ""
     nics: Mapping[str, set[int]] = field(default_factory=dict)
@@ -100,6 +109,19 @@ class Gathered:
     def sum_of(self, owner: int, bucket: H2DBucket) -> tuple[int, int] | None:
         """What a bucket's bytes must add up to; see ``memory.checksum.sum_of``."""
         return sum_of(self._sums.get(owner), bucket)
+
+    @cached_property
+    def columns(self) -> dict[int, dict[str, ColumnTensor]]:
+        """The tensors that each owner's column copies hold. Only those of the registration that its
+        metas are of: another one's lease says nothing of them."""
+        found: dict[int, dict[str, ColumnTensor]] = {}
+        for rank, copies in self.column_copies.items():
+            lease, layout = self.metas[rank].lease, self.owned[rank]
+            found[rank] = {}
+            for one in copies:
+                if lease is not None and one.lease == lease.id:
+                    found[rank] |= column_tensors(layout.buffers, one)
+        return found
 
     def __str__(self) -> str:
         buffers = [b for owned in self.metas.values() for b in owned.memory_buffer_metas_list]
@@ -157,15 +179,17 @@ class Gathered:
         news = {hello.rank: hello for hello in hellos if hello.place}
         if not news:
             return self
-        renewed = {
-            rank: _as_owner(decode_place(hello.place, self.layouts[hello.layout].buffers))
+        found = {
+            rank: decode_place(hello.place, self.layouts[hello.layout].buffers)
             for rank, hello in news.items()
             if rank in self.metas
         }
+        renewed = {rank: _as_owner(one) for rank, one in found.items()}
         said = json.dumps([self.digest, *(hello.place for hello in hellos)])
         changed = replace(
             self,
             metas=self.metas | renewed,
+            column_copies={**self.column_copies, **_column_copies(found)},
             digest=hashlib.sha256(said.encode()).hexdigest(),
             serial=source.serial,
         )
@@ -252,6 +276,7 @@ def gather(call: Call, source: Checkpoint, before: Gathered) -> Gathered:
     gathered = Gathered(
         name=source.name,
         metas={rank: _as_owner(owned) for rank, owned in owners.items()},
+        column_copies=_column_copies(owners),
         owned={rank: layouts[digests[rank]] for rank in owners},
         digest=hashlib.sha256("".join(places).encode()).hexdigest(),
         nics=topology((rank, one.rdma_device, one.host_ip) for rank, one in found.items()),
@@ -301,6 +326,11 @@ def _as_owner(owned: MemoryBufferMetaList) -> MemoryBufferMetaList:
         rdma_device=owned.rdma_device,
         lease=getattr(owned, "lease", None),
     )
+
+
+def _column_copies(found: Mapping[int, DataToGather]) -> dict[int, Sequence[ColumnCopy]]:
+    """Also where there are none: they take the place of those before."""
+    return {rank: one.column_copies for rank, one in found.items()}
 
 
 def _check_proofs(rank: int, owned: MemoryBufferMetaList) -> None:

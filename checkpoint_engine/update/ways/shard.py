@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from loguru import logger
 
+from checkpoint_engine import settings
 from checkpoint_engine.errors import CollectiveError, broadcast_failed
 from checkpoint_engine.ground.collector import collector_at_rest
 from checkpoint_engine.ground.deadline import Deadline
@@ -24,7 +25,7 @@ from checkpoint_engine.settings import GROUP, SHARD, transport
 from checkpoint_engine.transfer.host_peers import MAPPED, WHOLE, HostPeers
 from checkpoint_engine.transfer.p2p import P2P
 from checkpoint_engine.transfer.p2p_store import P2PError
-from checkpoint_engine.transfer.remote_loader import RemoteLoader
+from checkpoint_engine.transfer.remote_loader import ByColumns, RemoteLoader
 from checkpoint_engine.transfer.streams import Event, Streams
 from checkpoint_engine.transfer.tracer import READ
 from checkpoint_engine.update.ways.base import Move, Mover, Way, gone_owners
@@ -64,6 +65,7 @@ class Shard(Way):
         self._tensors: Tensors | None = None
         self._shared: tuple[object, TransferPlan] | None = None
         self._reached: set[str] = set()
+        self._learned_of: HostNeeds | None = None
 
     def introduce(self, mine: Hello, held: ExitStack) -> Hello:
         chosen, store = transport(), self._p2p.store
@@ -178,6 +180,8 @@ class Shard(Way):
             store.register_named_tensors({"__staging__": move.buffer.tensor})
             held.callback(store.unregister_named_tensors, ["__staging__"])
         metas = move.gathered.metas
+        if settings.copies_columns():
+            self._learn_columns(move)
         gone = partial(gone_owners, move)
         remote = RemoteLoader(store, metas, here.device_manager, here.device, gone=gone)
         held.callback(remote.close)
@@ -186,6 +190,20 @@ class Shard(Way):
         unreached = self._try_hosts(move, remote)
         inside = _host_of(mine, _hosts(hellos))
         return self._inside.join(move, hellos, held, inside, make, unreached)
+
+    def _learn_columns(self, move: Move) -> None:
+        """Which columns of this rank's tensors its host needs, for what is registered next."""
+        needs = move.plan.needs
+        if needs is None or self._learned_of is needs or move.gathered.is_loaded:
+            return
+        self._learned_of = needs
+        self._p2p.wanted_columns = {
+            meta.name: columns
+            for step in move.plan.steps
+            if step.owner == self.here.rank
+            for meta, columns in zip(step.bucket.items, needs.columns_in(step.bucket), strict=True)
+            if columns is not None
+        }
 
     def _try_hosts(self, move: Move, remote: RemoteLoader) -> str:
         """Why no owner of some bucket can be read, as behind a firewall; empty if one can.
@@ -359,10 +377,11 @@ class _ShardMover(PeersMover):
             runs = None if needs is None else needs.runs_in(step.bucket)
             if runs is not None and not len(runs[0]):
                 return  # whoever owns it may be gone
+            by_columns = {} if runs is None else self._by_columns(step)
             self._unread[id(step)] = step
             with self.move.tracer.on_host(READ, step) as span:
                 try:
-                    span.nbytes = self._remote.read_any(held, target, runs)
+                    span.nbytes = self._remote.read_any(held, target, runs, by_columns)
                 except P2PError as error:
                     if gone := self._told_gone(step):
                         raise _owner_gone(step, gone) from error
@@ -371,6 +390,15 @@ class _ShardMover(PeersMover):
 
         agreed = SimpleNamespace(query=lambda: self._is_whole is not None)
         return self._remote.begin(read, after=agreed)
+
+    def _by_columns(self, step: Step) -> dict[int, ByColumns]:
+        """What is read out of the column copies of those owners that have some."""
+        copies, needs = self.move.gathered.columns, self.move.plan.needs
+        parts = {
+            owner: needs.read_by_columns(step.bucket, copies.get(owner, {}))
+            for owner in step.sources
+        }
+        return {owner: part for owner, part in parts.items() if part is not None}
 
     def _told_gone(self, step: Step) -> frozenset[int]:
         """The bucket's owners of this world that are gone; Mooncake may notice before rank 0."""
