@@ -155,6 +155,48 @@ def copies_onto_itself(layer: torch.nn.Module) -> None:
     replace_parameter(layer, "weight", layer.weight.contiguous(), prefer_copy=True)
 
 
+class Biased(torch.nn.Module):
+    """Its layer's bias is put in another order once it is loaded, as Marlin's kernels have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer(self.process)
+        self.layer.bias = torch.nn.Parameter(torch.zeros(SIDE), requires_grad=False)
+        self.layer.bias.weight_loader = load_rows
+        layerwise.record_metadata_for_reloading(self)
+        self.process(self.layer)
+
+    @staticmethod
+    def process(layer: torch.nn.Module) -> None:
+        layer.bias.data = layer.bias.data.flip(0).clone()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            own, _, half = name.partition(".")
+            param = getattr(self.layer, own)
+            param.weight_loader(param, tensor, int(half))
+            loaded.add(f"layer.{own}")
+        return loaded
+
+
+@pytest.mark.parametrize("first", ["bias", "weight"])
+def test_a_bias_that_processing_gives_other_memory_stays_where_it_is(first: str) -> None:
+    """CUDA graphs read what is there."""
+    engine = Engine(None)
+    engine.model = engine.runner.model = Biased()
+    bias = engine.model.layer.bias
+    address = bias.data_ptr()
+    for step in range(1, 5):
+        of = {f"weight.{n}": torch.full((HALF, SIDE), 10.0 * step + n) for n in (0, 1)}
+        of |= {f"bias.{n}": torch.arange(HALF) + 100.0 * step + HALF * n for n in (0, 1)}
+        names = sorted(of, key=lambda name: (not name.startswith(first), name))
+        engine.update([{name: of[name] for name in names[at:][:2]} for at in (0, 2)])
+        assert engine.model.layer.bias is bias
+        assert bias.data_ptr() == address
+        assert bias.tolist() == [100.0 * step + n for n in reversed(range(SIDE))]
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_that_are_in_no_checkpoint_stay_as_they_are(persistent: bool) -> None:
     """As the places of vLLM's CLIP, beside the parameter that is looked up by them."""

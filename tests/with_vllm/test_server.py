@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ class ForkedServer(Forked):
         return None if self.is_running() else int(self._code.read_text())
 
     def send_signal(self, number: int) -> None:
-        (child,) = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
-        os.kill(int(child), number)
+        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
+        for child in children:  # none, where the server has just ended by itself
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
     def wait(self, timeout: float = 10) -> None:
         if self.is_running(timeout):

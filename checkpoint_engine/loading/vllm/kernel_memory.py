@@ -57,10 +57,12 @@ class KernelMemory:
         self._shared = shared
         self._unshared: set[int | None] = set()
         self._of_parameters: set[int | None] = set()
+        self._in_use: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
 
     def begin(self) -> None:
         """The layers wait for new weights."""
         self.lent.clear()
+        self._in_use.clear()
         if self._copy_and_restore is None:
             return
         waiting = [info for info in self._infos.values() if info.kernel_tensors is not None]
@@ -89,13 +91,29 @@ class KernelMemory:
                 there.data.zero_()
             setattr(layer, name, tensor)
         if wanted and len(served) == len(wanted):
-            loaded = lacking.keys() - layer._non_persistent_buffers_set
-            self.lent[layer] = sum(lacking[name].numel() for name in loaded)
+            self.lent[layer] = self._numel_of(layer)
         self._make(layer, info)
         for name in (lacking.keys() - wanted) & kernel.keys():
             made, held = getattr(layer, name), kernel[name]
             if (held.dtype, held.shape) == (made.dtype, made.shape) and not held.is_meta:
                 made.data.copy_(held)
+
+    def _numel_of(self, layer: torch.nn.Module) -> int:
+        """Of all that may be loaded of a layer."""
+        skipped = _names_left_alone(self._vllm) | layer._non_persistent_buffers_set
+        tensors = self._vllm.get_layer_tensors(layer)
+        return sum(one.numel() for name, one in tensors.items() if name not in skipped)
+
+    def _materialize_to_process(self, layer: torch.nn.Module, info: Any) -> None:
+        """As ``materialize``, where vLLM goes on to process the layer.
+
+        From 0.28 on it leaves a layer the bias that the engine computes with, and processing may
+        give that other memory, which CUDA graphs know nothing of.
+        """
+        self.materialize(layer, info)
+        tensors = self._vllm.get_layer_tensors(layer)
+        kernel = {} if info.kernel_tensors is None else _kernel_of(info)
+        self._in_use[layer] = {n: one.data for n, one in kernel.items() if tensors.get(n) is one}
 
     def lends(self, layer: torch.nn.Module, info: Any) -> bool:
         """Whether all parameters of a layer are the engine's own, or are going to be."""
@@ -121,7 +139,7 @@ class KernelMemory:
             return nullcontext()
         return replacing(
             self._vllm,
-            materialize_layer=self.materialize,
+            materialize_layer=self._materialize_to_process,
             _copy_and_restore_kernel_tensors=self._restore,
         )
 
@@ -142,6 +160,9 @@ class KernelMemory:
         if layer in self.lent and info.load_numel >= self.lent[layer]:
             _loaded_whole.add(layer)
         kernel = _kernel_of(info)
+        for name, memory in self._in_use.pop(layer, {}).items():
+            if not _is_in_place(kernel[name], memory):
+                kernel[name].data = memory.copy_(kernel[name].data)
         for name in layer._buffers.keys() & kernel.keys():
             if key_of(kernel[name]) in self._of_parameters:
                 # A view: copied by itself, it would bring the parameter's old weights back.
@@ -177,6 +198,12 @@ def replacing(vllm: Any, **functions: Callable[..., Any]) -> Iterator[None]:
 
 def _is_in_place(tensor: torch.Tensor, kernel: torch.Tensor | None) -> bool:
     return kernel is not None and Place.of(tensor) == Place.of(kernel)
+
+
+def _names_left_alone(vllm: Any) -> Set[str]:
+    """The tensors that vLLM neither restores nor counts."""
+    found: Set[str] = getattr(vllm, "SKIP_LOAD_TENSORS", getattr(vllm, "SKIP_TENSORS", frozenset()))
+    return found
 
 
 def _kernel_of(info: Any) -> dict[str, torch.Tensor]:
