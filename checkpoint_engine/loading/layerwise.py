@@ -23,6 +23,7 @@ from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.views import parted_views
+from checkpoint_engine.loading.vllm.counts import Counts
 from checkpoint_engine.loading.vllm.direct_writes import DirectWrites
 from checkpoint_engine.loading.vllm.expert_names import ExpertNames
 from checkpoint_engine.loading.vllm.kernel_memory import KernelMemory, replacing
@@ -87,6 +88,7 @@ class Layerwise(LoadOver):
         self._opened: set[str] = set()
         self._made: dict[Slot, torch.Tensor] = {}
         self._moved: list[torch.nn.Module] = []
+        self._counts = Counts()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
         self._kernel = KernelMemory(vllm, self.modules, self._infos, device.type, shared)
         self._lent = LentLoaders(vllm, {}, set())
@@ -110,10 +112,8 @@ class Layerwise(LoadOver):
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
-        self._opened.clear()
-        self._made.clear()
-        self._moved.clear()
-        self._direct.clear()
+        for last in (self._opened, self._made, self._moved, self._counts, self._direct):
+            last.clear()
         self._kernel.begin()
         lent = {one for one, info in self._infos.items() if self._kernel.lends(one, info)}
         lent -= {one for one in lent if _is_deferred(self._vllm, one)}
@@ -171,10 +171,11 @@ class Layerwise(LoadOver):
     def watching(self, recorder: Recorder) -> Iterator[None]:
         """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
         count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
+        once = self._counts.once(count)
         counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
 
         def count_unseen(*args: Any) -> Any:
-            return recorder.count(lambda: count(*args), counter)
+            return recorder.count(lambda: once(*args), counter)
 
         def process_unseen(layer: torch.nn.Module, info: Any) -> None:
             with recorder.paused():
@@ -192,7 +193,8 @@ class Layerwise(LoadOver):
         self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
     ) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        quick = replacing(self._vllm, **_quick_sizes(self._vllm))
+        counts = {} if self._recorder is not None else self._counts.in_place_of(self._vllm)
+        quick = replacing(self._vllm, **_quick_sizes(self._vllm), **counts)
         with quick, self._experts.around_loader(), self._kernel.lending():
             if self._loads_early:
                 return self._load_through(weights, around)
@@ -207,7 +209,7 @@ class Layerwise(LoadOver):
         theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
         lent = self._lent.in_place_of_vllms(
-            partial(_count, direct, self._recorder), direct.aside(self._load_first)
+            partial(self._counts.of_lent, direct, self._recorder), direct.aside(self._load_first)
         )
         with lent, replacing(self._vllm, **theirs), around, direct, beside:
             loaded = self._model.load_weights(weights)
@@ -411,15 +413,6 @@ def _reset_scales(vllm: Any, infos: Mapping[torch.nn.Module, Any]) -> None:
             for name in _ATTENTION_SCALES & buffers.keys():
                 buffers[name].fill_(1.0)
             info.load_numel = max(info.load_numel, 1)  # they are made anew, and processed
-
-
-def _count(
-    direct: DirectWrites, recorder: Recorder | None, load: Callable[[], Any], most: int
-) -> tuple[int, Any]:
-    """As ``DirectWrites.count``; a recorder is told."""
-    if recorder is None:
-        return direct.count(load, most)
-    return recorder.count(lambda: direct.count(load, most))
 
 
 def _is_deferred(vllm: Any, layer: torch.nn.Module) -> bool:

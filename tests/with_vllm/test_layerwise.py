@@ -67,7 +67,7 @@ def update(model: Any, habits: dict[str, LoaderHabits], buckets: list[dict[str, 
     config = SimpleNamespace(dtype=torch.float32, quantization=None)
     runner = SimpleNamespace(model=model, model_config=config)
     reload = EngineReload(SimpleNamespace(device=torch.device("cpu"), model_runner=runner), habits)
-    memory = torch.empty(3, 16)
+    memory = torch.empty(9, 16)
     try:
         reload.check()
         for bucket in buckets:
@@ -461,9 +461,8 @@ LATE = ["b.bias", "a.weight.1", "a.bias", "a.weight.0", "b.weight.1", "b.weight.
 
 @pytest.mark.parametrize("replay", ["on", "off"])
 @pytest.mark.parametrize("cut", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("names", "shared"), [(NATURAL, True), (NATURAL, False), (LATE, False)]
-)  # vLLM counts a parameter of two layers for the first, wherever it comes
+@pytest.mark.parametrize("names", [NATURAL, LATE])
+@pytest.mark.parametrize("shared", [True, False])
 def test_layers_are_processed_when_they_are_complete_whoever_shares_a_parameter(
     monkeypatch: pytest.MonkeyPatch, replay: str, cut: int, names: list[str], shared: bool
 ) -> None:
@@ -474,6 +473,65 @@ def test_layers_are_processed_when_they_are_complete_whoever_shares_a_parameter(
         cuts = range(0, len(names), cut)
         update(model, habits, [{n: tensors[n] for n in names[at : at + cut]} for at in cuts])
         assert model.holds(tensors)
+
+
+class Packed(torch.nn.Module):
+    """As vLLM's layers of packed words: each of three parts has a shape of its own, all of which
+    are loaded into one parameter. What is computed with is scaled when the layer is whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.quant_method = Scaling()
+        for name, shape in {"weight": (3, SIDE), "scale": (3,), "weight_shape": (2,)}.items():
+            made = parameter(*shape)
+            made.weight_loader = load_shape if name == "weight_shape" else load_row
+            self.layer.register_parameter(name, made)
+        layerwise.record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            kind, part = name.split(".")
+            param = getattr(self.layer, kind)
+            param.weight_loader(param, tensor, int(part))
+            loaded.add(f"layer.{kind}")
+        return loaded
+
+
+class Scaling(Transposing):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.weight.data.mul_(layer.scale.data[:, None])
+
+
+def load_row(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
+    param.data[part : part + 1].copy_(tensor)
+
+
+def load_shape(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
+    param.data.copy_(tensor)
+
+
+@pytest.mark.parametrize("replay", ["on", "off"])
+@pytest.mark.parametrize("cut", [1, 2, 9])
+@pytest.mark.parametrize("last", ["scale", "weight", "weight_shape"])
+def test_what_is_loaded_more_than_once_does_not_count_for_the_rest_of_a_layer(
+    monkeypatch: pytest.MonkeyPatch, replay: str, cut: int, last: str
+) -> None:
+    monkeypatch.setenv("PS_REPLAY", replay)
+    model, habits = Packed(), dict[str, LoaderHabits]()
+    for step in range(1, 5):
+        tensors = {}
+        for part in range(3):
+            tensors[f"weight.{part}"] = torch.arange(4.0)[None] + 10 * part + 100 * step
+            tensors[f"scale.{part}"] = torch.tensor([step + 0.5 * part])
+            tensors[f"weight_shape.{part}"] = torch.tensor([float(part), SIDE])
+        names = sorted(tensors, key=lambda name: (name.startswith(f"{last}."), name))
+        cuts = range(0, len(names), cut)
+        update(model, habits, [{n: tensors[n] for n in names[at : at + cut]} for at in cuts])
+        for part in range(3):
+            expected = tensors[f"weight.{part}"] * tensors[f"scale.{part}"]
+            assert torch.equal(model.layer.weight[part : part + 1], expected)
 
 
 def by_the_loader_of_another(model: Pair, param: Any, *args: Any) -> None:

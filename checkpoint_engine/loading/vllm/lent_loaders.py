@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint_engine.loading.vllm.counts import load_numel
+
 Loader = Callable[..., Any]
-Count = Callable[[Callable[[], Any], int], tuple[int, Any]]
+Count = Callable[[Loader, Callable[[], Any], int], tuple[int, Any]]
 
 
 class _Known(NamedTuple):
@@ -62,7 +64,8 @@ class LentLoaders:
         """Around one call of the model's loader.
 
         Args:
-            count: as of ``DirectWrites``.
+            count: as ``Counts.of_lent``, which gets vLLM's loader, that of this class, and how
+                many elements the parameter has.
             load_first: gets a layer, and what vLLM knows of it: makes its memory, and loads what
                 has arrived, unless the layer has to wait.
         """
@@ -123,7 +126,7 @@ class LentLoaders:
                 load = partial(original, there, *args[1:], **kwargs)
             else:
                 load = partial(original, **(kwargs | {"param": there}))
-            numel, result = self._count(load, known.most)
+            numel, result = self._count(theirs, load, known.most)
             info.load_numel += numel
             if info.load_numel >= info.load_numel_total:
                 self._vllm._layerwise_process(layer, info)
@@ -136,5 +139,5 @@ class LentLoaders:
         """Some layers get more parameters while they are loaded."""
         info.load_numel_total = self._vllm.get_layer_size(layer)
         self._vllm._wrap_parameters_weight_loader(layer)
-        most = getattr(parameter, "weight_loader_numel", parameter.numel())
-        return _Known(ids, [*layer._parameters.values(), *layer._buffers.values()], most)
+        tensors = [*layer._parameters.values(), *layer._buffers.values()]
+        return _Known(ids, tensors, load_numel(parameter))
