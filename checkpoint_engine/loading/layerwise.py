@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import inspect
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -112,7 +111,7 @@ class Layerwise(LoadOver):
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
         self._vllm.initialize_layerwise_reload(self._model)
-        for last in (self._opened, self._made, self._moved, self._counts, self._direct):
+        for last in (self._opened, self._made, self._moved, self._direct):
             last.clear()
         self._kernel.begin()
         lent = {one for one, info in self._infos.items() if self._kernel.lends(one, info)}
@@ -169,22 +168,16 @@ class Layerwise(LoadOver):
 
     @contextlib.contextmanager
     def watching(self, recorder: Recorder) -> Iterator[None]:
-        """What is loaded into a layer that waits is counted; what comes after is vLLM's own."""
-        count, process = self._vllm.get_numel_loaded, self._vllm._layerwise_process
-        once = self._counts.once(count)
-        counter = getattr(sys.modules[count.__module__], "CopyCounter", None)
-
-        def count_unseen(*args: Any) -> Any:
-            return recorder.count(lambda: once(*args), counter)
+        """What comes once a layer is whole is vLLM's own."""
+        process = self._vllm._layerwise_process
 
         def process_unseen(layer: torch.nn.Module, info: Any) -> None:
             with recorder.paused():
                 process(layer, info)
 
-        theirs = {"get_numel_loaded": count_unseen, "_layerwise_process": process_unseen}
         self._recorder = recorder
         try:
-            with replacing(self._vllm, **theirs):
+            with replacing(self._vllm, _layerwise_process=process_unseen):
                 yield
         finally:
             self._recorder = None
@@ -193,8 +186,7 @@ class Layerwise(LoadOver):
         self, weights: NamedTensors, around: AbstractContextManager[Any] = nothing
     ) -> Any:
         """The engine's loader, some of whose writes vLLM does not see."""
-        counts = {} if self._recorder is not None else self._counts.in_place_of(self._vllm)
-        quick = replacing(self._vllm, **_quick_sizes(self._vllm), **counts)
+        quick = replacing(self._vllm, **_quick_sizes(self._vllm))
         with quick, self._experts.around_loader(), self._kernel.lending():
             if self._loads_early:
                 return self._load_through(weights, around)
@@ -205,8 +197,11 @@ class Layerwise(LoadOver):
         skipped = getattr(self._vllm, "SKIP_LOAD_TENSORS", ())  # neither restored nor counted
         waiting = [(slot, one) for slot, one in self.tensors() if slot.name not in skipped]
         direct = DirectWrites(waiting, self._memory_for, self._direct, self._recorder)
-        names = ("get_numel_loaded", "_layerwise_process")
-        theirs = {name: direct.aside(getattr(self._vllm, name)) for name in names}
+        count = self._vllm.get_numel_loaded
+        theirs = {
+            "get_numel_loaded": self._counts.of_waiting(direct, self._recorder, count),
+            "_layerwise_process": direct.aside(self._vllm._layerwise_process),
+        }
         beside = nullcontext() if self._recorder is None else self._recorder.beside(direct)
         lent = self._lent.in_place_of_vllms(
             partial(self._counts.of_lent, direct, self._recorder), direct.aside(self._load_first)
@@ -298,6 +293,7 @@ class Layerwise(LoadOver):
         with self._kernel.lending():
             self._vllm.finalize_layerwise_reload(self._model, self._model_config)
         self._lent.clear()
+        self._counts.clear()
         self._repairs.pack_tied()
         self._repairs.end()
 
@@ -311,7 +307,9 @@ class Layerwise(LoadOver):
     def abandon(self) -> None:
         """Put the memory that the engine computes with back in its place."""
         self._lent.clear()
+        self._counts.clear()
         self._repairs.end()
+        self._kernel.abandon()
         for layer in self._infos:
             self._put_back(layer)
         if hasattr(self._model, "_original_do_torchao_reload"):

@@ -197,6 +197,27 @@ def test_a_bias_that_processing_gives_other_memory_stays_where_it_is(first: str)
         assert bias.tolist() == [100.0 * step + n for n in reversed(range(SIDE))]
 
 
+def test_a_bias_is_put_back_also_where_processing_fails() -> None:
+    engine = Engine(None)
+    model = engine.model = engine.runner.model = Biased()
+    address = model.layer.bias.data_ptr()
+    of = {f"weight.{n}": torch.ones(HALF, SIDE) for n in (0, 1)}
+    of |= {f"bias.{n}": torch.arange(HALF) + 1.0 + HALF * n for n in (0, 1)}
+    engine.update([of])
+
+    def fail(layer: torch.nn.Module) -> None:
+        model.process(layer)
+        raise torch.OutOfMemoryError("no memory to pack it")
+
+    failing = mock.patch.object(model.layer.quant_method, "_process", fail)
+    with failing, pytest.raises(torch.OutOfMemoryError):
+        engine.update([of])
+    assert model.layer.bias.data_ptr() == address
+    engine.update([of])
+    assert model.layer.bias.data_ptr() == address
+    assert model.layer.bias.tolist() == [4.0, 3.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_that_are_in_no_checkpoint_stay_as_they_are(persistent: bool) -> None:
     """As the places of vLLM's CLIP, beside the parameter that is looked up by them."""

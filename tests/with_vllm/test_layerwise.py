@@ -477,7 +477,8 @@ def test_layers_are_processed_when_they_are_complete_whoever_shares_a_parameter(
 
 class Packed(torch.nn.Module):
     """As vLLM's layers of packed words: each of three parts has a shape of its own, all of which
-    are loaded into one parameter. What is computed with is scaled when the layer is whole."""
+    are loaded into one parameter; and as its experts: each has a scale for two of its matrices.
+    What is computed with is scaled when the layer is whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,7 +493,7 @@ class Packed(torch.nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = set()
         for name, tensor in weights:
-            kind, part = name.split(".")
+            kind, part, *_ = name.split(".")
             param = getattr(self.layer, kind)
             param.weight_loader(param, tensor, int(part))
             loaded.add(f"layer.{kind}")
@@ -514,7 +515,7 @@ def load_shape(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
 
 @pytest.mark.parametrize("replay", ["on", "off"])
 @pytest.mark.parametrize("cut", [1, 2, 9])
-@pytest.mark.parametrize("last", ["scale", "weight", "weight_shape"])
+@pytest.mark.parametrize("last", ["scale.", "scale.2", "weight.", "weight_shape."])
 def test_what_is_loaded_more_than_once_does_not_count_for_the_rest_of_a_layer(
     monkeypatch: pytest.MonkeyPatch, replay: str, cut: int, last: str
 ) -> None:
@@ -525,8 +526,9 @@ def test_what_is_loaded_more_than_once_does_not_count_for_the_rest_of_a_layer(
         for part in range(3):
             tensors[f"weight.{part}"] = torch.arange(4.0)[None] + 10 * part + 100 * step
             tensors[f"scale.{part}"] = torch.tensor([step + 0.5 * part])
+            tensors[f"scale.{part}.again"] = tensors[f"scale.{part}"]
             tensors[f"weight_shape.{part}"] = torch.tensor([float(part), SIDE])
-        names = sorted(tensors, key=lambda name: (name.startswith(f"{last}."), name))
+        names = sorted(tensors, key=lambda name: (name.startswith(last), name))
         cuts = range(0, len(names), cut)
         update(model, habits, [{n: tensors[n] for n in names[at : at + cut]} for at in cuts])
         for part in range(3):

@@ -44,11 +44,11 @@ from checkpoint_engine.loading.replay.recording import Entry, NamedTensors, Reco
 
 
 class Writes(Protocol):
-    """A mode that has to see some of a loader's writes, and counts the elements of its copies."""
-
-    copied: int
+    """A mode that has to see some of a loader's writes, and is told of its copies."""
 
     def needs(self, target: torch.Tensor) -> bool: ...
+
+    def note_copy(self, target: torch.Tensor) -> None: ...
 
 
 class Recorder(KnownMemory):
@@ -391,7 +391,7 @@ class _Functions(TorchFunctionMode):
         else:
             self._unseen(counter.__torch_dispatch__, (operations.COPY, (), (target, source)))
         if direct is not None:
-            direct.copied += target.numel()
+            direct.note_copy(target)
         recorder.note_copy(target, source)
         return target
 

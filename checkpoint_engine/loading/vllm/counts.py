@@ -1,22 +1,26 @@
 """How many elements of a layer have been loaded, by which vLLM knows when it is whole.
 
-vLLM adds up what each loader copies. Some parameters are loaded more than once: ``weight_shape``,
-for each part of a layer, or what two layers share. What counts twice there would not be waited for
-elsewhere in the layer: it would be processed early, and the rest be lost. Here no more elements of
-a parameter count than it has.
+vLLM adds up what each loader copies. Some elements are loaded more than once: ``weight_shape``, for
+each part of a layer; the scale of an expert's input, for two of its matrices; what two layers
+share. What counts twice there would not be waited for elsewhere in the layer: it would be processed
+early, and the rest be lost. Here an element counts once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.memory import key_of
 from checkpoint_engine.loading.replay.recorder import Recorder
-from checkpoint_engine.loading.vllm.direct_writes import DirectWrites
+from checkpoint_engine.loading.vllm.direct_writes import Copied, DirectWrites
 
 Count = Callable[..., tuple[int, Any]]
 
@@ -27,26 +31,32 @@ class Counts:
 
     def __init__(self) -> None:
         self._counted: Counter[Any] = Counter()
+        self._seen: defaultdict[Any, set[View]] = defaultdict(set)
 
     def clear(self) -> None:
         self._counted.clear()
+        self._seen.clear()
 
-    def in_place_of(self, vllm: Any) -> dict[str, Count]:
-        """vLLM's functions that count, by name."""
-        count = getattr(vllm, "get_numel_loaded", None)
-        return {} if count is None else {"get_numel_loaded": self.once(count)}
+    def of_waiting(self, direct: DirectWrites, recorder: Recorder | None, count: Count) -> Count:
+        """In place of ``count``, vLLM's ``get_numel_loaded``, which calls a loader that it will
+        call again; ``recorder`` is told.
 
-    def once(self, count: Count) -> Count:
-        """As ``count``, which is vLLM's ``get_numel_loaded``."""
+        What loaders copy elsewhere counts there, as in vLLM.
+        """
+        mode = getattr(sys.modules[count.__module__], "CopyCounter", None)
 
         def count_once(weight_loader: Any, args: inspect.BoundArguments) -> tuple[int, Any]:
-            numel, result = count(weight_loader, args)
-            parameter = args.arguments.get("param")
-            loader = getattr(parameter, "weight_loader", None)
-            if isinstance(parameter, torch.Tensor) and loader is not None:
-                loader = getattr(loader, "vllms_loader", loader)
-                numel = self._new_of(loader, numel, load_numel(parameter))
-            return numel, result
+            def load() -> tuple[int, Any]:
+                copied, (numel, result) = direct.count(lambda: count(weight_loader, args))
+                parameter = args.arguments.get("param")
+                loader = getattr(parameter, "weight_loader", None)
+                if loader is not None and isinstance(parameter, torch.Tensor):
+                    loader, most = getattr(loader, "vllms_loader", loader), load_numel(parameter)
+                    with direct.unrecorded():
+                        numel = self._new_of(loader, key_of(parameter), copied, numel, most)
+                return numel, result
+
+            return load() if recorder is None else recorder.count(load, mode)
 
         return count_once
 
@@ -55,21 +65,38 @@ class Counts:
         direct: DirectWrites,
         recorder: Recorder | None,
         loader: Any,
+        parameter: torch.Tensor,
         load: Callable[[], Any],
         most: int,
     ) -> tuple[int, Any]:
-        """Call a loader once, as of ``LentLoaders``. Returns how many elements it copied that do
-        count, and what it returns; ``recorder`` is told."""
+        """Call a loader once, as of ``LentLoaders``. Returns how many elements count, and what it
+        returns; ``recorder`` is told."""
 
         def count() -> tuple[int, Any]:
-            numel, result = direct.count(load, most)
-            return self._new_of(loader, numel, most), result
+            copied, result = direct.count(load)
+            numel = min(sum(math.prod(view.sizes) for _, view in copied), most)
+            with direct.unrecorded():
+                key = key_of(parameter)
+            return self._new_of(loader, key, copied, numel, most), result
 
         return count() if recorder is None else recorder.count(count)
 
-    def _new_of(self, loader: Any, numel: int, most: int) -> int:
+    def _new_of(
+        self, loader: Any, key: int | None, copied: Sequence[Copied], numel: int, most: int
+    ) -> int:
+        """How many of these elements were not counted before.
+
+        Args:
+            key: of the memory of the parameter.
+            numel: as vLLM counts them: some loaders change in place what they have just copied.
+            most: the parameter has.
+        """
+        seen = self._seen[loader]
+        views = {view for where, view in copied if where == key}
+        numel -= sum(math.prod(view.sizes) for view in views & seen)
+        seen |= views
         before = self._counted[loader]
-        self._counted[loader] = now = min(before + numel, most)
+        self._counted[loader] = now = min(before + max(0, numel), most)
         return now - before
 
 

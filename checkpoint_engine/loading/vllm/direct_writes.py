@@ -26,13 +26,12 @@ from checkpoint_engine.loading.replay.memory import Slot, SlotTensors, key_of
 from checkpoint_engine.loading.replay.operations import COPY
 from checkpoint_engine.loading.replay.recorder import Recorder
 
+Copied = tuple[int | None, View]
+"""The storage, and the elements of it."""
+
 
 class DirectWrites(TorchDispatchMode):
-    """Around one call of a loader, in its thread.
-
-    Attributes:
-        copied: how many elements were copied into tensors so far.
-    """
+    """Around one call of a loader, in its thread."""
 
     def __init__(
         self,
@@ -52,12 +51,12 @@ class DirectWrites(TorchDispatchMode):
         self._memory_of = memory_of
         self._all_written = written
         self._recorder = recorder
-        with self._unrecorded():
+        with self.unrecorded():
             waiting = [(s, one) for s, one in tensors if one.is_meta or s.module in written]
             self._kept = [tensor for _, tensor in waiting]  # keys are used again
             self._slots = {key_of(tensor): slot for slot, tensor in waiting}
         self._is_aside = False
-        self.copied = 0
+        self._copied: list[Copied] | None = None  # where a loader's copies are counted
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -67,20 +66,18 @@ class DirectWrites(TorchDispatchMode):
         """Whether a write into this tensor has to be done again."""
         return not self._is_aside and key_of(target) in self._slots
 
-    def count(self, load: Callable[[], Any], most: int) -> tuple[int, Any]:
-        """Call the loader of one parameter. Returns how many elements it copied, as vLLM counts
-        them, and what it returns.
+    def note_copy(self, target: torch.Tensor) -> None:
+        if self._copied is not None:
+            self._copied.append((key_of(target), View.of(target)))
 
-        Args:
-            most: the parameter has. Some loaders change in place what they have just copied.
-        """
-        aside, before = self._is_aside, self.copied
-        self._is_aside = True
+    def count(self, load: Callable[[], Any]) -> tuple[list[Copied], Any]:
+        """Call the loader of one parameter. Returns what it copied into, and what it returns."""
+        before, self._is_aside, self._copied = (self._is_aside, self._copied), True, []
         try:
             result = load()
+            return self._copied, result
         finally:
-            self._is_aside = aside
-        return min(self.copied - before, most), result
+            self._is_aside, self._copied = before
 
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, what it writes being none of the loader's own writes."""
@@ -103,9 +100,9 @@ class DirectWrites(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is COPY:
-            self.copied += args[0].numel()
+            self.note_copy(args[0])
         if not self._is_aside and func._schema.is_mutable:
-            with self._unrecorded(), _disable_current_modes():
+            with self.unrecorded(), _disable_current_modes():
                 self._do_again(func, args, kwargs or {})
         return result
 
@@ -128,7 +125,8 @@ class DirectWrites(TorchDispatchMode):
     def _in_memory(self, slot: Slot, view: View) -> torch.Tensor:
         return view.in_storage(whole_storage(self._memory_of(slot), view.dtype))
 
-    def _unrecorded(self) -> AbstractContextManager[None]:
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """Around looks at tensors that are not the loader's."""
         return nullcontext() if self._recorder is None else self._recorder.paused()
 
 

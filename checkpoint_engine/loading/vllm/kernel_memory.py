@@ -57,12 +57,11 @@ class KernelMemory:
         self._shared = shared
         self._unshared: set[int | None] = set()
         self._of_parameters: set[int | None] = set()
-        self._in_use: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+        self._in_use: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def begin(self) -> None:
         """The layers wait for new weights."""
         self.lent.clear()
-        self._in_use.clear()
         if self._copy_and_restore is None:
             return
         waiting = [info for info in self._infos.values() if info.kernel_tensors is not None]
@@ -98,6 +97,13 @@ class KernelMemory:
             if (held.dtype, held.shape) == (made.dtype, made.shape) and not held.is_meta:
                 made.data.copy_(held)
 
+    def abandon(self) -> None:
+        """Put memory back that a layer lost whose processing failed; nothing of it is right."""
+        for pairs in self._in_use.values():
+            for tensor, memory in pairs:
+                tensor.data = memory
+        self._in_use.clear()
+
     def _numel_of(self, layer: torch.nn.Module) -> int:
         """Of all that may be loaded of a layer."""
         skipped = _names_left_alone(self._vllm) | layer._non_persistent_buffers_set
@@ -113,7 +119,8 @@ class KernelMemory:
         self.materialize(layer, info)
         tensors = self._vllm.get_layer_tensors(layer)
         kernel = {} if info.kernel_tensors is None else _kernel_of(info)
-        self._in_use[layer] = {n: one.data for n, one in kernel.items() if tensors.get(n) is one}
+        in_use = [one for name, one in kernel.items() if tensors.get(name) is one]
+        self._in_use[layer] = [(one, one.data) for one in in_use]
 
     def lends(self, layer: torch.nn.Module, info: Any) -> bool:
         """Whether all parameters of a layer are the engine's own, or are going to be."""
@@ -160,9 +167,9 @@ class KernelMemory:
         if layer in self.lent and info.load_numel >= self.lent[layer]:
             _loaded_whole.add(layer)
         kernel = _kernel_of(info)
-        for name, memory in self._in_use.pop(layer, {}).items():
-            if not _is_in_place(kernel[name], memory):
-                kernel[name].data = memory.copy_(kernel[name].data)
+        for tensor, memory in self._in_use.pop(layer, ()):
+            if not _is_in_place(tensor, memory):
+                tensor.data = memory.copy_(tensor.data)
         for name in layer._buffers.keys() & kernel.keys():
             if key_of(kernel[name]) in self._of_parameters:
                 # A view: copied by itself, it would bring the parameter's old weights back.
