@@ -12,12 +12,11 @@ import inspect
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import key_of
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.vllm.direct_writes import Copied, DirectWrites
@@ -31,7 +30,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._counted: Counter[Any] = Counter()
-        self._seen: defaultdict[Any, set[View]] = defaultdict(set)
+        self._seen: defaultdict[Any, set[Copied]] = defaultdict(set)
 
     def clear(self) -> None:
         self._counted.clear()
@@ -53,7 +52,9 @@ class Counts:
                 if loader is not None and isinstance(parameter, torch.Tensor):
                     loader, most = getattr(loader, "vllms_loader", loader), load_numel(parameter)
                     with direct.unrecorded():
-                        numel = self._new_of(loader, key_of(parameter), copied, numel, most)
+                        key = key_of(parameter)  # another one once it has memory
+                    own: set[Copied] = {(None, view) for where, view in copied if where == key}
+                    numel = self._new_of(loader, own, numel, most)
                 return numel, result
 
             return load() if recorder is None else recorder.count(load, mode)
@@ -65,7 +66,6 @@ class Counts:
         direct: DirectWrites,
         recorder: Recorder | None,
         loader: Any,
-        parameter: torch.Tensor,
         load: Callable[[], Any],
         most: int,
     ) -> tuple[int, Any]:
@@ -74,30 +74,29 @@ class Counts:
 
         def count() -> tuple[int, Any]:
             copied, result = direct.count(load)
-            numel = min(sum(math.prod(view.sizes) for _, view in copied), most)
-            with direct.unrecorded():
-                key = key_of(parameter)
-            return self._new_of(loader, key, copied, numel, most), result
+            numel = min(_numel_of(copied), most)
+            return self._new_of(loader, set(copied), numel, most), result
 
         return count() if recorder is None else recorder.count(count)
 
-    def _new_of(
-        self, loader: Any, key: int | None, copied: Sequence[Copied], numel: int, most: int
-    ) -> int:
+    def _new_of(self, loader: Any, copied: set[Copied], numel: int, most: int) -> int:
         """How many of these elements were not counted before.
 
         Args:
-            key: of the memory of the parameter.
             numel: as vLLM counts them: some loaders change in place what they have just copied.
             most: the parameter has.
         """
         seen = self._seen[loader]
-        views = {view for where, view in copied if where == key}
-        numel -= sum(math.prod(view.sizes) for view in views & seen)
-        seen |= views
+        if not seen.isdisjoint(copied):
+            numel -= _numel_of(seen & copied)
+        seen |= copied
         before = self._counted[loader]
         self._counted[loader] = now = min(before + max(0, numel), most)
         return now - before
+
+
+def _numel_of(copied: Iterable[Copied]) -> int:
+    return sum([math.prod(view.sizes) for _, view in copied])
 
 
 def load_numel(parameter: torch.Tensor) -> int:
