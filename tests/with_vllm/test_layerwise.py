@@ -480,13 +480,13 @@ class Packed(torch.nn.Module):
     are loaded into one parameter; and as its experts: each has a scale for two of its matrices.
     What is computed with is scaled when the layer is whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Any) -> None:
         super().__init__()
         self.layer = torch.nn.Module()
         self.layer.quant_method = Scaling()
         for name, shape in {"weight": (3, SIDE), "scale": (3,), "weight_shape": (2,)}.items():
             made = parameter(*shape)
-            made.weight_loader = load_shape if name == "weight_shape" else load_row
+            made.weight_loader = load_shape if name == "weight_shape" else load
             self.layer.register_parameter(name, made)
         layerwise.record_metadata_for_reloading(self)
 
@@ -509,18 +509,28 @@ def load_row(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
     param.data[part : part + 1].copy_(tensor)
 
 
+def load_row_twice(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
+    load_row(param, tensor, part)
+    load_row(param, tensor, part)
+
+
+def load_row_by_way_of_another(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
+    load_row(param, torch.empty_like(tensor, device=param.device).copy_(tensor), part)
+
+
 def load_shape(param: torch.Tensor, tensor: torch.Tensor, part: int) -> None:
     param.data.copy_(tensor)
 
 
 @pytest.mark.parametrize("replay", ["on", "off"])
 @pytest.mark.parametrize("cut", [1, 2, 9])
+@pytest.mark.parametrize("load", [load_row, load_row_twice, load_row_by_way_of_another])
 @pytest.mark.parametrize("last", ["scale.", "scale.2", "weight.", "weight_shape."])
 def test_what_is_loaded_more_than_once_does_not_count_for_the_rest_of_a_layer(
-    monkeypatch: pytest.MonkeyPatch, replay: str, cut: int, last: str
+    monkeypatch: pytest.MonkeyPatch, replay: str, cut: int, last: str, load: Any
 ) -> None:
     monkeypatch.setenv("PS_REPLAY", replay)
-    model, habits = Packed(), dict[str, LoaderHabits]()
+    model, habits = Packed(load), dict[str, LoaderHabits]()
     for step in range(1, 5):
         tensors = {}
         for part in range(3):

@@ -66,6 +66,7 @@ class Counts:
         direct: DirectWrites,
         recorder: Recorder | None,
         loader: Any,
+        parameter: torch.Tensor,
         load: Callable[[], Any],
         most: int,
     ) -> tuple[int, Any]:
@@ -74,24 +75,29 @@ class Counts:
 
         def count() -> tuple[int, Any]:
             copied, result = direct.count(load)
-            numel = min(_numel_of(copied), most)
-            return self._new_of(loader, set(copied), numel, most), result
+            if len(copied) > 1:  # perhaps by way of other memory
+                with direct.unrecorded():
+                    key = key_of(parameter)
+                copied = [one for one in copied if one[0] == key]
+            return self._new_of(loader, set(copied), most if copied else 0, most), result
 
         return count() if recorder is None else recorder.count(count)
 
     def _new_of(self, loader: Any, copied: set[Copied], numel: int, most: int) -> int:
-        """How many of these elements were not counted before.
+        """How many elements were not counted before. Some loaders copy a part twice, or change in
+        place what they have just copied.
 
         Args:
-            numel: as vLLM counts them: some loaders change in place what they have just copied.
+            copied: into the parameter; none that a loader copies in a thread of its own.
+            numel: no more than these, as vLLM counts them.
             most: the parameter has.
         """
         seen = self._seen[loader]
-        if not seen.isdisjoint(copied):
-            numel -= _numel_of(seen & copied)
+        if copied:
+            numel = min(numel, _numel_of(copied - seen))
         seen |= copied
         before = self._counted[loader]
-        self._counted[loader] = now = min(before + max(0, numel), most)
+        self._counted[loader] = now = min(before + numel, most)
         return now - before
 
 

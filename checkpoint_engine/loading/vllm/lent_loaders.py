@@ -19,7 +19,7 @@ import torch
 from checkpoint_engine.loading.vllm.counts import load_numel
 
 Loader = Callable[..., Any]
-Count = Callable[[Loader, Callable[[], Any], int], tuple[int, Any]]
+Count = Callable[[Loader, torch.Tensor, Callable[[], Any], int], tuple[int, Any]]
 
 
 class _Known(NamedTuple):
@@ -64,8 +64,8 @@ class LentLoaders:
         """Around one call of the model's loader.
 
         Args:
-            count: as ``Counts.of_lent``; gets vLLM's loader, that of this class, and how many
-                elements the parameter has.
+            count: as ``Counts.of_lent``; gets vLLM's loader, its parameter, that of this class, and
+                how many elements the parameter has.
             load_first: gets a layer, and what vLLM knows of it: makes its memory, and loads what
                 has arrived, unless the layer has to wait.
         """
@@ -126,7 +126,7 @@ class LentLoaders:
                 load = partial(original, there, *args[1:], **kwargs)
             else:
                 load = partial(original, **(kwargs | {"param": there}))
-            numel, result = self._count(theirs, load, known.most)
+            numel, result = self._count(theirs, there, load, known.most)
             info.load_numel += numel
             if info.load_numel >= info.load_numel_total:
                 self._vllm._layerwise_process(layer, info)
