@@ -247,12 +247,7 @@ class _Reception:
 
     def _receive_sources(self, device_id: int | None) -> None:
         """Map the buffers of the other ranks, or say why that cannot be done."""
-        handles = wire.decode_sources(self._link.receive())
-        if isinstance(handles, Exception):
-            try:
-                raise handles
-            finally:
-                del handles
+        handles = _unless_error(wire.decode_sources(self._link.receive()))
         why = ""
         try:
             self._buffers += [
@@ -267,12 +262,7 @@ class _Reception:
         """Say what of the checkpoint the model holds, until all ranks leave out the same of it."""
         is_settled = False
         while not is_settled and self._failure is None:
-            asked = wire.decode_held(self._link.receive())
-            if isinstance(asked, Exception):
-                try:
-                    raise asked
-                finally:
-                    del asked
+            asked = _unless_error(wire.decode_held(self._link.receive()))
             is_settled = asked[:2] == (wire.LEFT_OUT, True)
             bits = self._attempt(partial(_answer, held, *asked))
             if bits is not None:
@@ -400,6 +390,16 @@ def _answer(held: ModelUpdate, what: str, about: Any, content: bytes) -> bytes:
         held.leave_out(content)
         return content
     return held.narrow(content)
+
+
+def _unless_error(said: _Result | Exception) -> _Result:
+    """What the server said; if that is why it aborts, that is raised."""
+    if isinstance(said, Exception):
+        try:
+            raise said
+        finally:
+            del said  # no circle from its traceback back to it
+    return said
 
 
 def _without_frames(error: Exception) -> Exception:
