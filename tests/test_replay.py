@@ -1141,6 +1141,42 @@ def test_a_digest_is_the_same_wherever_elements_lie(shape: tuple[int, ...]) -> N
     assert _digest(tensor.t().contiguous().t() if len(shape) == 2 else apart) == _digest(tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, BF16, FP32, torch.int64])
+def test_what_is_summed_up_beside_it_changes_no_digest(dtype: torch.dtype) -> None:
+    """Of whole rows, which are put behind one another, of parts of them, of columns, of nothing."""
+    row = (4 << 14) // dtype.itemsize
+    noise = torch.randint(0, 255, (64 * row * dtype.itemsize,), dtype=torch.uint8).view(dtype)
+    tensors = [
+        noise[: 3 * row],
+        noise[row : 2 * row],
+        noise[: 4 * row].view(-1, 64)[:, 32:],
+        noise[: 8 * row].view(2, -1, 64)[:, :, 16:32],
+        noise[: 2 * row].view(-1, 8).t(),
+        noise[: row + 3],
+        noise[: 3 * row].view(3, row),
+        noise[5 * row : 40 * row],
+        noise[:0],
+        noise[row:row],
+        noise[7],
+        noise[: 2 * row : 2],
+    ]
+    apart = [_digest(tensor).item() for tensor in tensors]
+    assert digests_of.digests(tensors).tolist() == apart
+    assert digests_of.digests(tensors[::-1]).tolist() == apart[::-1]
+    assert apart[0] == apart[6]
+    for number, tensor in enumerate(tensors):
+        if tensor.numel():
+            changed = [one.clone() for one in tensors]
+            at = torch.randint(0, tensor.numel(), ()).item()
+            bits = changed[number].reshape(-1).view(digests_of.UNITS[dtype.itemsize])
+            bits[at] ^= 1
+            changed[number] = bits.view(dtype).view(tensor.shape)
+            found = digests_of.digests(changed).tolist()
+            assert [one != now for one, now in zip(apart, found, strict=True)] == [
+                n == number for n in range(len(tensors))
+            ]
+
+
 @pytest.mark.parametrize("every", ["0", "-1", "often"])
 def test_a_check_of_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, every: str) -> None:
     monkeypatch.setenv("PS_REPLAY_CHECK", every)

@@ -55,6 +55,8 @@ class Comparison:
         """What the program would copy is in the buffer, and about to be loaded."""
         flat = Flat(buffer)
         moves = list(program.moves)
+        if not moves:
+            return
         sums = digests([source for move in moves for source in _arriving(move, flat)])
         if self._model.is_persistent:  # it is compared at the end, and all at once
             self._expected[""].append(_Expected(moves, sums))
@@ -67,18 +69,18 @@ class Comparison:
     def check(self, module: str) -> None:
         """What has been loaded into a module is there, and nothing has changed it yet."""
         expected = self._expected.pop(module, [])
-        for moves, sums in expected:
+        moves = [move for some, _ in expected for move in some]
+        there = [(move, self._model.memory(move.route.slot)) for move in moves]
+        lost = {move.route.slot for move, memory in there if memory.is_meta}
+        self._differing |= lost
+        if moves and not lost:
+            sums = torch.cat([sums for _, sums in expected])
+            found = digests([one for move, memory in there for one in move.targets(memory)])
             slots = [move.route.slot for move in moves for _ in move.copies]
-            memories = [self._model.memory(move.route.slot) for move in moves]
-            if any(memory.is_meta for memory in memories):
-                self._differing.update(slots)
-                continue
-            targets = zip(moves, memories, strict=True)
-            found = digests([one for move, memory in targets for one in move.targets(memory)])
             self._pairs.append((slots, sums, found))
         # A module that is made anew is not complete after one bucket, and its fills may be missing.
         if self._bucket is None or self._model.is_persistent:
-            for one in {move.route.slot.module for moves, _ in expected for move in moves}:
+            for one in {move.route.slot.module for move in moves}:
                 self._check_fills(one)
 
     def _check_fills(self, module: str) -> None:

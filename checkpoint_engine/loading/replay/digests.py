@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
 from checkpoint_engine.loading.replay.geometry import UNITS
@@ -15,7 +16,7 @@ _GATHERED = {True: 128 << 10, False: 64 << 20}
 """Bytes that are summed up at a time, of one tensor and of several. On CPUs (``True``) so few that
 they, and twice as many for products, stay in a cache; on GPUs so many that a launch takes less time
 than they do."""
-_ROW = 1 << 14
+_ROW = 1 << 14  # words
 
 
 def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -24,17 +25,67 @@ def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     A sum of words of at most 4 bytes, each times an odd factor of 8 bytes, as good as random, of
     its place in the tensor: no change of one word is lost.
     """
+    rows: dict[torch.device, _Groups] = defaultdict(lambda: defaultdict(list))
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for place, tensor in enumerate(tensors):
-        alike[tensor.shape, tensor.dtype, tensor.device].append(place)
-    sums = [_of_alike([tensors[place] for place in places]) for places in alike.values()]
-    if len(sums) < 2:
-        return sums[0] if sums else torch.empty(0, dtype=torch.int64, device="cpu")
-    order = torch.tensor([place for places in alike.values() for place in places], device="cpu")
-    device = sums[0].device
-    together = torch.cat([one.to(device) for one in sums])
-    order = order.to(device, non_blocking=True)
-    return torch.empty_like(together).index_copy_(0, order, together)
+        device, nbytes = tensor.device, tensor.nbytes
+        if nbytes % (4 * _ROW) == 0 and 0 < nbytes <= _AT_ONCE[device.type == "cpu"]:
+            bits = _bits(tensor)
+            flat = bits.view(-1) if bits.dim() > 1 and bits.is_contiguous() else bits
+            rows[device][flat.shape[1:], flat.dtype].append((place, flat))
+        else:
+            alike[tensor.shape, tensor.dtype, device].append(place)
+    sums = [_of_rows([flat for _, flat in _joined(groups)]) for groups in rows.values()]
+    sums += [_of_alike([tensors[place] for place in places]) for places in alike.values()]
+    if not sums:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    order = [place for groups in rows.values() for place, _ in _joined(groups)]
+    order += [place for places in alike.values() for place in places]
+    here = sums[0].device
+    together = torch.cat([one.to(here) for one in sums]) if len(sums) > 1 else sums[0]
+    if order == sorted(order):
+        return together
+    places = torch.tensor(order, device="cpu").to(here, non_blocking=True)
+    return torch.empty_like(together).index_copy_(0, places, together)
+
+
+_Groups = dict[tuple[torch.Size, torch.dtype], list[tuple[int, torch.Tensor]]]
+"""Bits that can be put behind one another, each with its place among what is summed up."""
+
+
+def _joined(groups: _Groups) -> Iterator[tuple[int, torch.Tensor]]:
+    return (one for group in groups.values() for one in group)
+
+
+def _of_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of bits of whole rows, as ``_of_group`` sums them up, but of all lengths at once."""
+    device, counts = tensors[0].device, [one.nbytes // (4 * _ROW) for one in tensors]
+    sums = torch.cat(
+        [_row_sums(some) for some in _chunks(tensors, _GATHERED[device.type == "cpu"])]
+    )
+    factors = torch.cat([_factors(count, device, 1) for count in counts])
+    whose = torch.from_numpy(np.arange(len(counts)).repeat(counts)).to(device, non_blocking=True)
+    found = torch.zeros(len(counts), dtype=torch.int64, device=device)
+    return found.index_add_(0, whose, sums * factors)
+
+
+def _chunks(tensors: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Neighbours that can be put behind one another, of at most so many bytes, or one."""
+    some: list[torch.Tensor] = []
+    nbytes = 0
+    for one in tensors:
+        fits = not some or (some[0].shape[1:], some[0].dtype) == (one.shape[1:], one.dtype)
+        if some and not (fits and nbytes + one.nbytes <= most):
+            yield some
+            some, nbytes = [], 0
+        some.append(one)
+        nbytes += one.nbytes
+    yield some
+
+
+def _row_sums(tensors: list[torch.Tensor]) -> torch.Tensor:
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return weighted(_words(whole.reshape(-1).contiguous()).view(-1, _ROW), 0)
 
 
 def _of_alike(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -64,11 +115,15 @@ def _of_group(tensors: list[torch.Tensor]) -> torch.Tensor:
     bits = [_bits(tensor) for tensor in tensors]
     stacked = bits[0][None] if len(bits) == 1 else torch.stack(bits)
     words = stacked.reshape(len(bits), bits[0].numel()).contiguous()
-    if words.shape[1] * words.itemsize % 4 == 0:
-        if words.storage_offset() * words.itemsize % 4:
-            words = words.clone()
-        words = words.view(torch.int32)
-    return _sum_words(words)
+    nbytes = words.shape[1] * words.itemsize
+    return _sum_words(_words(words) if nbytes and nbytes % 4 == 0 else words)
+
+
+def _words(bits: torch.Tensor) -> torch.Tensor:
+    """Contiguous bits as words of 4 bytes, into which each row can be cut."""
+    if bits.storage_offset() * bits.itemsize % 4:
+        bits = bits.clone()
+    return bits.view(torch.int32)
 
 
 def _sum_words(words: torch.Tensor) -> torch.Tensor:

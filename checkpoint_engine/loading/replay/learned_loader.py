@@ -159,6 +159,7 @@ class _Learning(ModelUpdate):
         self._buckets += 1
         if received is not None and self._device is None:
             self._device = received.buffer.device
+            fused_copies.warm_up(self._device)
         with collector_at_rest():
             if self._before is not None:
                 for placement in placements_of(weights, received):
@@ -217,8 +218,6 @@ class _Learning(ModelUpdate):
             self._learned.refuse(self.reason)
         else:
             self._learned.learn(self._recording)
-            if self._device is not None:
-                fused_copies.warm_up(self._device)
             if self._learned.agreed < 2:
                 return
             if self._device is not None:  # the next update replays

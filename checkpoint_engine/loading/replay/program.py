@@ -124,18 +124,17 @@ class _Views(NamedTuple):
 
 
 class _Fused(NamedTuple):
-    """Moves of one unit as tables, whose targets are the slots."""
+    """Moves of one unit as a table, whose targets are the slots."""
 
     unit: torch.dtype
     slots: list[Slot]
-    tables: list[fused_copies.Table]
+    table: fused_copies.Table
 
     def places(self, memory_of: MemoryOf) -> torch.Tensor:
         return fused_copies.places_of([memory_of(slot) for slot in self.slots], self.unit)
 
     def execute(self, places: torch.Tensor, flat: Flat) -> None:
-        for table in self.tables:
-            fused_copies.gather_scatter(places, flat[self.unit], table)
+        fused_copies.gather_scatter(places, flat[self.unit], self.table)
 
 
 class Batch:
@@ -166,15 +165,10 @@ class Batch:
             torch._foreach_copy_(some, views.sources(flat))
 
     def prepare(self, device: torch.device) -> None:
-        """Work out how to execute it there, unless that is known; again as long as the kernel is
-        being compiled."""
-        if self._prepared_for != device:
-            self._prepared_for = device if self._compile(device) else None
-
-    def _compile(self, device: torch.device) -> bool:
-        """Returns whether it will stay so."""
+        """Work out how to execute it there, unless that is known."""
+        if self._prepared_for == device:
+            return
         self._fused, self._places, self._targets = [], [], []
-        stays = True
         by_unit: dict[torch.dtype, list[Move]] = defaultdict(list)
         for move in self.moves:
             if move.is_of_units:
@@ -182,16 +176,14 @@ class Batch:
         single = [move for move in self.moves if not move.is_of_units]
         for unit, moves in by_unit.items():
             copies = [(move.route.slot, copy) for move in moves for copy in move.copies]
-            fits = fused_copies.fits([copy for _, copy in copies], device)
-            if not fits:
+            if not fused_copies.fits([copy for _, copy in copies], unit, device):
                 single += moves
-                stays = stays and fits is not None
                 continue
             numbers = {slot: n for n, slot in enumerate(dict.fromkeys(slot for slot, _ in copies))}
-            tables = fused_copies.build_tables([(numbers[s], c) for s, c in copies], device)
-            self._fused.append(_Fused(unit, list(numbers), tables))
+            table = fused_copies.build_table([(numbers[s], c) for s, c in copies], device)
+            self._fused.append(_Fused(unit, list(numbers), table))
         self._views = _Views.of(single)
-        return stays
+        self._prepared_for = device
 
 
 @dataclass(eq=False)
