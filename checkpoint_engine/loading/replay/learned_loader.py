@@ -109,9 +109,9 @@ class LearnedLoader:
         checks = (self._replays + 1) % replay_check() == 0
         return "" if checks or self.needs is None else self.needs.digest
 
-    def learn(self, recording: Recording) -> None:
+    def learn(self, recording: Recording, agrees: bool) -> None:
         """What an update did, and whatever else is known if the one before did the same."""
-        if self.recording is not None and recording.does_as(self.recording):
+        if self.recording is not None and agrees:
             self.agreed += 1
             recording.together |= self.recording.together
             recording.programs = self.recording.programs
@@ -151,7 +151,7 @@ class _Learning(ModelUpdate):
         self._names, self._places = model.names(), places_of(tensors)
         self._recorder = Recorder(tensors, every_tensor(model.modules))
         self._comparison = Comparison(model, self._before)
-        self._buckets = 0
+        self._buckets, self._agrees = 0, False
         self._device: torch.device | None = None
         self._recording: Recording | None = None
 
@@ -209,7 +209,8 @@ class _Learning(ModelUpdate):
         recording.names, recording.places = self._names, self._places
         recording.buckets = self._buckets
         recording.loaded = self.loaded()
-        if self._before is None or recording.does_as(self._before):
+        self._agrees = self._before is not None and recording.does_as(self._before)
+        if self._before is None or self._agrees:
             self.reason = self._comparison.finish(recording)
         self._recording = recording
 
@@ -217,7 +218,7 @@ class _Learning(ModelUpdate):
         if self._recording is None or self.reason:
             self._learned.refuse(self.reason)
         else:
-            self._learned.learn(self._recording)
+            self._learned.learn(self._recording, self._agrees)
             if self._learned.agreed < 2:
                 return
             if self._device is not None:  # the next update replays

@@ -348,7 +348,7 @@ class Recording:
         return sum(_memory_of_many(list(things)) for things in every) + _memory_of(self.fills)
 
 
-_LOOKED_AT = 200
+_LOOKED_AT = 50
 
 
 def _needed_of(source: Source, entries: list[Entry]) -> int:
