@@ -7,8 +7,9 @@ Each rank owns every Nth tensor of a checkpoint with the shapes of Qwen3-30B-A3B
 process on its own device, which keeps every tensor, or with ``--shard`` the Nth of it that a
 tensor-parallel worker keeps. ``--replay`` has the worker's loader learned. Everything is checked at
 the end. Rank 0 prints the seconds of the slowest rank, the way that was taken, and the limits: what
-all devices copy from pinned memory at once, and a bare loop of that and of reading what the workers
-keep out of every rank's buffers, without this library.
+all devices copy at once from as much pinned memory, and from the checkpoint's own, which may lie at
+another processor; and a bare loop of that and of reading what the workers keep out of every rank's
+buffers, without this library.
 
 It uses what releases of the original have, too: put one first on ``PYTHONPATH`` to measure that.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import pickle
@@ -189,15 +191,9 @@ def measure_limits(total: int, shard: bool) -> dict[str, float]:
     """GB/s of all devices copying at once, and seconds of a bare loop over ``total`` bytes."""
     stage = [torch.zeros(CHUNK, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     steps = max(1, total // CHUNK // WORLD_SIZE)
-    source = torch.empty(min(steps, 4) * CHUNK, dtype=torch.uint8, pin_memory=CUDA).fill_(3)
+    source = torch.empty(steps * CHUNK, dtype=torch.uint8, pin_memory=CUDA).fill_(3)
     chunks = source.split(CHUNK)
-
-    def copy() -> None:
-        for number in range(steps):
-            stage[number % 2].copy_(chunks[number % len(chunks)], non_blocking=True)
-
-    together = steps * CHUNK * WORLD_SIZE / 1e9
-    limits = {"copies together GB/s": together / timed(copy)}
+    limits = {"copies together GB/s": copies_together([source], stage)}
     if not CUDA or WORLD_SIZE == 1:
         return limits
     handles = gathered([reduce_tensor(one) for one in stage])
@@ -212,7 +208,7 @@ def measure_limits(total: int, shard: bool) -> dict[str, float]:
 
     def fill(number: int) -> Any:
         with torch.cuda.stream(copying):
-            stage[number % 2].copy_(chunks[number % len(chunks)], non_blocking=True)
+            stage[number % 2].copy_(chunks[number], non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             return event
@@ -233,6 +229,30 @@ def measure_limits(total: int, shard: bool) -> dict[str, float]:
     barrier()
     peers.clear()
     return limits
+
+
+def copies_together(sources: list[torch.Tensor], stage: list[torch.Tensor]) -> float:
+    """GB/s of all ranks' devices, each out of its own ``sources``, of bytes."""
+    chunks = [chunk for source in sources for chunk in source.split(CHUNK)]
+
+    def copy() -> None:
+        for number, chunk in enumerate(chunks):
+            stage[number % 2][: len(chunk)].copy_(chunk, non_blocking=True)
+
+    nbytes = sum(gathered(sum(map(len, chunks))))
+    return nbytes / 1e9 / timed(copy)
+
+
+def copies_of_its_own() -> float:
+    """The same out of the memory that the server has pinned, whichever implementation it is."""
+    if not CUDA:
+        return 0.0
+    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and not one.is_cuda]
+    pinned = [one.untyped_storage() for one in tensors if one.numel() and one.is_pinned()]
+    storages = {storage.data_ptr(): storage for storage in pinned if storage.nbytes() > CHUNK}
+    sources = [torch.empty(0, dtype=torch.uint8).set_(one) for one in storages.values()]
+    stage = [torch.zeros(CHUNK, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    return copies_together(sources, stage)
 
 
 def opened_here(rebuild: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -359,6 +379,7 @@ def run(
         "GB/s": round(total / 1e9 / median, 1),
         "way": getattr(report, "way", ""),
         "reason": getattr(report, "way_reason", ""),
+        "copies of its own GB/s": round(copies_of_its_own(), 1),
         "loaded": [one.get("loaded") for one in said],
         "needed GB": round(said[-1].get("needed_bytes", 0) / 1e9, 3),
         "free GB": [round(n / 1e9, 2) for n in free],

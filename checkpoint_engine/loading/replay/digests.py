@@ -59,14 +59,16 @@ def _joined(groups: _Groups) -> Iterator[tuple[int, torch.Tensor]]:
 
 def _of_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Of bits of whole rows, as ``_of_group`` sums them up, but of all lengths at once."""
-    device, counts = tensors[0].device, [one.nbytes // (4 * _ROW) for one in tensors]
-    sums = torch.cat(
-        [_row_sums(some) for some in _chunks(tensors, _GATHERED[device.type == "cpu"])]
-    )
-    factors = torch.cat([_factors(count, device, 1) for count in counts])
-    whose = torch.from_numpy(np.arange(len(counts)).repeat(counts)).to(device, non_blocking=True)
+    device = tensors[0].device
+    counts = np.array([one.nbytes // (4 * _ROW) for one in tensors])
+    whose = np.arange(len(counts)).repeat(counts)
+    within = np.arange(len(whose)) - (counts.cumsum() - counts).repeat(counts)
+    places = torch.from_numpy(np.stack([whose, within])).to(device, non_blocking=True)
+    chunks = _chunks(tensors, _GATHERED[device.type == "cpu"])
+    sums = torch.cat([_row_sums(chunk) for chunk in chunks])
+    weighed = sums * _factors(int(counts.max()), device, 1)[places[1]]
     found = torch.zeros(len(counts), dtype=torch.int64, device=device)
-    return found.index_add_(0, whose, sums * factors)
+    return found.index_add_(0, places[0], weighed)
 
 
 def _chunks(tensors: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
