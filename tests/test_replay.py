@@ -1177,6 +1177,20 @@ def test_what_is_summed_up_beside_it_changes_no_digest(dtype: torch.dtype) -> No
             ]
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.uint8, FP32])
+def test_a_model_with_empty_buffers_is_learned(dtype: torch.dtype) -> None:
+    """As engines keep for what they do not use."""
+
+    def make() -> Model:
+        return Model(
+            {"w": (BF16, (8,))},
+            lambda m, n, t: m.get_parameter(n).data.copy_(t),
+            buffers={f"empty{n}": (dtype, (0,)) for n in range(3)},
+        )
+
+    assert same_as_plain(make, {"w": (BF16, (8,))}).report["loaded"] == "replayed"
+
+
 @pytest.mark.parametrize("every", ["0", "-1", "often"])
 def test_a_check_of_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, every: str) -> None:
     monkeypatch.setenv("PS_REPLAY_CHECK", every)
