@@ -209,6 +209,8 @@ MEASURED = [
     Measured(2, "H200", 1.26, 0.0116, True, 0.025),
     Measured(4, "H200", 28.7, 0.166, True, 0.187),
     Measured(4, "H200", 28.7, 0.152, False, 0.202),
+    Measured(4, "H200", 29.9, 0.179, True, 0.217),
+    Measured(4, "H200", 29.9, 0.179, False, 0.239),
     Measured(4, "H200", 31.1, 0.188, False, 0.467, PYTHON),
 ]
 
