@@ -24,6 +24,7 @@ from checkpoint_engine.data_types import align_up
 from checkpoint_engine.loading.replay import digests as digests_of
 from checkpoint_engine.loading.replay.adapter import InPlace
 from checkpoint_engine.loading.replay.canvas import Canvas
+from checkpoint_engine.loading.replay.geometry import UNITS
 from checkpoint_engine.loading.replay.learned_loader import LearnedLoader
 from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
@@ -1159,6 +1160,11 @@ def test_what_is_summed_up_beside_it_changes_no_digest(dtype: torch.dtype) -> No
         noise[row:row],
         noise[7],
         noise[: 2 * row : 2],
+        noise[: 2 * row].view(UNITS[dtype.itemsize]),
+        noise[: 6 * row].view(torch.uint8),
+        noise[: 6 * row].view(torch.float64),
+        noise[: 2 * row].view(-1, 64)[:, 32:],
+        *(noise[:row].view(other) for other in (torch.uint8, torch.float64, torch.float32)),
     ]
     apart = [_digest(tensor).item() for tensor in tensors]
     assert digests_of.digests(tensors).tolist() == apart
@@ -1168,13 +1174,35 @@ def test_what_is_summed_up_beside_it_changes_no_digest(dtype: torch.dtype) -> No
         if tensor.numel():
             changed = [one.clone() for one in tensors]
             at = torch.randint(0, tensor.numel(), ()).item()
-            bits = changed[number].reshape(-1).view(digests_of.UNITS[dtype.itemsize])
+            bits = changed[number].reshape(-1).view(UNITS[tensor.itemsize])
             bits[at] ^= 1
-            changed[number] = bits.view(dtype).view(tensor.shape)
+            changed[number] = bits.view(tensor.dtype).view(tensor.shape)
             found = digests_of.digests(changed).tolist()
             assert [one != now for one, now in zip(apart, found, strict=True)] == [
                 n == number for n in range(len(tensors))
             ]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_digest_tells_exchanged_words_and_rows(rows: int, columns: bool) -> None:
+    """Of more bytes than are summed up at once, too."""
+    row = 1 << 14
+    words = torch.randint(0, 1 << 30, (2 * rows * row,), dtype=torch.int32)
+    words = words.view(-1, 64)[:, 32:] if columns else words[: rows * row]
+
+    def exchanged(first: int, second: int, count: int) -> torch.Tensor:
+        found = words.reshape(-1).clone()
+        there = found[first : first + count].clone()
+        found[first : first + count] = found[second : second + count]
+        found[second : second + count] = there
+        return found.view(words.shape)
+
+    changed = [exchanged(7, 8, 1), exchanged(0, row // 2, row // 2)]
+    if rows > 1:
+        last = (rows - 1) * row
+        changed += [exchanged(0, last, row), exchanged(last - row, last, 5), exchanged(3, last, 1)]
+    assert len({_digest(one).item() for one in [words, *changed]}) == 1 + len(changed)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.uint8, FP32])
@@ -1189,6 +1217,20 @@ def test_a_model_with_empty_buffers_is_learned(dtype: torch.dtype) -> None:
         )
 
     assert same_as_plain(make, {"w": (BF16, (8,))}).report["loaded"] == "replayed"
+
+
+def test_a_loader_that_takes_a_parameter_its_memory_is_left_alone() -> None:
+    def load(model: Model, name: str, tensor: torch.Tensor) -> None:
+        model.get_parameter(name).data.copy_(tensor)
+        if model.calls == 2 and name == "last":
+            gone = torch.zeros(8, dtype=BF16, device="meta")
+            model._parameters["w"] = torch.nn.Parameter(gone, requires_grad=False)
+
+    layout: Layout = {"w": (BF16, (8,)), "last": (BF16, (8,))}
+    model = Model(layout, load)
+    update(model, Bytes(layout, 0))
+    load_again = update(model, Bytes(layout, 1))
+    assert load_again.report["reason"].endswith("than was recorded into ['w']")
 
 
 @pytest.mark.parametrize("every", ["0", "-1", "often"])

@@ -74,8 +74,8 @@ class Comparison:
         lost = {move.route.slot for move, memory in there if memory.is_meta}
         self._differing |= lost
         if moves and not lost:
-            sums = torch.cat([sums for _, sums in expected])
             found = digests([one for move, memory in there for one in move.targets(memory)])
+            sums = torch.cat([sums.to(found.device) for _, sums in expected])
             slots = [move.route.slot for move in moves for _ in move.copies]
             self._pairs.append((slots, sums, found))
         # A module that is made anew is not complete after one bucket, and its fills may be missing.

@@ -10,6 +10,7 @@ it along from 2.10 on, and it needs no compiler of the machine's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ _THREADS = 256  # of a block
 _AT_ONCE = 4  # elements that a thread reads before it writes: so many reads are on their way
 _BLOCK = _THREADS * _AT_ONCE * 4  # elements that a block moves
 _MOST = 1 << 30  # elements of a copy: they are counted in 32 bits
-_PATIENCE = 60.0  # seconds for the compiler
+_PATIENCE = 10.0  # seconds for the compiler
 
 SOURCE = """
 extern "C" __global__ void copy_blocks(
@@ -96,10 +97,7 @@ def fits(copies: Sequence[Copy], unit: torch.dtype, device: torch.device) -> boo
         and (len(copies) >= FEWEST_COPIES or any(len(copy.sizes) > 1 for copy in copies))
         and all(len(copy.sizes) <= _DIMS and copy.numel <= _MOST for copy in copies)
     )
-    if is_worth_it and (thread := _warming.get(device)) is not None:
-        thread.join(_PATIENCE)
-        is_worth_it = not thread.is_alive()
-    return is_worth_it and _works(unit, device)
+    return is_worth_it and _is_warm(device) and _works(unit, device)
 
 
 def build_table(copies: Sequence[tuple[int, Copy]], device: torch.device) -> Table:
@@ -140,8 +138,11 @@ def gather_scatter(places: torch.Tensor, source: torch.Tensor, table: Table) -> 
         source: one-dimensional, of the size of the dtype that the copies count in.
 
     Raises:
+        ValueError: targets and source are on different devices.
         RuntimeError: the device refuses.
     """
+    if places.device != source.device:
+        raise ValueError(f"from {source.device} nothing can be copied to {places.device} at once")
     if len(table.blocks):
         with torch.cuda.device_of(source):
             kernel = _kernel(source.itemsize, source.device)
@@ -154,28 +155,39 @@ def warm_up(device: torch.device) -> None:
         return
     # No daemon: where the program ends meanwhile, Python would kill it inside the compiler.
     thread = threading.Thread(target=_load_and_compile, args=(device,), name="warm-up")
-    _warming[device] = thread
-    thread.start()
+    with contextlib.suppress(RuntimeError):  # no more threads here: done where it is needed
+        thread.start()
+        _warming[device] = thread
 
 
 def _load_and_compile(device: torch.device) -> None:
-    words = torch.zeros(1 << 18, dtype=torch.int64, device=device)
-    digests([words[:8], words[8:16], words, words.view(-1, 8)[:, :4]])
-    for unit in (torch.int64, torch.int32):  # what most bits are moved as
-        _works(unit, device)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        words = torch.zeros(1 << 18, dtype=torch.int64, device=device)
+        digests([words[:8], words[8:16], words, words.view(-1, 8)[:, :4]])
+        for unit in (torch.int64, torch.int32):  # what most bits are moved as
+            _works(unit, device)
 
 
 _warming: dict[torch.device, threading.Thread] = {}
 
 
 @cache
+def _is_warm(device: torch.device) -> bool:
+    """Waits for that once."""
+    thread = _warming.get(device)
+    if thread is not None:
+        thread.join(_PATIENCE)
+    return thread is None or not thread.is_alive()
+
+
+@cache
 def _works(unit: torch.dtype, device: torch.device) -> bool:
     """Tried out once: NVRTC may be missing, or too old for the device."""
-    source = torch.arange(32, dtype=unit, device=device)
-    targets = [torch.zeros_like(source) for _ in range(2)]
     copies = [(0, Copy(1, 2, (5,), (1,), (1,))), (1, Copy(2, 1, (2, 3), (3, 1), (3, 1)))]
     copies.append((1, Copy(3, 9, (2, 2, 2), (1, 2, 4), (4, 2, 1))))
     try:
+        source = torch.arange(32, dtype=unit, device=device)
+        targets = [torch.zeros_like(source) for _ in range(2)]
         gather_scatter(places_of(targets, unit), source, build_table(copies, device))
         found = [target.tolist() for target in targets]
     except Exception as error:  # of any kind: updates do without
