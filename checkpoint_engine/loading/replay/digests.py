@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,59 +26,61 @@ def digests(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     A sum of words of at most 4 bytes, each times an odd factor of 8 bytes, as good as random, of
     its place in the tensor: no change of one word is lost.
     """
-    rows: dict[torch.device, _Groups] = defaultdict(lambda: defaultdict(list))
-    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    rows: dict[torch.device, _Places] = defaultdict(lambda: defaultdict(list))
+    alike: _Places = defaultdict(list)
+    flat: dict[int, torch.Tensor] = {}
     for place, tensor in enumerate(tensors):
         device, nbytes = tensor.device, tensor.nbytes
         if nbytes % (4 * _ROW) == 0 and 0 < nbytes <= _AT_ONCE[device.type == "cpu"]:
             bits = _bits(tensor)
-            flat = bits.view(-1) if bits.dim() > 1 and bits.is_contiguous() else bits
-            rows[device][flat.shape[1:], flat.dtype].append((place, flat))
+            flat[place] = bits.view(-1) if bits.dim() > 1 and bits.is_contiguous() else bits
+            rows[device][flat[place].shape[1:], bits.dtype].append(place)
         else:
             alike[tensor.shape, tensor.dtype, device].append(place)
-    sums = [_of_rows([flat for _, flat in _joined(groups)]) for groups in rows.values()]
-    sums += [_of_alike([tensors[place] for place in places]) for places in alike.values()]
+    sums, order = [], []
+    for groups in rows.values():
+        sums.append(_of_rows([[flat[place] for place in places] for places in groups.values()]))
+        order += [place for places in groups.values() for place in places]
+    for places in alike.values():
+        sums.append(_of_alike([tensors[place] for place in places]))
+        order += places
     if not sums:
         return torch.empty(0, dtype=torch.int64, device="cpu")
-    order = [place for groups in rows.values() for place, _ in _joined(groups)]
-    order += [place for places in alike.values() for place in places]
     here = sums[0].device
     together = torch.cat([one.to(here) for one in sums]) if len(sums) > 1 else sums[0]
     if order == sorted(order):
         return together
-    places = torch.tensor(order, device="cpu").to(here, non_blocking=True)
-    return torch.empty_like(together).index_copy_(0, places, together)
+    index = torch.tensor(order, device="cpu").to(here, non_blocking=True)
+    return torch.empty_like(together).index_copy_(0, index, together)
 
 
-_Groups = dict[tuple[torch.Size, torch.dtype], list[tuple[int, torch.Tensor]]]
-"""Bits that can be put behind one another, each with its place among what is summed up."""
+_Places = dict[tuple[Any, ...], list[int]]
+"""Of tensors that are summed up together, by what they have in common."""
 
 
-def _joined(groups: _Groups) -> Iterator[tuple[int, torch.Tensor]]:
-    return (one for group in groups.values() for one in group)
-
-
-def _of_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of bits of whole rows, as ``_of_group`` sums them up, but of all lengths at once."""
+def _of_rows(groups: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Of bits of whole rows, as ``_of_group`` sums them up, but of all lengths at once. The tensors
+    of a group can be put behind one another."""
+    tensors = [one for group in groups for one in group]
     device = tensors[0].device
     counts = np.array([one.nbytes // (4 * _ROW) for one in tensors])
     whose = np.arange(len(counts)).repeat(counts)
     within = np.arange(len(whose)) - (counts.cumsum() - counts).repeat(counts)
     places = torch.from_numpy(np.stack([whose, within])).to(device, non_blocking=True)
-    chunks = _chunks(tensors, _GATHERED[device.type == "cpu"])
+    chunks = [chunk for group in groups for chunk in _chunks(group)]
     sums = torch.cat([_row_sums(chunk) for chunk in chunks])
     weighed = sums * _factors(int(counts.max()), device, 1)[places[1]]
     found = torch.zeros(len(counts), dtype=torch.int64, device=device)
     return found.index_add_(0, places[0], weighed)
 
 
-def _chunks(tensors: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
-    """Neighbours that can be put behind one another, of at most so many bytes, or one."""
+def _chunks(group: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """As many neighbours as are summed up at a time, or one."""
+    most = _GATHERED[group[0].device.type == "cpu"]
     some: list[torch.Tensor] = []
     nbytes = 0
-    for one in tensors:
-        fits = not some or (some[0].shape[1:], some[0].dtype) == (one.shape[1:], one.dtype)
-        if some and not (fits and nbytes + one.nbytes <= most):
+    for one in group:
+        if some and nbytes + one.nbytes > most:
             yield some
             some, nbytes = [], 0
         some.append(one)
