@@ -35,6 +35,7 @@ _functions = [one for kind in (*_CONTAINERS, builtins) for one in vars(kind).val
 _HARMLESS = {one for one in _functions if type(one) in (_METHOD, _BUILTIN)} | {tuple.__new__}
 _PACKAGES = ("torch", "vllm", "sglang")
 """In one place of their code, one thing is called. A loader's own code may have a table of them."""
+_STDLIB, _INSTALLED = f"{sysconfig.get_path('stdlib')}/", ("site-packages/", "dist-packages/")
 _OWN_ROOM = __name__.rpartition(".")[0]
 _POP_MODE = torch._C._pop_torch_function_stack
 _FRAMES_TO_POP = 8  # from the hook to torch's function that calls a mode
@@ -99,11 +100,10 @@ def _monitoring(notice: Notice, lost: Callable[[], None]) -> Iterator[None]:
     event, never_again = _MONITORING.events.CALL, _MONITORING.DISABLE
     packages = [sys.modules[name].__path__ for name in _PACKAGES if name in sys.modules]
     known_code = tuple(f"{path}/" for paths in packages for path in paths)
-    python, installed = sysconfig.get_path("stdlib"), ("site-packages/", "dist-packages/")
 
     def is_known(file: str) -> bool:
-        own = file.removeprefix(f"{python}/")
-        return file.startswith(known_code) or (own != file and not own.startswith(installed))
+        own = file.removeprefix(_STDLIB)
+        return file.startswith(known_code) or (own != file and not own.startswith(_INSTALLED))
 
     def called(code: Any, _: int, function: Any, first: Any) -> Any:
         if code.co_filename.startswith(_OWN_CODE):

@@ -117,7 +117,7 @@ class ModelReload:
 
     def _load(self, weights: NamedTensors | None, delivery: ReceivedBucket | None) -> None:
         session = self._begun()
-        if delivery is not None:
+        if delivery is not None and delivery.needs:
             delivery.check(session.needs)
         with self._adapter.surroundings():
             if weights is not None:

@@ -175,11 +175,9 @@ class ModelUpdate:
         held_bytes: of those, what went to modules that the bucket left incomplete.
         loaded_plainly: the parameters that the loader says it loaded; ``None`` if it does not say.
         may_leave_out: whether it goes without tensors that the model holds.
-        needs: the digest of what it reads at most; empty: everything.
     """
 
     how = "plain"
-    needs = ""
     may_leave_out = False
 
     def __init__(self, learned: LearnedLoader, model: ModelAdapter, reason: str = "") -> None:
@@ -188,6 +186,11 @@ class ModelUpdate:
         self.loaded_plainly: set[str] | None = set()
         self._learned = learned
         self._model = model
+
+    @property
+    def needs(self) -> str:
+        """The digest of what it reads at most; empty: everything."""
+        return ""
 
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         """Load a bucket; ``received`` says where its tensors lie, if they came in one buffer."""

@@ -63,16 +63,13 @@ class LearnedLoader:
         self.held = HeldTensors()
         self._restarts = self._replays = 0
 
+    @collector_at_rest()  # else every few updates wait for it, though all of this is gone
     def begin(self, model: ModelAdapter, version: str = "") -> ModelUpdate:
         """A new update; the engine is ready to load.
 
         Raises:
             ValueError: ``PS_REPLAY`` or ``PS_REPLAY_CHECK`` is not what it may be.
         """
-        with collector_at_rest():  # else every few updates wait for it, though all of this is gone
-            return self._begin(model, version)
-
-    def _begin(self, model: ModelAdapter, version: str) -> ModelUpdate:
         mode, every = replay_mode(), replay_check()
         reason = "PS_REPLAY=off" if mode == "off" else self.why_not or model.cannot()
         if not reason and self.recording is None:
@@ -155,18 +152,18 @@ class _Learning(ModelUpdate):
         self._device: torch.device | None = None
         self._recording: Recording | None = None
 
+    @collector_at_rest()
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         self._buckets += 1
         if received is not None and self._device is None:
             self._device = received.buffer.device
             fused_copies.warm_up(self._device)
-        with collector_at_rest():
-            if self._before is not None:
-                for placement in placements_of(weights, received):
-                    self._comparison.expect(self._before.program_for(placement), placement.buffer)
-            if not self._model.is_persistent:
-                self._recorder.rebind(self._model.moved())
-            super().load(weights, received)
+        if self._before is not None:
+            for placement in placements_of(weights, received):
+                self._comparison.expect(self._before.program_for(placement), placement.buffer)
+        if not self._model.is_persistent:
+            self._recorder.rebind(self._model.moved())
+        super().load(weights, received)
 
     def _load_weights(self, weights: NamedTensors) -> Any:
         if self._recorder.failure:
@@ -196,11 +193,8 @@ class _Learning(ModelUpdate):
     def unused(self) -> set[str]:
         return set() if self._recording is None else self._recording.unused
 
+    @collector_at_rest()
     def finish(self) -> None:
-        with collector_at_rest():
-            self._finish()
-
-    def _finish(self) -> None:
         recording = self._recorder.finish(self._model.refuses)
         if recording is None:
             self.reason = self._recorder.failure
@@ -242,8 +236,6 @@ class _Replaying(ModelUpdate):
         """``checked``: the bucket that goes through the loader, and is compared."""
         super().__init__(learned, model)
         self._recording, self._checked, self._held_tensors = recording, checked, learned.held
-        if checked is None and recording.needs is not None:
-            self.needs = recording.needs.digest
         self.may_leave_out = checked is None and model.keeps_others and replay_mode() == "on"
         self._places, self._addresses = recording.places, recording.addresses
         self._order = list(recording.programs)
@@ -254,6 +246,12 @@ class _Replaying(ModelUpdate):
         self._used: dict[Hashable, Program] = {}
         self._filled: set[str] = set()
         self._is_stale = False
+
+    @property
+    def needs(self) -> str:
+        # It takes a while to work out, and not every server asks.
+        reads_all = self._is_stale or self._checked is not None
+        return "" if reads_all else self._recording.needs_digest
 
     @property
     def _leaves_it(self) -> bool:
@@ -279,6 +277,7 @@ class _Replaying(ModelUpdate):
             # written; this one has the processor fetch what it looks at, which takes longest.
             self._in_place(self._recording.programs[self._order[self._bucket]])
 
+    @collector_at_rest()
     def load(self, weights: NamedTensors, received: ReceivedBucket | None = None) -> None:
         placements = placements_of(weights, received)
         programs = [(one, self._recording.program_for(one)) for one in placements]
@@ -391,7 +390,7 @@ class _Replaying(ModelUpdate):
     def _leave(self, unknown: set[str], received: ReceivedBucket | None) -> None:
         """The checkpoint is not the one that was recorded, or the model's memory moved: the next
         update learns it anew."""
-        self._is_stale, self.needs = True, ""
+        self._is_stale = True
         if self._held_tensors.left_out:
             self._refuse("the model moved, or the checkpoint became another")
         if received is not None:

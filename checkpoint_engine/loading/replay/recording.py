@@ -234,7 +234,7 @@ class Recording:
         """
         known, unknown = [], []
         copies: dict[str, dict[Route, list[Copy]]] = defaultdict(lambda: defaultdict(list))
-        total, nbytes, numel = 0, Counter[str](), Counter[str]()
+        total, nbytes, numel = 0, defaultdict[str, int](int), defaultdict[str, int](int)
         for placed in bucket:
             source, offset = placed
             total += (size := source.nbytes)
@@ -246,10 +246,11 @@ class Recording:
                 begin, odd = divmod(offset, route.dtype.itemsize)
                 if odd:
                     raise ValueError(f"tensor {source.name!r} lies at {offset}")
-                copies[route.slot.module][route].append(Copy(begin + copy.source, *copy[1:]))
-                nbytes[route.slot.module] += size
-            if source in self.counts:
-                numel.update(self.counts[source])
+                module = route.slot.module
+                copies[module][route].append(Copy(begin + copy.source, *copy[1:]))
+                nbytes[module] += size
+            for module, count in self.counts.get(source, {}).items():
+                numel[module] += count
         parts = []
         for module in {**numel, **nbytes}:
             moves = [Move.of(route, some) for route, some in copies[module].items()]
@@ -326,6 +327,11 @@ class Recording:
                 for source, entries in self.entries.items()
             }
         )
+
+    @property
+    def needs_digest(self) -> str:
+        """Empty where they cannot be told."""
+        return "" if self.needs is None else self.needs.digest
 
     @cached_property
     def figures(self) -> dict[str, Any]:
