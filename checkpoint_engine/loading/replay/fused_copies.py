@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -22,7 +23,7 @@ import torch
 from loguru import logger
 
 from checkpoint_engine.loading.replay.digests import digests
-from checkpoint_engine.loading.replay.geometry import Copy
+from checkpoint_engine.loading.replay.geometry import Copy, Dims
 
 FEWEST_COPIES = 32
 """Below, a launch for each copy of bytes in a row costs less than a table."""
@@ -102,21 +103,26 @@ def fits(copies: Sequence[Copy], unit: torch.dtype, device: torch.device) -> boo
 
 def build_table(copies: Sequence[tuple[int, Copy]], device: torch.device) -> Table:
     """Of copies into targets, which are told by number. Valid as long as the copies are."""
-    rows = []
-    for number, copy in copies:
-        dims = len(copy.sizes)
-        row = [number, copy.source, copy.target, copy.numel, max(1, dims)]
-        for values in copy[2:]:
-            row += [*reversed(values), *[0] * (_DIMS - dims)]
-        rows.append(row)
-    table = np.array(rows, dtype=np.int64)
+    kinds: dict[Any, int] = {}  # models repeat a few thousands of times
+    kind_of = [kinds.setdefault(copy[2:], len(kinds)) for _, copy in copies]
+    places = np.array([(number, *copy[:2]) for number, copy in copies], dtype=np.int64)
+    forms = np.array([_form_of(*kind) for kind in kinds], dtype=np.int64)
+    table = np.concatenate([places, forms[kind_of]], axis=1)
     counts = (table[:, 3] + _BLOCK - 1) // _BLOCK
     begins = np.repeat(counts.cumsum() - counts, counts)
-    of_copy = np.repeat(np.arange(len(rows)), counts)
+    of_copy = np.repeat(np.arange(len(table)), counts)
     first = (np.arange(len(begins)) - begins) * _BLOCK
     blocks = torch.from_numpy(np.stack([of_copy, first], 1).astype(np.int32))
     there = torch.from_numpy(table).to(device, non_blocking=True)
     return Table(there, blocks.to(device, non_blocking=True))
+
+
+def _form_of(sizes: Dims, source_strides: Dims, target_strides: Dims) -> list[int]:
+    """What a table has of a copy beside its places."""
+    row = [math.prod(sizes), max(1, len(sizes))]
+    for values in (sizes, source_strides, target_strides):
+        row += [*reversed(values), *[0] * (_DIMS - len(values))]
+    return row
 
 
 def places_of(targets: Sequence[torch.Tensor], unit: torch.dtype) -> torch.Tensor:
