@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Callable, Iterable
@@ -16,7 +17,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.utils import replace_parameter
 
+from checkpoint_engine.loading import layerwise as adapter
 from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
+from checkpoint_engine.loading.vllm import captured
 
 SIDE, HALF = 4, 2
 LEARNING = 2  # updates
@@ -564,3 +567,110 @@ def test_a_bucket_that_is_checked_goes_through_the_loader(monkeypatch: pytest.Mo
         engine.update(spread(halves(step)))
         for layer in ("a", "b"):
             assert torch.equal(getattr(engine.model, layer).weight, whole(halves(step), layer))
+
+
+# ------------------------------------------------------------------ what graphs have captured
+
+
+class Kernel:
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.workspace = torch.zeros(3)
+        self.scale = layer.weight.data.sum().reshape(1)
+
+
+def makes_a_kernel(layer: torch.nn.Module) -> None:
+    """As Marlin's do, and those for experts."""
+    layer.quant_method.kernel = Kernel(layer)
+
+
+def with_graphs() -> Any:
+    """Of an engine on a GPU: tensors of CPUs stand for its."""
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.object(adapter, "has_graphs", return_value=True))
+    is_one = mock.patch.object(captured, "_may_be_captured", lambda tensor: not tensor.is_meta)
+    patches.enter_context(is_one)
+    return patches
+
+
+@pytest.mark.parametrize("spreads", [True, False])
+def test_what_a_kernel_holds_is_filled_where_graphs_have_captured_it(spreads: bool) -> None:
+    engine = Engine(makes_a_kernel)
+    kernel = engine.model.a.quant_method.kernel
+    places = kernel.workspace.data_ptr(), kernel.scale.data_ptr()
+    del kernel
+    with with_graphs():
+        for step in range(1, 6):
+            of = halves(step)
+            report = engine.update(spread(of) if spreads else [of])
+            kernel = engine.model.a.quant_method.kernel
+            assert (kernel.workspace.data_ptr(), kernel.scale.data_ptr()) == places
+            assert kernel.scale.item() == whole(of, "a").sum().item()
+    assert report["replay"]["loaded"] == "replayed"
+
+
+def test_an_update_that_fails_leaves_what_graphs_have_captured_where_it_is() -> None:
+    engine = Engine(makes_a_kernel)
+    model = engine.model
+    place = model.a.quant_method.kernel.workspace.data_ptr()
+
+    def fail(layer: torch.nn.Module) -> None:
+        makes_a_kernel(layer)
+        raise torch.OutOfMemoryError("no memory to pack it")
+
+    with with_graphs():
+        failing = mock.patch.object(model.a.quant_method, "_process", fail)
+        with failing, pytest.raises(torch.OutOfMemoryError):
+            engine.update([halves(1)])
+        assert model.a.quant_method.kernel.workspace.data_ptr() == place
+        engine.update([halves(2)])
+        kernel = model.a.quant_method.kernel
+        assert kernel.workspace.data_ptr() == place
+        assert kernel.scale.item() == whole(halves(2), "a").sum().item()
+
+
+def test_a_kernel_of_another_form_fails_this_update_and_later_ones() -> None:
+    engine = Engine(makes_a_kernel)
+
+    def other(layer: torch.nn.Module) -> None:
+        makes_a_kernel(layer)
+        layer.quant_method.kernel.workspace = torch.zeros(4)
+
+    with with_graphs():
+        with (
+            mock.patch.object(engine.model.a.quant_method, "_process", other),
+            pytest.raises(RuntimeError, match=r"a\.quant_method\.kernel\.workspace anew"),
+        ):
+            engine.update([halves(1)])
+        with pytest.raises(RuntimeError, match="Start the engine with the new weights"):
+            engine.update([halves(2)])
+
+
+def test_an_engine_without_graphs_keeps_what_processing_made() -> None:
+    engine = Engine(makes_a_kernel)
+    for step in (1, 2, 3):
+        before = engine.model.a.quant_method.kernel
+        engine.update([halves(step)])
+        assert engine.model.a.quant_method.kernel is not before
+
+
+def test_attention_which_vllm_processes_last_of_all_is_filled_too() -> None:
+    """MLA keeps what it made of ``kv_b_proj``; vLLM up to 0.25 makes it anew."""
+    from vllm.model_executor.layers.attention import Attention
+
+    class Mla(Attention):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+            self.absorbed = engine.model.a.weight.data.transpose(0, 1).contiguous()
+
+    engine = Engine(nothing)
+    engine.model.mla = Mla()
+    layerwise.record_metadata_for_reloading(engine.model)
+    engine.model.mla.process_weights_after_loading(torch.float32)
+    place = engine.model.mla.absorbed.data_ptr()
+    with with_graphs():
+        for step in range(1, 5):
+            engine.update([halves(step)])
+            assert engine.model.mla.absorbed.data_ptr() == place
+            assert torch.equal(engine.model.mla.absorbed, whole(halves(step), "a").t())

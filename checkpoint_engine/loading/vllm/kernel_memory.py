@@ -19,6 +19,7 @@ import torch
 from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Place, key_of
+from checkpoint_engine.loading.vllm.captured import Captured
 
 _loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
 """Layers that some update loaded whole. In any other, as one with padding, what is not loaded would
@@ -39,6 +40,7 @@ class KernelMemory:
         infos: Mapping[torch.nn.Module, Any],
         device_type: str,
         shared: Set[int],
+        captured: Captured,
     ) -> None:
         """
         Args:
@@ -46,6 +48,7 @@ class KernelMemory:
                 nothing is lent.
             infos: what it knows of each layer.
             shared: as of ``storages_of_several``; not lent.
+            captured: told of each layer that has been processed.
         """
         self.lent: dict[torch.nn.Module, int] = {}
         self._vllm = vllm
@@ -55,6 +58,7 @@ class KernelMemory:
         self._make = vllm.materialize_layer
         self._copy_and_restore = getattr(vllm, "_copy_and_restore_kernel_tensors", None)
         self._shared = shared
+        self._captured = captured
         self._unshared: set[int | None] = set()
         self._of_parameters: set[int | None] = set()
         self._in_use: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -180,6 +184,7 @@ class KernelMemory:
                 tensor.data = tensor.data.clone()
         assert self._copy_and_restore is not None
         self._copy_and_restore(layer, info)
+        self._captured.put_back([layer])
 
 
 def storages_of_several(models: Sequence[Any]) -> set[int]:
