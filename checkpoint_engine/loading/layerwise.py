@@ -22,7 +22,6 @@ from checkpoint_engine.loading.replay.memory import Slot
 from checkpoint_engine.loading.replay.recorder import Recorder
 from checkpoint_engine.loading.replay.recording import NamedTensors
 from checkpoint_engine.loading.views import parted_views
-from checkpoint_engine.loading.vllm.captured import Captured, has_graphs
 from checkpoint_engine.loading.vllm.counts import Counts
 from checkpoint_engine.loading.vllm.direct_writes import DirectWrites
 from checkpoint_engine.loading.vllm.expert_names import ExpertNames
@@ -90,10 +89,7 @@ class Layerwise(LoadOver):
         self._moved: list[torch.nn.Module] = []
         self._counts = Counts()
         self._direct: defaultdict[str, set[tuple[Slot, View]]] = defaultdict(set)
-        self._captured = Captured(self.modules if has_graphs(device, model_config) else {})
-        self._kernel = KernelMemory(
-            vllm, self.modules, self._infos, device.type, shared, self._captured
-        )
+        self._kernel = KernelMemory(vllm, self.modules, self._infos, device, model_config, shared)
         self._lent = LentLoaders(vllm, {}, set())
         self._experts = ExpertNames()
 
@@ -114,7 +110,7 @@ class Layerwise(LoadOver):
 
     def begin(self) -> None:
         self.abandon()  # what a failed update may have left
-        self._captured.look()
+        self._kernel.look()
         self._vllm.initialize_layerwise_reload(self._model)
         for last in (self._opened, self._made, self._moved, self._direct):
             last.clear()
@@ -297,7 +293,7 @@ class Layerwise(LoadOver):
             _reset_scales(self._vllm, self._infos)
         with self._kernel.lending():
             self._vllm.finalize_layerwise_reload(self._model, self._model_config)
-        self._captured.put_back()  # attention is processed last
+        self._kernel.put_back()
         self._lent.clear()
         self._counts.clear()
         self._repairs.pack_tied()
@@ -316,8 +312,6 @@ class Layerwise(LoadOver):
         self._counts.clear()
         self._repairs.end()
         self._kernel.abandon()
-        with contextlib.suppress(RuntimeError):  # the next update is told
-            self._captured.put_back()
         for layer in self._infos:
             self._put_back(layer)
         if hasattr(self._model, "_original_do_torchao_reload"):

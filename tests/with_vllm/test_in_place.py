@@ -17,9 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.utils import replace_parameter
 
-from checkpoint_engine.loading import layerwise as adapter
 from checkpoint_engine.loading.reload import EngineReload, LoaderHabits
-from checkpoint_engine.loading.vllm import captured
+from checkpoint_engine.loading.vllm import captured, kernel_memory
 
 SIDE, HALF = 4, 2
 LEARNING = 2  # updates
@@ -586,7 +585,7 @@ def makes_a_kernel(layer: torch.nn.Module) -> None:
 def with_graphs() -> Any:
     """Of an engine on a GPU: tensors of CPUs stand for its."""
     patches = contextlib.ExitStack()
-    patches.enter_context(mock.patch.object(adapter, "has_graphs", return_value=True))
+    patches.enter_context(mock.patch.object(kernel_memory, "has_graphs", return_value=True))
     is_one = mock.patch.object(captured, "_may_be_captured", lambda tensor: not tensor.is_meta)
     patches.enter_context(is_one)
     return patches

@@ -19,7 +19,7 @@ import torch
 from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
 from checkpoint_engine.loading.replay.memory import Place, key_of
-from checkpoint_engine.loading.vllm.captured import Captured
+from checkpoint_engine.loading.vllm.captured import Captured, has_graphs
 
 _loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
 """Layers that some update loaded whole. In any other, as one with padding, what is not loaded would
@@ -38,30 +38,38 @@ class KernelMemory:
         vllm: Any,
         modules: Mapping[str, torch.nn.Module],
         infos: Mapping[torch.nn.Module, Any],
-        device_type: str,
+        device: torch.device,
+        model_config: Any,
         shared: Set[int],
-        captured: Captured,
     ) -> None:
         """
         Args:
             vllm: the module that layerwise reload is in. If it does not copy as it does today,
                 nothing is lent.
             infos: what it knows of each layer.
+            model_config: vLLM's, of the model.
             shared: as of ``storages_of_several``; not lent.
-            captured: told of each layer that has been processed.
         """
         self.lent: dict[torch.nn.Module, int] = {}
         self._vllm = vllm
         self._modules = modules
         self._infos = infos
-        self._device_type = device_type
+        self._device_type = device.type
         self._make = vllm.materialize_layer
         self._copy_and_restore = getattr(vllm, "_copy_and_restore_kernel_tensors", None)
         self._shared = shared
-        self._captured = captured
+        self._captured = Captured(modules if has_graphs(device, model_config) else {})
         self._unshared: set[int | None] = set()
         self._of_parameters: set[int | None] = set()
         self._in_use: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def look(self) -> None:
+        """Nothing of this update has been done to the model.
+
+        Raises:
+            RuntimeError: an update before has left CUDA graphs with what is not right any more.
+        """
+        self._captured.look()
 
     def begin(self) -> None:
         """The layers wait for new weights."""
@@ -101,8 +109,15 @@ class KernelMemory:
             if (held.dtype, held.shape) == (made.dtype, made.shape) and not held.is_meta:
                 made.data.copy_(held)
 
+    def put_back(self) -> None:
+        """All layers have been processed: attention is the last. Raises ``RuntimeError`` if CUDA
+        graphs would go on with what is not right any more."""
+        self._captured.put_back()
+
     def abandon(self) -> None:
         """Put memory back that a layer lost whose processing failed; nothing of it is right."""
+        with contextlib.suppress(RuntimeError):  # the next update is told
+            self._captured.put_back()
         for pairs in self._in_use.values():
             for tensor, memory in pairs:
                 tensor.data = memory
