@@ -157,11 +157,10 @@ def test_what_is_made_anew_is_filled_and_put_back(kind: Callable[[float], Made])
 def test_two_parts_of_a_tuple_are_both_put_back() -> None:
     model = model_with((made(0), made(1)))
     addresses = [one.data_ptr() for one in model.layer.helper]
-
-    def process(layer: Any) -> None:
-        layer.helper = (made(2), made(3))
-
-    update(model, process)
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.layer.helper = (made(2), made(3))
+    one.put_back()
     assert [one.data_ptr() for one in model.layer.helper] == addresses
     assert [one[0].item() for one in model.layer.helper] == [2, 3]
 
@@ -283,22 +282,55 @@ def test_what_was_made_in_inference_mode_is_filled() -> None:
     assert workspace.tolist() == [6] * 3
 
 
+class Layer(torch.nn.Module):
+    """No module of torch's."""
+
+
+def paths_of(helper: Any) -> list[tuple[Any, ...]]:
+    """By which ways what it holds is found."""
+    layer = Layer()
+    vars(layer)["helper"] = helper
+    one = Captured({"layer": layer})
+    one.look()
+    return list(one._before[layer])
+
+
 def test_the_models_own_layers_are_no_helpers() -> None:
-    """Nor what leads to all of a program."""
-    model = model_with(None)
-    model.layer.model = [model]  # a list hides it from named_modules
-    model.layer.more = SimpleNamespace(back=model.layer)
-    model.layer.weight_again = model.layer.weight.data
+    model, layer = Layer(), Layer()
+    model.layer, model.here = layer, made(0)
+    layer.back = SimpleNamespace(models=[model], layer=layer)
+    layer.here = made(1)
     one = Captured(dict(model.named_modules()))
     one.look()
-    assert {layer: list(held) for layer, held in one._before.items()} == {
-        model.layer: [("weight_again",)]
-    }
+    held = {layer: list(held) for layer, held in one._before.items()}
+    assert held == {model: [("here",)], layer: [("here",)]}
+
+
+def test_what_leads_to_itself_is_looked_at_once_and_what_is_there_twice_twice() -> None:
+    kernel = Kernel(workspace=made(0))
+    kernel.more = {"back": [kernel]}
+    assert paths_of([kernel, kernel]) == [
+        ("helper", 0, "workspace"),
+        ("helper", 1, "workspace"),
+    ]
+
+
+def test_what_is_deep_is_found_and_what_is_deeper_is_not_looked_for() -> None:
+    helper: Any = made(0)
+    for _ in range(captured._DEEPEST):
+        helper = [helper]
+    assert len(paths_of(helper)) == 1
+    assert paths_of([helper]) == []
+
+
+def test_configurations_of_vllms_are_not_looked_into() -> None:
+    kind = type("VllmConfig", (Kernel,), {"__module__": "vllm.config.vllm"})
+    assert paths_of(kind(everything=made(0))) == []
+    assert len(paths_of(Kernel(everything=made(0)))) == 1
 
 
 def test_layers_without_helpers_are_looked_at_once() -> None:
-    model = model_with("nothing")
-    modules = dict(model.named_modules())
+    modules = dict(model_with(Kernel(size=1)).named_modules())
     Captured(modules).look()
     with mock.patch.object(captured, "_parts_of", side_effect=AssertionError):
         Captured(modules).look()

@@ -65,7 +65,6 @@ class Captured:
         Raises:
             RuntimeError: graphs have captured what an update before could not fill anew.
         """
-        self._before.clear()
         for layer in self._modules.values():
             if layer in _lost:
                 raise RuntimeError(_lost[layer])
