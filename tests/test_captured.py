@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
-from weakref import ref
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ class Kernel:
 
 
 def made(number: float) -> torch.Tensor:
-    return torch.full((3,), number)
+    return torch.full((3,), float(number))
 
 
 Made = tuple[Any, Callable[[Any], torch.Tensor]]
@@ -103,6 +105,76 @@ def helper_that_is_a_module(number: float) -> Made:
     return kernel, lambda held: held.strides
 
 
+def positional_of_a_partial(number: float) -> Made:
+    return partial(print, made(number)), lambda held: held.args[0]
+
+
+def default_of_a_function(number: float) -> Made:
+    def apply(workspace: torch.Tensor = made(number)) -> torch.Tensor:  # noqa: B008
+        return workspace
+
+    return apply, lambda held: held()
+
+
+def attribute_of_a_function(number: float) -> Made:
+    def apply() -> None:
+        pass
+
+    vars(apply)["workspace"] = made(number)
+    return apply, lambda held: held.workspace
+
+
+class Private:
+    __slots__ = ("__strides",)
+
+    def __init__(self, strides: torch.Tensor) -> None:
+        self.__strides = strides
+
+    def strides(self) -> torch.Tensor:
+        return self.__strides
+
+
+def private_slot(number: float) -> Made:
+    return Private(made(number)), lambda held: held.strides()
+
+
+class One:
+    __slots__ = "strides"
+
+    strides: torch.Tensor
+
+
+def slot_by_a_word(number: float) -> Made:
+    one = One()
+    one.strides = made(number)
+    return one, lambda held: held.strides
+
+
+class Bag(dict[str, Any]):
+    """It has attributes, too."""
+
+
+def attribute_of_a_dictionary(number: float) -> Made:
+    bag = Bag(plain=1)
+    vars(bag)["workspace"] = made(number)
+    return bag, lambda held: held.workspace
+
+
+def queue_and_view(number: float) -> Made:
+    held = MappingProxyType({"all": deque([made(number)])})
+    return held, lambda held: held["all"][0]
+
+
+def linear_of_torchs(number: float) -> Made:
+    linear = torch.nn.Linear(1, 3, bias=False)
+    linear.weight.data = made(number)
+    return [linear], lambda held: held[0].weight.data
+
+
+def shown_several_times(number: float) -> Made:
+    return Kernel(scale=torch.full((1,), number).expand(3)), lambda held: held.scale
+
+
 def directly(number: float) -> Made:
     return made(number), lambda held: held
 
@@ -118,6 +190,15 @@ KINDS = [
     bound_method,
     closure,
     helper_that_is_a_module,
+    positional_of_a_partial,
+    default_of_a_function,
+    attribute_of_a_function,
+    private_slot,
+    slot_by_a_word,
+    attribute_of_a_dictionary,
+    queue_and_view,
+    linear_of_torchs,
+    shown_several_times,
     directly,
 ]
 
@@ -197,25 +278,10 @@ def test_a_helper_of_two_layers_is_found_by_either() -> None:
     assert shared.workspace.tolist() == [4] * 3
 
 
-def test_one_way_to_a_tensor_that_is_gone_leaves_the_other() -> None:
-    """A forward pass may have noted a helper somewhere else, too."""
-    model = model_with(Kernel(workspace=made(0)))
-    model.layer.aaa_noted = model.layer.helper
-    address = model.layer.helper.workspace.data_ptr()
-
-    def process(layer: Any) -> None:
-        del layer.aaa_noted
-        layer.helper = Kernel(workspace=made(5))
-
-    update(model, process)
-    assert model.layer.helper.workspace.data_ptr() == address
-    assert model.layer.helper.workspace.tolist() == [5] * 3
-
-
 def test_what_a_forward_pass_made_lives_on_once() -> None:
     model = model_with(Kernel(workspace=made(0)))
     scratch = [torch.zeros(9), torch.zeros(9)]
-    alive = [ref(one) for one in scratch]
+    places = [one.data_ptr() for one in scratch]
 
     def process(layer: Any) -> None:
         layer.helper = Kernel(workspace=made(1))
@@ -226,32 +292,8 @@ def test_what_a_forward_pass_made_lives_on_once() -> None:
         gc.collect()
     update(model, process)
     gc.collect()
-    assert [one() is not None for one in alive] == [True, False]
-
-
-@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(3, dtype=torch.int32)])
-def test_another_form_is_an_error_until_the_engine_starts_anew(other: torch.Tensor) -> None:
-    model = model_with(Kernel(workspace=made(0)))
-
-    def process(layer: Any) -> None:
-        layer.helper = Kernel(workspace=other)
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"layer\.helper\.workspace anew"):
-            update(model, process)
-    with pytest.raises(RuntimeError, match="enforce_eager"):
-        update(model, lambda _: None)
-    update(model_with(Kernel(workspace=made(0))), lambda _: None)  # another engine's
-
-
-def test_what_nothing_can_replace_is_an_error() -> None:
-    model = model_with(partial(print, made(0)))
-
-    def process(layer: Any) -> None:
-        vars(layer)["helper"] = partial(print, made(1))
-
-    with pytest.raises(RuntimeError, match=r"layer\.helper\.args\.0 anew"):
-        update(model, process)
+    kept = captured._pasts[model.layer].kept
+    assert [one.data_ptr() for one in kept.values()] == places[:1]
 
 
 def test_a_copy_that_fails_is_an_error_in_later_updates_too() -> None:
@@ -278,7 +320,7 @@ def test_what_was_made_in_inference_mode_is_filled() -> None:
         layer.helper = Kernel(workspace=made(6))
 
     update(model, process)
-    assert model.layer.helper.workspace is workspace
+    assert model.layer.helper.workspace.data_ptr() == workspace.data_ptr()
     assert workspace.tolist() == [6] * 3
 
 
@@ -292,7 +334,270 @@ def paths_of(helper: Any) -> list[tuple[Any, ...]]:
     vars(layer)["helper"] = helper
     one = Captured({"layer": layer})
     one.look()
-    return list(one._before[layer])
+    return list(one._held.get(layer, ()))
+
+
+def test_what_is_found_by_another_name_is_an_error() -> None:
+    """Nobody knows whether it is the same."""
+    model = model_with(Kernel(workspace=made(0)))
+
+    def process(layer: Any) -> None:
+        layer.helper = Kernel(place=made(5))
+
+    with pytest.raises(RuntimeError, match=r"helper\.workspace is gone, and something"):
+        update(model, process)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(3, dtype=torch.int32)])
+def test_another_form_is_an_error_until_the_engine_starts_anew(other: torch.Tensor) -> None:
+    model = model_with(Kernel(workspace=made(0)))
+    place = model.layer.helper.workspace.data_ptr()
+
+    def process(layer: Any) -> None:
+        layer.helper = Kernel(workspace=other)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'layer' held.*: helper\.workspace is"):
+            update(model, process)
+    with pytest.raises(RuntimeError, match="enforce_eager"):
+        update(model, lambda _: None)
+    kept = captured._pasts[model.layer].kept  # graphs may still write there
+    assert [one.data_ptr() for one in kept.values()] == [place]
+    update(model_with(Kernel(workspace=made(0))), lambda _: None)  # another engine's
+
+
+def test_a_layer_that_fails_does_not_keep_others_from_being_filled() -> None:
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    for layer in (model.a, model.b):
+        layer.helper = Kernel(workspace=made(0))
+    place = model.b.helper.workspace.data_ptr()
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.a.helper, model.b.helper = Kernel(workspace=torch.zeros(4)), Kernel(workspace=made(1))
+    with pytest.raises(RuntimeError, match="'a' held"):
+        one.put_back()
+    assert model.b.helper.workspace.data_ptr() == place
+    assert model.b.helper.workspace.tolist() == [1] * 3
+
+
+def test_the_stride_of_one_element_is_no_other_form() -> None:
+    model = model_with(Kernel(workspace=torch.zeros(1, 4).t()))
+    place = model.layer.helper.workspace.data_ptr()
+
+    def process(layer: Any) -> None:
+        layer.helper = Kernel(workspace=torch.ones(4, 1))
+
+    update(model, process)
+    assert model.layer.helper.workspace.data_ptr() == place
+    assert model.layer.helper.workspace.flatten().tolist() == [1] * 4
+
+
+def other_memory(helper: Any) -> None:
+    helper.workspace.data = made(1)
+
+
+def set_to_other_memory(helper: Any) -> None:
+    helper.workspace.set_(made(1))
+
+
+@pytest.mark.parametrize("change", [other_memory, set_to_other_memory])
+def test_the_same_object_with_other_memory_is_noticed(change: Callable[[Any], None]) -> None:
+    model = model_with(Kernel(workspace=made(0)))
+    place = model.layer.helper.workspace.data_ptr()
+    update(model, lambda layer: change(layer.helper))
+    assert model.layer.helper.workspace.data_ptr() == place
+    assert model.layer.helper.workspace.tolist() == [1] * 3
+
+
+def test_memory_that_was_resized_is_an_error() -> None:
+    model = model_with(Kernel(workspace=made(0)))
+
+    def process(layer: Any) -> None:
+        layer.helper.workspace.resize_(5000)
+
+    with pytest.raises(RuntimeError, match="was resized"):
+        update(model, process)
+
+
+def model_with_two(one: torch.Tensor, other: torch.Tensor) -> torch.nn.Module:
+    model = model_with(None)
+    model.layer.one, model.layer.other = one, other
+    return model
+
+
+def test_two_that_change_places_are_both_right() -> None:
+    model = model_with_two(made(1), made(2))
+    places = model.layer.one.data_ptr(), model.layer.other.data_ptr()
+
+    def process(layer: Any) -> None:
+        layer.one, layer.other = layer.other, layer.one
+
+    update(model, process)
+    assert (model.layer.one.data_ptr(), model.layer.other.data_ptr()) == places
+    assert (model.layer.one.tolist(), model.layer.other.tolist()) == ([2] * 3, [1] * 3)
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_two_of_the_same_memory_that_differ_now_are_an_error(apart: int) -> None:
+    memory = torch.zeros(4)
+    model = model_with_two(memory[:3], memory[apart:][:3])
+
+    def process(layer: Any) -> None:
+        layer.one, layer.other = made(1), made(2)
+
+    with pytest.raises(RuntimeError, match="shares memory"):
+        update(model, process)
+
+
+def test_layers_that_shared_what_differs_now_are_an_error() -> None:
+    shared = made(0)
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    model.a.scale = model.b.scale = shared
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.a.scale, model.b.scale = made(1), made(2)
+    one.put_back([model.a])
+    with pytest.raises(RuntimeError, match="shares memory"):
+        one.put_back([model.b])
+
+
+def test_parts_of_one_memory_are_filled_each() -> None:
+    """As MLA's two matrices; and of several layers."""
+    memory = torch.zeros(12)
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    for number, layer in enumerate((model.a, model.b)):
+        layer.one, layer.other = memory[number * 6 :][:3], memory[number * 6 + 3 :][:3]
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    for number, layer in enumerate((model.a, model.b)):
+        fresh = torch.cat([made(number * 2), made(number * 2 + 1)])
+        layer.one, layer.other = fresh[:3], fresh[3:]
+        one.put_back([layer])
+    one.put_back()
+    assert memory.view(4, 3).tolist() == [[number] * 3 for number in range(4)]
+    assert model.b.other.data_ptr() == memory[9:].data_ptr()
+
+
+def test_what_came_after_the_first_update_is_not_kept() -> None:
+    """Graphs were captured before; each update would keep more."""
+    model = model_with(Kernel(workspace=made(0)))
+    update(model, lambda _: None)
+    for number in range(3):
+        setattr(model.layer, f"scratch_{number}", torch.zeros(9))
+        update(model, lambda layer, number=number: delattr(layer, f"scratch_{number}"))
+    assert captured._pasts[model.layer].kept == {}
+
+
+def test_two_that_become_one_are_both_filled_and_live_on() -> None:
+    model = model_with_two(made(0), made(0))
+    places = {model.layer.one.data_ptr(), model.layer.other.data_ptr()}
+    for step in (1.0, 2.0, 2.0):
+
+        def process(layer: Any, step: float = step) -> None:
+            if layer.one[0] != step:
+                layer.one = layer.other = made(step)
+
+        was = model.layer.one.data_ptr()
+        update(model, process)
+        assert step == 1.0 or model.layer.one.data_ptr() == was
+        there = [model.layer.one, *captured._pasts[model.layer].kept.values()]
+        assert {one.data_ptr() for one in there} == places
+        assert all(one.tolist() == [step] * 3 for one in there)
+
+
+def test_a_failed_update_forgets_nothing_that_graphs_know() -> None:
+    """Whatever it left behind."""
+    model = model_with(Kernel(workspace=made(0)))
+    place = model.layer.helper.workspace.data_ptr()
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.layer.helper = None
+    one.abandon()
+
+    def process(layer: Any) -> None:
+        layer.helper = Kernel(workspace=made(3))
+
+    update(model, process)
+    assert model.layer.helper.workspace.data_ptr() == place
+    assert model.layer.helper.workspace.tolist() == [3] * 3
+
+
+@pytest.mark.parametrize("left", [made(8), torch.zeros(5), made(8).int()])
+def test_a_failed_update_leaves_what_belongs_to_the_weights_that_are_there(
+    left: torch.Tensor,
+) -> None:
+    model = model_with(Kernel(workspace=made(7)))
+    place = model.layer.helper.workspace.data_ptr()
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.layer.helper = Kernel(workspace=left.clone())
+    one.abandon()
+    assert model.layer.helper.workspace.data_ptr() == place
+    assert model.layer.helper.workspace.tolist() == [7] * 3
+
+
+def test_abandoning_raises_nothing_and_the_next_update_is_told() -> None:
+    model = model_with(Kernel(workspace=made(7)))
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    with mock.patch.object(captured, "_parts_of", side_effect=ValueError("a strange helper")):
+        one.abandon()
+    with pytest.raises(RuntimeError, match="a strange helper"):
+        update(model, lambda _: None)
+
+
+class Strange:
+    __slots__ = ("never_set",)
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+class Lazy:
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("not ready")
+
+
+class Nameless:
+    __module__ = None  # type: ignore[assignment]
+
+
+def test_whatever_a_helper_holds_the_look_goes_on() -> None:
+    gone = Kernel()
+    proxy = weakref.proxy(gone)
+    del gone
+    strange = [list[int], json, torch, proxy, Strange(), Lazy(), Nameless(), Kernel, {1, 2}]
+    strange += [iter([1]), (one for one in "a"), object(), weakref.ref(Strange), 1j, ...]
+    paths = paths_of([*strange, Kernel(workspace=made(0))])
+    assert paths == [("helper", f"[{len(strange)}]", "workspace")]
+
+
+def test_helpers_that_all_know_each_other_are_looked_at_once_each() -> None:
+    kernels = [Kernel(workspace=made(0)) for _ in range(200)]
+    for kernel in kernels:
+        kernel.others = kernels
+    assert len(paths_of(kernels)) == 200
+
+
+def test_an_engine_that_is_gone_takes_what_was_kept_with_it() -> None:
+    model = model_with(None)
+    layer = model.layer
+    parameter = torch.nn.Parameter(made(0))
+    parameter.weight_loader = layer.forward  # as vLLM's, which know their layer
+    layer.helper = {layer: Kernel(scale=parameter)}
+    alive = weakref.ref(layer)
+
+    def process(layer: Any) -> None:
+        layer.helper = {layer: None}
+
+    update(model, process)
+    del model, layer, parameter
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_models_own_layers_are_no_helpers() -> None:
@@ -302,22 +607,19 @@ def test_the_models_own_layers_are_no_helpers() -> None:
     layer.here = made(1)
     one = Captured(dict(model.named_modules()))
     one.look()
-    held = {layer: list(held) for layer, held in one._before.items()}
+    held = {layer: list(held) for layer, held in one._held.items()}
     assert held == {model: [("here",)], layer: [("here",)]}
 
 
-def test_what_leads_to_itself_is_looked_at_once_and_what_is_there_twice_twice() -> None:
+def test_what_leads_to_itself_or_is_there_twice_is_looked_at_once() -> None:
     kernel = Kernel(workspace=made(0))
     kernel.more = {"back": [kernel]}
-    assert paths_of([kernel, kernel]) == [
-        ("helper", 0, "workspace"),
-        ("helper", 1, "workspace"),
-    ]
+    assert paths_of([kernel, kernel]) == [("helper", "[0]", "workspace")]
 
 
 def test_what_is_deep_is_found_and_what_is_deeper_is_not_looked_for() -> None:
     helper: Any = made(0)
-    for _ in range(captured._DEEPEST):
+    for _ in range(captured._DEEPEST - 1):
         helper = [helper]
     assert len(paths_of(helper)) == 1
     assert paths_of([helper]) == []

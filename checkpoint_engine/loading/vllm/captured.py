@@ -4,50 +4,66 @@ A layer has helpers: its method of quantisation, kernels, their configurations. 
 makes for them, as Marlin's workspace, strides of kernels for experts, or scales, is read and
 written by graphs where it was when they were captured. Another processing makes it anew, and vLLM
 puts back parameters and buffers alone: what the graphs know would be freed, and other tensors be
-made there. Here it is filled anew, and put back. vLLM's issues 41670 and 48941 tell of it.
+made there. Here the memory that graphs know is filled anew, and the new tensors get that memory.
+vLLM's issues 41670 and 48941 tell of it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from types import (
+    CellType,
+    FunctionType,
+    GenericAlias,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any
+from weakref import ProxyTypes, WeakKeyDictionary
 
 import torch
 
-from checkpoint_engine.loading.replay.memory import Place
+from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.memory import Place, key_of
 
-Path = tuple[Any, ...]
+Path = tuple[str, ...]
+"""The attributes, keys and numbers by which a tensor is found from its layer, the shortest way."""
 
+Tensors = dict[Path, torch.Tensor]
+
+Span = tuple[int | None, int, int]
+"""A storage, a first byte, and the byte after the last one."""
+
+_DEEPEST = 10
 _OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
-_DEEPEST = 8
 _PLAIN = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
-_NO_HELPERS = ("torch", "vllm.config", "vllm.distributed", "transformers", "numpy", "logging")
+_NO_HELPERS = (type, ModuleType, GenericAlias, *ProxyTypes)
+_NO_PACKAGES = ("torch", "vllm.config", "vllm.distributed", "transformers", "numpy", "logging")
 """Packages of whose objects none is made by processing; some lead to all of a program."""
 
-_without: WeakSet[torch.nn.Module] = WeakSet()
-"""Layers whose helpers held nothing when they were updated first: no graph can have it, either."""
 
-_kept: WeakKeyDictionary[torch.nn.Module, dict[Path, torch.Tensor]] = WeakKeyDictionary()
-"""What helpers do not hold any more, and graphs may use: a workspace that a forward pass made."""
+@dataclass(eq=False)
+class _Past:
+    """Of a layer, from its first update on.
+
+    Attributes:
+        first: what its helpers held then; nothing else can be in graphs.
+        kept: the memory of what they do not hold any more: a workspace that a forward pass made,
+            or what a failed update has left out.
+        lost: why graphs would go on with something else than the weights; empty: they do not.
+    """
+
+    first: frozenset[Path]
+    kept: Tensors = field(default_factory=dict)
+    lost: str = ""
 
 
-_lost: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
-"""Layers of which graphs have captured what could not be filled anew, and why."""
-
-Put = Callable[[Any], None] | None
-"""What puts another thing in the place of one; ``None``: nothing can."""
-
-
-class _Held(NamedTuple):
-    """A tensor that a helper holds."""
-
-    path: Path
-    tensor: torch.Tensor
-    put: Put
+_pasts: WeakKeyDictionary[torch.nn.Module, _Past] = WeakKeyDictionary()
 
 
 class Captured:
@@ -57,7 +73,9 @@ class Captured:
         self._modules = modules
         self._own = {id(one) for one in modules.values()}
         self._names = {layer: name for name, layer in modules.items()}
-        self._before: defaultdict[torch.nn.Module, dict[Path, torch.Tensor]] = defaultdict(dict)
+        self._held: dict[torch.nn.Module, Tensors] = {}
+        self._wanted: dict[torch.nn.Module, dict[Path, tuple[torch.Tensor, Place]]] = {}
+        self._filled: defaultdict[int | None, list[Span]] = defaultdict(list)
 
     def look(self) -> None:
         """No layer has been processed yet.
@@ -66,13 +84,16 @@ class Captured:
             RuntimeError: graphs have captured what an update before could not fill anew.
         """
         for layer in self._modules.values():
-            if layer in _lost:
-                raise RuntimeError(_lost[layer])
-            if layer not in _without:
-                for one in self._held_by(layer):
-                    self._before[layer][one.path] = one.tensor
-                if layer not in self._before:
-                    _without.add(layer)
+            past = _pasts.get(layer)
+            if past is not None and past.lost:
+                raise RuntimeError(past.lost)
+            if past is None or past.first:
+                # Aliases: the objects themselves may be given other memory.
+                held = {path: one.detach() for path, one in self._held_by(layer).items()}
+                past = _pasts.setdefault(layer, _Past(frozenset(held)))
+                wanted = {p: one for p, one in (held | past.kept).items() if p in past.first}
+                self._held[layer] = held
+                self._wanted[layer] = {p: (one, Place.of(one)) for p, one in wanted.items()}
 
     def put_back(self, layers: Iterable[torch.nn.Module] | None = None) -> None:
         """They have been processed; default: all of them.
@@ -80,53 +101,105 @@ class Captured:
         Raises:
             RuntimeError: graphs have captured what cannot be filled anew.
         """
-        for layer in list(self._before) if layers is None else layers:
-            before = self._before.get(layer, {})
-            now = {one.path: one for one in self._held_by(layer)} if before else {}
-            for path, tensor in before.items():
-                if path in now:
-                    self._fill(layer, tensor, now[path])
-                else:
-                    _kept.setdefault(layer, {}).setdefault(path, tensor)
+        reasons = []
+        for layer in self._wanted if layers is None else layers:
+            if self._wanted.get(layer):
+                try:
+                    self._fill(layer)
+                except Exception as error:
+                    reasons.append(self._lose(layer, error))
+        if reasons:
+            raise RuntimeError(reasons[0])
 
-    def _fill(self, layer: torch.nn.Module, tensor: torch.Tensor, now: _Held) -> None:
-        if Place.of(tensor) == Place.of(now.tensor):
-            return
-        was, form = _form_of(tensor), _form_of(now.tensor)
-        try:
-            if now.put is None or was != form:
-                raise ValueError(f"it is {form}, and was {was}")
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(now.tensor)
-            now.put(tensor)
-        except Exception as error:
-            path = ".".join(map(str, (self._names[layer], *now.path)))
-            _lost[layer] = (
-                f"processing made {path} anew, which CUDA graphs may have captured, and it cannot "
-                f"be put back: {error}. Start the engine with the new weights, or enforce_eager"
-            )
-            raise RuntimeError(_lost[layer]) from error
+    def abandon(self) -> None:
+        """The update failed. What has not been filled stays as it was, as the weights that it is
+        of. Raises nothing: the next update is told."""
+        for layer in self._wanted:
+            try:
+                now, held = self._held_by(layer), self._held[layer]
+                for path, (tensor, _) in self._wanted[layer].items():
+                    if path not in now:
+                        _pasts[layer].kept[path] = tensor
+                    elif path not in held or not _is_there(now[path], held[path]):
+                        now[path].data = tensor
+            except Exception as error:
+                self._lose(layer, error)
 
-    def _held_by(self, layer: torch.nn.Module) -> Iterator[_Held]:
-        """By a layer itself, beside parameters and buffers, and by its helpers, by every path: one
-        that leads there today may be gone after processing."""
-        own = vars(layer)
-        for name, thing in list(own.items()):
-            if name not in _OF_EVERY_MODULE:
-                yield from self._found((name,), thing, partial(own.__setitem__, name), [])
+    def _fill(self, layer: torch.nn.Module) -> None:
+        now, held, kept = self._held_by(layer), self._held[layer], _pasts[layer].kept
+        wanted = {path: tensor for path, (tensor, _) in self._wanted[layer].items()}
+        kept |= {path: wanted[path] for path in wanted.keys() - now.keys()}
+        fresh = {_form_of(now[path]) for path in now.keys() - held.keys()}
+        for path in held.keys() & wanted.keys() - now.keys():
+            if _form_of(wanted[path]) in fresh:  # by another name?
+                raise ValueError(f"{_named(path)} is gone, and something of its form is new")
+        moved = [path for path in wanted.keys() & now if not _is_there(now[path], wanted[path])]
+        for path in moved:
+            was, form = _form_of(wanted[path]), _form_of(now[path])
+            if Place.of(wanted[path]) != self._wanted[layer][path][1]:
+                raise ValueError(f"{_named(path)} was resized")
+            if was != form:
+                raise ValueError(f"{_named(path)} is {form}, and was {was}")
+        there = [_elements(wanted[path]) for path in moved]
+        keys = [key_of(one) for one in there]
+        new = [_elements(now[path]) for path in moved]
+        new = [one.clone() if key_of(one) in keys else one for one in new]
+        spans = [(key, *View.of(one).span) for key, one in zip(keys, there, strict=True)]
+        filled = [self._filled.get(key, ()) for key in keys]  # with other layers
+        before = [n for n, some in enumerate(filled) if any(_meet(spans[n], one) for one in some)]
+        differs = [n for n in before if not _equal(there[n], new[n])]  # the device is waited for
+        with torch.inference_mode():  # a forward pass may have made some
+            for tensor, one in zip(there, new, strict=True):
+                tensor.copy_(one)
+        several = [n for n, span in enumerate(spans) if sum(_meet(span, one) for one in spans) > 1]
+        differs += [n for n in several if not _equal(there[n], new[n])]
+        if differs:
+            raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
+        for span in spans:
+            self._filled[span[0]].append(span)
+        self._give(now, wanted, kept)
 
-    def _found(self, path: Path, thing: Any, put: Put, around: list[int]) -> Iterator[_Held]:
-        """``around``: what it is a part of."""
-        if isinstance(thing, torch.Tensor):
-            if _may_be_captured(thing):
-                yield _Held(path, thing, put)
-            return
-        is_known = id(thing) in self._own or id(thing) in around
-        if not is_known and type(thing) not in _PLAIN and len(path) <= _DEEPEST:
-            around.append(id(thing))
-            for key, part, put_part in _parts_of(thing, put):
-                yield from self._found((*path, key), part, put_part, around)
-            around.pop()
+    @staticmethod
+    def _give(now: Tensors, wanted: Tensors, kept: Tensors) -> None:
+        """Have what helpers hold now use the memory that has been filled."""
+        paths: dict[int, list[Path]] = defaultdict(list)
+        for path in now.keys() & wanted.keys():
+            paths[id(now[path])].append(path)
+        for several in paths.values():
+            one = now[several[0]]
+            if not any(_is_there(one, wanted[path]) for path in several):
+                one.data = wanted[several[0]]
+            # It has taken the place of others, and nothing but graphs knows their memory now.
+            kept |= {p: wanted[p] for p in several if not _is_there(one, wanted[p])}
+
+    def _lose(self, layer: torch.nn.Module, error: Exception) -> str:
+        past = _pasts[layer]
+        past.kept |= {path: tensor for path, (tensor, _) in self._wanted[layer].items()}
+        past.lost = past.lost or (
+            f"CUDA graphs may have captured what helpers of {self._names[layer]!r} held, and it "
+            f"cannot be filled anew: {error}. Start the engine with the new weights, or with "
+            "enforce_eager"
+        )
+        return past.lost
+
+    def _held_by(self, layer: torch.nn.Module) -> Tensors:
+        """By a layer itself, beside parameters and buffers, and by its helpers."""
+        found: Tensors = {}
+        todo: deque[tuple[Path, Any]] = deque()
+        for name, thing in vars(layer).items():
+            if name not in _OF_EVERY_MODULE and type(thing) not in _PLAIN:
+                todo.append(((name,), thing))
+        met: dict[int, Any] = {}  # and so kept: no other object gets an id of these
+        while todo:
+            path, thing = todo.popleft()
+            if issubclass(type(thing), torch.Tensor):
+                if _may_be_captured(thing):
+                    found[path] = thing
+            elif id(thing) not in met and id(thing) not in self._own and len(path) < _DEEPEST:
+                met[id(thing)] = thing
+                parts = ((key, one) for key, one in _parts_of(thing) if type(one) not in _PLAIN)
+                todo.extend(((*path, key), one) for key, one in parts)
+        return found
 
 
 def has_graphs(device: torch.device, model_config: Any) -> bool:
@@ -134,45 +207,48 @@ def has_graphs(device: torch.device, model_config: Any) -> bool:
     return device.type != "cpu" and not getattr(model_config, "enforce_eager", False)
 
 
-def _parts_of(thing: Any, put: Put) -> Iterator[tuple[Any, Any, Put]]:
-    """What a thing is made of: of each part its name, itself, and what replaces it. ``put``: what
-    replaces the thing."""
-    if isinstance(thing, dict):
-        for key, part in list(thing.items()):
-            yield key, part, partial(thing.__setitem__, key)
-    elif isinstance(thing, list):
-        for index, part in enumerate(thing):
-            yield index, part, partial(thing.__setitem__, index)
-    elif isinstance(thing, tuple):
-        replace = None if put is None else partial(_replace_in_tuple, list(thing), type(thing), put)
-        for index, part in enumerate(thing):
-            yield index, part, replace and partial(replace, index)
-    elif isinstance(thing, partial):
-        yield "func", thing.func, None
-        yield "args", thing.args, None
-        yield "keywords", thing.keywords, None
-    elif isinstance(thing, MethodType):
-        yield "self", thing.__self__, None
-    elif isinstance(thing, FunctionType):
-        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
-            if (part := _contents_of(cell)) is not None:
-                yield name, part, partial(setattr, cell, "cell_contents")
-    elif not isinstance(thing, type) and not _is_no_helper(type(thing).__module__):
-        own = getattr(thing, "__dict__", {})
-        for name, part in list(own.items()):
-            yield name, part, partial(own.__setitem__, name)
-        for kind in type(thing).__mro__:
-            for name in getattr(kind, "__slots__", ()):
-                if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
-                    yield name, getattr(thing, name), partial(object.__setattr__, thing, name)
+def _parts_of(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What a thing is made of, by names that are the same whenever it is made alike."""
+    kind: Any = type(thing)
+    if issubclass(kind, (dict, MappingProxyType)):
+        for number, (key, part) in enumerate(list(thing.items())):
+            is_named = type(key) is str
+            yield key if is_named else f"[{key if type(key) is int else number}]", part
+    elif issubclass(kind, (list, tuple, deque)):
+        yield from ((f"[{number}]", part) for number, part in enumerate(list(thing)))
+    elif issubclass(kind, partial):
+        yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
+    elif kind is MethodType:
+        yield from (("self", thing.__self__), ("function", thing.__func__))
+    elif kind is FunctionType:
+        names = thing.__code__.co_freevars
+        for name, cell in zip(names, thing.__closure__ or (), strict=True):
+            yield name, _contents_of(cell)
+        yield from (("defaults", thing.__defaults__), ("keywords", thing.__kwdefaults__))
+    elif issubclass(kind, _NO_HELPERS) or _is_of_another_kind(kind):
+        return
+    yield from _attributes_of(thing)
+    for name, slot in _slots_of(kind):
+        try:
+            yield name, slot.__get__(thing)
+        except AttributeError:  # nothing is in it
+            continue
 
 
-def _replace_in_tuple(
-    parts: list[Any], kind: type, put: Callable[[Any], None], index: int, part: Any
-) -> None:
-    """``parts``: what the tuple has by now; several may be replaced, one after the other."""
-    parts[index] = part
-    put(getattr(kind, "_make", tuple)(parts))
+def _attributes_of(thing: Any) -> list[tuple[str, Any]]:
+    try:
+        own = object.__getattribute__(thing, "__dict__")
+    except Exception:  # it has none, or a property that fails
+        return []
+    return list(own.items()) if type(own) is dict else []
+
+
+@lru_cache(4096)
+def _slots_of(kind: Any) -> list[tuple[str, Any]]:
+    # Members of classes that are written in C lead everywhere, as a function's globals.
+    bases = (base for base in kind.__mro__ if "__slots__" in vars(base))
+    members = (one for base in bases for one in vars(base).items())
+    return [(name, one) for name, one in members if type(one) is MemberDescriptorType]
 
 
 def _contents_of(cell: CellType) -> Any:
@@ -182,13 +258,41 @@ def _contents_of(cell: CellType) -> Any:
         return None
 
 
-def _is_no_helper(package: str) -> bool:
-    return any(package == one or package.startswith(f"{one}.") for one in _NO_HELPERS)
+def _is_of_another_kind(kind: type) -> bool:
+    package = str(kind.__module__)
+    is_one = any(package == one or package.startswith(f"{one}.") for one in _NO_PACKAGES)
+    return is_one and not issubclass(kind, torch.nn.Module)
 
 
 def _may_be_captured(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.device.type not in ("cpu", "meta")
 
 
+def _is_there(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    return Place.of(tensor) == Place.of(memory)
+
+
 def _form_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), str(tensor.device)
+    """Equal where one can be copied over the other, and take its memory."""
+    strides = (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    return tensor.dtype, tuple(tensor.shape), tuple(strides), str(tensor.device)
+
+
+def _elements(tensor: torch.Tensor) -> torch.Tensor:
+    """Each once, where a tensor shows one several times."""
+    sizes = [n if s else min(n, 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
+
+
+def _meet(one: Span, other: Span) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit."""
+    bits = [one.contiguous().view(-1).view(torch.uint8) for one in (tensor, other)]
+    return torch.equal(*bits)
+
+
+def _named(path: Path) -> str:
+    return ".".join(path).replace(".[", "[")

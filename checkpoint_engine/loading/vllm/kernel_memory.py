@@ -116,8 +116,7 @@ class KernelMemory:
 
     def abandon(self) -> None:
         """Put memory back that a layer lost whose processing failed; nothing of it is right."""
-        with contextlib.suppress(RuntimeError):  # the next update is told
-            self._captured.put_back()
+        self._captured.abandon()
         for pairs in self._in_use.values():
             for tensor, memory in pairs:
                 tensor.data = memory
@@ -197,9 +196,10 @@ class KernelMemory:
         for name, tensor in self._vllm.get_layer_tensors(layer).items():
             if key_of(tensor) in keys and not _is_in_place(tensor, kernel.get(name)):
                 tensor.data = tensor.data.clone()
+        # Before what was processed is copied there: helpers may hold what is in that memory now.
+        self._captured.put_back([layer])
         assert self._copy_and_restore is not None
         self._copy_and_restore(layer, info)
-        self._captured.put_back([layer])
 
 
 def storages_of_several(models: Sequence[Any]) -> set[int]:
