@@ -39,6 +39,12 @@ def fork_workers() -> None:
     multiproc_executor.get_mp_context = lambda: context
 
 
+def _replace(module: Any, name: str, function: Any) -> None:
+    """In this process, from which workers of one are not apart."""
+    assert callable(getattr(module, name))
+    setattr(module, name, function)
+
+
 class Host:
     """The engine of the moment."""
 
@@ -46,14 +52,21 @@ class Host:
         self._engine: Any = None
         self._workers: Any = None
 
-    def start(self, loads_early: bool = True, **options: Any) -> None:
-        """``loads_early`` false: as with releases that cannot."""
+    def start(self, loads_early: bool = True, has_graphs: bool = False, **options: Any) -> None:
+        """
+        Args:
+            loads_early: false as with releases that cannot.
+            has_graphs: as on a GPU, whose tensors those of CPUs stand for.
+        """
         from vllm import LLM
 
-        from checkpoint_engine.loading import reload
+        from checkpoint_engine.loading import layerwise
+        from checkpoint_engine.loading.vllm import captured, kernel_memory
 
-        reload._keeps_what_is_there = lambda _: loads_early
         self.stop()
+        _replace(layerwise, "_keeps_what_is_there", lambda _: loads_early)
+        _replace(kernel_memory, "has_graphs", lambda *_: has_graphs)
+        _replace(captured, "_may_be_captured", lambda tensor: not tensor.is_meta)
         self._engine = LLM(**OPTIONS, **options)
 
     def join(self, **options: Any) -> None:

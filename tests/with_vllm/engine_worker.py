@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.loading.vllm.captured import Captured
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 
 
@@ -25,6 +26,16 @@ class ObservedWorker:
             ).hexdigest()
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.numel()
+        }
+
+    def held(self) -> dict[str, int]:
+        """Where what helpers of layers hold is."""
+        layers = dict(self.model_runner.model.named_modules())
+        found = {name: Captured(layers)._held_by(layer) for name, layer in layers.items()}
+        return {
+            ".".join((name, *path)): tensor.data_ptr()
+            for name, held in found.items()
+            for path, tensor in held.items()
         }
 
 

@@ -60,6 +60,36 @@ def test_tokens_are_those_of_a_fresh_start(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("has_graphs", [True, False])
+def test_what_helpers_of_layers_hold_stays_where_graphs_have_captured_it(
+    engine_host: EngineHost, models: dict[str, Path], tmp_path: Path, has_graphs: bool
+) -> None:
+    """As the packed weights of vLLM's layers for CPUs, which each update makes anew."""
+    first, second = "dense-1", "dense-2"
+    expected = {n: engine_host.tokens_of_a_fresh_start(models[n], 1) for n in (first, second)}
+    engine_host.start(models[first], 1, has_graphs=has_graphs)
+    steps = [
+        {
+            "name": name,
+            "model": str(models[name]),
+            "bucket_gb": SMALLER_THAN_A_LAYER,
+            "replay": "on",
+        }
+        for name in (second, first, second, first)
+    ]
+    (seen,) = torchrun(
+        tmp_path, 1, "updates", 100, CPU, script=PROGRAMS, url=engine_host.url, steps=steps
+    )
+    for step, one in zip(steps, seen, strict=True):
+        assert one["tokens"] == expected[step["name"]], engine_host.output()
+    handlers = [
+        {name: place for name, place in one["held"][0].items() if "handler" in name} for one in seen
+    ]
+    assert len(handlers[0]) > 4
+    assert all(one == handlers[0] for one in handlers) is has_graphs
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("loads_early", [True, False])
 def test_layer_order_leaves_little_to_hold(
     engine_host: EngineHost, models: dict[str, Path], tmp_path: Path, loads_early: bool

@@ -94,11 +94,13 @@ def updates(url: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ps.unregister_checkpoint(name)
         tokens = _post(url, "generate", {}) if RANK == 0 else []
         digests = _call(url, "digests") if RANK == 0 else []
+        held = _call(url, "held") if RANK == 0 else []
         ps.store_based_barrier()
         seen.append(
             {
                 "tokens": tokens,
                 "digests": digests,
+                "held": held,
                 "results": results,
                 "buckets": report.buckets,
                 "sent": [report.tensors, report.skipped_tensors],
