@@ -320,8 +320,10 @@ def test_what_was_made_in_inference_mode_is_filled() -> None:
         layer.helper = Kernel(workspace=made(6))
 
     update(model, process)
-    assert model.layer.helper.workspace.data_ptr() == workspace.data_ptr()
+    found = model.layer.helper.workspace
+    assert found.data_ptr() == workspace.data_ptr()
     assert workspace.tolist() == [6] * 3
+    assert found.view(-1).add_(1).tolist() == [7] * 3  # it is an ordinary one
 
 
 class Layer(torch.nn.Module):
@@ -344,7 +346,7 @@ def test_what_is_found_by_another_name_is_an_error() -> None:
     def process(layer: Any) -> None:
         layer.helper = Kernel(place=made(5))
 
-    with pytest.raises(RuntimeError, match=r"helper\.workspace is gone, and something"):
+    with pytest.raises(RuntimeError, match=r"helper\.workspace is gone, and helper\.place is new"):
         update(model, process)
 
 
@@ -426,16 +428,27 @@ def model_with_two(one: torch.Tensor, other: torch.Tensor) -> torch.nn.Module:
     return model
 
 
-def test_two_that_change_places_are_both_right() -> None:
+def test_what_was_somewhere_else_is_not_given_other_memory() -> None:
+    """It may be another layer's parameter, and known to other graphs."""
     model = model_with_two(made(1), made(2))
-    places = model.layer.one.data_ptr(), model.layer.other.data_ptr()
 
     def process(layer: Any) -> None:
         layer.one, layer.other = layer.other, layer.one
 
-    update(model, process)
-    assert (model.layer.one.data_ptr(), model.layer.other.data_ptr()) == places
-    assert (model.layer.one.tolist(), model.layer.other.tolist()) == ([2] * 3, [1] * 3)
+    with pytest.raises(RuntimeError, match="was somewhere else before"):
+        update(model, process)
+
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Linear(2, 2), Layer()
+    model.b.helper = Kernel(scale=torch.zeros(2))
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    bias, place = model.a.bias, model.a.bias.data_ptr()
+    model.b.helper.scale = bias
+    one.abandon()
+    assert bias.data_ptr() == place
+    with pytest.raises(RuntimeError, match="was somewhere else before"):
+        Captured(dict(model.named_modules())).look()
 
 
 @pytest.mark.parametrize("apart", [0, 1])
@@ -479,6 +492,78 @@ def test_parts_of_one_memory_are_filled_each() -> None:
     one.put_back()
     assert memory.view(4, 3).tolist() == [[number] * 3 for number in range(4)]
     assert model.b.other.data_ptr() == memory[9:].data_ptr()
+
+
+def test_two_objects_that_become_one_are_both_filled() -> None:
+    """The way to one of them is a longer one then."""
+    model = model_with(Kernel(inner=Kernel(config=Kernel(scale=made(0)))))
+    model.layer.config = Kernel(scale=made(0))
+    graphs = [model.layer.config.scale.detach(), model.layer.helper.inner.config.scale.detach()]
+    for step in (1, 2):
+
+        def process(layer: Any, step: int = step) -> None:
+            layer.config = layer.helper.inner.config = Kernel(scale=made(step))
+
+        update(model, process)
+        assert [one.tolist() for one in graphs] == [[step] * 3] * 2
+
+
+def test_a_shorter_way_that_comes_between_updates_hides_nothing() -> None:
+    model = model_with(Kernel(inner=Kernel(scale=made(0))))
+    graph = model.layer.helper.inner.scale.detach()
+    update(model, lambda _: None)
+    model.layer.noted = model.layer.helper.inner
+
+    def process(layer: Any) -> None:
+        layer.helper.inner = layer.noted = Kernel(scale=made(3))
+
+    update(model, process)
+    assert graph.tolist() == [3] * 3
+    assert model.layer.helper.inner.scale.data_ptr() == graph.data_ptr()
+
+
+def test_the_order_of_attributes_is_nothing() -> None:
+    shared = Kernel(scale=made(0))
+    model = model_with(Kernel(kernel=shared))
+    model.layer.more = Kernel(kernel=shared)
+    update(model, lambda _: None)
+
+    def process(layer: Any) -> None:
+        del layer.helper
+        layer.helper = Kernel(kernel=shared)
+
+    update(model, process)
+
+
+def test_one_object_of_two_layers_keeps_the_memory_that_it_got_first() -> None:
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    model.a.scale, model.b.scale = made(0), made(0)
+    graphs = [model.a.scale.detach(), model.b.scale.detach()]
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.a.scale = model.b.scale = made(4)
+    one.put_back([model.a])
+    one.put_back([model.b])
+    one.put_back()
+    assert [graph.tolist() for graph in graphs] == [[4] * 3] * 2
+    assert model.a.scale.data_ptr() == graphs[0].data_ptr()
+    (kept,) = captured._pasts[model.b].kept.values()
+    assert kept.data_ptr() == graphs[1].data_ptr()
+
+
+def test_a_layer_may_be_processed_in_two_steps() -> None:
+    """As attention, whose scales vLLM reloads before it processes it."""
+    model = model_with(Kernel(scale=made(0)))
+    graph = model.layer.helper.scale.detach()
+    one = Captured(dict(model.named_modules()))
+    for update_number in range(2):
+        one.look()
+        for step in (1, 2):
+            model.layer.helper = Kernel(scale=made(step + update_number))
+            one.put_back([model.layer])
+        one.put_back()
+    assert graph.tolist() == [3] * 3
 
 
 def test_what_came_after_the_first_update_is_not_kept() -> None:
@@ -525,18 +610,27 @@ def test_a_failed_update_forgets_nothing_that_graphs_know() -> None:
     assert model.layer.helper.workspace.tolist() == [3] * 3
 
 
-@pytest.mark.parametrize("left", [made(8), torch.zeros(5), made(8).int()])
-def test_a_failed_update_leaves_what_belongs_to_the_weights_that_are_there(
-    left: torch.Tensor,
-) -> None:
+def test_a_failed_update_leaves_what_belongs_to_the_weights_that_are_there() -> None:
     model = model_with(Kernel(workspace=made(7)))
     place = model.layer.helper.workspace.data_ptr()
     one = Captured(dict(model.named_modules()))
     one.look()
-    model.layer.helper = Kernel(workspace=left.clone())
+    model.layer.helper = Kernel(workspace=made(8))
     one.abandon()
     assert model.layer.helper.workspace.data_ptr() == place
     assert model.layer.helper.workspace.tolist() == [7] * 3
+
+
+@pytest.mark.parametrize("left", [torch.zeros(5), made(8).int()])
+def test_a_failed_update_that_left_another_form_is_told_of_in_the_next(left: torch.Tensor) -> None:
+    model = model_with(Kernel(workspace=made(7)))
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.layer.helper = Kernel(workspace=left.clone())
+    one.abandon()
+    assert model.layer.helper.workspace.dtype == left.dtype
+    with pytest.raises(RuntimeError, match="cannot be filled anew"):
+        update(model, lambda _: None)
 
 
 def test_abandoning_raises_nothing_and_the_next_update_is_told() -> None:

@@ -28,7 +28,8 @@ from weakref import ProxyTypes, WeakKeyDictionary
 
 import torch
 
-from checkpoint_engine.loading.replay.geometry import View
+from checkpoint_engine.loading.replay.adapter import every_tensor
+from checkpoint_engine.loading.replay.geometry import View, whole_storage
 from checkpoint_engine.loading.replay.memory import Place, key_of
 
 Path = tuple[str, ...]
@@ -43,7 +44,15 @@ _DEEPEST = 10
 _OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
 _PLAIN = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
 _NO_HELPERS = (type, ModuleType, GenericAlias, *ProxyTypes)
-_NO_PACKAGES = ("torch", "vllm.config", "vllm.distributed", "transformers", "numpy", "logging")
+_NO_PACKAGES = (
+    "torch",
+    "vllm.config",
+    "vllm.compilation",
+    "vllm.distributed",
+    "transformers",
+    "numpy",
+    "logging",
+)
 """Packages of whose objects none is made by processing; some lead to all of a program."""
 
 
@@ -73,9 +82,13 @@ class Captured:
         self._modules = modules
         self._own = {id(one) for one in modules.values()}
         self._names = {layer: name for name, layer in modules.items()}
+        self._objects: dict[torch.nn.Module, Tensors] = {}
         self._held: dict[torch.nn.Module, Tensors] = {}
         self._wanted: dict[torch.nn.Module, dict[Path, tuple[torch.Tensor, Place]]] = {}
-        self._filled: defaultdict[int | None, list[Span]] = defaultdict(list)
+        self._theirs: dict[int, torch.Tensor] = {}  # by id, whatever was there before
+        self._filled: defaultdict[int | None, list[tuple[Span, torch.nn.Module]]]
+        self._filled = defaultdict(list)
+        self._given: dict[int, torch.Tensor] = {}  # by id
 
     def look(self) -> None:
         """No layer has been processed yet.
@@ -83,17 +96,21 @@ class Captured:
         Raises:
             RuntimeError: graphs have captured what an update before could not fill anew.
         """
+        for last in (self._objects, self._held, self._wanted, self._filled, self._given):
+            last.clear()
+        self._theirs = {id(one): one for _, one in every_tensor(self._modules)}
         for layer in self._modules.values():
             past = _pasts.get(layer)
             if past is not None and past.lost:
                 raise RuntimeError(past.lost)
             if past is None or past.first:
-                # Aliases: the objects themselves may be given other memory.
-                held = {path: one.detach() for path, one in self._held_by(layer).items()}
+                objects = self._held_by(layer, () if past is None else past.first)
+                held = {path: _alias_of(one) for path, one in objects.items()}
                 past = _pasts.setdefault(layer, _Past(frozenset(held)))
                 wanted = {p: one for p, one in (held | past.kept).items() if p in past.first}
-                self._held[layer] = held
+                self._objects[layer], self._held[layer] = objects, held
                 self._wanted[layer] = {p: (one, Place.of(one)) for p, one in wanted.items()}
+                self._theirs |= {id(one): one for one in objects.values()}
 
     def put_back(self, layers: Iterable[torch.nn.Module] | None = None) -> None:
         """They have been processed; default: all of them.
@@ -116,39 +133,38 @@ class Captured:
         of. Raises nothing: the next update is told."""
         for layer in self._wanted:
             try:
-                now, held = self._held_by(layer), self._held[layer]
+                now, held = self._held_by(layer, self._wanted[layer]), self._held[layer]
                 for path, (tensor, _) in self._wanted[layer].items():
                     if path not in now:
                         _pasts[layer].kept[path] = tensor
                     elif path not in held or not _is_there(now[path], held[path]):
+                        self._check(layer, path, now[path], tensor)
                         now[path].data = tensor
             except Exception as error:
                 self._lose(layer, error)
 
     def _fill(self, layer: torch.nn.Module) -> None:
-        now, held, kept = self._held_by(layer), self._held[layer], _pasts[layer].kept
+        held, kept = self._held[layer], _pasts[layer].kept
         wanted = {path: tensor for path, (tensor, _) in self._wanted[layer].items()}
+        now = self._held_by(layer, wanted)
         kept |= {path: wanted[path] for path in wanted.keys() - now.keys()}
-        fresh = {_form_of(now[path]) for path in now.keys() - held.keys()}
         for path in held.keys() & wanted.keys() - now.keys():
-            if _form_of(wanted[path]) in fresh:  # by another name?
-                raise ValueError(f"{_named(path)} is gone, and something of its form is new")
+            for other in now.keys() - held.keys():  # the same by another name?
+                is_near = other[:-1] == path[:-1] or other[-1] == path[-1]
+                if is_near and _form_of(now[other]) == _form_of(wanted[path]):
+                    raise ValueError(f"{_named(path)} is gone, and {_named(other)} is new")
         moved = [path for path in wanted.keys() & now if not _is_there(now[path], wanted[path])]
         for path in moved:
-            was, form = _form_of(wanted[path]), _form_of(now[path])
-            if Place.of(wanted[path]) != self._wanted[layer][path][1]:
-                raise ValueError(f"{_named(path)} was resized")
-            if was != form:
-                raise ValueError(f"{_named(path)} is {form}, and was {was}")
+            self._check(layer, path, now[path], wanted[path])
         there = [_elements(wanted[path]) for path in moved]
         keys = [key_of(one) for one in there]
         new = [_elements(now[path]) for path in moved]
         new = [one.clone() if key_of(one) in keys else one for one in new]
         spans = [(key, *View.of(one).span) for key, one in zip(keys, there, strict=True)]
-        filled = [self._filled.get(key, ()) for key in keys]  # with other layers
-        before = [n for n, some in enumerate(filled) if any(_meet(spans[n], one) for one in some)]
+        others = [[one for one, of in self._filled.get(key, ()) if of is not layer] for key in keys]
+        before = [n for n, some in enumerate(others) if any(_meet(spans[n], one) for one in some)]
         differs = [n for n in before if not _equal(there[n], new[n])]  # the device is waited for
-        with torch.inference_mode():  # a forward pass may have made some
+        with torch.no_grad():
             for tensor, one in zip(there, new, strict=True):
                 tensor.copy_(one)
         several = [n for n, span in enumerate(spans) if sum(_meet(span, one) for one in spans) > 1]
@@ -156,19 +172,31 @@ class Captured:
         if differs:
             raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
         for span in spans:
-            self._filled[span[0]].append(span)
+            self._filled[span[0]].append((span, layer))
         self._give(now, wanted, kept)
 
-    @staticmethod
-    def _give(now: Tensors, wanted: Tensors, kept: Tensors) -> None:
+    def _check(
+        self, layer: torch.nn.Module, path: Path, now: torch.Tensor, wanted: torch.Tensor
+    ) -> None:
+        """Raise ``ValueError`` unless the tensor ``now`` can be given the memory ``wanted``."""
+        if Place.of(wanted) != self._wanted[layer][path][1]:
+            raise ValueError(f"{_named(path)} was resized")
+        if _form_of(now) != _form_of(wanted):
+            raise ValueError(f"{_named(path)} is {_form_of(now)}, and was {_form_of(wanted)}")
+        if id(now) in self._theirs and self._objects[layer].get(path) is not now:
+            raise ValueError(f"{_named(path)} is a tensor that was somewhere else before")
+
+    def _give(self, now: Tensors, wanted: Tensors, kept: Tensors) -> None:
         """Have what helpers hold now use the memory that has been filled."""
         paths: dict[int, list[Path]] = defaultdict(list)
         for path in now.keys() & wanted.keys():
             paths[id(now[path])].append(path)
-        for several in paths.values():
+        for number, several in paths.items():
             one = now[several[0]]
-            if not any(_is_there(one, wanted[path]) for path in several):
+            is_there = any(_is_there(one, wanted[path]) for path in several)
+            if not is_there and number not in self._given:  # by another layer
                 one.data = wanted[several[0]]
+                self._given[number] = one
             # It has taken the place of others, and nothing but graphs knows their memory now.
             kept |= {p: wanted[p] for p in several if not _is_there(one, wanted[p])}
 
@@ -182,8 +210,9 @@ class Captured:
         )
         return past.lost
 
-    def _held_by(self, layer: torch.nn.Module) -> Tensors:
-        """By a layer itself, beside parameters and buffers, and by its helpers."""
+    def _held_by(self, layer: torch.nn.Module, known: Iterable[Path] = ()) -> Tensors:
+        """By a layer itself, beside parameters and buffers, and by its helpers. ``known``: where
+        something was before, which may be found by a shorter way now."""
         found: Tensors = {}
         todo: deque[tuple[Path, Any]] = deque()
         for name, thing in vars(layer).items():
@@ -199,7 +228,19 @@ class Captured:
                 met[id(thing)] = thing
                 parts = ((key, one) for key, one in _parts_of(thing) if type(one) not in _PLAIN)
                 todo.extend(((*path, key), one) for key, one in parts)
+        for path in known:
+            if path not in found and (there := _follow(layer, path)) is not None:
+                found[path] = there
         return found
+
+
+def _follow(layer: torch.nn.Module, path: Path) -> torch.Tensor | None:
+    """The tensor at the end of a path, if there is one."""
+    thing: Any = vars(layer).get(path[0])
+    for step in path[1:]:
+        thing = next((part for key, part in _parts_of(thing) if key == step), None)
+    is_one = issubclass(type(thing), torch.Tensor) and _may_be_captured(thing)
+    return thing if is_one else None
 
 
 def has_graphs(device: torch.device, model_config: Any) -> bool:
@@ -265,7 +306,14 @@ def _is_of_another_kind(kind: type) -> bool:
 
 
 def _may_be_captured(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type not in ("cpu", "meta")
+    if tensor.layout is not torch.strided or key_of(tensor) is None:
+        return False
+    return tensor.untyped_storage().device.type not in ("cpu", "meta")
+
+
+def _alias_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of its memory, whatever becomes of it; none of inference mode's."""
+    return View.of(tensor).in_storage(whole_storage(tensor, tensor.dtype))
 
 
 def _is_there(tensor: torch.Tensor, memory: torch.Tensor) -> bool:

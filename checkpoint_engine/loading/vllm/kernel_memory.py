@@ -192,14 +192,19 @@ class KernelMemory:
             if key_of(kernel[name]) in self._of_parameters:
                 # A view: copied by itself, it would bring the parameter's old weights back.
                 layer._buffers[name] = kernel[name]
+        self._move_apart(layer, kernel)
+        # Before what was processed is copied there: helpers may hold what is in that memory now.
+        self._captured.put_back([layer])
+        self._move_apart(layer, kernel)
+        assert self._copy_and_restore is not None
+        self._copy_and_restore(layer, info)
+
+    def _move_apart(self, layer: torch.nn.Module, kernel: Mapping[str, torch.Tensor]) -> None:
+        """No tensor of a layer stays in the memory of another one, into which that is copied."""
         keys = {key_of(one) for one in kernel.values()} - {None}
         for name, tensor in self._vllm.get_layer_tensors(layer).items():
             if key_of(tensor) in keys and not _is_in_place(tensor, kernel.get(name)):
                 tensor.data = tensor.data.clone()
-        # Before what was processed is copied there: helpers may hold what is in that memory now.
-        self._captured.put_back([layer])
-        assert self._copy_and_restore is not None
-        self._copy_and_restore(layer, info)
 
 
 def storages_of_several(models: Sequence[Any]) -> set[int]:
