@@ -428,6 +428,18 @@ def model_with_two(one: torch.Tensor, other: torch.Tensor) -> torch.nn.Module:
     return model
 
 
+def test_views_of_each_others_memory_are_both_right() -> None:
+    model = model_with_two(made(1), made(2))
+    graphs = [model.layer.one.detach(), model.layer.other.detach()]
+
+    def process(layer: Any) -> None:
+        layer.one, layer.other = layer.other.detach(), layer.one.detach()
+
+    update(model, process)
+    assert [graph.tolist() for graph in graphs] == [[2] * 3, [1] * 3]
+    assert (model.layer.one.tolist(), model.layer.other.tolist()) == ([2] * 3, [1] * 3)
+
+
 def test_what_was_somewhere_else_is_not_given_other_memory() -> None:
     """It may be another layer's parameter, and known to other graphs."""
     model = model_with_two(made(1), made(2))
