@@ -47,6 +47,11 @@ class Place(NamedTuple):
         return Place(tensor.data_ptr(), storage, View.of(tensor))
 
 
+def is_in_place(tensor: torch.Tensor, memory: torch.Tensor | None) -> bool:
+    """Whether both are the same elements of the same memory."""
+    return memory is not None and Place.of(tensor) == Place.of(memory)
+
+
 Places = dict[Slot, Place]
 
 

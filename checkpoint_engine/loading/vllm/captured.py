@@ -30,15 +30,12 @@ import torch
 
 from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View, whole_storage
-from checkpoint_engine.loading.replay.memory import Place, key_of
+from checkpoint_engine.loading.replay.memory import Place, is_in_place, key_of
 
 Path = tuple[str, ...]
 """The attributes, keys and numbers by which a tensor is found from its layer, the shortest way."""
 
 Tensors = dict[Path, torch.Tensor]
-
-Span = tuple[int | None, int, int]
-"""A storage, a first byte, and the byte after the last one."""
 
 _DEEPEST = 10
 _OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
@@ -86,8 +83,8 @@ class Captured:
         self._held: dict[torch.nn.Module, Tensors] = {}
         self._wanted: dict[torch.nn.Module, dict[Path, tuple[torch.Tensor, Place]]] = {}
         self._theirs: dict[int, torch.Tensor] = {}  # by id, whatever was there before
-        self._filled: defaultdict[int | None, list[tuple[Span, torch.nn.Module]]]
-        self._filled = defaultdict(list)
+        self._filled: defaultdict[int | None, list[tuple[View, torch.nn.Module]]]
+        self._filled = defaultdict(list)  # by storage, what was filled for which layer
         self._given: dict[int, torch.Tensor] = {}  # by id
 
     def look(self) -> None:
@@ -137,7 +134,7 @@ class Captured:
                 for path, (tensor, _) in self._wanted[layer].items():
                     if path not in now:
                         _pasts[layer].kept[path] = tensor
-                    elif path not in held or not _is_there(now[path], held[path]):
+                    elif path not in held or not is_in_place(now[path], held[path]):
                         self._check(layer, path, now[path], tensor)
                         now[path].data = tensor
             except Exception as error:
@@ -153,27 +150,39 @@ class Captured:
                 is_near = other[:-1] == path[:-1] or other[-1] == path[-1]
                 if is_near and _form_of(now[other]) == _form_of(wanted[path]):
                     raise ValueError(f"{_named(path)} is gone, and {_named(other)} is new")
-        moved = [path for path in wanted.keys() & now if not _is_there(now[path], wanted[path])]
+        moved = [path for path in wanted.keys() & now if not is_in_place(now[path], wanted[path])]
         for path in moved:
             self._check(layer, path, now[path], wanted[path])
         there = [_elements(wanted[path]) for path in moved]
-        keys = [key_of(one) for one in there]
-        new = [_elements(now[path]) for path in moved]
+        differs = self._copy(layer, there, [_elements(now[path]) for path in moved])
+        if differs:
+            raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
+        self._give(now, wanted, kept)
+
+    def _copy(
+        self, layer: torch.nn.Module, there: list[torch.Tensor], new: list[torch.Tensor]
+    ) -> list[int]:
+        """Fill what is ``there`` with what is ``new``. Returns which of it shares memory with
+        something else that was filled, and is not as that is."""
+        keys, views = [key_of(one) for one in there], [View.of(one) for one in there]
         new = [one.clone() if key_of(one) in keys else one for one in new]
-        spans = [(key, *View.of(one).span) for key, one in zip(keys, there, strict=True)]
-        others = [[one for one, of in self._filled.get(key, ()) if of is not layer] for key in keys]
-        before = [n for n, some in enumerate(others) if any(_meet(spans[n], one) for one in some)]
-        differs = [n for n in before if not _equal(there[n], new[n])]  # the device is waited for
+        numbers, differs = range(len(there)), set[int]()
+
+        def note(shared: list[int]) -> None:  # the device is waited for
+            differs.update(n for n in shared if not _equal(there[n], new[n]))
+
+        filled = [
+            [view for view, of in self._filled.get(key, ()) if of is not layer] for key in keys
+        ]
+        note([n for n in numbers if any(map(views[n].overlaps, filled[n]))])
         with torch.no_grad():
             for tensor, one in zip(there, new, strict=True):
                 tensor.copy_(one)
-        several = [n for n, span in enumerate(spans) if sum(_meet(span, one) for one in spans) > 1]
-        differs += [n for n in several if not _equal(there[n], new[n])]
-        if differs:
-            raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
-        for span in spans:
-            self._filled[span[0]].append((span, layer))
-        self._give(now, wanted, kept)
+        own = [[views[m] for m in numbers if m != n and keys[m] == keys[n]] for n in numbers]
+        note([n for n in numbers if any(map(views[n].overlaps, own[n]))])
+        for key, view in zip(keys, views, strict=True):
+            self._filled[key].append((view, layer))
+        return sorted(differs)
 
     def _check(
         self, layer: torch.nn.Module, path: Path, now: torch.Tensor, wanted: torch.Tensor
@@ -193,12 +202,12 @@ class Captured:
             paths[id(now[path])].append(path)
         for number, several in paths.items():
             one = now[several[0]]
-            is_there = any(_is_there(one, wanted[path]) for path in several)
+            is_there = any(is_in_place(one, wanted[path]) for path in several)
             if not is_there and number not in self._given:  # by another layer
                 one.data = wanted[several[0]]
                 self._given[number] = one
             # It has taken the place of others, and nothing but graphs knows their memory now.
-            kept |= {p: wanted[p] for p in several if not _is_there(one, wanted[p])}
+            kept |= {p: wanted[p] for p in several if not is_in_place(one, wanted[p])}
 
     def _lose(self, layer: torch.nn.Module, error: Exception) -> str:
         past = _pasts[layer]
@@ -215,7 +224,7 @@ class Captured:
         something was before, which may be found by a shorter way now."""
         found: Tensors = {}
         todo: deque[tuple[Path, Any]] = deque()
-        for name, thing in vars(layer).items():
+        for name, thing in list(vars(layer).items()):
             if name not in _OF_EVERY_MODULE and type(thing) not in _PLAIN:
                 todo.append(((name,), thing))
         met: dict[int, Any] = {}  # and so kept: no other object gets an id of these
@@ -316,10 +325,6 @@ def _alias_of(tensor: torch.Tensor) -> torch.Tensor:
     return View.of(tensor).in_storage(whole_storage(tensor, tensor.dtype))
 
 
-def _is_there(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
-    return Place.of(tensor) == Place.of(memory)
-
-
 def _form_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal where one can be copied over the other, and take its memory."""
     strides = (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
@@ -330,10 +335,6 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """Each once, where a tensor shows one several times."""
     sizes = [n if s else min(n, 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
-
-
-def _meet(one: Span, other: Span) -> bool:
-    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
 
 
 def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:

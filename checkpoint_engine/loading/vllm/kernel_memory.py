@@ -18,7 +18,7 @@ import torch
 
 from checkpoint_engine.loading.replay.adapter import every_tensor
 from checkpoint_engine.loading.replay.geometry import View
-from checkpoint_engine.loading.replay.memory import Place, key_of
+from checkpoint_engine.loading.replay.memory import is_in_place, key_of
 from checkpoint_engine.loading.vllm.captured import Captured, has_graphs
 
 _loaded_whole: WeakSet[torch.nn.Module] = WeakSet()
@@ -186,7 +186,7 @@ class KernelMemory:
             _loaded_whole.add(layer)
         kernel = _kernel_of(info)
         for tensor, memory in self._in_use.pop(layer, ()):
-            if not _is_in_place(tensor, memory):
+            if not is_in_place(tensor, memory):
                 tensor.data = memory.copy_(tensor.data)
         for name in layer._buffers.keys() & kernel.keys():
             if key_of(kernel[name]) in self._of_parameters:
@@ -203,7 +203,7 @@ class KernelMemory:
         """No tensor of a layer stays in the memory of another one, into which that is copied."""
         keys = {key_of(one) for one in kernel.values()} - {None}
         for name, tensor in self._vllm.get_layer_tensors(layer).items():
-            if key_of(tensor) in keys and not _is_in_place(tensor, kernel.get(name)):
+            if key_of(tensor) in keys and not is_in_place(tensor, kernel.get(name)):
                 tensor.data = tensor.data.clone()
 
 
@@ -226,10 +226,6 @@ def replacing(vllm: Any, **functions: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         vars(vllm).update(kept)
-
-
-def _is_in_place(tensor: torch.Tensor, kernel: torch.Tensor | None) -> bool:
-    return kernel is not None and Place.of(tensor) == Place.of(kernel)
 
 
 def _names_left_alone(vllm: Any) -> Set[str]:
