@@ -633,6 +633,23 @@ def test_a_failed_update_leaves_what_belongs_to_the_weights_that_are_there() -> 
     assert model.layer.helper.workspace.tolist() == [7] * 3
 
 
+def test_a_failed_update_that_left_one_object_to_two_layers_loses_neithers_memory() -> None:
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    model.a.scale, model.b.scale = made(1), made(2)
+    graphs = [model.a.scale.detach(), model.b.scale.detach()]
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.a.scale = model.b.scale = made(4)
+    one.abandon()
+    assert model.a.scale.data_ptr() == graphs[0].data_ptr()
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.a.scale, model.b.scale = made(5), made(6)
+    one.put_back()
+    assert [graph.tolist() for graph in graphs] == [[5] * 3, [6] * 3]
+
+
 @pytest.mark.parametrize("left", [torch.zeros(5), made(8).int()])
 def test_a_failed_update_that_left_another_form_is_told_of_in_the_next(left: torch.Tensor) -> None:
     model = model_with(Kernel(workspace=made(7)))

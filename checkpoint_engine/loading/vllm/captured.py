@@ -130,21 +130,28 @@ class Captured:
         of. Raises nothing: the next update is told."""
         for layer in self._wanted:
             try:
-                now, held = self._held_by(layer, self._wanted[layer]), self._held[layer]
-                for path, (tensor, _) in self._wanted[layer].items():
-                    if path not in now:
-                        _pasts[layer].kept[path] = tensor
-                    elif path not in held or not is_in_place(now[path], held[path]):
-                        self._check(layer, path, now[path], tensor)
-                        now[path].data = tensor
+                now, wanted = self._compare(layer)
+                held = self._held[layer]
+                changed = {
+                    path: one
+                    for path, one in now.items()
+                    if path in wanted and not is_in_place(one, held.get(path))
+                }
+                for path, one in changed.items():
+                    self._check(layer, path, one, wanted[path])
+                self._give(layer, changed, wanted)
             except Exception as error:
                 self._lose(layer, error)
 
-    def _fill(self, layer: torch.nn.Module) -> None:
-        held, kept = self._held[layer], _pasts[layer].kept
+    def _compare(self, layer: torch.nn.Module) -> tuple[Tensors, Tensors]:
+        """What helpers hold now, and what graphs know; of the latter, what is gone is kept."""
         wanted = {path: tensor for path, (tensor, _) in self._wanted[layer].items()}
         now = self._held_by(layer, wanted)
-        kept |= {path: wanted[path] for path in wanted.keys() - now.keys()}
+        _pasts[layer].kept |= {path: wanted[path] for path in wanted.keys() - now.keys()}
+        return now, wanted
+
+    def _fill(self, layer: torch.nn.Module) -> None:
+        held, (now, wanted) = self._held[layer], self._compare(layer)
         for path in held.keys() & wanted.keys() - now.keys():
             for other in now.keys() - held.keys():  # the same by another name?
                 is_near = other[:-1] == path[:-1] or other[-1] == path[-1]
@@ -157,7 +164,7 @@ class Captured:
         differs = self._copy(layer, there, [_elements(now[path]) for path in moved])
         if differs:
             raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
-        self._give(now, wanted, kept)
+        self._give(layer, now, wanted)
 
     def _copy(
         self, layer: torch.nn.Module, there: list[torch.Tensor], new: list[torch.Tensor]
@@ -195,8 +202,9 @@ class Captured:
         if id(now) in self._theirs and self._objects[layer].get(path) is not now:
             raise ValueError(f"{_named(path)} is a tensor that was somewhere else before")
 
-    def _give(self, now: Tensors, wanted: Tensors, kept: Tensors) -> None:
-        """Have what helpers hold now use the memory that has been filled."""
+    def _give(self, layer: torch.nn.Module, now: Tensors, wanted: Tensors) -> None:
+        """Have what helpers hold now use the memory that graphs know."""
+        kept = _pasts[layer].kept
         paths: dict[int, list[Path]] = defaultdict(list)
         for path in now.keys() & wanted.keys():
             paths[id(now[path])].append(path)
