@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -767,3 +768,74 @@ def test_graphs_may_be_captured_unless_an_engine_is_eager_or_on_cpus() -> None:
     assert has_graphs(torch.device("cuda"), None)
     assert not has_graphs(torch.device("cuda"), eager)
     assert not has_graphs(torch.device("cpu"), None)
+
+
+# ------------------------------------------------------------------ whatever helpers are
+
+
+def helper_of(chance: random.Random, depth: int, parts: list[Any]) -> Any:
+    """Tensors, views of them and objects that are there twice; ``parts``: those that there are."""
+    tensors = [one for one in parts if isinstance(one, torch.Tensor)]
+    if parts and chance.random() < 0.15:
+        part = chance.choice(parts)
+    elif tensors and chance.random() < 0.2:
+        part = chance.choice(tensors)[-2:]
+    elif depth == 0 or chance.random() < 0.3:
+        part = torch.full((chance.choice([2, 2, 3]),), float(chance.randint(1, 99)))
+    else:
+        several = [helper_of(chance, depth - 1, parts) for _ in range(chance.randint(1, 3))]
+        kernel = Kernel(**{f"part_{n}": one for n, one in enumerate(several)})
+        part = chance.choice([several, tuple(several), kernel])
+    parts.append(part)
+    return part
+
+
+def process_randomly(chance: random.Random, layers: list[Any]) -> None:
+    for layer in layers:
+        for name, seed in layer.seeds.items():
+            how = chance.random()
+            if how < 0.4:  # alike, with other numbers
+                parts: list[Any] = []
+                setattr(layer, name, helper_of(random.Random(seed), 3, parts))
+                for part in parts:
+                    if isinstance(part, torch.Tensor):
+                        part.fill_(chance.randint(1, 99))
+            elif how < 0.5:
+                setattr(layer, name, helper_of(chance, 3, []))
+            elif how < 0.55:
+                setattr(layer, name, None)
+            elif how < 0.65:
+                setattr(layer, name, getattr(layers[0], name, None))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_graphs_read_what_helpers_hold_or_the_update_is_an_error(seed: int) -> None:
+    chance = random.Random(seed)
+    model = torch.nn.Module()
+    layers = [Layer() for _ in range(chance.randint(1, 3))]
+    for number, layer in enumerate(layers):
+        setattr(model, f"layer_{number}", layer)
+        layer.seeds = {f"helper_{n}": chance.random() for n in range(chance.randint(1, 3))}
+        for name, one in layer.seeds.items():
+            setattr(layer, name, helper_of(random.Random(one), 3, []))
+    modules = dict(model.named_modules())
+    first = Captured(modules)
+    graphs = [{p: t.detach() for p, t in first._held_by(layer).items()} for layer in layers]
+    for _ in range(5):
+        one = Captured(modules)
+        try:
+            one.look()
+            process_randomly(chance, layers)
+            if chance.random() < 0.2:
+                one.abandon()
+                continue
+            for layer in chance.sample(layers, chance.randint(0, len(layers))):
+                one.put_back([layer])
+            one.put_back()
+        except RuntimeError as error:
+            assert "cannot be filled anew" in str(error)  # noqa: PT017
+            break
+        for layer, graph in zip(layers, graphs, strict=True):
+            now = one._held_by(layer, graph)
+            for path in now.keys() & graph.keys():
+                assert torch.equal(now[path], graph[path]), path
