@@ -829,13 +829,18 @@ def test_graphs_read_what_helpers_hold_or_the_update_is_an_error(seed: int) -> N
             if chance.random() < 0.2:
                 one.abandon()
                 continue
+            meant = [
+                {path: held.clone() for path, held in one._held_by(layer, graph).items()}
+                for layer, graph in zip(layers, graphs, strict=True)
+            ]
             for layer in chance.sample(layers, chance.randint(0, len(layers))):
                 one.put_back([layer])
             one.put_back()
         except RuntimeError as error:
             assert "cannot be filled anew" in str(error)  # noqa: PT017
             break
-        for layer, graph in zip(layers, graphs, strict=True):
+        for layer, graph, wanted in zip(layers, graphs, meant, strict=True):
             now = one._held_by(layer, graph)
-            for path in now.keys() & graph.keys():
-                assert torch.equal(now[path], graph[path]), path
+            for path in wanted.keys() & graph.keys():
+                assert torch.equal(graph[path], wanted[path]), path
+                assert torch.equal(now[path], wanted[path]), path
