@@ -211,7 +211,9 @@ class Captured:
         for number, several in paths.items():
             one = now[several[0]]
             is_there = any(is_in_place(one, wanted[path]) for path in several)
-            if not is_there and number not in self._given:  # by another layer
+            # What has not changed may be where another layer's graphs know it.
+            is_old = any(is_in_place(one, self._held[layer].get(path)) for path in several)
+            if not (is_there or is_old or number in self._given):
                 one.data = wanted[several[0]]
                 self._given[number] = one
             # It has taken the place of others, and nothing but graphs knows their memory now.
