@@ -10,7 +10,7 @@ vLLM's issues 41670 and 48941 tell of it.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -85,6 +85,8 @@ class Captured:
         self._theirs: dict[int, torch.Tensor] = {}  # by id, whatever was there before
         self._filled: defaultdict[int | None, list[tuple[View, torch.nn.Module]]]
         self._filled = defaultdict(list)  # by storage, what was filled for which layer
+        self._shared: set[int | None] = set()  # storages that graphs know by several ways
+        self._altered: defaultdict[int | None, list[View]] = defaultdict(list)  # of those
         self._given: dict[int, torch.Tensor] = {}  # by id
 
     def look(self) -> None:
@@ -93,7 +95,8 @@ class Captured:
         Raises:
             RuntimeError: graphs have captured what an update before could not fill anew.
         """
-        for last in (self._objects, self._held, self._wanted, self._filled, self._given):
+        every = (self._objects, self._held, self._wanted, self._filled, self._given, self._altered)
+        for last in every:
             last.clear()
         self._theirs = {id(one): one for _, one in every_tensor(self._modules)}
         for layer in self._modules.values():
@@ -108,6 +111,13 @@ class Captured:
                 self._objects[layer], self._held[layer] = objects, held
                 self._wanted[layer] = {p: (one, Place.of(one)) for p, one in wanted.items()}
                 self._theirs |= {id(one): one for one in objects.values()}
+        counts = Counter[int | None]()
+        for layer, held in self._held.items():
+            for path in held.keys() | self._wanted[layer]:
+                known = [some[path] for some in (held,) if path in some]
+                known += [self._wanted[layer][path][0]] if path in self._wanted[layer] else []
+                counts.update({key_of(one) for one in known})
+        self._shared = {key for key, count in counts.items() if count > 1}
 
     def put_back(self, layers: Iterable[torch.nn.Module] | None = None) -> None:
         """They have been processed; default: all of them.
@@ -120,6 +130,8 @@ class Captured:
             if self._wanted.get(layer):
                 try:
                     self._fill(layer)
+                    if layers is None:
+                        self._check_shared(layer)
                 except Exception as error:
                     reasons.append(self._lose(layer, error))
         if reasons:
@@ -166,6 +178,16 @@ class Captured:
             raise ValueError(f"{_named(moved[differs[0]])} shares memory with what is other now")
         self._give(layer, now, wanted)
 
+    def _check_shared(self, layer: torch.nn.Module) -> None:
+        """Raise ``ValueError`` if what has not changed is in memory that was filled for another."""
+        for path, one in self._objects[layer].items():
+            views = self._altered.get(key_of(one), ())
+            if not any(map(View.of(one).overlaps, views)) or id(one) in self._given:
+                continue
+            is_old = is_in_place(one, self._held[layer][path])
+            if is_old and self._held_by(layer, [path]).get(path) is one:
+                raise ValueError(f"{_named(path)} shares memory with what is other now")
+
     def _copy(
         self, layer: torch.nn.Module, there: list[torch.Tensor], new: list[torch.Tensor]
     ) -> list[int]:
@@ -182,6 +204,9 @@ class Captured:
             [view for view, of in self._filled.get(key, ()) if of is not layer] for key in keys
         ]
         note([n for n in numbers if any(map(views[n].overlaps, filled[n]))])
+        for n in numbers:
+            if keys[n] in self._shared and not _equal(there[n], new[n]):
+                self._altered[keys[n]].append(views[n])
         with torch.no_grad():
             for tensor, one in zip(there, new, strict=True):
                 tensor.copy_(one)
