@@ -589,6 +589,32 @@ def test_what_came_after_the_first_update_is_not_kept() -> None:
     assert captured._pasts[model.layer].kept == {}
 
 
+def test_what_one_layer_made_anew_and_another_still_holds_is_an_error() -> None:
+    shared = made(1)
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    model.a.scale = model.b.scale = shared
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.b.scale = made(2)  # graphs of both read it where it was
+    one.put_back([model.b])
+    with pytest.raises(RuntimeError, match=r"'a' held.*shares memory"):
+        one.put_back()
+
+
+def test_what_one_layer_made_anew_alike_and_another_still_holds_is_right() -> None:
+    shared = made(0)
+    model = torch.nn.Module()
+    model.a, model.b = Layer(), Layer()
+    model.a.workspace = model.b.workspace = shared
+    one = Captured(dict(model.named_modules()))
+    one.look()
+    model.b.workspace = made(0)
+    one.put_back([model.b])
+    one.put_back()
+    assert model.b.workspace.data_ptr() == shared.data_ptr()
+
+
 def test_two_that_become_one_are_both_filled_and_live_on() -> None:
     model = model_with_two(made(0), made(0))
     places = {model.layer.one.data_ptr(), model.layer.other.data_ptr()}

@@ -113,10 +113,9 @@ class Captured:
                 self._theirs |= {id(one): one for one in objects.values()}
         counts = Counter[int | None]()
         for layer, held in self._held.items():
-            for path in held.keys() | self._wanted[layer]:
-                known = [some[path] for some in (held,) if path in some]
-                known += [self._wanted[layer][path][0]] if path in self._wanted[layer] else []
-                counts.update({key_of(one) for one in known})
+            wanted = {path: one for path, (one, _) in self._wanted[layer].items()}
+            for path in held.keys() | wanted:
+                counts.update({key_of(some[path]) for some in (held, wanted) if path in some})
         self._shared = {key for key, count in counts.items() if count > 1}
 
     def put_back(self, layers: Iterable[torch.nn.Module] | None = None) -> None:
@@ -126,14 +125,13 @@ class Captured:
             RuntimeError: graphs have captured what cannot be filled anew.
         """
         reasons = []
-        for layer in self._wanted if layers is None else layers:
-            if self._wanted.get(layer):
-                try:
-                    self._fill(layer)
-                    if layers is None:
-                        self._check_shared(layer)
-                except Exception as error:
-                    reasons.append(self._lose(layer, error))
+        for step in (self._fill, self._check_shared) if layers is None else (self._fill,):
+            for layer in self._wanted if layers is None else layers:
+                if self._wanted.get(layer):
+                    try:
+                        step(layer)
+                    except Exception as error:
+                        reasons.append(self._lose(layer, error))
         if reasons:
             raise RuntimeError(reasons[0])
 
