@@ -265,6 +265,20 @@ def test_a_parameter_that_a_configuration_refers_to_is_the_layers_own_again() ->
     assert own.tolist() == [[7.0, 7.0], [7.0, 7.0]]
 
 
+def test_a_configuration_that_stays_knows_the_parameter_that_another_is_made_of() -> None:
+    model = model_with(None)
+    layer = model.layer
+    layer.stays, layer.helper = Config(layer.weight), Config(layer.weight)
+    place = layer.weight.data_ptr()
+
+    def process(layer: Any) -> None:
+        layer.helper = Config(torch.full((2, 2), 7.0))
+
+    update(model, process)
+    assert layer.helper.scale.data_ptr() == layer.stays.scale.data_ptr() == place
+    assert layer.stays.scale.tolist() == [[7.0, 7.0], [7.0, 7.0]]
+
+
 def test_a_helper_of_two_layers_is_found_by_either() -> None:
     shared = Kernel(workspace=made(0))
     model = torch.nn.Module()
@@ -670,7 +684,9 @@ def test_a_failed_update_that_left_one_object_to_two_layers_loses_neithers_memor
     model.a.scale = model.b.scale = made(4)
     one.abandon()
     assert model.a.scale.data_ptr() == graphs[0].data_ptr()
-    one = Captured(dict(model.named_modules()))
+    one.look()
+    one.put_back()  # nothing was made anew
+    assert model.a.scale.data_ptr() == graphs[0].data_ptr()
     one.look()
     model.a.scale, model.b.scale = made(5), made(6)
     one.put_back()

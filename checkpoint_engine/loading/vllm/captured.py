@@ -85,7 +85,7 @@ class Captured:
         self._theirs: dict[int, torch.Tensor] = {}  # by id, whatever was there before
         self._filled: defaultdict[int | None, list[tuple[View, torch.nn.Module]]]
         self._filled = defaultdict(list)  # by storage, what was filled for which layer
-        self._shared: set[int | None] = set()  # storages that graphs know by several ways
+        self._shared: set[int | None] = set()  # storages that several know, beside parameters'
         self._altered: defaultdict[int | None, list[View]] = defaultdict(list)  # of those
         self._given: dict[int, torch.Tensor] = {}  # by id
 
@@ -116,7 +116,12 @@ class Captured:
             wanted = {path: one for path, (one, _) in self._wanted[layer].items()}
             for path in held.keys() | wanted:
                 counts.update({key_of(some[path]) for some in (held, wanted) if path in some})
-        self._shared = {key for key, count in counts.items() if count > 1}
+        owned = {  # where vLLM copies what was processed, whoever else holds it
+            key_of(one)
+            for layer in self._modules.values()
+            for one in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        }
+        self._shared = {key for key, count in counts.items() if count > 1} - owned
 
     def put_back(self, layers: Iterable[torch.nn.Module] | None = None) -> None:
         """They have been processed; default: all of them.
@@ -180,10 +185,9 @@ class Captured:
         """Raise ``ValueError`` if what has not changed is in memory that was filled for another."""
         for path, one in self._objects[layer].items():
             views = self._altered.get(key_of(one), ())
-            if not any(map(View.of(one).overlaps, views)) or id(one) in self._given:
+            if id(one) in self._given or not (views and any(map(View.of(one).overlaps, views))):
                 continue
-            is_old = is_in_place(one, self._held[layer][path])
-            if is_old and self._held_by(layer, [path]).get(path) is one:
+            if self._held_by(layer, [path]).get(path) is one:
                 raise ValueError(f"{_named(path)} shares memory with what is other now")
 
     def _copy(
